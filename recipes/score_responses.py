@@ -1,0 +1,287 @@
+"""Log-probs of given responses: log P(y|x), log Q'(y|a,x) and log P(a|x,y) into a SteerLM2 file.
+
+    tune run score_responses --config tiny/score_responses input=groups.jsonl output=scored.jsonl
+    tune run --nproc_per_node 8 score_responses --config llama3_1/8B_score_responses \\
+        input=groups.jsonl output=scored.jsonl quantities=[log_q]
+
+One run uses one checkpoint. log P(y|x) belongs to the SFT model and its prompt has no label;
+log Q'(y|a,x) belongs to the attribute-conditioned model that sampled the responses; log P(a|x,y)
+follows from attribute scores that the records carry. A run fills the `quantities` it is asked for
+and keeps the rest, so two runs with two checkpoints complete a file.
+
+The log-probs come from the trainer's own packed code path. A run that was stopped continues where
+it was, on any number of processes; the output is in input order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Literal
+
+import torch
+from tqdm import tqdm
+
+from steerlm2.attributes import beta_log_prob, parse_label
+from steerlm2.data.packing import Group
+from steerlm2.data.records import Record, Response, read_records, record_to_json
+from steerlm2.datasets import SteerLM2Dataset, tokenize_records
+from steerlm2.training.checkpoint import load_weights, open_checkpointer
+from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
+from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
+from steerlm2.training.forward import score_groups
+
+Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
+
+SETTINGS_THAT_CHANGE_SCORES = (
+    "input",
+    "quantities",
+    "tokenizer",
+    "template",
+    "model",
+    "checkpointer",
+    "seed",
+    "dtype",
+    "max_seq_len",
+    "concentration",
+    "bins",
+)
+
+
+@dataclass
+class ScoreConfig:
+    """Every key of the recipe, with its default."""
+
+    input: str
+    output: str
+    tokenizer: Component
+    model: Component
+    quantities: list[Quantity] = field(default_factory=lambda: ["log_p_response", "log_q"])
+    template: Component = field(
+        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+    )
+    checkpointer: Component | None = None  # none: fresh weights from the seed
+    max_seq_len: int = 4096  # tokens of a prompt with one response; longer ones are left out
+    max_tokens_per_microbatch: int = 4096
+    records_per_write: int = 128  # a stopped run repeats at most so many
+    concentration: float = 24.0  # of the Beta rule for log P(a|x,y)
+    bins: Literal["midpoint", "uniform"] = "midpoint"
+
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cuda"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    tensor_parallel_dim: int = 1
+    data_parallel_replicate_dim: int = 1
+    data_parallel_shard_dim: int = -1
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+
+    def problems(self) -> list[str]:
+        """What is wrong between keys that are right by themselves."""
+        found = [
+            f"'{name}' must be at least 1, got {getattr(self, name)}"
+            for name in ("max_seq_len", "max_tokens_per_microbatch", "records_per_write")
+            if getattr(self, name) < 1
+        ]
+        if not self.quantities:
+            found.append("'quantities' is empty: name at least one of log_p_attributes, "
+                         "log_p_response, log_q")  # fmt: skip
+        if Path(self.input).absolute() == Path(self.output).absolute():
+            found.append("'output' must be another file than 'input'")
+        if Path(self.output).suffix == ".gz":
+            found.append("'output' can't be compressed: it is appended to; give a .jsonl name")
+        return found
+
+
+class ScoreRecipe:
+    """The run: setup -> score."""
+
+    def __init__(self, cfg: ScoreConfig) -> None:
+        self.cfg = cfg
+        self.output = Path(cfg.output)
+        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.settings_file = self.output.with_name(self.output.name + ".settings.json")
+        self.world = init_world(
+            cfg.device,
+            tensor_parallel_dim=cfg.tensor_parallel_dim,
+            data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
+            data_parallel_shard_dim=cfg.data_parallel_shard_dim,
+        )
+
+    def setup(self) -> None:
+        cfg, world = self.cfg, self.world
+        records = read_records(cfg.input, require=())
+        if "log_p_attributes" in cfg.quantities:
+            records = score_attributes(records, cfg.input, cfg.concentration, cfg.bins)
+        tokenizer = instantiate(cfg.tokenizer)
+        template = instantiate(cfg.template)
+        self.data: SteerLM2Dataset = tokenize_records(
+            records, tokenizer, template, cfg.max_seq_len, cfg.input
+        )
+
+        dtype = DTYPES[cfg.dtype]
+        with torch.device("meta"):
+            self.model = instantiate(cfg.model).to(dtype)
+        checkpointer = (
+            open_checkpointer(
+                cfg.checkpointer,
+                self.model,
+                tokenizer,
+                seed=cfg.seed,
+                output_dir=str(self.output.parent),
+            )
+            if world.is_main
+            else None
+        )
+        parallelize(
+            self.model,
+            world,
+            dtype=dtype,
+            compile=cfg.compile,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+        load_weights(
+            self.model, checkpointer, world, seed=cfg.seed, cpu_offload=cfg.fsdp_cpu_offload
+        )
+        self.model.eval()
+
+    def score(self) -> None:
+        """Score and append a slice of the groups at a time; rename the file when it is complete."""
+        cfg, world = self.cfg, self.world
+        done = world.from_main(self._lines_done() if world.is_main else 0)
+        groups, labelless = self.data.groups, self.data.without_label()
+        bar = tqdm(total=len(groups), initial=done, disable=not world.is_main, unit="group")
+        for start in range(done, len(groups), cfg.records_per_write):
+            chosen = slice(start, start + cfg.records_per_write)
+            scores: dict[str, list[list[float]]] = {
+                name: score_groups(
+                    self.model,
+                    inputs[chosen],
+                    world,
+                    max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
+                )
+                for name, inputs in (("log_p_response", labelless), ("log_q", groups))
+                if name in cfg.quantities
+            }
+            if world.is_main:
+                with self.partial.open("a") as file:
+                    for i, group in enumerate(groups[chosen]):
+                        new_values = {name: values[i] for name, values in scores.items()}
+                        write_line(file, scored_record(self.data.records, group, new_values))
+                    file.flush()
+                    os.fsync(file.fileno())
+            bar.update(len(groups[chosen]))
+        bar.close()
+        if world.is_main:
+            if not self.output.exists():
+                self.partial.rename(self.output)
+            tqdm.write(f"{self.output}: {self.data.summary()}")
+        close_world()
+
+    def _lines_done(self) -> int:
+        """How many groups an earlier run of the same settings has written whole.
+
+        Raises:
+            ValueError: where the output was begun with other settings.
+        """
+        settings = self._settings()
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        if self.output.exists() or self.partial.exists():
+            known = self.settings_file.exists()
+            earlier = json.loads(self.settings_file.read_text()) if known else {}
+            changed = [key for key in settings if settings[key] != earlier.get(key)]
+            if changed:
+                raise ValueError(
+                    f"{self.output} was begun with other settings ({', '.join(changed)}): give "
+                    f"another output, or remove {self.output}*"
+                )
+        self.settings_file.write_text(json.dumps(settings, indent=2) + "\n")
+        if self.output.exists():
+            return len(self.data.groups)
+        if not self.partial.exists():
+            self.partial.touch()
+            return 0
+        whole = self.partial.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line off
+        os.truncate(self.partial, len(whole))
+        return whole.count(b"\n")
+
+    def _settings(self) -> dict[str, object]:
+        plain = to_plain(self.cfg)
+        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
+        digest = hashlib.sha256(Path(self.cfg.input).read_bytes()).hexdigest()
+        return settings | {"input_sha256": digest}
+
+
+def score_attributes(
+    records: Sequence[Record], source: str, concentration: float, bins: str
+) -> list[Record]:
+    """Records with log P(a|x,y) = sum over the label's attributes, from their `scores`.
+
+    Raises:
+        ValueError: naming the records without a label, or with responses that lack a score.
+    """
+    problems, scored = [], []
+    for number, record in enumerate(records, start=1):
+        label = parse_label(record.label) if record.label is not None else {}
+        lacking = sorted(
+            {name for r in record.responses for name in label if name not in (r.scores or {})}
+        )
+        if not label or lacking:
+            reason = f"no score for {', '.join(lacking)}" if lacking else "no label"
+            problems.append(f"{source}, record {number}: {reason}")
+            continue
+        scores_NA = torch.tensor(
+            [[(r.scores or {})[name] for name in label] for r in record.responses],
+            dtype=torch.float64,
+        )
+        values_NA = torch.tensor([list(label.values())], dtype=torch.float64).expand_as(scores_NA)
+        log_p_N = beta_log_prob(scores_NA, values_NA, concentration, bins).sum(dim=1).tolist()
+        responses = [
+            dataclasses.replace(response, log_p_attributes=log_p)
+            for response, log_p in zip(record.responses, log_p_N, strict=True)
+        ]
+        scored.append(dataclasses.replace(record, responses=responses))
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError(
+            "log_p_attributes needs a label, and `scores` of every response for its attributes:\n"
+            + "\n".join(problems[:10] + more)
+        )
+    return scored
+
+
+def scored_record(
+    records: Sequence[Record], group: Group, new_values: dict[str, list[float]]
+) -> Record:
+    """The group's record with its new log-probs, without the responses that were too long."""
+    record = records[group.index]
+    responses: list[Response] = []
+    for place, n in enumerate(group.responses_kept):
+        response = dataclasses.replace(record.responses[n])
+        for name, log_probs in new_values.items():
+            setattr(response, name, log_probs[place])
+        responses.append(response)
+    return dataclasses.replace(record, responses=responses)
+
+
+def write_line(file: IO[str], record: Record) -> None:
+    file.write(json.dumps(record_to_json(record), ensure_ascii=False) + "\n")
+
+
+@recipe_main(ScoreConfig)
+def main(cfg: ScoreConfig) -> None:
+    recipe = ScoreRecipe(cfg)
+    recipe.setup()
+    recipe.score()
+
+
+if __name__ == "__main__":
+    main()

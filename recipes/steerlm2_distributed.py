@@ -1,0 +1,618 @@
+"""SteerLM 2.0 training: make a model's relative probabilities of n answers match target weights.
+
+For every prompt x with a wanted label a and n sampled answers y_i,
+
+    w'_i = softmax_i(log P(a|x,y_i) + log P(y_i|x) - log Q'(y_i|a,x))    fixed, from the data
+    b'_i = softmax_i(log Q_theta(y_i|a,x) - log Q'(y_i|a,x))             the model being trained
+
+and the loss is the mean over prompts of KL(w' || b') / mean answer length (HelpSteer2 paper,
+section 4.5, and NeMo-Aligner; `steerlm2/losses.py` has the arithmetic).
+
+    tune run steerlm2_distributed --config tiny/steerlm2
+    tune run --nproc_per_node 8 steerlm2_distributed --config llama3_1/8B_steerlm2 lr=2e-7
+
+One file for every world size: alone it is one process on a CPU or GPU, under torchrun arguments
+FSDP2 x tensor parallel with replicas.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import OmegaConf
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from tqdm import tqdm
+
+from steerlm2.data.batches import batch_of_step, steps_per_epoch
+from steerlm2.data.packing import Group, PackedRow, Strategy, pack, plan_step
+from steerlm2.data.records import Turn
+from steerlm2.data.templates import encode_prompt, encode_response
+from steerlm2.datasets import SteerLM2Dataset, with_log_probs
+from steerlm2.generation.sampling import sample_tokens
+from steerlm2.losses import METRIC_NAMES, metric_sums
+from steerlm2.training.checkpoint import (
+    checkpoints,
+    load_training_state,
+    load_weights,
+    open_checkpointer,
+    save_training_state,
+    save_weights,
+)
+from steerlm2.training.config import Component, as_yaml, instantiate, recipe_main, to_plain
+from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
+from steerlm2.training.forward import response_logps, score_groups
+from steerlm2.training.metrics import (
+    JsonLines,
+    peak_memory_gib,
+    plot_curves,
+    summary_table,
+)
+from steerlm2.training.output import set_aside_earlier_run
+
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass
+class SteerLM2Options:
+    """The `steerlm2:` section."""
+
+    strategy: Strategy = "auto"  # two_pass only for groups over the token budget
+    max_tokens_per_microbatch: int = 4096
+    micro_batch_size: int = 1  # responses of a backward of two_pass
+    forward_micro_batch_size: int = 1  # responses of a no-grad forward of two_pass
+    normalize: Literal["mean_response_length", "none"] = "mean_response_length"
+    log_q_tolerance: float = 0.05  # nats per token between stored log Q' and the start weights
+    score_with_start_model: bool = False  # log P(y|x) and log Q' from the start weights
+
+
+@dataclass
+class DataOptions:
+    """The `data:` section."""
+
+    sample: bool = False  # load only the max_steps * global_batch_size records that are needed
+    shuffle: bool = True
+
+
+@dataclass
+class GenerationOptions:
+    """The `generation:` section: answers sampled at every validation."""
+
+    prompts: list[str]
+    label: str | None = None
+    system: str = SYSTEM_PROMPT
+    max_new_tokens: int = 64
+    temperature: float = 0.7
+    top_p: float = 0.9
+
+
+@dataclass
+class SteerLM2Config:
+    """Every key of the recipe, with its default."""
+
+    output_dir: str
+    tokenizer: Component
+    model: Component
+    dataset: Component
+    optimizer: Component
+    lr: float | None = None  # shorthand for optimizer.lr
+    template: Component = field(
+        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+    )
+    checkpointer: Component | None = None  # none: fresh weights from the seed
+    dataset_val: Component | None = None
+    lr_scheduler: Component = field(
+        default_factory=lambda: Component(
+            _component_="steerlm2.training.schedules.warmup_cosine_hold"
+        )
+    )
+    loss: Component = field(
+        default_factory=lambda: Component(_component_="steerlm2.losses.SteerLM2Loss")
+    )
+    steerlm2: SteerLM2Options = field(default_factory=SteerLM2Options)
+    data: DataOptions = field(default_factory=DataOptions)
+    generation: GenerationOptions | None = None
+
+    global_batch_size: int = 128  # prompts of an optimizer step, all ranks together
+    epochs: int | None = None
+    max_steps: int | None = None
+    clip_grad_norm: float | None = None
+    seed: int = 0
+
+    val_every_n_steps: int | None = None
+    limit_val_batches: int | None = None  # in global batches
+    save_every_n_steps: int | None = None
+    keep_last_n_checkpoints: int | None = None
+    resume_from_checkpoint: bool = False
+    save_adapter_weights_only: bool = False
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of the computation
+    param_dtype: Literal["fp32", "bf16"] | None = None  # of the weights; none: `dtype`
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    tensor_parallel_dim: int = 1
+    data_parallel_replicate_dim: int = 1
+    data_parallel_shard_dim: int = -1
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+
+    metric_logger: Component | None = None
+    log_every_n_steps: int = 1
+    log_peak_memory_stats: bool = True
+    profiler: Component = field(
+        default_factory=lambda: Component(
+            _component_="torchtune.training.setup_torch_profiler", enabled=False
+        )
+    )
+
+    def problems(self) -> list[str]:
+        """What is wrong between keys that are right by themselves."""
+        found = []
+        if self.epochs is None and self.max_steps is None:
+            found.append("set 'epochs' or 'max_steps' (the smaller of the two ends the run)")
+        if self.lr is None and "lr" not in self.optimizer:
+            found.append("'lr' is missing")
+        if self.lr is not None and self.optimizer.get("lr", self.lr) != self.lr:
+            found.append(
+                f"lr={self.lr} and optimizer.lr={self.optimizer['lr']} disagree: set only 'lr'"
+            )
+        if self.data.sample and self.max_steps is None:
+            found.append("'data.sample' needs 'max_steps'")
+        if self.val_every_n_steps and not (self.dataset_val or self.generation):
+            found.append("'val_every_n_steps' needs 'dataset_val' or 'generation'")
+        positive = {
+            "global_batch_size": self.global_batch_size,
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "log_every_n_steps": self.log_every_n_steps,
+            "val_every_n_steps": self.val_every_n_steps,
+            "limit_val_batches": self.limit_val_batches,
+            "save_every_n_steps": self.save_every_n_steps,
+            "keep_last_n_checkpoints": self.keep_last_n_checkpoints,
+            "steerlm2.max_tokens_per_microbatch": self.steerlm2.max_tokens_per_microbatch,
+            "steerlm2.micro_batch_size": self.steerlm2.micro_batch_size,
+            "steerlm2.forward_micro_batch_size": self.steerlm2.forward_micro_batch_size,
+        }
+        found += [
+            f"'{key}' must be at least 1, got {value}"
+            for key, value in positive.items()
+            if value is not None and value < 1
+        ]
+        return found
+
+
+class SteerLM2Recipe:
+    """The run: setup -> train (with validate and save) -> export."""
+
+    def __init__(self, cfg: SteerLM2Config) -> None:
+        self.cfg = cfg
+        self.dtype = DTYPES[cfg.dtype]
+        self.param_dtype = DTYPES[cfg.param_dtype or cfg.dtype]
+        self.output_dir = Path(cfg.output_dir)
+        self.world = init_world(
+            cfg.device,
+            tensor_parallel_dim=cfg.tensor_parallel_dim,
+            data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
+            data_parallel_shard_dim=cfg.data_parallel_shard_dim,
+            needs_mesh=self.param_dtype != self.dtype,
+        )
+        torch.manual_seed(cfg.seed)
+
+    def setup(self) -> None:
+        cfg, world = self.cfg, self.world
+        self.tokenizer = instantiate(cfg.tokenizer)
+        self.template = instantiate(cfg.template)
+        self.train_set = self._dataset(cfg.dataset)
+        self.val_set = self._dataset(cfg.dataset_val) if cfg.dataset_val else None
+        self.steps_per_epoch = steps_per_epoch(len(self.train_set), cfg.global_batch_size)
+        limits = [cfg.max_steps, cfg.epochs and cfg.epochs * self.steps_per_epoch]
+        self.total_steps = min(limit for limit in limits if limit is not None)
+
+        with torch.device("meta"):
+            self.model = instantiate(cfg.model).to(self.param_dtype)
+        self.is_lora = bool(get_adapter_params(self.model))
+        if self.is_lora:
+            set_trainable_params(self.model, get_adapter_params(self.model))
+        self.checkpointer = (
+            open_checkpointer(
+                cfg.checkpointer,
+                self.model,
+                self.tokenizer,
+                seed=cfg.seed,
+                output_dir=cfg.output_dir,
+            )
+            if world.is_main
+            else None
+        )
+        parallelize(
+            self.model,
+            world,
+            dtype=self.dtype,
+            activation_checkpointing=cfg.enable_activation_checkpointing,
+            compile=cfg.compile,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+        load_weights(
+            self.model, self.checkpointer, world, seed=cfg.seed, cpu_offload=cfg.fsdp_cpu_offload
+        )
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.loss_fn = instantiate(cfg.loss, normalize=cfg.steerlm2.normalize)
+        lr = cfg.optimizer.get("lr", cfg.lr)
+        self.optimizer = instantiate(cfg.optimizer, self.parameters, lr=lr)
+        self.lr_scheduler = instantiate(
+            cfg.lr_scheduler, self.optimizer, num_training_steps=self.total_steps
+        )
+
+        # Q_theta is Q' only now: after a checkpoint is loaded it has moved on.
+        self.train_groups = self._scored(self.train_set)
+        self.val_groups = self._scored(self.val_set) if self.val_set else []
+
+        self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
+        self.samples_file = JsonLines(self.output_dir / "samples.jsonl")
+        self.first_step = self._resume() if cfg.resume_from_checkpoint else 0
+        self.metric_logger = None
+        if world.is_main:
+            if self.first_step == 0:
+                set_aside_earlier_run(self.output_dir)
+            (self.output_dir / "config.yaml").write_text(as_yaml(cfg))
+            if cfg.metric_logger:
+                self.metric_logger = instantiate(cfg.metric_logger)
+                self.metric_logger.log_config(OmegaConf.create(to_plain(cfg)))
+        self._say(
+            f"training set: {self.train_set.summary()}\n"
+            + (f"validation set: {self.val_set.summary()}\n" if self.val_set else "")
+            + f"{self.total_steps} steps of {cfg.global_batch_size} prompts, "
+            f"{world.size} process(es): data parallel {world.dp_size}, "
+            f"tensor parallel {world.tp_size}"
+        )
+
+    def train(self) -> None:
+        """Every optimizer step, from the groups to the log line."""
+        cfg, world, options = self.cfg, self.world, self.cfg.steerlm2
+        profiler, _ = instantiate(cfg.profiler)
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.first_step,
+            disable=not world.is_main,
+            dynamic_ncols=True,
+        )
+        self.model.train()
+        tokens, started = 0, time.perf_counter()
+        with profiler:
+            for step in range(self.first_step, self.total_steps):
+                if step == 0 and cfg.val_every_n_steps:
+                    self.validate(step)
+                batch = batch_of_step(
+                    step, len(self.train_groups), cfg.global_batch_size, cfg.seed, cfg.data.shuffle
+                )
+                groups = [self.train_groups[i] for i in batch]
+                plan = plan_step(
+                    groups,
+                    rank=world.dp_rank,
+                    num_ranks=world.dp_size,
+                    strategy=options.strategy,
+                    max_tokens_per_microbatch=options.max_tokens_per_microbatch,
+                    micro_batch_size=options.micro_batch_size,
+                    forward_micro_batch_size=options.forward_micro_batch_size,
+                )
+                tokens += sum(group.num_tokens for group in groups)
+                # All sums below are over the groups of all micro-batches and ranks, so that the
+                # step doesn't depend on how they are split. FSDP2 takes the mean over the
+                # data-parallel ranks, hence dp_size.
+                share = 1 / len(groups)
+                loss_sum = torch.zeros((), device=world.device)
+                sums = torch.zeros(len(METRIC_NAMES), device=world.device)
+                drifts: list[torch.Tensor] = []
+
+                # Groups too large for one micro-batch: first log Q_theta of all their responses,
+                # without a graph, then the gradient of the loss with respect to each.
+                forward_parts = [
+                    part
+                    for group in plan.two_pass
+                    for part in group.slices(options.forward_micro_batch_size)
+                ]
+                logps: list[torch.Tensor] = []
+                for i in range(plan.forward_rows):
+                    with torch.no_grad():
+                        row = self._row(forward_parts[i : i + 1])
+                        logps.append(response_logps(self.model, row, world))
+                backward_parts: list[tuple[Group, torch.Tensor]] = []
+                if plan.two_pass:
+                    whole = pack(plan.two_pass).to(world.device)
+                    logps_N = torch.cat(logps).requires_grad_()
+                    loss = self._loss(logps_N, whole) * len(plan.two_pass) * share
+                    (grad_N,) = torch.autograd.grad(loss, logps_N)
+                    loss_sum += loss.detach()
+                    sums += self._metric_sums(logps_N.detach(), whole)
+                    drifts.append(self._drift(logps_N, whole))
+                    parts = [
+                        part
+                        for group in plan.two_pass
+                        for part in group.slices(options.micro_batch_size)
+                    ]
+                    grads = grad_N.split([len(part.responses) for part in parts])
+                    backward_parts = list(zip(parts, grads, strict=True))
+
+                # Every rank runs the same number of rows: those it lacks are empty.
+                for i in range(plan.backward_rows):
+                    if i < len(backward_parts):
+                        part, grad_N = backward_parts[i]
+                        logps_N = response_logps(self.model, self._row([part]), world)
+                        loss = (grad_N * logps_N).sum()
+                    else:
+                        j = i - len(backward_parts)
+                        row = self._row(plan.single_pass[j] if j < len(plan.single_pass) else [])
+                        logps_N = response_logps(self.model, row, world)
+                        loss = self._loss(logps_N, row) * len(row.group_sizes) * share
+                        loss_sum += loss.detach()
+                        sums += self._metric_sums(logps_N.detach(), row)
+                        drifts.append(self._drift(logps_N, row))
+                    (loss * world.dp_size).backward()
+
+                if step == 0:
+                    self._check_drift(torch.cat(drifts))
+                grad_norm = self._clip_gradients()
+                if not torch.isfinite(grad_norm):
+                    raise ValueError(
+                        f"step {step + 1}: the gradient norm is {grad_norm.item()}; the weights "
+                        "are as before this step. Lower lr, or set dtype=fp32 to find the cause."
+                    )
+                lr = self.optimizer.param_groups[0]["lr"]
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.lr_scheduler.step()
+                profiler.step()
+                bar.update()
+
+                done = step + 1
+                if done % cfg.log_every_n_steps == 0:
+                    reduced = world.sum(torch.cat([loss_sum[None], sums * share])).tolist()
+                    elapsed = time.perf_counter() - started
+                    metrics: dict[str, float] = {"step": done, "epoch": step / self.steps_per_epoch}
+                    metrics |= zip(("loss", *METRIC_NAMES), reduced, strict=True)
+                    metrics |= {"lr": lr, "grad_norm": grad_norm.item()}
+                    metrics["tokens_per_second"] = tokens / elapsed
+                    if cfg.log_peak_memory_stats:
+                        metrics["peak_memory_gib"] = peak_memory_gib(world.device)
+                    self._log(metrics)
+                    bar.set_postfix_str(
+                        f"loss {metrics['loss']:.3g}, distance {metrics['distance']:.3g}, "
+                        f"{metrics['tokens_per_second']:.0f} tokens/s"
+                    )
+                    tokens, started = 0, time.perf_counter()
+                last = done == self.total_steps
+                if cfg.val_every_n_steps and (done % cfg.val_every_n_steps == 0 or last):
+                    self.validate(done)
+                    tokens, started = 0, time.perf_counter()
+                if cfg.save_every_n_steps and (done % cfg.save_every_n_steps == 0 or last):
+                    self.save(done)
+                    tokens, started = 0, time.perf_counter()
+        bar.close()
+
+    def validate(self, step: int) -> None:
+        """Loss and distance on validation groups, and answers to a few prompts."""
+        cfg, world = self.cfg, self.world
+        self.model.eval()
+        if self.val_groups:
+            limit = (cfg.limit_val_batches or len(self.val_groups)) * cfg.global_batch_size
+            groups = self.val_groups[:limit]
+            scores = score_groups(
+                self.model,
+                groups,
+                world,
+                max_tokens_per_microbatch=cfg.steerlm2.max_tokens_per_microbatch,
+            )
+            whole = pack(groups).to(world.device)
+            logps_N = torch.tensor(
+                [logp for group in scores for logp in group], device=world.device
+            )
+            sums = self._metric_sums(logps_N, whole) / len(groups)
+            metrics: dict[str, float] = {
+                "step": step,
+                "val_loss": self._loss(logps_N, whole).item(),
+            }
+            names = (f"val_{name}" for name in METRIC_NAMES)
+            self._log(metrics | dict(zip(names, sums.tolist(), strict=True)))
+        if cfg.generation:
+            wanted = cfg.generation
+            prompts = [
+                encode_prompt(
+                    self.template, self.tokenizer, wanted.system, [Turn("User", text)], wanted.label
+                )
+                for text in wanted.prompts
+            ]
+            answers = sample_tokens(
+                self.model,
+                prompts,
+                world,
+                stop_id=encode_response(self.template, self.tokenizer, "-")[-1],
+                max_new_tokens=wanted.max_new_tokens,
+                temperature=wanted.temperature,
+                top_p=wanted.top_p,
+                seed=cfg.seed + step,
+            )
+            if world.is_main:
+                for prompt, answer in zip(wanted.prompts, answers, strict=True):
+                    sample = {"step": step, "label": wanted.label, "prompt": prompt}
+                    self.samples_file.append(sample | {"response": self.tokenizer.decode(answer)})
+        self.model.train()
+
+    def save(self, step: int) -> None:
+        """The state to continue from, `output_dir/checkpoints/step_...`."""
+        save_training_state(
+            self.output_dir / "checkpoints",
+            step,
+            self.model,
+            self.optimizer,
+            {"lr_scheduler": self.lr_scheduler.state_dict(), "data": self._data_state()},
+            self.world,
+            keep_last_n=self.cfg.keep_last_n_checkpoints,
+        )
+
+    def export(self) -> None:
+        """The trained weights as Hugging Face safetensors, and the run's table and plot."""
+        cfg = self.cfg
+        save_weights(
+            self.model,
+            self.checkpointer,
+            self.world,
+            epoch=-(-self.total_steps // self.steps_per_epoch),
+            dtype=self.dtype,
+            lora=cfg.model if self.is_lora else None,
+            adapter_only=cfg.save_adapter_weights_only,
+        )
+        if self.world.is_main:
+            rows = self.metrics_file.read()
+            plot = self.output_dir / "training_curves.png"
+            plot_curves(rows, ("distance", "loss"), plot)
+            keys = ("distance", "loss", *METRIC_NAMES[1:], "grad_norm", "lr")
+            self._say(
+                f"\n{summary_table(rows, keys)}\n\nplot:    {plot}\n"
+                f"metrics: {self.metrics_file.path}\nweights: {self.output_dir}/epoch_*"
+            )
+
+    def cleanup(self) -> None:
+        if self.metric_logger is not None:
+            self.metric_logger.close()
+        close_world()
+
+    # What follows is small print that the loop above calls by name.
+
+    def _dataset(self, component: Component) -> SteerLM2Dataset:
+        arguments: dict[str, Any] = {"template": self.template}
+        if component["_component_"] == "steerlm2.datasets.steerlm2_dataset":
+            scores_itself = self.cfg.steerlm2.score_with_start_model
+            if scores_itself and "require" not in component:
+                arguments["require"] = ("log_p_attributes",)
+        if self.cfg.data.sample and component is self.cfg.dataset and self.cfg.max_steps:
+            arguments["num_samples"] = self.cfg.max_steps * self.cfg.global_batch_size
+            arguments["seed"] = self.cfg.seed
+        return instantiate(component, self.tokenizer, **arguments)
+
+    def _scored(self, dataset: SteerLM2Dataset) -> list[Group]:
+        """The groups with log-probs and target weights, stored or from the start weights."""
+        if not self.cfg.steerlm2.score_with_start_model:
+            if any(group.weights is None for group in dataset.groups):
+                raise ValueError(
+                    "the data set has no log P(y|x) and log Q'(y|a,x): run score_responses on it, "
+                    "or set steerlm2.score_with_start_model=true if the start weights are both "
+                    "the P and the Q' of this run"
+                )
+            return dataset.groups
+        budget = self.cfg.steerlm2.max_tokens_per_microbatch
+        log_p, log_q = (
+            score_groups(self.model, groups, self.world, max_tokens_per_microbatch=budget)
+            for groups in (dataset.without_label(), dataset.groups)
+        )
+        return [
+            with_log_probs(group, log_p_response=p, log_q=q)
+            for group, p, q in zip(dataset.groups, log_p, log_q, strict=True)
+        ]
+
+    def _row(self, groups: list[Group]) -> PackedRow:
+        return pack(groups, multiple_of=self.world.tp_size).to(self.world.device)
+
+    def _loss(self, logps_N: torch.Tensor, row: PackedRow) -> torch.Tensor:
+        return self.loss_fn(logps_N, row.log_q_N, row.w_N, row.group_sizes, row.response_lengths_N)
+
+    def _metric_sums(self, logps_N: torch.Tensor, row: PackedRow) -> torch.Tensor:
+        assert row.log_q_N is not None
+        assert row.w_N is not None
+        return metric_sums(logps_N, row.log_q_N, row.w_N, row.group_sizes)
+
+    def _drift(self, logps_N: torch.Tensor, row: PackedRow) -> torch.Tensor:
+        """|log Q_theta - log Q'| per token."""
+        assert row.log_q_N is not None
+        return (logps_N.detach() - row.log_q_N).abs() / row.response_lengths_N
+
+    def _check_drift(self, drift_N: torch.Tensor) -> None:
+        """Before the first update Q_theta is Q': its log-probs must be the stored ones.
+
+        Args:
+            drift_N: |log Q_theta - log Q'| of this rank's responses, nats per token.
+        """
+        total, count = self.world.sum(
+            torch.stack([drift_N.sum(), drift_N.new_tensor(float(len(drift_N)))])
+        ).tolist()
+        mean = total / count
+        worst = self.world.max(torch.cat([drift_N, drift_N.new_zeros(1)]).max()).item()
+        self._say(f"log Q' drift on the first batch: mean {mean:.2g}, max {worst:.2g} nats a token")
+        tolerance = self.cfg.steerlm2.log_q_tolerance
+        if not mean <= tolerance:
+            raise ValueError(
+                f"the start weights give log-probs that differ from the stored log(Q(y|a,x)) by "
+                f"{mean:.3g} nats per token (max {worst:.3g}), more than "
+                f"steerlm2.log_q_tolerance={tolerance}. Likely causes: another checkpoint, "
+                "template, tokenizer or system prompt than the one that scored the data, or "
+                "log-probs taken from a sampler (they are tempered, or renormalised by top-p). "
+                "Score the data again with score_responses and this checkpoint."
+            )
+
+    def _clip_gradients(self) -> torch.Tensor:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.cfg.clip_grad_norm is not None:
+            clip_grads_with_norm_(self.parameters, self.cfg.clip_grad_norm, norm)
+        return norm
+
+    def _data_state(self) -> dict[str, int]:
+        """What the order of the batches depends on: a step's batch follows from these."""
+        return {
+            "groups": len(self.train_groups),
+            "global_batch_size": self.cfg.global_batch_size,
+            "seed": self.cfg.seed,
+        }
+
+    def _resume(self) -> int:
+        """Continue from the newest checkpoint, if there is one; returns its step."""
+        found = checkpoints(self.output_dir / "checkpoints")
+        if not found:
+            self._say(f"no checkpoint in {self.output_dir}/checkpoints: starting at step 0")
+            return 0
+        state = load_training_state(found[-1], self.model, self.optimizer, self.world)
+        if state["data"] != self._data_state():
+            raise ValueError(
+                f"{found[-1]} was written with {state['data']}, this run has "
+                f"{self._data_state()}: resuming would repeat and skip data. Use the same data set,"
+                " global_batch_size and seed, or start in another output_dir."
+            )
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.world.is_main:
+            self.metrics_file.keep_until(state["step"])
+            self.samples_file.keep_until(state["step"])
+        self._say(f"resumed from {found[-1]}")
+        return state["step"]
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.metrics_file.append(row)
+            if self.metric_logger is not None:
+                values = {key: value for key, value in row.items() if key != "step"}
+                self.metric_logger.log_dict(values, step=row["step"])
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            tqdm.write(text)
+
+
+@recipe_main(SteerLM2Config)
+def main(cfg: SteerLM2Config) -> None:
+    recipe = SteerLM2Recipe(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.export()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Makes our recipes known to torchtune's `tune`.
+
+Every install puts `_tune.pth` into site-packages, as steerlm2_tune.pth. Its one line of code runs
+whenever an interpreter starts, so it imports nothing: it only puts a finder into sys.meta_path.
+When, and only when, torchtune's registry of recipes is imported, that calls `find_registry`.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+# Recipe NAME is the file recipes/NAME.py, config NAME is recipe_configs/NAME.yaml.
+RECIPES: dict[str, list[str]] = {
+    "prepare_data": [
+        "data/oasst_groups",
+    ],
+    "score_responses": [
+        "tiny/score_responses",
+        "llama3_1/8B_score_responses",
+        "llama3_1/70B_score_responses_multinode",
+    ],
+    "steerlm2_distributed": [
+        "tiny/steerlm2",
+        "llama3_1/8B_steerlm2",
+        "llama3_1/8B_steerlm2_lora",
+        "llama3_1/70B_steerlm2_multinode",
+        "llama3_3/70B_steerlm2_multinode",
+        "llama2/70B_steerlm2_multinode",
+    ],
+}
+# `tune run` refuses torchrun's arguments for these.
+SINGLE_PROCESS_RECIPES = {"prepare_data"}
+
+
+def recipe_directories() -> tuple[Path, Path]:
+    """Return the absolute folders of the recipes and of their configs.
+
+    A wheel carries them inside the package, since torchtune's wheel owns the import name `recipes`;
+    in an editable install they lie next to the package, as in the repository.
+    """
+    package = Path(__file__).resolve().parent
+    if (package / "_recipes").is_dir():
+        return package / "_recipes", package / "_recipe_configs"
+    return package.parent / "recipes", package.parent / "recipe_configs"
+
+
+def add_recipes(registry: ModuleType) -> None:
+    """Append `RECIPES` to torchtune's `registry` module.
+
+    `tune` joins an entry's path to its own folder, which an absolute path overrides. A registry of
+    another shape than torchtune 0.6.1's is left alone, with a warning: `tune` must go on working.
+    """
+    recipes, configs = recipe_directories()
+    try:
+        entries = [
+            registry.Recipe(
+                name=recipe,
+                file_path=str(recipes / f"{recipe}.py"),
+                configs=[
+                    registry.Config(name=config, file_path=str(configs / f"{config}.yaml"))
+                    for config in config_names
+                ],
+                supports_distributed=recipe not in SINGLE_PROCESS_RECIPES,
+            )
+            for recipe, config_names in RECIPES.items()
+        ]
+        registry._ALL_RECIPES.extend(entries)
+    except (AttributeError, TypeError) as error:
+        warnings.warn(
+            f"`tune` can't list steerlm2's recipes: its registry isn't that of 0.6.1 ({error})."
+            " Install torchtune==0.6.1.",
+            stacklevel=2,
+        )
+
+
+class _RegistryLoader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        add_recipes(module)
+
+
+def find_registry(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Find torchtune's registry `name` on its package's `path`; loading it will add our recipes.
+
+    With STEERLM2_NO_TUNE set (to anything but 0) the answer is None: Python imports it unchanged.
+    """
+    if os.environ.get("STEERLM2_NO_TUNE", "0") not in ("", "0"):
+        return None
+    spec = PathFinder.find_spec(name, path)
+    if spec is not None and isinstance(spec.loader, SourceFileLoader):
+        spec.loader = _RegistryLoader(spec.loader.name, spec.loader.path)
+    return spec

@@ -1,0 +1,249 @@
+"""Groups that share their prompt, packed into rows and spread over micro-batches and ranks.
+
+Dimension letters: T tokens of a packed row, R response tokens to predict, N responses, G groups.
+
+A prompt and its n responses stand in one row, [prompt | y_1 | ... | y_n]: the prompt is computed
+once instead of n times and nothing is padded. Each response attends to the prompt and to itself,
+and its positions continue the prompt's. A response's first token is predicted at the last prompt
+position; its last token (the stop token) predicts nothing, so it is a target but no input. Several
+groups can stand in one row; they don't see each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Strategy = Literal["auto", "single_pass", "two_pass"]
+
+PADDING = -1
+"""The group number of padding tokens."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its tokenised responses, each ending in the stop token.
+
+    `log_q` and `weights` (w') are None until they are known. `index` is the place of the record
+    in its data set, `responses_kept` the places of the responses in their record.
+    """
+
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+    index: int = 0
+    responses_kept: Sequence[int] = ()
+    log_p_attributes: Sequence[float] | None = None
+    log_p_response: Sequence[float] | None = None
+    log_q: Sequence[float] | None = None
+    weights: Sequence[float] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the group in a packed row."""
+        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+    def slices(self, size: int) -> list[Group]:
+        """The group as groups of at most `size` responses: prompt and responses only.
+
+        Their `index` is this group's; `responses_kept` are places in this group.
+        """
+        starts = range(0, len(self.responses), size)
+        return [self._part(start, min(start + size, len(self.responses))) for start in starts]
+
+    def slices_within(self, max_tokens: int) -> list[Group]:
+        """The same by tokens: slices of at most `max_tokens` tokens, or of a single response."""
+        parts: list[Group] = []
+        start = 0
+        for stop in range(1, len(self.responses) + 1):
+            if stop == len(self.responses) or (self._part(start, stop + 1).num_tokens > max_tokens):
+                parts.append(self._part(start, stop))
+                start = stop
+        return parts
+
+    def _part(self, start: int, stop: int) -> Group:
+        return Group(self.prompt, self.responses[start:stop], self.index, range(start, stop))
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A row of groups as tensors. An empty row (no groups) is padding: no targets, no loss."""
+
+    tokens_T: Tensor
+    input_pos_T: Tensor
+    group_T: Tensor
+    """Which group of the row a token is of; PADDING for padding."""
+    segment_T: Tensor
+    """0 in a prompt, 1 + i in the i-th response of the row."""
+    source_R: Tensor
+    """Position in the row that predicts the target."""
+    targets_R: Tensor
+    response_R: Tensor
+    """Which response of the row a target belongs to."""
+    group_sizes: list[int]
+    response_lengths_N: Tensor
+    log_q_N: Tensor | None
+    w_N: Tensor | None
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.response_lengths_N)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return int((self.group_T != PADDING).sum())
+
+    def attention_mask_TT(self) -> Tensor:
+        """Boolean [T, T]: query (row) sees key (column): its own prompt and itself, causally."""
+        place_T = torch.arange(len(self.tokens_T), device=self.tokens_T.device)
+        causal_TT = place_T[:, None] >= place_T
+        same_group_TT = self.group_T[:, None] == self.group_T
+        visible_TT = (self.segment_T == 0) | (self.segment_T[:, None] == self.segment_T)
+        return causal_TT & same_group_TT & visible_TT
+
+    def to(self, device: torch.device) -> PackedRow:
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+        return PackedRow(**moved)
+
+
+def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> PackedRow:
+    """Groups as one row, padded at the end to a multiple of `multiple_of` tokens, at least one.
+
+    `log_q_N` and `w_N` are set where every group has them.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    group_ids: list[int] = []
+    segments: list[int] = []
+    source: list[int] = []
+    targets: list[int] = []
+    response_ids: list[int] = []
+    lengths: list[int] = []
+    for g, group in enumerate(groups):
+        tokens += group.prompt
+        positions += range(len(group.prompt))
+        segments += [0] * len(group.prompt)
+        last_prompt_place = len(tokens) - 1
+        for response in group.responses:
+            inputs = response[:-1]
+            source += [last_prompt_place, *range(len(tokens), len(tokens) + len(inputs))]
+            targets += response
+            response_ids += [len(lengths)] * len(response)
+            lengths.append(len(response))
+            tokens += inputs
+            positions += range(len(group.prompt), len(group.prompt) + len(inputs))
+            segments += [len(lengths)] * len(inputs)
+        group_ids += [g] * (len(tokens) - len(group_ids))
+    padding = -len(tokens) % multiple_of if tokens else multiple_of
+    return PackedRow(
+        tokens_T=torch.tensor(tokens + [pad_id] * padding),
+        input_pos_T=torch.tensor(positions + [0] * padding),
+        group_T=torch.tensor(group_ids + [PADDING] * padding),
+        segment_T=torch.tensor(segments + [0] * padding),
+        source_R=torch.tensor(source, dtype=torch.long),
+        targets_R=torch.tensor(targets, dtype=torch.long),
+        response_R=torch.tensor(response_ids, dtype=torch.long),
+        group_sizes=[len(group.responses) for group in groups],
+        response_lengths_N=torch.tensor(lengths, dtype=torch.long),
+        log_q_N=_join([group.log_q for group in groups]),
+        w_N=_join([group.weights for group in groups]),
+    )
+
+
+def _join(values: Sequence[Sequence[float] | None]) -> Tensor | None:
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return None
+    return torch.tensor([x for v in known for x in v], dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one data-parallel rank computes in one optimizer step.
+
+    `single_pass` holds micro-batches: lists of groups that make one row each. `two_pass` holds the
+    groups too large for one. `rows` are how many rows every rank runs of each kind (a rank with
+    fewer runs empty rows): under FSDP all ranks must take part in every forward and backward.
+    """
+
+    single_pass: list[list[Group]]
+    two_pass: list[Group]
+    forward_rows: int
+    backward_rows: int
+
+
+def plan_step(
+    groups: Sequence[Group],
+    *,
+    rank: int,
+    num_ranks: int,
+    strategy: Strategy,
+    max_tokens_per_microbatch: int,
+    micro_batch_size: int,
+    forward_micro_batch_size: int,
+) -> StepPlan:
+    """Spread one step's groups over the data-parallel ranks, and fill the rank's micro-batches.
+
+    Every rank computes the same assignment, so that nothing needs to be sent. Whole groups go to
+    the least loaded rank, longest first; each rank fills micro-batches up to the token budget.
+    A group over the budget takes two passes (`auto`) or a micro-batch of its own (`single_pass`).
+    """
+    assigned = assign_to_ranks([group.num_tokens for group in groups], num_ranks)
+    plans = []
+    for indices in assigned:
+        single: list[Group] = []
+        two: list[Group] = []
+        for group in (groups[i] for i in indices):
+            too_large = group.num_tokens > max_tokens_per_microbatch
+            takes_two = strategy == "two_pass" or (strategy == "auto" and too_large)
+            (two if takes_two else single).append(group)
+        plans.append((fill_microbatches(single, max_tokens_per_microbatch), two))
+    single_pass, two_pass = plans[rank]
+    return StepPlan(
+        single_pass,
+        two_pass,
+        forward_rows=max(_num_slices(two, forward_micro_batch_size) for _, two in plans),
+        backward_rows=max(
+            len(single) + _num_slices(two, micro_batch_size) for single, two in plans
+        ),
+    )
+
+
+def assign_to_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Indices of the items for each rank: the largest first, each to the rank with the least."""
+    loads = [0] * num_ranks
+    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        lightest = loads.index(min(loads))
+        assigned[lightest].append(i)
+        loads[lightest] += sizes[i]
+    return [sorted(indices) for indices in assigned]
+
+
+def fill_microbatches(groups: Sequence[Group], max_tokens: int) -> list[list[Group]]:
+    """Groups into few micro-batches, by best fit decreasing; one over the budget stands alone."""
+    batches: list[list[Group]] = []
+    loads: list[int] = []
+    for group in sorted(groups, key=lambda group: -group.num_tokens):
+        fitting = [i for i, load in enumerate(loads) if load + group.num_tokens <= max_tokens]
+        if fitting:
+            best = max(fitting, key=lambda i: loads[i])
+            batches[best].append(group)
+            loads[best] += group.num_tokens
+        else:
+            batches.append([group])
+            loads.append(group.num_tokens)
+    return batches
+
+
+def _num_slices(groups: Sequence[Group], size: int) -> int:
+    return sum(-(-len(group.responses) // size) for group in groups)

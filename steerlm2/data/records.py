@@ -1,0 +1,406 @@
+"""SteerLM2 records: a prompt, the wanted attribute values and the responses to weigh.
+
+The published JSON key names ("from", "log(P(a|x,y))", ...) exist at the file boundary only: inside,
+everything has Python names. Keys that we don't know are kept and written back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import math
+import os
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from steerlm2.attributes import AttributeSchema, parse_label
+
+LOG_PROB_KEYS = {
+    "log_p_attributes": "log(P(a|x,y))",
+    "log_p_response": "log(P(y|x))",
+    "log_q": "log(Q(y|a,x))",
+}
+"""Field of Response -> JSON key. All are natural logarithms, summed over the response's tokens."""
+
+USER, ASSISTANT = "User", "Assistant"
+
+_MAX_REPORTED_LINES = 10
+
+
+@dataclass
+class Turn:
+    """One message of the conversation before the responses."""
+
+    role: str
+    """"User" or "Assistant"."""
+    value: str
+    label: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Response:
+    """One candidate answer. Log-probabilities in nats; None where not known yet."""
+
+    value: str
+    log_p_attributes: float | None = None
+    log_p_response: float | None = None
+    log_q: float | None = None
+    scores: dict[str, float] | None = None
+    """Attribute -> human label or regression score, on the scale of the label, unrounded."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """A group: one prompt, one attribute label, and the responses that share them."""
+
+    system: str
+    prompt_turns: list[Turn]
+    label: str | None
+    responses: list[Response]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_record(
+    obj: object,
+    *,
+    require: Collection[str] = tuple(LOG_PROB_KEYS),
+    schema: AttributeSchema | None = None,
+    min_responses: int = 2,
+) -> Record:
+    """Check one decoded JSON object of the SteerLM2 format and build the record.
+
+    Args:
+        require: the log-probability fields of Response that every response must have.
+        schema: if given, labels may use only its names and values.
+        min_responses: a group of one response has nothing to compare.
+
+    Raises:
+        ValueError: with all problems of the record in one message.
+    """
+    if not isinstance(obj, dict):
+        raise ValueError(f"a record must be a JSON object, got {_kind(obj)}")
+    problems: list[str] = []
+    system = _text(obj, "system", "", problems)
+    turns = _turns(obj, schema, problems)
+    label = _label(obj, "", schema, problems)
+    responses = _responses(obj, require, min_responses, problems)
+    if problems:
+        raise ValueError("; ".join(problems))
+    known = {"system", "prompt_turns", "label", "responses"}
+    return Record(system, turns, label, responses, _rest(obj, known))
+
+
+def record_to_json(record: Record) -> dict[str, Any]:
+    """The record as a JSON object in the published format. Unknown values (None) are left out."""
+    turns = [
+        {"from": turn.role, "value": turn.value}
+        | ({} if turn.label is None else {"label": turn.label})
+        | turn.extra
+        for turn in record.prompt_turns
+    ]
+    return {
+        "system": record.system,
+        "prompt_turns": turns,
+        "label": record.label,
+        "responses": [_response_to_json(response) for response in record.responses],
+    } | record.extra
+
+
+def read_records(
+    path: str | Path,
+    *,
+    require: Collection[str] = tuple(LOG_PROB_KEYS),
+    schema: AttributeSchema | None = None,
+    min_responses: int = 2,
+) -> list[Record]:
+    """All records of a SteerLM2 JSONL file (.jsonl or .jsonl.gz); arguments as in `parse_record`.
+
+    Raises:
+        FileNotFoundError: with the absolute path.
+        ValueError: naming the bad lines (the first 10) with all their problems, or an empty file.
+    """
+    return list(iter_records(path, require=require, schema=schema, min_responses=min_responses))
+
+
+def iter_records(
+    path: str | Path,
+    *,
+    require: Collection[str] = tuple(LOG_PROB_KEYS),
+    schema: AttributeSchema | None = None,
+    min_responses: int = 2,
+) -> Iterator[Record]:
+    """`read_records` in constant memory: bad lines are skipped, and raise after the last record."""
+    problems = LineProblems(path)
+    found = False
+    for line_number, obj in iter_json_lines(path, problems):
+        found = True
+        try:
+            record = parse_record(obj, require=require, schema=schema, min_responses=min_responses)
+        except ValueError as error:
+            problems.add(line_number, str(error))
+        else:
+            yield record
+    problems.raise_if_any()
+    if not found:
+        raise ValueError(f"{path} holds no records: the file is empty")
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> int:
+    """Write records as JSONL (.gz: compressed) and return how many.
+
+    The file appears under its name only when it is complete; missing folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        with _open_for_writing(temporary, compressed=path.suffix == ".gz") as file:
+            for record in records:
+                file.write(_to_line(record_to_json(record)))
+                count += 1
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+class LineProblems:
+    """Collects the bad lines of a file, so that one message can name them together."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        self.count = 0
+        self._first: list[str] = []
+
+    def add(self, line_number: int, problem: str) -> None:
+        self.count += 1
+        if len(self._first) < _MAX_REPORTED_LINES:
+            self._first.append(f"{self.path}:{line_number}: {problem}")
+
+    def raise_if_any(self) -> None:
+        """Raises:
+        ValueError: "FILE:LINE: problem" for the first 10 bad lines, and how many more there are.
+        """
+        if not self.count:
+            return
+        more = self.count - len(self._first)
+        tail = [f"... and {more} more bad line{'s' * (more > 1)}"] if more else []
+        raise ValueError("\n".join(self._first + tail))
+
+
+def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, decoded JSON) of every line of a .jsonl or .jsonl.gz file that decodes.
+
+    Blank lines are skipped, undecodable ones go to `problems`; the caller raises them at the end.
+
+    Raises:
+        FileNotFoundError: with the absolute path.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{path.absolute()} {what}; give a .jsonl or .jsonl.gz file"
+            " (relative paths start at the working directory)"
+        )
+    line_number = 0
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            for line_number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    obj = json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:
+                    problems.add(line_number, f"not valid JSON ({_json_hint(error)})")
+                else:
+                    yield line_number, obj
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            problems.add(line_number + 1, f"the compressed file is damaged or cut off ({error})")
+
+
+def _json_hint(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start + 1}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _to_line(obj: dict[str, Any]) -> bytes:
+    line = json.dumps(obj, ensure_ascii=False)
+    if not _is_unicode(line):  # half a surrogate pair in a key that isn't ours: only \u can say it
+        line = json.dumps(obj, ensure_ascii=True)
+    return line.encode("utf-8") + b"\n"
+
+
+@contextlib.contextmanager
+def _open_for_writing(path: Path, compressed: bool) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """The same records give the same bytes: no time and no name go into the gzip header."""
+    with open(path, "wb") as raw:
+        if compressed:
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+                yield file
+        else:
+            yield raw
+
+
+def _turns(obj: dict[str, Any], schema: AttributeSchema | None, problems: list[str]) -> list[Turn]:
+    items = _objects(obj, "prompt_turns", problems)
+    if items is None:
+        return []
+    if len(items) % 2 == 0:
+        problems.append(
+            "prompt_turns must alternate User/Assistant and end with the user: odd count, "
+            f"got {len(items)}"
+        )
+    turns = []
+    for i, item in enumerate(items):
+        where = f"prompt_turns[{i}]"
+        role, expected = item.get("from"), (USER, ASSISTANT)[i % 2]
+        if role != expected:
+            problems.append(f"{where}: 'from' must be {expected!r}, got {role!r}")
+        value = _text(item, "value", where, problems)
+        label = _label(item, where, schema, problems)
+        turns.append(Turn(str(role), value, label, _rest(item, {"from", "value", "label"})))
+    return turns
+
+
+def _responses(
+    obj: dict[str, Any], require: Collection[str], min_responses: int, problems: list[str]
+) -> list[Response]:
+    items = _objects(obj, "responses", problems)
+    if items is None:
+        return []
+    if len(items) < min_responses:
+        problems.append(f"needs at least {min_responses} responses, got {len(items)}")
+    responses = []
+    indices_of: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        own: list[str] = []
+        responses.append(_response(item, require, own))
+        for problem in own:
+            indices_of.setdefault(problem, []).append(i)
+    for problem, indices in indices_of.items():
+        problems.append(f"responses[{','.join(map(str, indices))}]: {problem}")
+    return responses
+
+
+def _response(item: dict[str, Any], require: Collection[str], problems: list[str]) -> Response:
+    if item.get("from", ASSISTANT) != ASSISTANT:
+        problems.append(f"'from' must be {ASSISTANT!r}, got {item['from']!r}")
+    value = _text(item, "value", "", problems)
+    if isinstance(item.get("value"), str) and not item["value"].strip():
+        problems.append("the response text is empty")
+    missing = [key for name, key in LOG_PROB_KEYS.items() if name in require and key not in item]
+    if missing:
+        problems.append(f"missing {', '.join(map(repr, missing))} (recipe score_responses adds it)")
+    log_probs = {
+        name: _number(item[key], repr(key), name in require, problems)
+        for name, key in LOG_PROB_KEYS.items()
+        if key in item
+    }
+    scores = item.get("scores")
+    if scores is not None and not isinstance(scores, dict):
+        problems.append(f"'scores' must be an object of numbers, got {_kind(scores)}")
+        scores = None
+    if scores is not None:
+        numbers = {
+            name: _number(score, f"the score {name!r}", True, problems)
+            for name, score in scores.items()
+        }
+        scores = {name: number for name, number in numbers.items() if number is not None}
+    extra = _rest(item, {"from", "value", "scores", *LOG_PROB_KEYS.values()})
+    return Response(value, scores=scores, extra=extra, **log_probs)
+
+
+def _response_to_json(response: Response) -> dict[str, Any]:
+    known = {"from": ASSISTANT, "value": response.value}
+    optional = {key: getattr(response, name) for name, key in LOG_PROB_KEYS.items()}
+    optional["scores"] = response.scores
+    return known | {k: v for k, v in optional.items() if v is not None} | response.extra
+
+
+def _objects(obj: dict[str, Any], key: str, problems: list[str]) -> list[dict[str, Any]] | None:
+    """The list of objects under `key`; None, with the reason in `problems`, if it isn't one."""
+    items = obj.get(key)
+    if key not in obj:
+        problems.append(f"missing {key!r}")
+    elif not isinstance(items, list):
+        problems.append(f"{key!r} must be a list, got {_kind(items)}")
+    else:
+        wrong = [f"{key}[{i}]" for i, item in enumerate(items) if not isinstance(item, dict)]
+        if not wrong:
+            return items
+        problems.append(f"{', '.join(wrong)} must be a JSON object")
+    return None
+
+
+def _text(obj: dict[str, Any], key: str, where: str, problems: list[str]) -> str:
+    prefix = f"{where}: " if where else ""
+    value = obj.get(key)
+    if key not in obj:
+        problems.append(f"{prefix}missing {key!r}")
+    elif not isinstance(value, str):
+        problems.append(f"{prefix}{key!r} must be text, got {_kind(value)}")
+    elif not _is_unicode(value):
+        problems.append(f"{prefix}{key!r} holds half of a surrogate pair: not valid Unicode text")
+    else:
+        return value
+    return ""
+
+
+def _label(
+    obj: dict[str, Any], where: str, schema: AttributeSchema | None, problems: list[str]
+) -> str | None:
+    prefix = f"{where}: " if where else ""
+    label = obj.get("label")
+    if label is None:
+        return None
+    if not isinstance(label, str):
+        problems.append(f"{prefix}'label' must be text or null, got {_kind(label)}")
+        return None
+    try:
+        parse_label(label, schema)
+    except ValueError as error:
+        problems.append(f"{prefix}{error}")
+    return label
+
+
+def _number(value: object, name: str, required: bool, problems: list[str]) -> float | None:
+    if value is None and not required:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        problems.append(f"{name} must be a number, got {_kind(value)}")
+        return None
+    with contextlib.suppress(OverflowError):
+        if math.isfinite(value):
+            return float(value)
+    problems.append(f"{name} must be finite, got {value if isinstance(value, float) else 'huge'}")
+    return None
+
+
+def _rest(obj: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in obj.items() if key not in known}
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object")

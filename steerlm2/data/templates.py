@@ -1,0 +1,242 @@
+"""Templates: how a conversation, an attribute label and a response become one text, and its ids.
+
+A template yields segments. A control segment is one control token; every other segment is plain
+text and is tokenised by itself, so that no content can spell a control token, and no token spans
+the boundary between prompt and response.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from steerlm2.data.records import ASSISTANT, Turn
+from steerlm2.data.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a templated text: one control token, or plain text."""
+
+    text: str
+    control: bool = False
+
+
+class Template(Protocol):
+    """What a template offers. Its texts are exactly those that a model is trained on."""
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """All control tokens that the template uses, as the tokenizer spells them."""
+
+    def prompt(self, system: str, turns: Sequence[Turn], label: str | None) -> list[Segment]:
+        """Everything up to where the response begins."""
+
+    def response(self, text: str) -> list[Segment]:
+        """The response text, the end-of-turn text and the stop token: what is trained on."""
+
+
+EXTRA_ID_TOKENS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
+"""Start of the system text, start of a turn (and stop token), start of a label."""
+
+
+@dataclass(frozen=True)
+class ExtraIdTemplate:
+    r"""The published SteerLM template. Build it with `extra_id_template`.
+
+    <extra_id_0>System\n{system}\n<extra_id_1>User\n{turn}\n<extra_id_1>Assistant\n
+    <extra_id_2>{label}\n{response}\n<extra_id_1>, in one piece; the label line appears only where
+    there is a label, also in earlier turns.
+    """
+
+    control_tokens: tuple[str, ...] = EXTRA_ID_TOKENS
+
+    def prompt(self, system: str, turns: Sequence[Turn], label: str | None) -> list[Segment]:
+        """Everything up to where the response begins."""
+        segments = [Segment(self.control_tokens[0], control=True), Segment("System\n")]
+        segments += [Segment(system), Segment("\n")]
+        for turn in turns:
+            segments += self._turn_start(turn.role, turn.label)
+            segments += [Segment(turn.value), Segment("\n")]
+        return segments + self._turn_start(ASSISTANT, label)
+
+    def response(self, text: str) -> list[Segment]:
+        """The response, a line break, and the token that starts the next turn."""
+        return [Segment(text), Segment("\n"), Segment(self.control_tokens[1], control=True)]
+
+    def _turn_start(self, role: str, label: str | None) -> list[Segment]:
+        segments = [Segment(self.control_tokens[1], control=True), Segment(f"{role}\n")]
+        if label is not None:
+            segments += [Segment(self.control_tokens[2], control=True)]
+            segments += [Segment(label), Segment("\n")]
+        return segments
+
+
+def extra_id_template(control_tokens: Mapping[str, str] | None = None) -> ExtraIdTemplate:
+    """The published SteerLM template, usable as `_component_`.
+
+    Args:
+        control_tokens: tokens of the tokenizer to use in place of <extra_id_0>, <extra_id_1> and
+            <extra_id_2>. Llama 3: `<|reserved_special_token_0|>` and so on. Llama 2 reserves none,
+            but has byte tokens that text doesn't use: `<0x01>`, `<0x02>`, `<0x03>` (the control
+            characters U+0001 to U+0003 are then left out of contents).
+
+    Raises:
+        ValueError: for unknown keys, for one token used twice, for byte tokens that text needs.
+    """
+    given = dict(control_tokens or {})
+    problems = [
+        f"unknown key {key!r}; known: {', '.join(EXTRA_ID_TOKENS)}"
+        for key in given.keys() - set(EXTRA_ID_TOKENS)
+    ]
+    tokens = tuple(given.get(name, name) for name in EXTRA_ID_TOKENS)
+    if len(set(tokens)) < len(tokens):
+        problems.append(f"the tokens must differ from each other, got {', '.join(tokens)}")
+    problems += [
+        f"{token} stands for a character that ordinary text needs; use <0x01> to <0x08>"
+        for token in tokens
+        if _is_text_byte(token)
+    ]
+    if problems:
+        raise ValueError("control_tokens: " + "; ".join(problems))
+    return ExtraIdTemplate(tokens)
+
+
+def _is_text_byte(token: str) -> bool:
+    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    return match is not None and int(match[1], 16) not in range(0x01, 0x09)
+
+
+@dataclass(frozen=True)
+class Llama3Template:
+    r"""Llama 3's own headers. Build it with `llama3_template`.
+
+    <|begin_of_text|>, then per turn
+    <|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>, with the label as a turn of the
+    role `attributes` right before the assistant's header. No system turn without a system text.
+    """
+
+    control_tokens: tuple[str, ...] = (
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    )
+
+    def prompt(self, system: str, turns: Sequence[Turn], label: str | None) -> list[Segment]:
+        """Everything up to where the response begins."""
+        segments = [Segment(self.control_tokens[0], control=True)]
+        if system:
+            segments += [*self._header("system"), Segment(system), self._end_of_turn]
+        for turn in turns:
+            segments += self._attributes(turn.label) + self._header(turn.role.lower())
+            segments += [Segment(turn.value), self._end_of_turn]
+        return segments + self._attributes(label) + self._header(ASSISTANT.lower())
+
+    def response(self, text: str) -> list[Segment]:
+        """The response and <|eot_id|>."""
+        return [Segment(text), self._end_of_turn]
+
+    @property
+    def _end_of_turn(self) -> Segment:
+        return Segment(self.control_tokens[3], control=True)
+
+    def _attributes(self, label: str | None) -> list[Segment]:
+        if label is None:
+            return []
+        return [*self._header("attributes"), Segment(label), self._end_of_turn]
+
+    def _header(self, role: str) -> list[Segment]:
+        start, end = self.control_tokens[1:3]
+        return [
+            Segment(start, control=True),
+            Segment(role),
+            Segment(end, control=True),
+            Segment("\n\n"),
+        ]
+
+
+def llama3_template() -> Llama3Template:
+    """Llama 3's own chat format with the label in a turn of its own, usable as `_component_`."""
+    return Llama3Template()
+
+
+def segments_to_text(segments: Sequence[Segment]) -> str:
+    """The text that the segments make, for people to read: tokenising it is not safe."""
+    return "".join(segment.text for segment in segments)
+
+
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: Tokenizer, control_tokens: Sequence[str] = ()
+) -> list[int]:
+    """Token ids of the segments; no content yields the id of a control token.
+
+    Args:
+        control_tokens: further control tokens that contents must not yield.
+
+    Raises:
+        ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
+    """
+    own = (segment.text for segment in segments if segment.control)
+    ids_of = _control_ids(tokenizer, tuple(dict.fromkeys([*control_tokens, *own])))
+    reserved = set(ids_of.values())
+    ids: list[int] = []
+    for segment in segments:
+        if segment.control:
+            ids.append(ids_of[segment.text])
+        else:
+            # Only the byte tokens of `extra_id_template` are dropped here: the tokenizer itself
+            # keeps all other control tokens out of plain text.
+            ids += (
+                token_id for token_id in tokenizer.encode(segment.text) if token_id not in reserved
+            )
+    return ids
+
+
+def encode_prompt(
+    template: Template,
+    tokenizer: Tokenizer,
+    system: str,
+    turns: Sequence[Turn],
+    label: str | None,
+) -> list[int]:
+    """Token ids of everything before the response, after the tokenizer's bos token if it has one.
+
+    Raises:
+        ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
+    """
+    segments = template.prompt(system, turns, label)
+    ids = encode_segments(segments, tokenizer, template.control_tokens)
+    if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids.insert(0, tokenizer.bos_id)
+    return ids
+
+
+def encode_response(template: Template, tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of the response, its end-of-turn text and the stop token.
+
+    Raises:
+        ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
+    """
+    return encode_segments(template.response(text), tokenizer, template.control_tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def _control_ids(tokenizer: Tokenizer, control_tokens: tuple[str, ...]) -> dict[str, int]:
+    ids = {token: tokenizer.token_id(token) for token in control_tokens}
+    known = {token: token_id for token, token_id in ids.items() if token_id is not None}
+    problems = [f"{token} is no token of this tokenizer" for token in ids if token not in known]
+    problems += [
+        f"{token} is ordinary text for this tokenizer"
+        for token, token_id in known.items()
+        if token_id in tokenizer.encode(token)
+    ]
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}. Use the template that fits the tokenizer, or map the control"
+            " tokens to reserved ones of it: `control_tokens` of extra_id_template"
+        )
+    return known

@@ -1,0 +1,261 @@
+"""Tokenizers whose plain text can never turn into a control token.
+
+A Hugging Face tokenizer looks for its added tokens ("<|eot_id|>", "<extra_id_1>") in any text that
+it encodes, special or not. Content therefore goes through a second tokenizer built from the same
+file without them. What is left are vocabularies that spell a control token as an ordinary piece:
+such a piece is found by its id and cut in two.
+
+The dummy space that SentencePiece-style tokenizers (Llama 2) put in front of every text is turned
+off: a conversation is encoded in segments, and a space per segment would be neither what the model
+saw in pretraining nor what decoding gives back. All other normalisation of the tokenizer stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+
+from steerlm2.data import TINY_TOKENIZER_DIR
+
+TINY_SPECIAL_TOKENS = ("<pad>", "<|endoftext|>", *(f"<extra_id_{i}>" for i in range(8)))
+TINY_VOCAB_SIZE = 512
+
+_SIDE_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unk>")
+
+
+class Tokenizer(Protocol):
+    """What templates, datasets and recipes need of a tokenizer."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest token id plus one."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that starts every text of the model; None if it has none."""
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids; never the id of a control token, whatever the text."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of `token` if it is one token of the vocabulary."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, control tokens spelled out."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write the files from which transformers and vLLM load the same tokenizer."""
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer file. Build it with `hf_tokenizer` or `tiny_tokenizer`."""
+
+    def __init__(self, tokenizer_json: str, side_files: dict[str, str]) -> None:
+        """
+        Args:
+            tokenizer_json: the text of tokenizer.json.
+            side_files: file name -> text of the files beside it, kept for `save`.
+        """
+        self._tokenizer_json = tokenizer_json
+        self._side_files = side_files
+        spec = json.loads(tokenizer_json)
+        spec.update(truncation=None, padding=None)
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            spec[part] = _without_dummy_space(spec.get(part))
+        self._all = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._control_ids = frozenset(
+            token["id"] for token in spec["added_tokens"] if _is_control(token)
+        )
+        self._content = tokenizers.Tokenizer.from_str(json.dumps(_content_spec(spec)))
+
+        self.vocab_size = 1 + max(self._all.get_vocab(with_added_tokens=True).values())
+        config = self._special_tokens()
+        self.bos_id = self._find_bos(config)
+        self.eos_id = self._id_of(config.get("eos_token"))
+        fallbacks = [self._id_of(config.get("pad_token")), *map(self.token_id, _PAD_TOKENS)]
+        known = [token_id for token_id in [*fallbacks, self.eos_id] if token_id is not None]
+        self.pad_id: int = known[0] if known else 0
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; never the id of an added token, whatever the text.
+
+        Where the vocabulary holds a control token as an ordinary piece, the piece is cut in two;
+        a single character that only a control token could stand for is left out. Added tokens
+        made of white space only are text, not control. Halves of surrogate pairs, which aren't
+        Unicode text, become "?".
+        """
+        encoding = self._content.encode(
+            text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False
+        )
+        ids: list[int] = encoding.ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        cuts = [
+            start + 1
+            for token_id, (start, end) in zip(ids, encoding.offsets, strict=True)
+            if token_id in self._control_ids and end - start > 1
+        ]
+        if not cuts:
+            return [token_id for token_id in ids if token_id not in self._control_ids]
+        edges = zip([0, *cuts], [*cuts, len(text)], strict=True)
+        return [token_id for start, end in edges for token_id in self.encode(text[start:end])]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of `token` if it is one token of the vocabulary, else None."""
+        return self._all.token_to_id(token)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, control tokens spelled out; broken UTF-8 becomes U+FFFD."""
+        return self._all.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and the files beside it, as they were loaded."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        files = {
+            "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+        }
+        files |= self._side_files | {"tokenizer.json": self._tokenizer_json}
+        for name, text in files.items():
+            (directory / name).write_text(text, encoding="utf-8")
+
+    def _special_tokens(self) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            merged |= {key: value for key, value in self._config(name).items() if value}
+        return merged
+
+    def _config(self, name: str) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(self._side_files.get(name, "{}"))
+        return config
+
+    def _id_of(self, token: str | dict[str, Any] | None) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        return None if content is None else self.token_id(content)
+
+    def _find_bos(self, config: dict[str, Any]) -> int | None:
+        """The token that the tokenizer itself puts first.
+
+        Having a bos_token isn't enough: GPT-NeoX names one that its models never saw in front.
+        """
+        adds_bos = self._config("tokenizer_config.json").get("add_bos_token")
+        if isinstance(adds_bos, bool):
+            return self._id_of(config.get("bos_token")) if adds_bos else None
+        plain, framed = (self._all.encode("a", add_special_tokens=add).ids for add in (False, True))
+        return framed[0] if framed[:1] != plain[:1] else None
+
+
+def hf_tokenizer(path: str | Path) -> HFTokenizer:
+    """The Hugging Face tokenizer in a folder (or of a tokenizer.json), usable as `_component_`.
+
+    Args:
+        path: a folder with tokenizer.json and, where present, tokenizer_config.json and
+            special_tokens_map.json (they name bos, eos and pad), or that tokenizer.json itself.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer.json.
+        ValueError: if a file can't be read as what its name says.
+    """
+    path = Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file.absolute()} does not exist; give a folder with the tokenizer.json of a"
+            " Hugging Face model (`tune download` fetches it; a SentencePiece or tiktoken"
+            " tokenizer.model alone isn't enough)"
+        )
+    texts = {}
+    for name in (file.name, *_SIDE_FILES):
+        beside = file.with_name(name)
+        if beside.is_file():
+            texts[name] = beside.read_text(encoding="utf-8")
+    tokenizer_json = texts.pop(file.name)
+    try:
+        return HFTokenizer(tokenizer_json, texts)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{file.absolute()} is no usable tokenizer: {error}") from error
+
+
+def tiny_tokenizer() -> HFTokenizer:
+    """The tokenizer of the tiny models: byte-level BPE, 512 tokens, lossless on any text.
+
+    <pad> is 0, <|endoftext|> ends a text, <extra_id_0> to <extra_id_7> are control tokens.
+    `steerlm2.data.synthetic.build_tiny_tokenizer` made it.
+    """
+    return hf_tokenizer(TINY_TOKENIZER_DIR)
+
+
+def train_byte_level_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer; the same texts give the same one. Special tokens come first."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _is_control(added_token: dict[str, Any]) -> bool:
+    """Some tokenizers (GPT-NeoX, Gemma) add runs of spaces or newlines: those are text."""
+    return added_token["special"] or bool(added_token["content"].strip())
+
+
+def _content_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer of plain text: the same one without control tokens."""
+    model = dict(spec["model"])
+    if "dropout" in model:
+        model["dropout"] = None
+    text_tokens = [token for token in spec["added_tokens"] if not _is_control(token)]
+    if isinstance(model.get("vocab"), dict):
+        # An added token that the model's vocabulary lacks is numbered after the last one: with the
+        # control tokens gone it would get another id.
+        model["vocab"] = model["vocab"] | {token["content"]: token["id"] for token in text_tokens}
+    else:
+        text_tokens = []
+    return spec | {"added_tokens": text_tokens, "model": model, "post_processor": None}
+
+
+def _without_dummy_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer, pre-tokenizer or decoder that neither adds a leading space nor strips one."""
+    if part is None:
+        return None
+    match part["type"]:
+        case "Prepend":
+            return None
+        case "Strip" if part.get("content") == " ":
+            return None
+        case "Metaspace":
+            old = {"add_prefix_space": False} if "add_prefix_space" in part else {}
+            return part | {"prepend_scheme": "never"} | old
+        case "ByteLevel":
+            return part | {"add_prefix_space": False}
+        case "Sequence":
+            key = next(key for key in part if key != "type")
+            parts = [_without_dummy_space(inner) for inner in part[key]]
+            return part | {key: [inner for inner in parts if inner is not None]}
+    return part

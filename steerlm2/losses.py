@@ -1,0 +1,188 @@
+"""The SteerLM 2.0 weights, loss and diagnostics: plain tensors in, plain tensors out.
+
+Dimension letters: G groups (prompts), N responses of all groups together, group after group.
+
+For one group, with log Q_theta the model being trained and log Q' the fixed proposal (the model
+that the responses were sampled from; SteerLM 2.0, HelpSteer2 paper, section 4.5):
+
+    w'_i = softmax_i(log P(a|x,y_i) + log P(y_i|x) - log Q'(y_i|a,x))     target weights
+    b'_i = softmax_i(log Q_theta(y_i|a,x) - log Q'(y_i|a,x))              baseline weights
+
+The paper's gradient, -sum_i (w'_i - b'_i) grad log Q_theta(y_i|a,x), is the gradient of
+KL(w' || b'): a softmax cross-entropy over the responses of a prompt. One forward and one backward
+therefore suffice; there is no separate pass for b'.
+
+Departure from the paper: by default a group's KL is divided by its mean response length, as
+NeMo-Aligner does; `normalize="none"` is the paper's form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+DISTANCE_EPS = 1e-8
+"""Added to both weights in `kl_distance`, so that the published metric stays finite."""
+
+
+def target_weights(
+    log_p_attributes_N: Tensor,
+    log_p_response_N: Tensor,
+    log_q_N: Tensor,
+    group_sizes: Sequence[int] | Tensor,
+) -> Tensor:
+    """w' [N]: how much of its group each response deserves. Sums to 1 within each group.
+
+    Args:
+        log_p_attributes_N: log P(a|x,y), nats.
+        log_p_response_N: log P(y|x), nats, summed over the response's tokens.
+        log_q_N: log Q'(y|a,x), nats, summed over the response's tokens.
+        group_sizes: [G] number of responses of each group; sums to N.
+    """
+    return _group_log_softmax(log_p_attributes_N + log_p_response_N - log_q_N, group_sizes).exp()
+
+
+def baseline_weights(
+    logps_N: Tensor, log_q_N: Tensor, group_sizes: Sequence[int] | Tensor
+) -> Tensor:
+    """b' [N]: how much of its group the model being trained gives each response.
+
+    Args:
+        logps_N: log Q_theta(y|a,x), nats, summed over the response's tokens.
+        log_q_N: log Q'(y|a,x) likewise.
+        group_sizes: [G] number of responses of each group; sums to N.
+    """
+    return _group_log_softmax(logps_N - log_q_N, group_sizes).exp()
+
+
+def kl_distance(w_N: Tensor, b_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    """The `distance` metric: mean over groups of sum_i (w'+eps) log((w'+eps) / (b'+eps)), a scalar.
+
+    It falls to 0 as the model's relative probabilities reach the target weights. 0 for no groups.
+    """
+    w_N, b_N = w_N + DISTANCE_EPS, b_N + DISTANCE_EPS
+    return _mean_over_groups(_sum_by_group(w_N * (w_N / b_N).log(), group_sizes))
+
+
+def effective_sample_size(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    """[G] 1 / sum_i w_i^2 as a share of the group's size: 1 for equal weights, 1/n for one-hot."""
+    sizes_G = torch.as_tensor(group_sizes, device=w_N.device)
+    return 1 / (_sum_by_group(w_N.square(), group_sizes) * sizes_G)
+
+
+def max_weight(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    """[G] the largest weight of each group."""
+    index_N = _group_index(group_sizes, w_N.device)
+    max_G = w_N.new_zeros(len(group_sizes))
+    return max_G.scatter_reduce(0, index_N, w_N, "amax")
+
+
+class SteerLM2Loss:
+    """Mean over groups of KL(w' || b') / mean response length of the group.
+
+    Its gradient is d loss / d log Q_theta(y_i) = -(w'_i - b'_i) / mean length / number of groups.
+
+    Args:
+        normalize: "mean_response_length" (NeMo-Aligner) or "none" (the paper's form).
+
+    Raises:
+        ValueError: for another `normalize`.
+    """
+
+    def __init__(
+        self, normalize: Literal["mean_response_length", "none"] = "mean_response_length"
+    ) -> None:
+        if normalize not in ("mean_response_length", "none"):
+            raise ValueError(
+                f"normalize must be 'mean_response_length' or 'none', got {normalize!r}"
+            )
+        self.normalize = normalize
+
+    def __call__(
+        self,
+        logps_N: Tensor,
+        log_q_N: Tensor,
+        w_N: Tensor,
+        group_sizes: Sequence[int] | Tensor,
+        response_lengths: Sequence[int] | Tensor,
+    ) -> Tensor:
+        """The loss, a scalar; 0 (with a gradient of 0) for no groups.
+
+        Args:
+            logps_N: log Q_theta(y|a,x), nats, summed over the response's tokens; has the gradient.
+            log_q_N: log Q'(y|a,x) likewise, fixed.
+            w_N: target weights.
+            group_sizes: [G] number of responses of each group; sums to N.
+            response_lengths: [N] tokens of each response, its stop token included.
+        """
+        log_b_N = _group_log_softmax(logps_N - log_q_N, group_sizes)
+        kl_G = _sum_by_group(torch.xlogy(w_N, w_N) - w_N * log_b_N, group_sizes)
+        if self.normalize == "mean_response_length":
+            lengths_N = torch.as_tensor(response_lengths, device=kl_G.device).to(kl_G.dtype)
+            sizes_G = torch.as_tensor(group_sizes, device=kl_G.device)
+            kl_G = kl_G * sizes_G / _sum_by_group(lengths_N, group_sizes)
+        return _mean_over_groups(kl_G)
+
+
+METRIC_NAMES = (
+    "distance",
+    "ess_target",
+    "ess_baseline",
+    "share_one_hot_target",
+    "mean_log_ratio",
+)
+"""What `metric_sums` adds up, in order."""
+
+ONE_HOT = 0.99
+
+
+def metric_sums(
+    logps_N: Tensor, log_q_N: Tensor, w_N: Tensor, group_sizes: Sequence[int] | Tensor
+) -> Tensor:
+    """Sums over groups of the reported metrics, [len(METRIC_NAMES)].
+
+    Divided by the number of groups of all micro-batches and ranks they are the step's distance,
+    effective sample sizes of w' and b' (as shares of n), share of groups with max w' > 0.99, and
+    mean of log Q_theta - log Q'.
+    """
+    b_N = baseline_weights(logps_N, log_q_N, group_sizes)
+    num_groups = len(group_sizes)
+    sizes_G = torch.as_tensor(group_sizes, device=w_N.device)
+    return torch.stack(
+        [
+            kl_distance(w_N, b_N, group_sizes) * num_groups,
+            effective_sample_size(w_N, group_sizes).sum(),
+            effective_sample_size(b_N, group_sizes).sum(),
+            (max_weight(w_N, group_sizes) > ONE_HOT).sum(),
+            (_sum_by_group(logps_N - log_q_N, group_sizes) / sizes_G).sum(),
+        ]
+    )
+
+
+def _group_index(group_sizes: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """[N] the group that each response belongs to."""
+    sizes_G = torch.as_tensor(group_sizes, dtype=torch.long, device=device)
+    return torch.repeat_interleave(torch.arange(len(sizes_G), device=device), sizes_G)
+
+
+def _sum_by_group(values_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    index_N = _group_index(group_sizes, values_N.device)
+    return values_N.new_zeros(len(group_sizes)).index_add(0, index_N, values_N)
+
+
+def _mean_over_groups(values_G: Tensor) -> Tensor:
+    return values_G.sum() / max(len(values_G), 1)
+
+
+def _group_log_softmax(logits_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    index_N = _group_index(group_sizes, logits_N.device)
+    assert len(index_N) == len(logits_N), (
+        f"group_sizes add up to {len(index_N)}, not to the {len(logits_N)} responses"
+    )
+    floor_G = logits_N.new_full((len(group_sizes),), -torch.inf)
+    max_G = floor_G.scatter_reduce(0, index_N, logits_N.detach(), "amax")
+    shifted_N = logits_N - max_G[index_N]
+    return shifted_N - _sum_by_group(shifted_N.exp(), group_sizes).log()[index_N]

@@ -1,0 +1,217 @@
+"""What training needs to know of a Llama decoder as torchtune builds it, from outside its code.
+
+Dimension letters: T tokens, D hidden, V vocabulary.
+
+The decoders stay torchtune's. This file makes their forward end at the final norm (the output
+matrix is applied in chunks by `steerlm2.logprobs`), names the tensor-parallel layout of each
+module, and writes the Hugging Face config that belongs to a decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+)
+from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LoRALinear
+from torchtune.modules.tied_linear import TiedLinear
+
+ROW_LENGTH_LIMIT = 1 << 30
+"""A packed row may be longer than the model's context: its positions restart in every response."""
+
+
+def end_at_hidden_states(decoder: TransformerDecoder) -> None:
+    """Make `decoder(tokens, mask=..., input_pos=...)` return the hidden states after the norm."""
+    decoder.unembed = lambda hidden: decoder.norm(hidden)
+    decoder.max_seq_len = ROW_LENGTH_LIMIT
+
+
+def output_weight(decoder: TransformerDecoder) -> Tensor:
+    """The output matrix [V, D] (under tensor parallel this rank's rows), tied or not."""
+    tied = isinstance(decoder.output, TiedLinear)
+    weight = decoder.tok_embeddings.weight if tied else decoder.output.weight
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def gather_sequence(hidden: Tensor) -> Tensor:
+    """Hidden states of the whole row on every tensor-parallel rank.
+
+    Each rank then computes its vocabulary shard's part of the loss, so the gradients that come
+    back are summands: they are reduced and scattered over the sequence in one collective.
+    """
+    if not isinstance(hidden, DTensor):
+        return hidden
+    return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def tensor_parallel_plan(decoder: TransformerDecoder) -> dict[str, ParallelStyle]:
+    """The layout of every module by name: sequence-sharded activations between the linear layers.
+
+    Norms are sequence-parallel, so that all parameters live on one mesh (a gradient norm over
+    parameters on different meshes is an error).
+    """
+    plan: dict[str, ParallelStyle] = {
+        "tok_embeddings": EmbeddingParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+    }
+    if not isinstance(decoder.output, TiedLinear):
+        plan["output"] = ColwiseParallel()
+    for i, layer in enumerate(decoder.layers):
+        prefix = f"layers.{i}"
+        plan[f"{prefix}.sa_norm"] = SequenceParallel()
+        plan[f"{prefix}.mlp_norm"] = SequenceParallel()
+        plan[f"{prefix}.attn"] = PrepareModuleInput(
+            input_layouts=(Shard(1), Shard(1)), desired_input_layouts=(Replicate(), Replicate())
+        )
+        plan[f"{prefix}.mlp"] = PrepareModuleInput(
+            input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+        )
+        for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.w1", "mlp.w3"):
+            lora = isinstance(layer.get_submodule(name), LoRALinear)
+            columns = LoRAParallel(Shard(0), Shard(-1)) if lora else ColwiseParallel()
+            plan[f"{prefix}.{name}"] = columns
+        for name in ("attn.output_proj", "mlp.w2"):
+            lora = isinstance(layer.get_submodule(name), LoRALinear)
+            rows = RowwiseParallel(output_layouts=Shard(1))
+            plan[f"{prefix}.{name}"] = LoRAParallel(Shard(1), Shard(1)) if lora else rows
+    return plan
+
+
+def divide_heads(decoder: TransformerDecoder, tp_size: int) -> None:
+    """Tell the attention modules how many heads this rank has."""
+    for layer in decoder.layers:
+        layer.attn.num_heads //= tp_size
+        layer.attn.num_kv_heads //= tp_size
+
+
+def tensor_parallel_problems(decoder: TransformerDecoder, tp_size: int) -> Iterator[str]:
+    """Why this decoder can't be split over `tp_size` ranks; nothing where it can."""
+    attention = decoder.layers[0].attn
+    mlp = decoder.layers[0].mlp
+    for name, size in (
+        ("attention heads", attention.num_heads),
+        ("key/value heads", attention.num_kv_heads),
+        ("MLP units", mlp.w1.weight.shape[0]),
+        ("vocabulary entries", decoder.tok_embeddings.num_embeddings),
+    ):
+        if size % tp_size:
+            yield f"the model's {size} {name} can't be split over {tp_size} tensor-parallel ranks"
+
+
+class EmbeddingParallel(RowwiseParallel):
+    """Vocabulary-parallel embedding that waits for its collective.
+
+    The pending tensor that torch's style returns enters a compiled layer without its gradient:
+    the embedding would silently not be trained (torch 2.13).
+    """
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: tuple[Placement, ...],
+        use_local_output: bool,
+        mod: nn.Module,
+        outputs: DTensor,
+        device_mesh: DeviceMesh,
+    ) -> Tensor:
+        return outputs.redistribute(placements=output_layouts).to_local()
+
+
+class LoRAParallel(ParallelStyle):
+    """A tensor-parallel `LoRALinear`: y = W x + (alpha / rank) B A x.
+
+    Column-parallel: W and B hold rows (this rank's outputs), A is on every rank.
+    Row-parallel: W and A hold columns (this rank's inputs), B is on every rank.
+
+    Args:
+        weight: how W is sharded: Shard(0) is column-parallel, Shard(1) row-parallel.
+        output_layout: the layout that the output is brought into.
+    """
+
+    def __init__(self, weight: Shard, output_layout: Placement) -> None:
+        super().__init__()
+        columns = weight.dim == 0
+        self.layouts: dict[str, Placement] = {
+            "weight": weight,
+            "lora_a.weight": Replicate() if columns else Shard(1),
+            "lora_b.weight": Shard(0) if columns else Replicate(),
+        }
+        self.input_layout: Placement = Replicate() if columns else Shard(-1)
+        self.output_layout = output_layout
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, layout in self.layouts.items():
+            owner, _, leaf = name.rpartition(".")
+            parameter = module.get_parameter(name)
+            sharded = distribute_tensor(parameter, device_mesh, [layout])
+            module.get_submodule(owner).register_parameter(
+                leaf, nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+            )
+
+        def shard_input(module: nn.Module, inputs: tuple[Tensor]) -> DTensor:
+            (hidden,) = inputs
+            if isinstance(hidden, DTensor):
+                return hidden
+            return DTensor.from_local(hidden, device_mesh, [self.input_layout])
+
+        def local_output(module: nn.Module, inputs: tuple[Tensor], output: DTensor) -> Tensor:
+            return output.redistribute(placements=[self.output_layout]).to_local()
+
+        module.register_forward_pre_hook(shard_input)
+        module.register_forward_hook(local_output)
+        return module
+
+
+def hf_config(decoder: TransformerDecoder, dtype: str = "float32") -> dict[str, Any]:
+    """The config.json of a `LlamaForCausalLM` that computes what this decoder computes.
+
+    For decoders built from scratch; a decoder loaded from a checkpoint keeps that checkpoint's own.
+    Token ids are left to the tokenizer's files.
+    """
+    attention, mlp = decoder.layers[0].attn, decoder.layers[0].mlp
+    rope = attention.pos_embeddings
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": decoder.tok_embeddings.num_embeddings,
+        "hidden_size": decoder.tok_embeddings.embedding_dim,
+        "intermediate_size": mlp.w1.weight.shape[0],
+        "num_hidden_layers": len(decoder.layers),
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": attention.k_proj.weight.shape[0] // decoder.head_dim,
+        "head_dim": decoder.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": rope.max_seq_len,
+        "rms_norm_eps": decoder.norm.eps,
+        "rope_theta": float(rope.base),
+        "tie_word_embeddings": isinstance(decoder.output, TiedLinear),
+        "torch_dtype": dtype,
+    }
+    if isinstance(rope, Llama3ScaledRoPE):
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": float(rope.scale_factor),
+            "low_freq_factor": float(rope.low_freq_factor),
+            "high_freq_factor": float(rope.high_freq_factor),
+            "original_max_position_embeddings": rope.old_context_len,
+        }
+    return config

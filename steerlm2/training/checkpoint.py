@@ -1,0 +1,319 @@
+"""Weights in and out, and the state a stopped run continues from.
+
+Two kinds of files:
+- weights: Hugging Face safetensors, read and written by a torchtune checkpointer. Where a run has
+  none, its weights start from a seed (`ScratchCheckpointer`) and are written in the same format.
+- training state: a torch.distributed.checkpoint directory `checkpoints/step_000100`, each rank
+  writing its own shards. It is written under another name and renamed when complete, so that a
+  directory of the right name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.optim import Optimizer
+from torchtune.models.convert_weights import tune_to_hf
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt
+
+from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.models.llama import hf_config
+from steerlm2.training.config import instantiate
+from steerlm2.training.distributed import World
+
+INIT_STD = 0.02
+"""Standard deviation of fresh weight matrices (GPT-2's)."""
+
+STATE_FILE = "state.json"
+
+
+class Checkpointer(Protocol):
+    """The part of torchtune's checkpointers that the recipes use."""
+
+    def load_checkpoint(self) -> dict[str, Any]: ...
+
+    def save_checkpoint(
+        self,
+        state_dict: dict[str, Any],
+        epoch: int,
+        intermediate_checkpoint: bool = False,
+        adapter_only: bool = False,
+    ) -> None: ...
+
+
+class ScratchCheckpointer:
+    """A checkpointer for a decoder that starts from a seed: fresh weights in, a full folder out.
+
+    Args:
+        decoder: gives names and shapes; may be on the meta device.
+        tokenizer: saved beside the weights.
+        seed: two decoders of one shape and seed start with the same weights.
+        output_dir: where `epoch_{n}` folders go.
+    """
+
+    def __init__(
+        self, decoder: TransformerDecoder, tokenizer: Tokenizer, *, seed: int, output_dir: str
+    ) -> None:
+        self.hf_config = hf_config(decoder)
+        self.weights = dict(_fresh_weights(decoder.named_parameters(), seed))
+        self.tokenizer = tokenizer
+        self.output_dir = Path(output_dir)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        return {"model": self.weights}
+
+    def save_checkpoint(
+        self,
+        state_dict: dict[str, Any],
+        epoch: int,
+        intermediate_checkpoint: bool = False,
+        adapter_only: bool = False,
+    ) -> None:
+        folder = self.output_dir / f"epoch_{epoch}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if "adapter" in state_dict:
+            save_file(state_dict["adapter"], folder / "adapter_model.safetensors")
+        if adapter_only:
+            return
+        weights = tune_to_hf(
+            state_dict["model"],
+            num_heads=self.hf_config["num_attention_heads"],
+            num_kv_heads=self.hf_config["num_key_value_heads"],
+            dim=self.hf_config["hidden_size"],
+            head_dim=self.hf_config["head_dim"],
+        )
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        config = self.hf_config | {"torch_dtype": dtype, "eos_token_id": self.tokenizer.eos_id}
+        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.tokenizer.save(str(folder))
+
+
+def open_checkpointer(
+    component: Mapping[str, Any] | None,
+    decoder: TransformerDecoder,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    output_dir: str,
+) -> Checkpointer:
+    """The configured torchtune checkpointer, or `ScratchCheckpointer` where there is none.
+
+    Raises:
+        ValueError: where the folder isn't a checkpoint that the checkpointer can read.
+        FileNotFoundError: where it, or a file of it, doesn't exist.
+    """
+    if component is None:
+        return ScratchCheckpointer(decoder, tokenizer, seed=seed, output_dir=output_dir)
+    folder = Path(str(component.get("checkpoint_dir")))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder.absolute()} has no config.json: checkpointer.checkpoint_dir must be a "
+            "downloaded Hugging Face checkpoint (`tune download NAME --output-dir DIR`)"
+        )
+    return instantiate(component)
+
+
+def load_weights(
+    decoder: TransformerDecoder,
+    checkpointer: Checkpointer | None,
+    world: World,
+    *,
+    seed: int,
+    cpu_offload: bool = False,
+) -> None:
+    """Fill a laid-out decoder on the meta device with weights, and put it on its device.
+
+    Rank 0 reads them and sends each tensor to the ranks that keep a part of it. Fresh LoRA
+    adapters come from the seed.
+
+    Args:
+        checkpointer: on rank 0; None on the others.
+        seed: of the fresh adapters.
+        cpu_offload: the parameters live on the host (FSDP2's CPU offload).
+
+    Raises:
+        ValueError: on every rank, listing all missing, unexpected and misshapen tensors.
+    """
+    weights: dict[str, Tensor] = {}
+    problems: list[str] = []
+    if world.is_main:
+        assert checkpointer is not None
+        weights = checkpointer.load_checkpoint()["model"]
+        weights |= dict(_fresh_weights(get_adapter_params(decoder).items(), seed))
+        weights = {name: tensor.to(_dtype(decoder)) for name, tensor in weights.items()}
+        problems = list(_shape_problems(decoder, weights))
+    if problems := world.from_main(problems):
+        raise ValueError(
+            "the checkpoint doesn't fit the model in the config; check `model` and "
+            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(problems)
+        )
+    decoder.to_empty(device="cpu" if cpu_offload else world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.mesh is not None)
+    set_model_state_dict(decoder, dict(weights), options=options)
+    with world.device:
+        for module in decoder.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()
+
+
+def save_weights(
+    decoder: TransformerDecoder,
+    checkpointer: Checkpointer | None,
+    world: World,
+    *,
+    epoch: int,
+    dtype: torch.dtype,
+    lora: Mapping[str, Any] | None,
+    adapter_only: bool = False,
+) -> None:
+    """Write the weights in `dtype` as `epoch_{epoch}`; LoRA adapters beside and merged into them.
+
+    The whole model passes through rank 0's memory.
+
+    Args:
+        lora: the `model` section of a LoRA builder (its rank and alpha), None without adapters.
+        adapter_only: write the adapters alone, not merged.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = get_model_state_dict(decoder, options=options)
+    if not world.is_main:
+        return
+    assert checkpointer is not None
+    weights = {name: cast(Tensor, tensor).to(dtype) for name, tensor in full.items()}
+    state: dict[str, Any] = {"model": weights}
+    if lora is not None:
+        adapters = get_adapter_params(decoder).keys()
+        state["adapter"] = {name: weights[_plain_name(name)].clone() for name in adapters}
+        if not adapter_only:
+            rank, alpha = lora["lora_rank"], lora["lora_alpha"]
+            state["model"] = get_merged_lora_ckpt(weights, rank=rank, alpha=alpha)
+    checkpointer.save_checkpoint(state, epoch=epoch, adapter_only=adapter_only)
+
+
+def save_training_state(
+    folder: Path,
+    step: int,
+    decoder: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    world: World,
+    *,
+    keep_last_n: int | None = None,
+) -> None:
+    """Write `folder/step_{step}`: weights, optimizer, random states and `state` (JSON values)."""
+    final = folder / f"step_{step:06d}"
+    partial = final.with_suffix(".partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    model_state, optimizer_state = get_state_dict(
+        decoder, optimizer, options=StateDictOptions(ignore_frozen_params=True)
+    )
+    tensors = {"model": model_state, "optimizer": optimizer_state}
+    dcp.save(tensors, checkpoint_id=partial, no_dist=world.mesh is None)
+    torch.save(_random_state(world.device), partial / f"random_{world.rank}.pt")
+    world.barrier()
+    if world.is_main:
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}))
+        partial.rename(final)
+        for old in checkpoints(folder)[: -keep_last_n or None] if keep_last_n else []:
+            shutil.rmtree(old)
+    world.barrier()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete training states in a folder, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step_*[0-9]/{STATE_FILE}"))
+
+
+def load_training_state(
+    checkpoint: Path, decoder: nn.Module, optimizer: Optimizer, world: World
+) -> dict[str, Any]:
+    """Restore weights, optimizer and random states; returns the JSON `state` with its `step`."""
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
+    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=world.mesh is None)
+    set_state_dict(
+        decoder,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+        options=options,
+    )
+    random_file = checkpoint / f"random_{world.rank}.pt"
+    if random_file.exists():  # none for a rank that the saving run didn't have
+        random_state = torch.load(random_file)
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and world.device.type == "cuda":
+            torch.cuda.set_rng_state(random_state["cuda"], world.device)
+    return json.loads((checkpoint / STATE_FILE).read_text())
+
+
+def _fresh_weights(
+    parameters: Iterator[tuple[str, Tensor]] | Any, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Initial values by name and shape: norms 1, LoRA as in its paper, other matrices normal."""
+    for i, (name, parameter) in enumerate(parameters):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        weight = torch.empty(parameter.shape)
+        if name.endswith("lora_b.weight"):
+            nn.init.zeros_(weight)
+        elif name.endswith("lora_a.weight"):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        elif weight.dim() == 1:
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, std=INIT_STD, generator=generator)
+        yield _plain_name(name), weight
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing and compile put in."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _dtype(decoder: nn.Module) -> torch.dtype:
+    return next(decoder.parameters()).dtype
+
+
+def _shape_problems(decoder: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str]:
+    expected = {_plain_name(name): p.shape for name, p in decoder.named_parameters()}
+    for name in expected.keys() - weights.keys():
+        yield f"{name} is missing"
+    for name in weights.keys() - expected.keys():
+        yield f"{name} is not in the model"
+    for name in expected.keys() & weights.keys():
+        if expected[name] != weights[name].shape:
+            yield (
+                f"{name} has shape {list(weights[name].shape)}, "
+                f"the model's is {list(expected[name])}"
+            )
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state

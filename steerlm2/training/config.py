@@ -1,0 +1,235 @@
+"""Typed configurations: one YAML file per run, checked whole before anything is built.
+
+A recipe declares its keys as a dataclass: the field names are the YAML keys, the field defaults
+are the only place where a default lives. `load_config` turns the parsed YAML into that dataclass
+and reports every problem at once; `recipe_main` is the command-line entry of a recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import torchtune.config
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ConfigT = TypeVar("ConfigT")
+
+TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
+
+
+class Component(dict[str, Any]):
+    """A YAML mapping with `_component_` (a dotpath) and the arguments to call it with."""
+
+
+def load_config(config_class: type[ConfigT], values: Mapping[str, Any] | DictConfig) -> ConfigT:
+    """Check `values` against a dataclass and build it.
+
+    If the dataclass has a method `problems() -> list[str]`, it is asked for problems between keys
+    once every key is right by itself.
+
+    Raises:
+        ValueError: naming every unknown, missing or mistyped key, not only the first.
+    """
+    if isinstance(values, DictConfig):
+        try:
+            values = typing.cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"the config has a broken interpolation: {error}") from error
+    problems: list[str] = []
+    config = _build_dataclass(config_class, dict(values), "", problems)
+    if not problems and hasattr(config, "problems"):
+        problems = config.problems()
+    if problems:
+        raise ValueError("the config has problems:\n  - " + "\n  - ".join(problems))
+    return typing.cast(ConfigT, config)
+
+
+def instantiate(component: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the `_component_` of a config section with its arguments, `args` and `kwargs`.
+
+    Raises:
+        ValueError: where the arguments don't fit the component's signature.
+    """
+    target = _locate(component["_component_"])
+    given = {key: value for key, value in component.items() if key != "_component_"} | kwargs
+    try:
+        inspect.signature(target).bind(*args, **given)
+    except TypeError as error:
+        raise ValueError(f"{component['_component_']}: {error}") from error
+    return target(*args, **given)
+
+
+def as_yaml(config: Any) -> str:
+    """The config with all defaults filled in, as YAML."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested plain dicts (components included)."""
+    return {
+        field.name: to_plain(value) if dataclasses.is_dataclass(value) else _plain(value)
+        for field in dataclasses.fields(config)
+        for value in [getattr(config, field.name)]
+    }
+
+
+def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], None]], Callable]:
+    """Make `main(cfg)` a recipe's entry: `--config FILE key=value ...`, as torchtune parses it.
+
+    A user's mistake (ValueError, a missing file, a full or read-only disk) ends in one message on
+    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it.
+    """
+
+    def decorate(main: Callable[[ConfigT], None]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def entry() -> None:
+            try:
+                torchtune.config.parse(lambda cfg: main(load_config(config_class, cfg)))()
+            except (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+                if os.environ.get(TRACEBACK_VARIABLE) == "1":
+                    raise
+                sys.stdout.flush()
+                print(_error_message(error), file=sys.stderr, flush=True)
+                sys.exit(1)
+
+        return entry
+
+    return decorate
+
+
+def _error_message(error: Exception) -> str:
+    """The whole message on rank 0, its first line on the other ranks (they mostly say the same)."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, FileNotFoundError) and error.filename:
+        text = f"there is no file {os.path.abspath(error.filename)}"
+    if isinstance(error, yaml.YAMLError):
+        text = f"the config is not valid YAML: {text}"
+    rank = int(os.environ.get("RANK", "0"))
+    return f"error: {text}" if rank == 0 else f"[rank {rank}] error: {text.splitlines()[0]}"
+
+
+def _build_dataclass(cls: type, values: dict[str, Any], where: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values.keys() - fields.keys():
+        problems.append(_unknown_key(where + str(key), str(key), list(fields)))
+    arguments: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in values and values[name] != MISSING:
+            arguments[name] = _convert(values[name], hints[name], where + name, problems)
+        elif name in values or _is_required(field):
+            problems.append(
+                f"'{where}{name}' is missing: add {where}{name}=... to the command line"
+            )
+            arguments[name] = None
+    return cls(**arguments)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _unknown_key(full_name: str, key: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown key '{full_name}' ({hint})"
+
+
+def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    """`value` as the type `hint`; what doesn't fit is added to `problems`."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
+            return None
+        attempts: list[list[str]] = []
+        for option in options:
+            attempts.append([])
+            converted = _convert(value, option, where, attempts[-1])
+            if not attempts[-1]:
+                return converted
+        problems.extend(attempts[0])
+        return None
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            problems.append(
+                f"'{where}' must be one of {', '.join(map(str, choices))}, got {value!r}"
+            )
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            problems.append(f"'{where}' must be a list, got {value!r}")
+            return []
+        (item,) = typing.get_args(hint)
+        return [_convert(v, item, f"{where}[{i}]", problems) for i, v in enumerate(value)]
+    if dataclasses.is_dataclass(hint) or hint is Component or origin is dict:
+        if not isinstance(value, dict):
+            problems.append(f"'{where}' must be a mapping of keys, got {value!r}")
+            return value
+        if hint is Component:
+            problems.extend(_component_problems(value, where))
+            return Component(value)
+        if origin is dict:
+            return value
+        return _build_dataclass(typing.cast(type, hint), value, where + ".", problems)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-7 as a string
+        except ValueError:
+            pass
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    problems.append(f"'{where}' must be {_TYPE_NAMES.get(hint, hint.__name__)}, got {value!r}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _component_problems(component: dict[str, Any], where: str) -> Iterator[str]:
+    path = component.get("_component_")
+    if not isinstance(path, str):
+        yield f"'{where}' needs a '_component_' (the dotpath of what to build)"
+        return
+    try:
+        parameters = inspect.signature(_locate(path)).parameters
+    except ValueError as error:
+        yield f"'{where}._component_': {error}"
+        return
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in component.keys() - {"_component_"} - parameters.keys():
+        yield _unknown_key(f"{where}.{key}", str(key), list(parameters))
+
+
+def _locate(path: str) -> Callable[..., Any]:
+    """The object that a dotpath names; the working directory is searched too, as torchtune does."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module_name, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import {path}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{path} is not callable")
+    return typing.cast(Callable[..., Any], found)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Component) else value

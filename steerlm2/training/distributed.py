@@ -1,0 +1,244 @@
+"""The processes of a run, and how a model is laid out over them.
+
+One process without a launcher has no mesh and a plain module. Processes started by torchrun form
+a mesh (dp_replicate, dp_shard, tp): tensor parallel within a node, FSDP2 over dp_shard, replicas
+over dp_replicate (HSDP). Model code knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor.parallel import parallelize_module
+from torchtune.modules import TransformerDecoder
+
+from steerlm2.models.llama import (
+    divide_heads,
+    end_at_hidden_states,
+    tensor_parallel_plan,
+    tensor_parallel_problems,
+)
+
+ObjectT = TypeVar("ObjectT")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes. Without a mesh it is the only one."""
+
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size() if self.mesh is not None else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if self.mesh is not None else 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def tp_size(self) -> int:
+        return self.mesh["tp"].size() if self.mesh is not None else 1
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """The tensor-parallel group, None where there is nothing to split."""
+        return self.mesh["tp"].get_group() if self.mesh is not None and self.tp_size > 1 else None
+
+    @property
+    def dp_size(self) -> int:
+        return self.size // self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Ranks of one tensor-parallel group have the same: they see the same data."""
+        return self.rank // self.tp_size
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the data-parallel ranks, on every rank."""
+        if self.mesh is None:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values / self.tp_size  # tensor-parallel ranks hold the same values
+
+    def max(self, values: Tensor) -> Tensor:
+        if self.mesh is None:
+            return values
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def from_main(self, value: ObjectT) -> ObjectT:
+        """Rank 0's picklable value, on every rank."""
+        if self.mesh is None:
+            return value
+        holder: list[Any] = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def gather(self, value: ObjectT) -> list[ObjectT]:
+        """Every rank's picklable value, in rank order, on rank 0; an empty list elsewhere."""
+        if self.mesh is None:
+            return [value]
+        gathered: list[Any] = [None] * self.size if self.is_main else []
+        dist.gather_object(value, gathered if self.is_main else None, dst=0)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def init_world(
+    device: str,
+    *,
+    tensor_parallel_dim: int = 1,
+    data_parallel_replicate_dim: int = 1,
+    data_parallel_shard_dim: int = -1,
+    needs_mesh: bool = False,
+) -> World:
+    """Join the processes that torchrun started, or be the only one.
+
+    Args:
+        device: "cpu" or "cuda"; a rank takes the GPU of its place on the node.
+        tensor_parallel_dim: ranks that split each matrix; best kept within a node.
+        data_parallel_replicate_dim: replicas of the sharded model (HSDP).
+        data_parallel_shard_dim: ranks that share one copy's parameters; -1: all that are left.
+        needs_mesh: make a mesh of one for a single process too (mixed precision comes with FSDP2).
+
+    Raises:
+        ValueError: where the number of processes is not the product of the three dimensions, or
+            CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    shape = _mesh_shape(
+        size, data_parallel_replicate_dim, data_parallel_shard_dim, tensor_parallel_dim
+    )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    launched = "RANK" in os.environ
+    if not launched and not needs_mesh:
+        return World(place)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if launched:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    names = ("dp_replicate", "dp_shard", "tp")
+    return World(place, init_device_mesh(device, shape, mesh_dim_names=names))
+
+
+def close_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parallelize(
+    decoder: TransformerDecoder,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Lay a decoder on the meta device out over the processes, in place.
+
+    Tensor parallel -> activation checkpointing -> compile -> FSDP2. Its forward then ends at the
+    final norm. Under FSDP2 the parameters keep their own dtype (the optimizer's master weights)
+    and compute in `dtype`; gradients are reduced in float32.
+
+    Raises:
+        ValueError: where the model can't be split over the tensor-parallel ranks.
+    """
+    if world.tp_size > 1:
+        assert world.mesh is not None
+        problems = list(tensor_parallel_problems(decoder, world.tp_size))
+        if problems:
+            raise ValueError("; ".join(problems) + ": choose another tensor_parallel_dim")
+        frozen = {name for name, p in decoder.named_parameters() if not p.requires_grad}
+        parallelize_module(decoder, world.mesh["tp"], tensor_parallel_plan(decoder))
+        for name, parameter in decoder.named_parameters():
+            parameter.requires_grad_(name not in frozen)  # SequenceParallel unfreezes the norms
+        divide_heads(decoder, world.tp_size)
+    end_at_hidden_states(decoder)
+    for i, layer in enumerate(decoder.layers):
+        if activation_checkpointing:
+            layer = checkpoint_wrapper(layer, preserve_rng_state=False)
+            decoder.layers[i] = layer
+        if compile:
+            layer.compile(dynamic=True)  # packed rows have many lengths
+    if world.mesh is not None:
+        _shard(decoder, world.mesh, dtype, reshard_after_forward, cpu_offload)
+
+
+def _shard(
+    decoder: TransformerDecoder,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    reshard_after_forward: bool,
+    cpu_offload: bool,
+) -> None:
+    replicated = mesh["dp_replicate"].size() > 1
+    dp_mesh = mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for layer in decoder.layers:
+        fully_shard(
+            layer,
+            mesh=dp_mesh,
+            mp_policy=precision,
+            reshard_after_forward=reshard_after_forward,
+            offload_policy=offload,
+        )
+    # The log-prob layer reads the output matrix after the root's forward, so the root stays whole.
+    fully_shard(
+        decoder,
+        mesh=dp_mesh,
+        mp_policy=precision,
+        reshard_after_forward=False,
+        offload_policy=offload,
+    )
+
+
+def _mesh_shape(size: int, replicate: int, shard: int, tp: int) -> tuple[int, int, int]:
+    if min(replicate, tp) < 1 or (shard < 1 and shard != -1):
+        raise ValueError(
+            "tensor_parallel_dim and data_parallel_replicate_dim must be at least 1, "
+            "data_parallel_shard_dim at least 1 or -1 (all ranks that are left)"
+        )
+    if shard == -1 and size % (replicate * tp) == 0:
+        shard = size // (replicate * tp)
+    if replicate * shard * tp != size:
+        raise ValueError(
+            f"{size} processes can't form data_parallel_replicate_dim={replicate} x "
+            f"data_parallel_shard_dim={shard} x tensor_parallel_dim={tp}: the product must be "
+            f"{size} (data_parallel_shard_dim=-1 takes what is left, where it divides)"
+        )
+    return replicate, shard, tp

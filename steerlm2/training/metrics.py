@@ -1,0 +1,86 @@
+"""metrics.jsonl, and the table and plot that a run ends with.
+
+metrics.jsonl has one JSON object a logged step, whatever other logger is chosen. Validation
+results stand in objects of their own, with keys that begin with `val_`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class JsonLines:
+    """Appends rows with a `step` to a .jsonl file; whole lines survive a kill at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def keep_until(self, step: int) -> None:
+        """Drop rows after `step`: a resumed run writes them again."""
+        rows = self.read()
+        partial = self.path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        for row in rows:
+            if row["step"] <= step:
+                JsonLines(partial).append(row)
+        if rows:
+            partial.rename(self.path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows, without a last line that a kill cut off; none where there is no file."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory used so far, GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    """First, middle and last logged training steps side by side, as text."""
+    train = [row for row in rows if keys[0] in row]
+    if not train:
+        return "no training step was logged"
+    quarters = sorted({round(i * (len(train) - 1) / 4) for i in range(5)})
+    columns = [train[i] for i in quarters]
+    lines = ["step".ljust(24) + "".join(f"{row['step']:>12}" for row in columns)]
+    lines.append("-" * len(lines[0]))
+    for key in keys:
+        cells = "".join(f"{row[key]:>12.4g}" if key in row else "".rjust(12) for row in columns)
+        lines.append(key.ljust(24) + cells)
+    return "\n".join(lines)
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> None:
+    """One panel for each key over steps, with its validation values (`val_` + key), as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(keys), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for name, label, marker in ((key, "train", ""), ("val_" + key, "validation", "o")):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker=marker, label=label)
+        panel.set(xlabel="step", title=key, ylim=(0, None))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,48 @@
+"""Learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine_hold(
+    optimizer: Optimizer,
+    *,
+    num_training_steps: int,
+    warmup_steps: int = 0,
+    constant_steps: int = 0,
+    min_lr: float = 0.0,
+) -> LambdaLR:
+    """Linear warm-up to the optimizer's lr, cosine to `min_lr`, then `min_lr` for the last steps.
+
+    With `min_lr` equal to the optimizer's lr the rate is constant after the warm-up.
+
+    Args:
+        num_training_steps: optimizer steps of the whole run (the recipe passes `max_steps`).
+        warmup_steps: steps of the warm-up; the first step has lr / (warmup_steps + 1).
+        constant_steps: steps at the end that hold `min_lr`.
+
+    Raises:
+        ValueError: where the parts are longer than the run, or `min_lr` is above the lr.
+    """
+    peak = max(group["lr"] for group in optimizer.param_groups)
+    if min_lr > peak:
+        raise ValueError(f"lr_scheduler.min_lr={min_lr} is above optimizer.lr={peak}")
+    if warmup_steps + constant_steps > num_training_steps:
+        raise ValueError(
+            f"lr_scheduler: warmup_steps={warmup_steps} + constant_steps={constant_steps} is more "
+            f"than the run's {num_training_steps} steps"
+        )
+    decay_steps = num_training_steps - warmup_steps - constant_steps
+    floor = min_lr / peak if peak else 1.0
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min((step - warmup_steps) / max(decay_steps, 1), 1.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)

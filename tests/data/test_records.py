@@ -1,0 +1,362 @@
+"""Records: nothing of the user's is lost, and every problem is named, all at once."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema
+from steerlm2.data.records import (
+    Record,
+    Response,
+    Turn,
+    iter_records,
+    parse_record,
+    read_records,
+    record_to_json,
+    write_records,
+)
+
+P_A, P_Y, Q = "log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))"
+
+
+def example() -> dict[str, Any]:
+    return {
+        "system": "You are terse.",
+        "prompt_turns": [
+            {"from": "User", "value": "Name a river."},
+            {"from": "Assistant", "value": "Rhein und größer", "label": "quality:3"},
+            {"from": "User", "value": "Another."},
+        ],
+        "label": "quality:4,verbosity:0",
+        "responses": [
+            {"from": "Assistant", "value": "The Nile.", P_A: -2.5, P_Y: -11.25, Q: -9},
+            {"from": "Assistant", "value": "Wolga", P_A: -7.75, P_Y: -30.5, Q: -33.0}
+            | {"scores": {"quality": 2.5}},
+        ],
+    }
+
+
+def problem_of(obj: object, **arguments: Any) -> str:
+    try:
+        parse_record(obj, **arguments)
+    except ValueError as error:
+        return str(error)
+    pytest.fail("the record was accepted")
+
+
+def test_published_keys_become_python_names() -> None:
+    assert parse_record(example()) == Record(
+        system="You are terse.",
+        prompt_turns=[
+            Turn("User", "Name a river."),
+            Turn("Assistant", "Rhein und größer", "quality:3"),
+            Turn("User", "Another."),
+        ],
+        label="quality:4,verbosity:0",
+        responses=[
+            Response("The Nile.", -2.5, -11.25, -9.0),
+            Response("Wolga", -7.75, -30.5, -33.0, scores={"quality": 2.5}),
+        ],
+    )
+
+
+def test_unknown_keys_survive_the_round_trip() -> None:
+    obj = example()
+    obj["prompt_id"] = 17
+    obj["prompt_turns"][0]["lang"] = "en"
+    obj["responses"][1]["sampler"] = {"temperature": 0.7, "seeds": [1, None]}
+    assert record_to_json(parse_record(obj)) == obj
+
+
+def test_unknown_log_probs_are_left_out_of_the_json() -> None:
+    obj = example()
+    del obj["responses"][0][Q]
+    obj["responses"][1][Q] = None
+    written = record_to_json(parse_record(obj, require=()))
+    assert [Q in response for response in written["responses"]] == [False, False]
+
+
+text = st.text(st.characters(codec="utf-8"), max_size=20)
+log_prob = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+labels = st.none() | st.sampled_from(["quality:4", "humor:0,verbosity:3"])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | text, lambda inner: st.lists(inner, max_size=3)
+)
+# A leading "x" keeps the keys apart from the format's own.
+extras = st.dictionaries(text.map(lambda key: "x" + key), json_values, max_size=2)
+responses = st.builds(
+    Response,
+    value=text.map(lambda value: "r" + value),
+    log_p_attributes=log_prob,
+    log_p_response=log_prob,
+    log_q=log_prob,
+    scores=st.none() | st.dictionaries(text, st.floats(0, 4), max_size=2),
+    extra=extras,
+)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Record:
+    num_turns = draw(st.sampled_from([1, 3]))
+    turns = [
+        Turn(("User", "Assistant")[i % 2], draw(text), draw(labels), draw(extras))
+        for i in range(num_turns)
+    ]
+    answers = draw(st.lists(responses, min_size=2, max_size=4))
+    return Record(draw(text), turns, draw(labels), answers, draw(extras))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(records(), min_size=1, max_size=3), st.sampled_from(["a.jsonl", "a.jsonl.gz"]))
+def test_files_give_back_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, written: list[Record], name: str
+) -> None:
+    path = tmp_path_factory.mktemp("records") / name
+    assert write_records(path, written) == len(written)
+    assert read_records(path, require=()) == written
+
+
+@pytest.mark.parametrize(
+    ("obj", "message"),
+    [
+        ([1], "must be a JSON object, got a list"),
+        (None, "must be a JSON object, got null"),
+        ("x", "must be a JSON object, got text"),
+    ],
+)
+def test_what_is_no_object_is_refused(obj: object, message: str) -> None:
+    assert message in problem_of(obj)
+
+
+def _with(path: str, value: object) -> dict[str, Any]:
+    """The example with the item at a dotted path set (or deleted, for the value KeyError)."""
+    obj = copy.deepcopy(example())
+    *parents, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
+    target: Any = obj
+    for key in parents:
+        target = target[key]
+    if value is KeyError:
+        del target[last]
+    else:
+        target[last] = value
+    return obj
+
+
+TURNS = example()["prompt_turns"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("system", KeyError, "missing 'system'"),
+        ("system", None, "'system' must be text, got null"),
+        ("prompt_turns", KeyError, "missing 'prompt_turns'"),
+        ("prompt_turns", {}, "'prompt_turns' must be a list, got an object"),
+        ("prompt_turns", [], "end with the user: odd count, got 0"),
+        (
+            "prompt_turns",
+            TURNS[:2],
+            "prompt_turns must alternate User/Assistant and end with the user: odd count, got 2",
+        ),
+        ("prompt_turns/1", 3, "prompt_turns[1] must be a JSON object"),
+        ("prompt_turns/0/from", "Human", "prompt_turns[0]: 'from' must be 'User', got 'Human'"),
+        ("prompt_turns/1/from", "User", "prompt_turns[1]: 'from' must be 'Assistant', got 'User'"),
+        ("prompt_turns/2/value", KeyError, "prompt_turns[2]: missing 'value'"),
+        ("prompt_turns/1/label", "quality", "prompt_turns[1]: label 'quality': 'quality' is not"),
+        ("label", "quality:4;humor:0", "label 'quality:4;humor:0': 'quality:4;humor:0' is not of"),
+        ("label", "", "label '': '' is not of the form"),
+        ("label", {"quality": 4}, "'label' must be text or null, got an object"),
+        ("responses", KeyError, "missing 'responses'"),
+        ("responses", example()["responses"][:1], "needs at least 2 responses, got 1"),
+        ("responses/0", None, "responses[0] must be a JSON object"),
+        ("responses/0/from", "User", "responses[0]: 'from' must be 'Assistant', got 'User'"),
+        ("responses/1/value", "", "responses[1]: the response text is empty"),
+        ("responses/1/value", " \n\t", "responses[1]: the response text is empty"),
+        ("responses/1/value", None, "responses[1]: 'value' must be text, got null"),
+        ("responses/1/value", "a\ud800", "responses[1]: 'value' holds half of a surrogate pair"),
+        (f"responses/0/{Q}", KeyError, f"responses[0]: missing '{Q}'"),
+        (f"responses/0/{Q}", None, f"responses[0]: '{Q}' must be a number, got null"),
+        (f"responses/0/{P_Y}", "-1.5", f"'{P_Y}' must be a number, got text"),
+        (f"responses/0/{P_Y}", True, f"'{P_Y}' must be a number, got true or false"),
+        (f"responses/0/{P_A}", math.nan, f"'{P_A}' must be finite, got nan"),
+        (f"responses/0/{P_A}", -math.inf, f"'{P_A}' must be finite, got -inf"),
+        (f"responses/0/{P_A}", -(10**400), f"'{P_A}' must be finite, got huge"),
+        ("responses/1/scores", [1], "'scores' must be an object of numbers, got a list"),
+        ("responses/1/scores/quality", None, "the score 'quality' must be a number, got null"),
+        ("responses/1/scores/quality", math.nan, "the score 'quality' must be finite, got nan"),
+    ],
+)
+def test_one_problem_is_named(path: str, value: object, message: str) -> None:
+    problem = problem_of(_with(path, value))
+    assert message in problem
+    assert ";" not in problem.replace("quality:4;humor:0", "")
+
+
+def test_all_problems_of_a_record_in_one_message() -> None:
+    obj = _with("prompt_turns", TURNS[:2])
+    obj["label"] = "quality=4"
+    del obj["system"]
+    obj["responses"][0]["value"] = ""
+    del obj["responses"][1][Q]
+    problem = problem_of(obj)
+    for part in (
+        "'system'",
+        "odd count",
+        "quality=4",
+        "[0]: the response text",
+        f"[1]: missing '{Q}'",
+    ):
+        assert part in problem
+
+
+def test_a_problem_that_responses_share_is_told_once() -> None:
+    obj = example()
+    for response in obj["responses"]:
+        del response[P_Y], response[Q]
+    assert problem_of(obj) == (
+        f"responses[0,1]: missing '{P_Y}', '{Q}' (recipe score_responses adds it)"
+    )
+
+
+def test_only_required_log_probs_must_be_there() -> None:
+    obj = example()
+    for response in obj["responses"]:
+        del response[P_Y], response[Q]
+    record = parse_record(obj, require=("log_p_attributes",))
+    assert [(r.log_p_attributes, r.log_q) for r in record.responses] == [
+        (-2.5, None),
+        (-7.75, None),
+    ]
+
+
+def test_a_log_prob_that_is_there_must_be_a_number_even_if_not_required() -> None:
+    assert "must be finite" in problem_of(_with(f"responses/0/{Q}", math.nan), require=())
+
+
+def test_schema_limits_the_labels() -> None:
+    assert parse_record(example(), schema=DEFAULT_SCHEMA)
+    narrow = AttributeSchema(("quality",), 0, 3)
+    problem = problem_of(example(), schema=narrow)
+    assert "quality must be a whole number from 0 to 3, got 4" in problem
+    assert "unknown attribute 'verbosity'" in problem
+
+
+def test_min_responses_is_a_choice() -> None:
+    obj = _with("responses", example()["responses"][:1])
+    assert len(parse_record(obj, min_responses=1).responses) == 1
+
+
+def _write_lines(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_bad_lines_are_named_with_file_and_line_the_first_ten(tmp_path: Path) -> None:
+    """50 lines: line 1 and 2 good, line 3 broken JSON, lines 4 to 50 lack a key: 48 bad ones."""
+    good = json.dumps(example())
+    bad = json.dumps(_with("label", "quality"))
+    path = _write_lines(tmp_path / "d.jsonl", [good, good, good[:-9], *[bad] * 47])
+    with pytest.raises(ValueError, match="not valid JSON") as error:
+        read_records(path)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 11
+    assert lines[0].startswith(f"{path}:3: not valid JSON (")
+    assert lines[9].startswith(f"{path}:12: label 'quality'")
+    assert lines[10] == "... and 38 more bad lines"
+
+
+def test_iter_records_yields_the_good_ones_before_it_raises(tmp_path: Path) -> None:
+    good = json.dumps(example())
+    path = _write_lines(tmp_path / "d.jsonl", ["[]", good, "", good])
+    records = iter_records(path)
+    assert [next(records), next(records)] == [parse_record(example())] * 2
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: a record must be a JSON object"):
+        next(records)
+
+
+def test_blank_lines_and_byte_order_mark_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(example()).encode() + b"\r\n  \n\n")
+    assert len(read_records(path)) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_is_an_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"d\.jsonl holds no records"):
+        read_records(tmp_path / "d.jsonl")
+
+
+def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(json.dumps(example()).encode() + b'\n{"system": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON \(not UTF-8 at byte 13\)"):
+        read_records(tmp_path / "d.jsonl")
+
+
+def test_a_line_nested_too_deeply_is_a_bad_line(tmp_path: Path) -> None:
+    path = _write_lines(tmp_path / "d.jsonl", ["[" * 200_000])
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: not valid JSON \(nested too deeply\)"):
+        read_records(path)
+
+
+def test_a_cut_off_gzip_file_is_an_error(tmp_path: Path) -> None:
+    whole = gzip.compress(json.dumps(example()).encode() + b"\n")
+    (tmp_path / "d.jsonl.gz").write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        read_records(tmp_path / "d.jsonl.gz")
+
+
+def test_what_only_looks_like_gzip_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl.gz").write_bytes(json.dumps(example()).encode())
+    with pytest.raises(ValueError, match=r"d\.jsonl\.gz:1: the compressed file is damaged"):
+        read_records(tmp_path / "d.jsonl.gz")
+
+
+def test_missing_file_names_the_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="working directory") as error:
+        read_records("no/such.jsonl")
+    assert str(tmp_path / "no" / "such.jsonl") in str(error.value)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_records(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    write_records(path, [parse_record(example())])
+    before = path.read_bytes()
+
+    def failing() -> Any:
+        yield parse_record(example())
+        raise RuntimeError("source died")
+
+    with pytest.raises(RuntimeError, match="source died"):
+        write_records(path, failing())
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+def test_the_same_records_give_the_same_compressed_bytes(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        write_records(tmp_path / name, [parse_record(example())])
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+
+
+def test_half_a_surrogate_pair_in_a_key_of_the_users_survives(tmp_path: Path) -> None:
+    record = parse_record(example() | {"note": "\ud800"})
+    write_records(tmp_path / "d.jsonl", [record])
+    assert read_records(tmp_path / "d.jsonl") == [record]

@@ -1,0 +1,257 @@
+"""Labels are exact strings; the Beta likelihood is a finite, normalised, precise probability."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from steerlm2.attributes import (
+    DEFAULT_SCHEMA,
+    AttributeSchema,
+    as_schema,
+    beta_log_prob,
+    encode_label,
+    parse_label,
+)
+
+SMALLEST = math.log(5e-324)
+
+
+def test_label_follows_schema_order_not_argument_order() -> None:
+    assert encode_label({"verbosity": 2, "quality": 4, "humor": 0.0}) == (
+        "quality:4,humor:0,verbosity:2"
+    )
+
+
+def test_parse_label_inverts_encode_label() -> None:
+    values = {name: i % 5 for i, name in enumerate(DEFAULT_SCHEMA.names)}
+    assert parse_label(encode_label(values), DEFAULT_SCHEMA) == values
+
+
+def test_own_schema_gives_names_order_and_range() -> None:
+    schema = AttributeSchema(names=("warmth", "rigor"), min_value=-1, max_value=1)
+    assert encode_label({"rigor": 1, "warmth": -1}, schema) == "warmth:-1,rigor:1"
+    assert parse_label("warmth:-1,rigor:1", schema) == {"warmth": -1, "rigor": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "at least one"),
+        ({"kindness": 1}, "unknown attribute 'kindness'; known: quality, toxicity"),
+        ({"quality": 5}, "quality must be a whole number from 0 to 4, got 5"),
+        ({"quality": -1}, "got -1"),
+        ({"quality": 2.5}, "got 2.5"),
+        ({"quality": math.nan}, "got nan"),
+        ({"quality": True}, "got True"),
+        ({"quality": "4"}, "got '4'"),
+    ],
+)
+def test_encode_label_refuses(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_label(values)
+
+
+def test_encode_label_names_all_problems() -> None:
+    with pytest.raises(ValueError, match=r"'kindness'.*quality must"):
+        encode_label({"kindness": 1, "quality": 9})
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("", "quality", "quality:", ":4", "quality:4.0", "quality: 4", " quality:4", "quality:04"),
+        *("quality:+4", "quality:4_0", "quality:four", "quality:-0", "quality:4\n", "a b:4", "q:٤"),
+    ],
+)
+def test_malformed_piece_is_named(piece: str) -> None:
+    with pytest.raises(ValueError, match="not of the form name:number") as error:
+        parse_label(f"humor:1,{piece}")
+    assert repr(piece) in str(error.value)
+    assert "'humor:1' is not" not in str(error.value)
+
+
+def test_parse_label_refuses_duplicates() -> None:
+    with pytest.raises(ValueError, match="'humor' is given twice"):
+        parse_label("humor:1,quality:2,humor:1")
+
+
+def test_parse_label_checks_names_and_range_only_with_a_schema() -> None:
+    assert parse_label("kindness:17") == {"kindness": 17}
+    with pytest.raises(ValueError, match=r"unknown attribute 'kindness'.*got 9"):
+        parse_label("kindness:17,humor:9", DEFAULT_SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"names": ()}, "at least one"),
+        ({"names": "quality"}, "must be a list"),
+        ({"names": ("a", "a")}, "differ"),
+        ({"names": ("a:b",)}, "'a:b'"),
+        ({"names": ("a b",)}, "'a b'"),
+        ({"names": ("",)}, "''"),
+        ({"min_value": 4}, "min_value 4 must be below max_value 4"),
+        ({"max_value": 4.5}, "max_value must be a whole number"),
+        ({"maximum": 4}, "unknown keys maximum; known: names, min_value, max_value"),
+    ],
+)
+def test_schema_refuses(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_schema(arguments)
+
+
+def test_schema_from_a_config_section() -> None:
+    schema = as_schema({"names": ["warmth"], "max_value": 2})
+    assert schema == AttributeSchema(("warmth",), 0, 2)
+    assert as_schema(None) is DEFAULT_SCHEMA
+    assert as_schema(schema) is schema
+
+
+def test_beta_log_prob_by_hand() -> None:
+    """score 2 of 0..4: r = 0.5; concentration 2: alpha = beta = 1, the uniform distribution.
+
+    midpoint edges 0, 1/8, 3/8, 5/8, 7/8, 1 -> 1/8, 1/4, 1/4, 1/4, 1/8; five equal bins -> 1/5.
+    """
+    scores = torch.full((5, 1), 2.0, dtype=torch.float64)
+    values = torch.arange(5)[:, None]
+    midpoint = beta_log_prob(scores, values, concentration=2.0).exp()
+    uniform = beta_log_prob(scores, values, concentration=2.0, bins="uniform").exp()
+    torch.testing.assert_close(
+        midpoint[:, 0], torch.tensor([1 / 8, 1 / 4, 1 / 4, 1 / 4, 1 / 8], dtype=torch.float64)
+    )
+    torch.testing.assert_close(uniform[:, 0], torch.full((5,), 0.2, dtype=torch.float64))
+
+
+SCORES = np.array([-3.0, 0.0, 0.001, 0.4, 1.0, 1.7, 2.0, 2.9, 3.3, 3.999, 4.0, 7.0])
+EDGES = {
+    "midpoint": [0, 1 / 8, 3 / 8, 5 / 8, 7 / 8, 1],
+    "uniform": [0, 1 / 5, 2 / 5, 3 / 5, 4 / 5, 1],
+}
+
+
+def _all_values(scores: np.ndarray, **arguments: Any) -> torch.Tensor:
+    """[scores, 5]: the log-probability of every value for every score."""
+    scores_NA = torch.tensor(scores, dtype=torch.float64)[:, None].expand(-1, 5)
+    return beta_log_prob(scores_NA, torch.arange(5), **arguments)
+
+
+@pytest.mark.parametrize("bins", ["midpoint", "uniform"])
+def test_beta_log_prob_matches_scipy_stats(bins: str) -> None:
+    """P = CDF(upper) - CDF(lower) of Beta(24 r, 24 - 24 r), from scipy.stats, to 1e-12 absolute."""
+    ratio = np.clip(SCORES / 4, 1e-6, 1 - 1e-6)[:, None]
+    cdf = scipy.stats.beta.cdf(EDGES[bins], 24 * ratio, 24 - 24 * ratio)
+    np.testing.assert_allclose(
+        _all_values(SCORES, bins=bins).exp().numpy(), np.diff(cdf), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("bins", ["midpoint", "uniform"])
+def test_beta_log_prob_is_precise_in_both_tails(bins: str) -> None:
+    """log P against 60-digit arithmetic, also where P is 1e-28 and 1 - CDF would be zero."""
+    got = _all_values(SCORES, bins=bins).numpy()
+    with mpmath.workdps(60):
+        for i, score in enumerate(SCORES):
+            ratio = min(max(score / 4, 1e-6), 1 - 1e-6)
+            alpha = 24.0 * ratio
+            for k in range(5):
+                low, high = EDGES[bins][k], EDGES[bins][k + 1]
+                exact = mpmath.betainc(alpha, 24.0 - alpha, low, high, regularized=True)
+                assert got[i, k] == pytest.approx(float(mpmath.log(exact)), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("bins", ["midpoint", "uniform"])
+@pytest.mark.parametrize("concentration", [0.5, 24.0, 5000.0])
+def test_probabilities_sum_to_one(bins: str, concentration: float) -> None:
+    total = _all_values(SCORES, bins=bins, concentration=concentration).exp().sum(dim=1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bins", ["midpoint", "uniform"])
+def test_the_value_that_the_score_equals_is_likeliest(bins: str) -> None:
+    log_p = _all_values(np.arange(5.0), bins=bins)
+    assert log_p.argmax(dim=1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_impossible_values_get_the_floor_not_infinity() -> None:
+    """Concentration 1e6 leaves no mass 4 steps away: the smallest positive double, ln = -744.44."""
+    log_p = beta_log_prob(torch.tensor([[0.0, 4.0]]), torch.tensor([[4, 0]]), concentration=1e6)
+    assert log_p.tolist() == [[pytest.approx(SMALLEST), pytest.approx(SMALLEST)]]
+
+
+@pytest.mark.parametrize("score", [-math.inf, -3.0, 0.0, 4.0, 7.0, math.inf])
+def test_scores_outside_the_range_are_clipped_into_it(score: float) -> None:
+    inside = min(max(score, 0.0), 4.0)
+    log_p = _all_values(np.array([score]))
+    assert torch.isfinite(log_p).all()
+    assert torch.equal(log_p, _all_values(np.array([inside])))
+
+
+def test_mirror_symmetry() -> None:
+    """P(a=k | score s) = P(a=4-k | score 4-s): both tails are computed equally well."""
+    mirrored = _all_values(4 - SCORES[1:-1]).flip(1)
+    torch.testing.assert_close(_all_values(SCORES[1:-1]), mirrored, rtol=1e-9, atol=1e-12)
+
+
+def test_own_range_is_the_default_one_shifted() -> None:
+    """Range -2..2 is 0..4 shifted by 2: the same probabilities."""
+    schema = AttributeSchema(("a",), -2, 2)
+    shifted = beta_log_prob(torch.tensor([[-0.7]]), torch.tensor([[1]]), schema=schema)
+    torch.testing.assert_close(shifted, beta_log_prob(torch.tensor([[1.3]]), torch.tensor([[3]])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_result_has_the_dtype_of_the_scores_but_the_precision_of_float64(
+    dtype: torch.dtype,
+) -> None:
+    scores = torch.tensor([[1.5, 0.25]], dtype=dtype)
+    log_p = beta_log_prob(scores, torch.tensor([[3, 4]]))
+    assert log_p.dtype == dtype
+    exact = beta_log_prob(scores.double(), torch.tensor([[3, 4]]))
+    assert torch.equal(log_p, exact.to(dtype))
+
+
+def test_python_floats_count_as_float64_and_values_broadcast() -> None:
+    log_p = beta_log_prob([[1.5, 0.25], [4, 2]], [3, 4])
+    expected = beta_log_prob(
+        torch.tensor([[1.5, 0.25], [4, 2]], dtype=torch.float64), torch.tensor([[3, 4], [3, 4]])
+    )
+    assert log_p.dtype == torch.float64
+    assert torch.equal(log_p, expected)
+
+
+@pytest.mark.parametrize(
+    ("scores", "values", "arguments", "message"),
+    [
+        ([[1.0, math.nan]], [[1, 1]], {}, "1 of 2 scores are NaN"),
+        ([[1.0]], [[5]], {}, "whole numbers from 0 to 4, got 5"),
+        ([[1.0]], [[-1]], {}, "got -1"),
+        ([[1.0]], [[1.5]], {}, "got 1.5"),
+        ([[1.0]], [[math.nan]], {}, "got nan"),
+        ([[1.0]], [[1, 2]], {}, r"values of shape \(1, 2\) don't fit scores of \(1, 1\)"),
+        ([[1.0]], [[1]], {"bins": "equal"}, "'midpoint' or 'uniform', got 'equal'"),
+        ([[1.0]], [[1]], {"concentration": 0.0}, "positive number, got 0.0"),
+        ([[1.0]], [[1]], {"concentration": math.nan}, "positive number, got nan"),
+        ([[math.nan]], [[9]], {"bins": "?"}, "bins.*NaN.*got 9"),
+    ],
+)
+def test_beta_log_prob_refuses(scores: list, values: list, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        beta_log_prob(torch.tensor(scores), torch.tensor(values), **arguments)
+
+
+def test_import_loads_neither_torch_nor_scipy() -> None:
+    code = (
+        "import sys, steerlm2.attributes, steerlm2.data.records\n"
+        "print(sorted({'torch', 'scipy', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
