@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import LoRALinear
+from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
 ROW_LENGTH_LIMIT = 1 << 30
@@ -93,6 +93,16 @@ def tensor_parallel_plan(decoder: TransformerDecoder) -> dict[str, ParallelStyle
             rows = RowwiseParallel(output_layouts=Shard(1))
             plan[f"{prefix}.{name}"] = LoRAParallel(Shard(1), Shard(1)) if lora else rows
     return plan
+
+
+def unsupported_parts(decoder: TransformerDecoder) -> Iterator[str]:
+    """What of this decoder would be left out or trained wrongly; nothing for a supported one."""
+    if not isinstance(decoder.output, nn.Linear | TiedLinear):
+        yield "an adapted output layer is not supported: set model.apply_lora_to_output=false"
+    if any(isinstance(module, DoRALinear) for module in decoder.modules()):
+        yield "DoRA is not supported: set model.use_dora=false"
+    if any(getattr(module, "_quantize_base", False) for module in decoder.modules()):
+        yield "a quantized base is not supported: set model.quantize_base=false"
 
 
 def divide_heads(decoder: TransformerDecoder, tp_size: int) -> None:

@@ -33,11 +33,19 @@ class Component(dict[str, Any]):
     """A YAML mapping with `_component_` (a dotpath) and the arguments to call it with."""
 
 
-def load_config(config_class: type[ConfigT], values: Mapping[str, Any] | DictConfig) -> ConfigT:
+def load_config(
+    config_class: type[ConfigT],
+    values: Mapping[str, Any] | DictConfig,
+    namespace: dict[str, Any] | None = None,
+) -> ConfigT:
     """Check `values` against a dataclass and build it.
 
     If the dataclass has a method `problems() -> list[str]`, it is asked for problems between keys
     once every key is right by itself.
+
+    Args:
+        namespace: where to look up the annotations of a class of a recipe that is run as a script.
+            `tune run` runs a copied recipe in a way that its own module can't be found by name.
 
     Raises:
         ValueError: naming every unknown, missing or mistyped key, not only the first.
@@ -48,7 +56,7 @@ def load_config(config_class: type[ConfigT], values: Mapping[str, Any] | DictCon
         except OmegaConfBaseException as error:
             raise ValueError(f"the config has a broken interpolation: {error}") from error
     problems: list[str] = []
-    config = _build_dataclass(config_class, dict(values), "", problems)
+    config = _build_dataclass(config_class, dict(values), "", problems, namespace)
     if not problems and hasattr(config, "problems"):
         problems = config.problems()
     if problems:
@@ -96,7 +104,9 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
         @functools.wraps(main)
         def entry() -> None:
             try:
-                torchtune.config.parse(lambda cfg: main(load_config(config_class, cfg)))()
+                torchtune.config.parse(
+                    lambda cfg: main(load_config(config_class, cfg, main.__globals__))
+                )()
             except (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException) as error:
                 if os.environ.get(TRACEBACK_VARIABLE) == "1":
                     raise
@@ -120,15 +130,21 @@ def _error_message(error: Exception) -> str:
     return f"error: {text}" if rank == 0 else f"[rank {rank}] error: {text.splitlines()[0]}"
 
 
-def _build_dataclass(cls: type, values: dict[str, Any], where: str, problems: list[str]) -> Any:
-    hints = typing.get_type_hints(cls)
+def _build_dataclass(
+    cls: type,
+    values: dict[str, Any],
+    where: str,
+    problems: list[str],
+    namespace: dict[str, Any] | None,
+) -> Any:
+    hints = typing.get_type_hints(cls, namespace if cls.__module__ == "__main__" else None)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values.keys() - fields.keys():
         problems.append(_unknown_key(where + str(key), str(key), list(fields)))
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         if name in values and values[name] != MISSING:
-            arguments[name] = _convert(values[name], hints[name], where + name, problems)
+            arguments[name] = _convert(values[name], hints[name], where + name, problems, namespace)
         elif name in values or _is_required(field):
             problems.append(
                 f"'{where}{name}' is missing: add {where}{name}=... to the command line"
@@ -147,7 +163,9 @@ def _unknown_key(full_name: str, key: str, known: list[str]) -> str:
     return f"unknown key '{full_name}' ({hint})"
 
 
-def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+def _convert(
+    value: Any, hint: Any, where: str, problems: list[str], namespace: dict[str, Any] | None
+) -> Any:
     """`value` as the type `hint`; what doesn't fit is added to `problems`."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -157,7 +175,7 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         attempts: list[list[str]] = []
         for option in options:
             attempts.append([])
-            converted = _convert(value, option, where, attempts[-1])
+            converted = _convert(value, option, where, attempts[-1], namespace)
             if not attempts[-1]:
                 return converted
         problems.extend(attempts[0])
@@ -174,7 +192,9 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
             problems.append(f"'{where}' must be a list, got {value!r}")
             return []
         (item,) = typing.get_args(hint)
-        return [_convert(v, item, f"{where}[{i}]", problems) for i, v in enumerate(value)]
+        return [
+            _convert(v, item, f"{where}[{i}]", problems, namespace) for i, v in enumerate(value)
+        ]
     if dataclasses.is_dataclass(hint) or hint is Component or origin is dict:
         if not isinstance(value, dict):
             problems.append(f"'{where}' must be a mapping of keys, got {value!r}")
@@ -184,7 +204,7 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
             return Component(value)
         if origin is dict:
             return value
-        return _build_dataclass(typing.cast(type, hint), value, where + ".", problems)
+        return _build_dataclass(typing.cast(type, hint), value, where + ".", problems, namespace)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):

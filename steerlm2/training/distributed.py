@@ -30,6 +30,7 @@ from steerlm2.models.llama import (
     end_at_hidden_states,
     tensor_parallel_plan,
     tensor_parallel_problems,
+    unsupported_parts,
 )
 
 ObjectT = TypeVar("ObjectT")
@@ -175,12 +176,14 @@ def parallelize(
     and compute in `dtype`; gradients are reduced in float32.
 
     Raises:
-        ValueError: where the model can't be split over the tensor-parallel ranks.
+        ValueError: where the model can't be split over the tensor-parallel ranks, or has parts that
+            are not supported.
     """
+    if problems := list(unsupported_parts(decoder)):
+        raise ValueError("; ".join(problems))
     if world.tp_size > 1:
         assert world.mesh is not None
-        problems = list(tensor_parallel_problems(decoder, world.tp_size))
-        if problems:
+        if problems := list(tensor_parallel_problems(decoder, world.tp_size)):
             raise ValueError("; ".join(problems) + ": choose another tensor_parallel_dim")
         frozen = {name for name, p in decoder.named_parameters() if not p.requires_grad}
         parallelize_module(decoder, world.mesh["tp"], tensor_parallel_plan(decoder))
