@@ -89,6 +89,8 @@ class ScoreConfig:
             for name in ("max_seq_len", "max_tokens_per_microbatch", "records_per_write")
             if getattr(self, name) < 1
         ]
+        if self.fsdp_cpu_offload and self.device == "cpu":
+            found.append("'fsdp_cpu_offload' needs 'device: cuda'")
         if not self.quantities:
             found.append("'quantities' is empty: name at least one of log_p_attributes, "
                          "log_p_response, log_q")  # fmt: skip
@@ -112,6 +114,7 @@ class ScoreRecipe:
             tensor_parallel_dim=cfg.tensor_parallel_dim,
             data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
             data_parallel_shard_dim=cfg.data_parallel_shard_dim,
+            needs_mesh=cfg.fsdp_cpu_offload,
         )
 
     def setup(self) -> None:

@@ -24,8 +24,10 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from steerlm2.data.batches import batch_of_step, steps_per_epoch
@@ -147,11 +149,7 @@ class SteerLM2Config:
     metric_logger: Component | None = None
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = True
-    profiler: Component = field(
-        default_factory=lambda: Component(
-            _component_="torchtune.training.setup_torch_profiler", enabled=False
-        )
-    )
+    profiler: Component | None = None
 
     def problems(self) -> list[str]:
         """What is wrong between keys that are right by themselves."""
@@ -168,6 +166,8 @@ class SteerLM2Config:
             found.append("'data.sample' needs 'max_steps'")
         if self.val_every_n_steps and not (self.dataset_val or self.generation):
             found.append("'val_every_n_steps' needs 'dataset_val' or 'generation'")
+        if self.fsdp_cpu_offload and self.device == "cpu":
+            found.append("'fsdp_cpu_offload' needs 'device: cuda'")
         positive = {
             "global_batch_size": self.global_batch_size,
             "epochs": self.epochs,
@@ -202,7 +202,7 @@ class SteerLM2Recipe:
             tensor_parallel_dim=cfg.tensor_parallel_dim,
             data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
             data_parallel_shard_dim=cfg.data_parallel_shard_dim,
-            needs_mesh=self.param_dtype != self.dtype,
+            needs_mesh=self.param_dtype != self.dtype or cfg.fsdp_cpu_offload,
         )
         torch.manual_seed(cfg.seed)
 
@@ -278,7 +278,7 @@ class SteerLM2Recipe:
     def train(self) -> None:
         """Every optimizer step, from the groups to the log line."""
         cfg, world, options = self.cfg, self.world, self.cfg.steerlm2
-        profiler, _ = instantiate(cfg.profiler)
+        profiler = instantiate(cfg.profiler)[0] if cfg.profiler else DummyProfiler()
         bar = tqdm(
             total=self.total_steps,
             initial=self.first_step,
@@ -560,7 +560,7 @@ class SteerLM2Recipe:
     def _clip_gradients(self) -> torch.Tensor:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.cfg.clip_grad_norm is not None:
             clip_grads_with_norm_(self.parameters, self.cfg.clip_grad_norm, norm)
         return norm

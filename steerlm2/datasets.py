@@ -6,6 +6,7 @@ A builder takes the tokenizer first and its settings by name, as torchtune's bui
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -129,7 +130,9 @@ def tokenize_records(
     dropped_responses = 0
     for index, record in enumerate(records):
         prompt = _prompt(record, record.label, tokenizer, template)
-        responses = [encode_response(template, tokenizer, r.value) for r in record.responses]
+        responses = [
+            _compact(encode_response(template, tokenizer, r.value)) for r in record.responses
+        ]
         kept = [i for i, r in enumerate(responses) if len(prompt) + len(r) <= max_seq_len]
         dropped_responses += len(responses) - len(kept)
         if len(kept) >= 2:
@@ -159,8 +162,13 @@ def with_log_probs(
 
 def _prompt(
     record: Record, label: str | None, tokenizer: Tokenizer, template: Template
-) -> list[int]:
-    return encode_prompt(template, tokenizer, record.system, record.prompt_turns, label)
+) -> Sequence[int]:
+    return _compact(encode_prompt(template, tokenizer, record.system, record.prompt_turns, label))
+
+
+def _compact(tokens: list[int]) -> Sequence[int]:
+    """4 bytes a token instead of the 36 of a list: every process holds the whole data set."""
+    return array("i", tokens)
 
 
 def _with_stored_log_probs(group: Group, record: Record) -> Group:

@@ -126,7 +126,8 @@ def init_world(
         tensor_parallel_dim: ranks that split each matrix; best kept within a node.
         data_parallel_replicate_dim: replicas of the sharded model (HSDP).
         data_parallel_shard_dim: ranks that share one copy's parameters; -1: all that are left.
-        needs_mesh: make a mesh of one for a single process too (mixed precision comes with FSDP2).
+        needs_mesh: make a mesh of one for a single process too: mixed precision and CPU offload
+            come with FSDP2.
 
     Raises:
         ValueError: where the number of processes is not the product of the three dimensions, or

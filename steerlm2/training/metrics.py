@@ -6,6 +6,7 @@ results stand in objects of their own, with keys that begin with `val_`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import sys
@@ -53,18 +54,23 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def summary_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
-    """First, middle and last logged training steps side by side, as text."""
+def summary_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], parts: int = 5) -> str:
+    """The logged training steps in consecutive parts, each metric averaged over a part, as text."""
     train = [row for row in rows if keys[0] in row]
     if not train:
         return "no training step was logged"
-    quarters = sorted({round(i * (len(train) - 1) / 4) for i in range(5)})
-    columns = [train[i] for i in quarters]
-    lines = ["step".ljust(24) + "".join(f"{row['step']:>12}" for row in columns)]
+    parts = min(parts, len(train))
+    edges = [round(i * len(train) / parts) for i in range(parts + 1)]
+    columns = [train[a:b] for a, b in itertools.pairwise(edges)]
+    heads = [
+        f"{part[0]['step']}-{part[-1]['step']}" if len(part) > 1 else str(part[0]["step"])
+        for part in columns
+    ]
+    lines = ["mean over steps".ljust(24) + "".join(head.rjust(14) for head in heads)]
     lines.append("-" * len(lines[0]))
     for key in keys:
-        cells = "".join(f"{row[key]:>12.4g}" if key in row else "".rjust(12) for row in columns)
-        lines.append(key.ljust(24) + cells)
+        means = (sum(row[key] for row in part) / len(part) for part in columns)
+        lines.append(key.ljust(24) + "".join(f"{mean:>14.4g}" for mean in means))
     return "\n".join(lines)
 
 
