@@ -196,6 +196,8 @@ def _convert(
             _convert(v, item, f"{where}[{i}]", problems, namespace) for i, v in enumerate(value)
         ]
     if dataclasses.is_dataclass(hint) or hint is Component or origin is dict:
+        if hint is Component and isinstance(value, str):
+            value = {"_component_": value}  # torchtune's shorthand: key=dotpath
         if not isinstance(value, dict):
             problems.append(f"'{where}' must be a mapping of keys, got {value!r}")
             return value
@@ -224,7 +226,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 def _component_problems(component: dict[str, Any], where: str) -> Iterator[str]:
     path = component.get("_component_")
     if not isinstance(path, str):
-        yield f"'{where}' needs a '_component_' (the dotpath of what to build)"
+        yield f"'{where}' needs '{where}._component_' (the dotpath of what to build)"
         return
     try:
         parameters = inspect.signature(_locate(path)).parameters
@@ -234,7 +236,8 @@ def _component_problems(component: dict[str, Any], where: str) -> Iterator[str]:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for key in component.keys() - {"_component_"} - parameters.keys():
-        yield _unknown_key(f"{where}.{key}", str(key), list(parameters))
+        problem = _unknown_key(f"{where}.{key}", str(key), list(parameters))
+        yield f"{problem}; ~{where}.{key} on the command line removes it"
 
 
 def _locate(path: str) -> Callable[..., Any]:
