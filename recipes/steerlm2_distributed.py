@@ -30,6 +30,7 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
+from steerlm2.attributes import parse_label
 from steerlm2.data.batches import batch_of_step, steps_per_epoch
 from steerlm2.data.packing import Group, PackedRow, Strategy, pack, plan_step
 from steerlm2.data.records import Turn
@@ -93,6 +94,19 @@ class GenerationOptions:
     max_new_tokens: int = 64
     temperature: float = 0.7
     top_p: float = 0.9
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.temperature < 0:
+            found.append(f"'generation.temperature' must not be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            found.append(f"'generation.top_p' must be above 0 and at most 1, got {self.top_p}")
+        if self.label is not None:
+            try:
+                parse_label(self.label)
+            except ValueError as error:
+                found.append(f"'generation.label': {error}")
+        return found
 
 
 @dataclass
@@ -166,6 +180,8 @@ class SteerLM2Config:
             found.append("'data.sample' needs 'max_steps'")
         if self.val_every_n_steps and not (self.dataset_val or self.generation):
             found.append("'val_every_n_steps' needs 'dataset_val' or 'generation'")
+        if self.generation:
+            found += self.generation.problems()
         if self.fsdp_cpu_offload and self.device == "cpu":
             found.append("'fsdp_cpu_offload' needs 'device: cuda'")
         positive = {
@@ -371,7 +387,6 @@ class SteerLM2Recipe:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.lr_scheduler.step()
                 profiler.step()
-                bar.update()
 
                 done = step + 1
                 if done % cfg.log_every_n_steps == 0:
@@ -386,9 +401,11 @@ class SteerLM2Recipe:
                     self._log(metrics)
                     bar.set_postfix_str(
                         f"loss {metrics['loss']:.3g}, distance {metrics['distance']:.3g}, "
-                        f"{metrics['tokens_per_second']:.0f} tokens/s"
+                        f"{metrics['tokens_per_second']:.0f} tokens/s",
+                        refresh=False,
                     )
                     tokens, started = 0, time.perf_counter()
+                bar.update()
                 last = done == self.total_steps
                 if cfg.val_every_n_steps and (done % cfg.val_every_n_steps == 0 or last):
                     self.validate(done)

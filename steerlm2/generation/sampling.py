@@ -41,7 +41,7 @@ def sample_tokens(
     generator = torch.Generator(device=world.device).manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     open_answers = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
+    for _ in range(max_new_tokens if prompts else 0):
         texts = [[*prompts[i], *answers[i]] for i in open_answers]
         logits_PV = _next_token_logits(decoder, texts, world)
         next_P = choose_tokens(logits_PV, temperature, top_p, generator)

@@ -10,9 +10,11 @@ Two kinds of files:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -198,7 +201,9 @@ def save_weights(
     if not world.is_main:
         return
     assert checkpointer is not None
-    weights = {name: cast(Tensor, tensor).to(dtype) for name, tensor in full.items()}
+    weights = {
+        name: cast(Tensor, tensor).to(dtype, copy=lora is not None) for name, tensor in full.items()
+    }
     state: dict[str, Any] = {"model": weights}
     if lora is not None:
         adapters = get_adapter_params(decoder).keys()
@@ -231,7 +236,8 @@ def save_training_state(
         decoder, optimizer, options=StateDictOptions(ignore_frozen_params=True)
     )
     tensors = {"model": model_state, "optimizer": optimizer_state}
-    dcp.save(tensors, checkpoint_id=partial, no_dist=world.mesh is None)
+    with _plain_messages():
+        dcp.save(tensors, checkpoint_id=partial, no_dist=world.mesh is None)
     torch.save(_random_state(world.device), partial / f"random_{world.rank}.pt")
     world.barrier()
     if world.is_main:
@@ -242,9 +248,21 @@ def save_training_state(
     world.barrier()
 
 
+@contextlib.contextmanager
+def _plain_messages() -> Iterator[None]:
+    """The first rank's own error, not a BaseException around it; no note on a single process."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The complete training states in a folder, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*[0-9]/{STATE_FILE}"))
+    found = (path.parent for path in folder.glob(f"step_*[0-9]/{STATE_FILE}"))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def load_training_state(
@@ -254,7 +272,8 @@ def load_training_state(
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
     tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=world.mesh is None)
+    with _plain_messages():
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=world.mesh is None)
     set_state_dict(
         decoder,
         optimizer,
@@ -300,11 +319,11 @@ def _dtype(decoder: nn.Module) -> torch.dtype:
 
 def _shape_problems(decoder: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str]:
     expected = {_plain_name(name): p.shape for name, p in decoder.named_parameters()}
-    for name in expected.keys() - weights.keys():
+    for name in sorted(expected.keys() - weights.keys()):
         yield f"{name} is missing"
-    for name in weights.keys() - expected.keys():
+    for name in sorted(weights.keys() - expected.keys()):
         yield f"{name} is not in the model"
-    for name in expected.keys() & weights.keys():
+    for name in sorted(expected.keys() & weights.keys()):
         if expected[name] != weights[name].shape:
             yield (
                 f"{name} has shape {list(weights[name].shape)}, "

@@ -139,8 +139,9 @@ def _build_dataclass(
 ) -> Any:
     hints = typing.get_type_hints(cls, namespace if cls.__module__ == "__main__" else None)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in values.keys() - fields.keys():
-        problems.append(_unknown_key(where + str(key), str(key), list(fields)))
+    for key in values:
+        if key not in fields:
+            problems.append(_unknown_key(where + str(key), str(key), list(fields)))
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         if name in values and values[name] != MISSING:
@@ -233,11 +234,13 @@ def _component_problems(component: dict[str, Any], where: str) -> Iterator[str]:
     except ValueError as error:
         yield f"'{where}._component_': {error}"
         return
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return
-    for key in component.keys() - {"_component_"} - parameters.keys():
-        problem = _unknown_key(f"{where}.{key}", str(key), list(parameters))
-        yield f"{problem}; ~{where}.{key} on the command line removes it"
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for key, value in component.items():
+        if value == MISSING:
+            yield f"'{where}.{key}' is missing: add {where}.{key}=... to the command line"
+        if key not in parameters and key != "_component_" and not takes_any:
+            problem = _unknown_key(f"{where}.{key}", str(key), list(parameters))
+            yield f"{problem}; ~{where}.{key} on the command line removes it"
 
 
 def _locate(path: str) -> Callable[..., Any]:

@@ -30,14 +30,14 @@ class JsonLines:
 
     def keep_until(self, step: int) -> None:
         """Drop rows after `step`: a resumed run writes them again."""
-        rows = self.read()
+        if not self.path.exists():
+            return
         partial = self.path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        for row in rows:
+        partial.write_text("")
+        for row in self.read():
             if row["step"] <= step:
                 JsonLines(partial).append(row)
-        if rows:
-            partial.rename(self.path)
+        partial.replace(self.path)
 
     def read(self) -> list[dict[str, Any]]:
         """The rows, without a last line that a kill cut off; none where there is no file."""
@@ -88,5 +88,6 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Pa
                 panel.plot(*zip(*points, strict=True), marker=marker, label=label)
         panel.set(xlabel="step", title=key, ylim=(0, None))
         panel.grid(alpha=0.3)
-        panel.legend()
+        if panel.lines:
+            panel.legend()
     figure.savefig(path, dpi=120)

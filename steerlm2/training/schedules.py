@@ -42,7 +42,7 @@ def warmup_cosine_hold(
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        progress = min((step - warmup_steps) / max(decay_steps, 1), 1.0)
+        progress = min((step - warmup_steps) / decay_steps, 1.0) if decay_steps else 1.0
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)

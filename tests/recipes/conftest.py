@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steerlm2.data.records import LOG_PROB_KEYS
+from steerlm2.data.records import Record, Response, Turn, write_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 
@@ -24,7 +24,7 @@ TUNE = Path(sys.executable).with_name("tune")
 Json = dict[str, Any]
 WriteGroups = Callable[..., Path]
 
-MAX_SEQ_LEN = 160
+MAX_SEQ_LEN = 72
 """Of the groups that `write_groups` makes: a prompt with its longest response has so many tokens."""
 
 
@@ -84,51 +84,41 @@ class RunFolder:
         return load_file(folder / file)
 
 
-def write_groups(
-    path: Path, sizes: Iterable[int], *, seed: int = 0, extra_tokens: int = 0
-) -> Path:
-    """SteerLM2 records with log P(a|x,y) only, of random words.
+WORDS = ("a", "the", "of", "and", "is", "to", "it", "has", "you", "for", "this", "capital", "good")
+"""Each is one token of the tiny tokenizer."""
 
-    Group g has `sizes[g]` responses. Their lengths are drawn from 1 word to the limit of
-    MAX_SEQ_LEN; the shortest and the longest that are possible both appear in every second group.
+
+def words(num_tokens: int, rng: random.Random) -> str:
+    return " ".join(["a", *rng.choices(WORDS, k=num_tokens - 1)])
+
+
+@pytest.fixture(scope="session")
+def write_groups() -> WriteGroups:
+    return _write_groups
+
+
+def _write_groups(path: Path, sizes: Iterable[int], *, seed: int = 0, too_long: int = 0) -> Path:
+    """SteerLM2 records of random words, with log P(a|x,y) only. Group g has `sizes[g]` responses.
+
+    Their lengths are drawn from 1 word to the limit of MAX_SEQ_LEN; in every second group the first
+    response has 1 word and the second is as long as it can be.
 
     Args:
-        extra_tokens: how far the longest responses go beyond the limit.
+        too_long: tokens by which those longest responses go beyond the limit.
     """
     rng = random.Random(seed)
     template, tokenizer = extra_id_template(), tiny_tokenizer()
-    end = len(encode_response(template, tokenizer, "a")) - len(tokenizer.encode("a"))
-
-    def text(num_tokens: int) -> str:
-        while True:
-            words = rng.choices(WORDS, k=num_tokens)
-            while len(tokenizer.encode(" ".join(words))) > num_tokens:
-                words.pop()
-            words += rng.choices(LETTERS, k=num_tokens - len(tokenizer.encode(" ".join(words))))
-            if len(tokenizer.encode(" ".join(words))) == num_tokens:
-                return " ".join(words)
-
-    lines = []
+    end = len(encode_response(template, tokenizer, "a")) - 1
+    records = []
     for g, size in enumerate(sizes):
-        record: Json = {
-            "system": "Answer.",
-            "prompt_turns": [{"from": "User", "value": text(rng.randint(1, 12))}],
-            "label": f"humor:{g % 5},verbosity:{g % 3}",
-        }
-        probe = parse_turns(record)
-        prompt = encode_prompt(template, tokenizer, record["system"], probe, record["label"])
+        turns = [Turn("User", words(rng.randint(1, 12), rng))]
+        label = f"humor:{g % 5},verbosity:{g % 3}"
+        prompt = encode_prompt(template, tokenizer, "Answer.", turns, label)
         limit = MAX_SEQ_LEN - len(prompt) - end
         lengths = [rng.randint(1, limit) for _ in range(size)]
         if g % 2 == 0:
-            lengths[:2] = [1, limit + extra_tokens]
-        record["responses"] = [
-            {
-                "from": "Assistant",
-                "value": text(length),
-                LOG_PROB_KEYS["log_p_attributes"]: rng.uniform(-4, 0),
-            }
-            for length in lengths
-        ]
-        lines.append(json.dumps(record) + "\n")
-    path.write_text("".join(lines))
+            lengths[:2] = [1, limit + too_long]
+        responses = [Response(words(n, rng), log_p_attributes=rng.uniform(-4, 0)) for n in lengths]
+        records.append(Record("Answer.", turns, label, responses))
+    write_records(path, records)
     return path

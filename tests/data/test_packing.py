@@ -1,0 +1,363 @@
+"""Packed rows: what sees what, what predicts what; and step plans: every group once, no rank waits.
+
+A group is drawn as "prompt|response response ...", a letter a token. The last token of a response
+(the stop token) is predicted but is no input: "ab|cde f" is the row a b c d, "g|hi jk lmn" is the
+row g h j l m.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steerlm2.data.packing import (
+    PADDING,
+    Group,
+    Strategy,
+    assign_to_ranks,
+    fill_microbatches,
+    pack,
+    plan_step,
+)
+
+
+def ids(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def text(tokens: Any) -> str:
+    return "".join(chr(token) for token in tokens)
+
+
+def group(drawn: str, index: int = 0, **values: Any) -> Group:
+    prompt, responses = drawn.split("|")
+    return Group(ids(prompt), [ids(response) for response in responses.split()], index, **values)
+
+
+def two_groups() -> list[Group]:
+    return [group("ab|cde f"), group("g|hi jk lmn")]
+
+
+lengths = st.integers(min_value=1, max_value=7)
+groups_of_any_size = st.lists(
+    st.builds(
+        lambda prompt, responses: Group([1] * prompt, [[2] * length for length in responses]),
+        lengths,
+        st.lists(lengths, min_size=2, max_size=6),
+    ),
+    max_size=12,
+).map(lambda groups: [Group(g.prompt, g.responses, index) for index, g in enumerate(groups)])
+
+
+def test_row_holds_prompts_and_responses_without_their_stop_tokens() -> None:
+    assert text(pack(two_groups()).tokens_T) == "abcd" + "ghjlm"
+
+
+def test_positions_restart_after_the_prompt_for_every_response() -> None:
+    """a b c d: 0 1 2 3 (f has no input). g: 0, then h, j and l m each from 1 on."""
+    assert pack(two_groups()).input_pos_T.tolist() == [0, 1, 2, 3, 0, 1, 1, 1, 2]
+
+
+def test_every_response_token_is_a_target() -> None:
+    assert text(pack(two_groups()).targets_R) == "cdef" + "hijklmn"
+
+
+def test_targets_are_predicted_by_the_token_before_them() -> None:
+    """c, f by the last prompt token b; d by c; e by d. h, j, l by g; i by h; k by j; m by l..."""
+    row = pack(two_groups())
+    assert text(row.tokens_T[row.source_R]) == "bcdb" + "ghgjglm"
+
+
+def test_targets_know_their_response() -> None:
+    """Responses are counted through the row: cde 0, f 1, hi 2, jk 3, lmn 4."""
+    assert pack(two_groups()).response_R.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4, 4]
+
+
+def test_response_lengths_count_the_stop_token() -> None:
+    assert pack(two_groups()).response_lengths_N.tolist() == [3, 1, 2, 2, 3]
+
+
+def test_group_sizes_are_the_numbers_of_responses() -> None:
+    assert pack(two_groups()).group_sizes == [2, 3]
+
+
+def test_mask_shows_a_token_its_prompt_and_its_own_response() -> None:
+    """Row: abcd ghjlm and 3 tokens of padding to 12 = 3 * 4. A token sees what came before in its
+    own group: prompts see the prompt only, h j and lm see g and themselves, not each other.
+    """
+    drawn = [
+        "x...........",
+        "xx..........",
+        "xxx.........",
+        "xxxx........",
+        "....x.......",
+        "....xx......",
+        "....x.x.....",
+        "....x..x....",
+        "....x..xx...",
+        ".........x..",
+        ".........xx.",
+        ".........xxx",
+    ]
+    mask_TT = pack(two_groups(), multiple_of=4).attention_mask_TT()
+    assert ["".join(".x"[seen] for seen in row) for row in mask_TT.tolist()] == drawn
+
+
+def test_mask_separates_responses_of_one_group_that_follow_each_other() -> None:
+    """ab | cde fgh -> a b c d f g: f g see a b and themselves, not c d."""
+    mask_TT = pack([group("ab|cde fgh")]).attention_mask_TT()
+    assert mask_TT[4:].tolist() == [
+        [True, True, False, False, True, False],
+        [True, True, False, False, True, True],
+    ]
+
+
+@pytest.mark.parametrize(("multiple_of", "length"), [(1, 9), (2, 10), (3, 9), (4, 12), (16, 16)])
+def test_row_is_padded_to_a_multiple(multiple_of: int, length: int) -> None:
+    """9 tokens."""
+    row = pack(two_groups(), pad_id=7, multiple_of=multiple_of)
+    assert row.tokens_T[9:].tolist() == [7] * (length - 9)
+    assert row.group_T[9:].tolist() == [PADDING] * (length - 9)
+
+
+def test_num_tokens_leaves_padding_out() -> None:
+    assert pack(two_groups(), multiple_of=16).num_tokens == 9
+
+
+def test_row_without_groups_is_padding() -> None:
+    """At least one multiple, so that every tensor-parallel rank has a token; no responses."""
+    row = pack([], multiple_of=4)
+    assert row.group_T.tolist() == [PADDING] * 4
+    assert (row.num_tokens, row.num_responses, row.group_sizes) == (0, 0, [])
+    assert len(row.targets_R) == len(row.source_R) == len(row.response_R) == 0
+
+
+def test_padding_sees_something() -> None:
+    """A row of the mask without any key would make the softmax nan."""
+    assert pack([], multiple_of=4).attention_mask_TT().any(dim=1).all()
+
+
+def test_log_probs_and_weights_stand_in_the_order_of_the_responses() -> None:
+    row = pack(
+        [
+            group("ab|cde f", log_q=[-1.0, -2.0], weights=[0.25, 0.75]),
+            group("g|hi jk lmn", log_q=[-3.0, -4.0, -5.0], weights=[0.5, 0.25, 0.25]),
+        ]
+    )
+    assert row.log_q_N is not None
+    assert row.w_N is not None
+    assert row.log_q_N.tolist() == [-1, -2, -3, -4, -5]
+    assert row.w_N.tolist() == [0.25, 0.75, 0.5, 0.25, 0.25]
+
+
+def test_log_probs_and_weights_are_unknown_where_one_group_lacks_them() -> None:
+    known = group("ab|cde f", log_q=[-1.0, -2.0], weights=[0.25, 0.75])
+    row = pack([known, group("g|hi jk")])
+    assert row.log_q_N is None
+    assert row.w_N is None
+
+
+def test_empty_row_has_log_probs_and_weights_of_length_zero() -> None:
+    """A loss of no groups takes them as it takes any others."""
+    row = pack([])
+    assert row.log_q_N is not None
+    assert row.w_N is not None
+    assert (row.log_q_N.shape, row.w_N.shape) == ((0,), (0,))
+
+
+def test_to_moves_every_tensor() -> None:
+    row = pack([group("ab|cde f", log_q=[-1.0, -2.0], weights=[0.25, 0.75])]).to(
+        torch.device("meta")
+    )
+    tensors = [value for value in vars(row).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 10
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@given(groups_of_any_size)
+@settings(deadline=None)
+def test_a_groups_token_count_is_its_length_in_a_row(groups: list[Group]) -> None:
+    assert pack(groups).num_tokens == sum(group.num_tokens for group in groups)
+
+
+def test_slices_share_the_prompt_and_divide_the_responses() -> None:
+    """5 responses in slices of 2: 2, 2 and 1."""
+    parts = group("ab|c d e f g", index=3).slices(2)
+    assert [(text(p.prompt), [text(r) for r in p.responses]) for p in parts] == [
+        ("ab", ["c", "d"]),
+        ("ab", ["e", "f"]),
+        ("ab", ["g"]),
+    ]
+    assert [(p.index, list(p.responses_kept)) for p in parts] == [
+        (3, [0, 1]),
+        (3, [2, 3]),
+        (3, [4]),
+    ]
+
+
+def test_slices_within_a_token_budget() -> None:
+    """Prompt 2, inputs of cde 2, fgh 2, i 0, jkl 2; budget 6: 2+2+2+0 = 6, then 2+2 = 4."""
+    parts = group("ab|cde fgh i jkl").slices_within(6)
+    assert [[text(r) for r in p.responses] for p in parts] == [["cde", "fgh", "i"], ["jkl"]]
+
+
+@given(groups_of_any_size, st.integers(1, 20))
+@settings(deadline=None)
+def test_slices_within_cover_all_responses_once_in_order(groups: list[Group], budget: int) -> None:
+    for whole in groups:
+        places = [i for part in whole.slices_within(budget) for i in part.responses_kept]
+        assert places == list(range(len(whole.responses)))
+
+
+@given(groups_of_any_size, st.integers(1, 20))
+@settings(deadline=None)
+def test_slices_within_keep_to_the_budget_or_are_single_responses(
+    groups: list[Group], budget: int
+) -> None:
+    for whole in groups:
+        for part in whole.slices_within(budget):
+            assert part.num_tokens <= budget or len(part.responses) == 1
+
+
+@given(groups_of_any_size, st.integers(1, 20))
+@settings(deadline=None)
+def test_slices_within_are_as_long_as_they_can_be(groups: list[Group], budget: int) -> None:
+    """The next slice's first response would not have fitted in."""
+    for whole in groups:
+        parts = whole.slices_within(budget)
+        for part, following in itertools.pairwise(parts):
+            assert part.num_tokens + len(following.responses[0]) - 1 > budget
+
+
+@given(groups_of_any_size, st.integers(1, 60))
+@settings(deadline=None)
+def test_microbatches_hold_every_group_once(groups: list[Group], budget: int) -> None:
+    batches = fill_microbatches(groups, budget)
+    assert sorted(group.index for batch in batches for group in batch) == list(range(len(groups)))
+
+
+@given(groups_of_any_size, st.integers(1, 60))
+@settings(deadline=None)
+def test_microbatches_keep_to_the_budget_or_hold_one_group(
+    groups: list[Group], budget: int
+) -> None:
+    for batch in fill_microbatches(groups, budget):
+        assert sum(group.num_tokens for group in batch) <= budget or len(batch) == 1
+
+
+@given(groups_of_any_size, st.integers(1, 60))
+@settings(deadline=None)
+def test_no_two_microbatches_could_have_been_one(groups: list[Group], budget: int) -> None:
+    loads = sorted(sum(g.num_tokens for g in batch) for batch in fill_microbatches(groups, budget))
+    assert len(loads) < 2 or loads[0] + loads[1] > budget
+
+
+def test_microbatches_are_filled_from_the_largest_group_on_and_to_the_brim() -> None:
+    """Prompts of 3, 4, 6 and 7 tokens, budget 10: 7 + 3 and 6 + 4. In the order given it would be
+    3 + 4, 6, 7.
+    """
+    groups = [Group([1] * size, [[2]]) for size in (3, 4, 6, 7)]
+    batches = fill_microbatches(groups, 10)
+    assert [[group.num_tokens for group in batch] for batch in batches] == [[7, 3], [6, 4]]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 6))
+def test_ranks_get_every_item_once(sizes: list[int], num_ranks: int) -> None:
+    assigned = assign_to_ranks(sizes, num_ranks)
+    assert len(assigned) == num_ranks
+    assert sorted(i for rank in assigned for i in rank) == list(range(len(sizes)))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 6))
+def test_ranks_differ_by_no_more_than_the_largest_item(sizes: list[int], num_ranks: int) -> None:
+    loads = [sum(sizes[i] for i in rank) for rank in assign_to_ranks(sizes, num_ranks)]
+    assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_ranks_are_balanced_by_size_and_not_by_count() -> None:
+    """8 alone against 3 + 3 + 2."""
+    assert assign_to_ranks([3, 8, 3, 2], 2) == [[1], [0, 2, 3]]
+
+
+def plans_of(groups: list[Group], num_ranks: int, **settings: Any) -> list[Any]:
+    defaults: dict[str, Any] = {
+        "strategy": "auto",
+        "max_tokens_per_microbatch": 20,
+        "micro_batch_size": 2,
+        "forward_micro_batch_size": 3,
+    }
+    return [
+        plan_step(groups, rank=rank, num_ranks=num_ranks, **(defaults | settings))
+        for rank in range(num_ranks)
+    ]
+
+
+@given(
+    groups_of_any_size,
+    st.integers(1, 5),
+    st.sampled_from(["auto", "single_pass", "two_pass"]),
+    st.integers(1, 60),
+)
+@settings(deadline=None)
+def test_a_step_has_every_group_once_over_all_ranks(
+    groups: list[Group], num_ranks: int, strategy: Strategy, budget: int
+) -> None:
+    found = [
+        group.index
+        for plan in plans_of(groups, num_ranks, strategy=strategy, max_tokens_per_microbatch=budget)
+        for group in [*plan.two_pass, *(g for batch in plan.single_pass for g in batch)]
+    ]
+    assert sorted(found) == list(range(len(groups)))
+
+
+@given(groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
+@settings(deadline=None)
+def test_auto_takes_two_passes_for_groups_over_the_budget_only(
+    groups: list[Group], num_ranks: int, budget: int
+) -> None:
+    for plan in plans_of(groups, num_ranks, max_tokens_per_microbatch=budget):
+        assert all(group.num_tokens > budget for group in plan.two_pass)
+        for batch in plan.single_pass:
+            assert sum(group.num_tokens for group in batch) <= budget
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"), [("single_pass", "two_pass"), ("two_pass", "single_pass")]
+)
+def test_a_fixed_strategy_leaves_the_other_kind_empty(strategy: str, kind: str) -> None:
+    """Of two groups of 4 and 5 tokens one is over the budget of 4."""
+    (plan,) = plans_of(two_groups(), 1, strategy=strategy, max_tokens_per_microbatch=4)
+    assert getattr(plan, kind) == []
+
+
+@given(groups_of_any_size, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4))
+@settings(deadline=None)
+def test_all_ranks_run_as_many_rows_as_the_busiest_has(
+    groups: list[Group], num_ranks: int, budget: int, size: int
+) -> None:
+    """Backward rows: micro-batches + slices of `size`. Forward rows: slices of `size` + 1."""
+    plans = plans_of(
+        groups,
+        num_ranks,
+        max_tokens_per_microbatch=budget,
+        micro_batch_size=size,
+        forward_micro_batch_size=size + 1,
+    )
+    forward = [sum(len(g.slices(size + 1)) for g in plan.two_pass) for plan in plans]
+    backward = [
+        len(plan.single_pass) + sum(len(g.slices(size)) for g in plan.two_pass) for plan in plans
+    ]
+    assert {plan.forward_rows for plan in plans} == {max(forward)}
+    assert {plan.backward_rows for plan in plans} == {max(backward)}
+
+
+def test_a_rank_without_groups_runs_the_rows_of_the_others() -> None:
+    """One group of 5 tokens, budget 5, two ranks: the second has nothing but runs one row."""
+    first, second = plans_of([group("g|hi jk lmn")], 2, max_tokens_per_microbatch=5)
+    assert (len(first.single_pass), second.single_pass, second.two_pass) == (1, [], [])
+    assert (second.forward_rows, second.backward_rows) == (0, 1)

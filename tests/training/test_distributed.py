@@ -1,0 +1,179 @@
+"""One process, with and without a mesh of one; what more processes compute, recipe tests say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchtune.models.llama3 import llama3
+from torchtune.modules import TransformerDecoder
+
+from steerlm2.data.packing import Group, pack
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.training.checkpoint import ScratchCheckpointer, load_weights
+from steerlm2.training.distributed import World, close_world, init_world, parallelize
+from steerlm2.training.forward import response_logps
+
+CPU = World(torch.device("cpu"))
+
+Numbers = tuple[Tensor, list[Tensor]]
+"""Log-probs and the gradients of all parameters."""
+
+
+@pytest.fixture
+def mesh_of_one() -> Iterator[World]:
+    yield init_world("cpu", needs_mesh=True)
+    close_world()
+
+
+def built(
+    world: World, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> TransformerDecoder:
+    """A decoder as recipes build it: meta device, laid out, then filled."""
+    with torch.device("meta"):
+        decoder = llama3(
+            vocab_size=512,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            embed_dim=32,
+            max_seq_len=64,
+            intermediate_dim=48,
+        )
+    checkpointer = ScratchCheckpointer(decoder, tiny_tokenizer(), seed=0, output_dir="unused")
+    checkpointer.weights = {name: 5 * value for name, value in checkpointer.weights.items()}
+    parallelize(decoder, world, dtype=dtype, **options)
+    load_weights(decoder, checkpointer, world, seed=0)
+    return decoder
+
+
+def log_probs_and_gradients(decoder: TransformerDecoder, world: World) -> Numbers:
+    row = pack([Group([1, 2, 3], [[4, 5, 6, 7], [8], [9, 10]]), Group([11], [[12], [13, 14]])])
+    logps_N = response_logps(decoder, row, world)
+    logps_N.sum().backward()
+    gradients = []
+    for parameter in decoder.parameters():
+        assert parameter.grad is not None
+        full = getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)
+        gradients.append(full())
+    return logps_N.detach(), gradients
+
+
+@pytest.fixture(scope="module")
+def plain() -> Numbers:
+    return log_probs_and_gradients(built(CPU), CPU)
+
+
+def assert_same(actual: Numbers, expected: Numbers) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_process_needs_no_process_group() -> None:
+    world = init_world("cpu")
+    assert world.mesh is None
+    assert not dist.is_initialized()
+
+
+def test_a_single_process_is_all_there_is() -> None:
+    assert (CPU.size, CPU.rank, CPU.is_main, CPU.dp_size, CPU.dp_rank) == (1, 0, True, 1, 0)
+    assert (CPU.tp_size, CPU.tp_group) == (1, None)
+
+
+def test_reductions_over_one_process_are_the_value() -> None:
+    value = torch.tensor([1.0, -2.0])
+    assert CPU.sum(value).tolist() == CPU.max(value).tolist() == [1, -2]
+    assert CPU.from_main({"a": 1}) == {"a": 1}
+    assert CPU.gather("x") == ["x"]
+
+
+def test_a_mesh_of_one_reduces_to_the_value_too(mesh_of_one: World) -> None:
+    assert mesh_of_one.mesh is not None
+    value = torch.tensor([1.0, -2.0])
+    assert mesh_of_one.sum(value).tolist() == mesh_of_one.max(value).tolist() == [1, -2]
+    assert mesh_of_one.from_main([3]) == [3]
+    assert mesh_of_one.gather("x") == ["x"]
+
+
+def test_reductions_leave_their_input_as_it_is(mesh_of_one: World) -> None:
+    value = torch.tensor([1.0])
+    assert mesh_of_one.sum(value) is not value
+    assert mesh_of_one.max(value) is not value
+
+
+def test_closing_ends_the_process_group() -> None:
+    init_world("cpu", needs_mesh=True)
+    close_world()
+    assert not dist.is_initialized()
+    close_world()  # and again: a recipe that failed early has none
+
+
+@pytest.mark.parametrize(
+    ("size", "dims"),
+    [
+        (1, {"tensor_parallel_dim": 2}),
+        (4, {"tensor_parallel_dim": 3}),
+        (4, {"data_parallel_shard_dim": 3}),
+        (4, {"data_parallel_replicate_dim": 8}),
+        (8, {"tensor_parallel_dim": 2, "data_parallel_shard_dim": 2}),
+    ],
+)
+def test_processes_that_do_not_divide_are_refused(
+    size: int, dims: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any of them waits for the others."""
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=rf"^{size} processes can't form .* must be {size}"):
+        init_world("cpu", **dims)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        {"tensor_parallel_dim": 0},
+        {"data_parallel_replicate_dim": -1},
+        {"data_parallel_shard_dim": 0},
+        {"data_parallel_shard_dim": -2},
+    ],
+)
+def test_dimensions_below_one_are_refused(dims: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        init_world("cpu", **dims)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_names_the_fix() -> None:
+    with pytest.raises(ValueError, match="PyTorch sees no GPU here; set device=cpu"):
+        init_world("cuda")
+
+
+def test_activation_checkpointing_changes_no_number(plain: Numbers) -> None:
+    decoder = built(CPU, activation_checkpointing=True)
+    assert_same(log_probs_and_gradients(decoder, CPU), plain)
+
+
+def test_activation_checkpointing_computes_the_layers_again() -> None:
+    """2 layers: 2 forwards, and 2 again in the backward."""
+    decoder = built(CPU, activation_checkpointing=True)
+    calls: list[int] = []
+    for layer in decoder.layers:
+        layer.attn.register_forward_hook(lambda *_: calls.append(1))
+    log_probs_and_gradients(decoder, CPU)
+    assert len(calls) == 4
+
+
+def test_fsdp_over_one_process_changes_no_number(mesh_of_one: World, plain: Numbers) -> None:
+    assert_same(log_probs_and_gradients(built(mesh_of_one), mesh_of_one), plain)
+
+
+def test_bf16_computes_on_float32_master_weights(mesh_of_one: World, plain: Numbers) -> None:
+    """Log-probs are near fp32's but not theirs; parameters and gradients are float32."""
+    decoder = built(mesh_of_one, dtype=torch.bfloat16)
+    logps_N, gradients = log_probs_and_gradients(decoder, mesh_of_one)
+    assert {p.dtype for p in decoder.parameters()} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert 1e-4 < (logps_N - plain[0]).abs().max() < 0.5
