@@ -31,7 +31,7 @@ from steerlm2.attributes import beta_log_prob, parse_label
 from steerlm2.data.packing import Group
 from steerlm2.data.records import Record, Response, read_records, record_to_json
 from steerlm2.datasets import SteerLM2Dataset, tokenize_records
-from steerlm2.training.checkpoint import load_weights, open_checkpointer
+from steerlm2.training.checkpoint import check_vocabulary, load_weights, open_checkpointer
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
 from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
 from steerlm2.training.forward import score_groups
@@ -131,6 +131,7 @@ class ScoreRecipe:
         dtype = DTYPES[cfg.dtype]
         with torch.device("meta"):
             self.model = instantiate(cfg.model).to(dtype)
+        check_vocabulary(self.model, tokenizer)
         checkpointer = (
             open_checkpointer(
                 cfg.checkpointer,

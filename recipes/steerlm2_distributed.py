@@ -39,6 +39,7 @@ from steerlm2.datasets import SteerLM2Dataset, with_log_probs
 from steerlm2.generation.sampling import sample_tokens
 from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.training.checkpoint import (
+    check_vocabulary,
     checkpoints,
     load_training_state,
     load_weights,
@@ -55,7 +56,7 @@ from steerlm2.training.metrics import (
     plot_curves,
     summary_table,
 )
-from steerlm2.training.output import set_aside_earlier_run
+from steerlm2.training.output import make_output_dir, set_aside_earlier_run
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -184,6 +185,8 @@ class SteerLM2Config:
             found += self.generation.problems()
         if self.fsdp_cpu_offload and self.device == "cpu":
             found.append("'fsdp_cpu_offload' needs 'device: cuda'")
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            found.append(f"'clip_grad_norm' must be above 0, got {self.clip_grad_norm}")
         positive = {
             "global_batch_size": self.global_batch_size,
             "epochs": self.epochs,
@@ -224,16 +227,20 @@ class SteerLM2Recipe:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
+        if world.is_main:
+            make_output_dir(self.output_dir)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
         self.train_set = self._dataset(cfg.dataset)
-        self.val_set = self._dataset(cfg.dataset_val) if cfg.dataset_val else None
+        val = cfg.dataset_val if cfg.val_every_n_steps else None
+        self.val_set = self._dataset(val) if val else None
         self.steps_per_epoch = steps_per_epoch(len(self.train_set), cfg.global_batch_size)
         limits = [cfg.max_steps, cfg.epochs and cfg.epochs * self.steps_per_epoch]
         self.total_steps = min(limit for limit in limits if limit is not None)
 
         with torch.device("meta"):
             self.model = instantiate(cfg.model).to(self.param_dtype)
+        check_vocabulary(self.model, self.tokenizer)
         self.is_lora = bool(get_adapter_params(self.model))
         if self.is_lora:
             set_trainable_params(self.model, get_adapter_params(self.model))
@@ -269,8 +276,8 @@ class SteerLM2Recipe:
         )
 
         # Q_theta is Q' only now: after a checkpoint is loaded it has moved on.
-        self.train_groups = self._scored(self.train_set)
-        self.val_groups = self._scored(self.val_set) if self.val_set else []
+        self.train_groups = self._scored(self.train_set, "dataset")
+        self.val_groups = self._scored(self.val_set, "dataset_val") if self.val_set else []
 
         self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
         self.samples_file = JsonLines(self.output_dir / "samples.jsonl")
@@ -325,8 +332,8 @@ class SteerLM2Recipe:
                 # step doesn't depend on how they are split. FSDP2 takes the mean over the
                 # data-parallel ranks, hence dp_size.
                 share = 1 / len(groups)
-                loss_sum = torch.zeros((), device=world.device)
-                sums = torch.zeros(len(METRIC_NAMES), device=world.device)
+                loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+                sums = torch.zeros(len(METRIC_NAMES), dtype=torch.float64, device=world.device)
                 drifts: list[torch.Tensor] = []
 
                 # Groups too large for one micro-batch: first log Q_theta of all their responses,
@@ -429,9 +436,8 @@ class SteerLM2Recipe:
                 max_tokens_per_microbatch=cfg.steerlm2.max_tokens_per_microbatch,
             )
             whole = pack(groups).to(world.device)
-            logps_N = torch.tensor(
-                [logp for group in scores for logp in group], device=world.device
-            )
+            logps = [logp for group in scores for logp in group]
+            logps_N = torch.tensor(logps, dtype=torch.float64, device=world.device)
             sums = self._metric_sums(logps_N, whole) / len(groups)
             metrics: dict[str, float] = {
                 "step": step,
@@ -515,14 +521,14 @@ class SteerLM2Recipe:
             arguments["seed"] = self.cfg.seed
         return instantiate(component, self.tokenizer, **arguments)
 
-    def _scored(self, dataset: SteerLM2Dataset) -> list[Group]:
+    def _scored(self, dataset: SteerLM2Dataset, key: str) -> list[Group]:
         """The groups with log-probs and target weights, stored or from the start weights."""
         if not self.cfg.steerlm2.score_with_start_model:
             if any(group.weights is None for group in dataset.groups):
                 raise ValueError(
-                    "the data set has no log P(y|x) and log Q'(y|a,x): run score_responses on it, "
-                    "or set steerlm2.score_with_start_model=true if the start weights are both "
-                    "the P and the Q' of this run"
+                    f"`{key}` has no log P(y|x) and log Q'(y|a,x): run score_responses on it, or "
+                    "set steerlm2.score_with_start_model=true if the start weights are both the P "
+                    "and the Q' of this run"
                 )
             return dataset.groups
         budget = self.cfg.steerlm2.max_tokens_per_microbatch
@@ -588,6 +594,8 @@ class SteerLM2Recipe:
             "groups": len(self.train_groups),
             "global_batch_size": self.cfg.global_batch_size,
             "seed": self.cfg.seed,
+            "shuffle": self.cfg.data.shuffle,
+            "tokens": sum(group.num_tokens for group in self.train_groups),
         }
 
     def _resume(self) -> int:
@@ -601,7 +609,7 @@ class SteerLM2Recipe:
             raise ValueError(
                 f"{found[-1]} was written with {state['data']}, this run has "
                 f"{self._data_state()}: resuming would repeat and skip data. Use the same data set,"
-                " global_batch_size and seed, or start in another output_dir."
+                " data.shuffle, global_batch_size and seed, or start in another output_dir."
             )
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.world.is_main:

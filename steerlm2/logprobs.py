@@ -42,8 +42,13 @@ def token_logps(
 
 
 def sum_by_response(logps_R: Tensor, response_R: Tensor, num_responses: int) -> Tensor:
-    """[N] sums of token log-probs; `response_R` says which response a token belongs to."""
-    return logps_R.new_zeros(num_responses).index_add(0, response_R, logps_R)
+    """[N] sums of token log-probs, float64; `response_R` says which response a token belongs to.
+
+    A sum of hundreds of nats rounds to 1e-5 to 1e-4 nats in float32, in another way for every
+    packing. The loss depends on differences of such sums, so two runs that should agree would not.
+    """
+    sums_N = logps_R.new_zeros(num_responses, dtype=torch.float64)
+    return sums_N.index_add(0, response_R, logps_R.double())
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -163,7 +163,7 @@ def _join(values: Sequence[Sequence[float] | None]) -> Tensor | None:
     known = [v for v in values if v is not None]
     if len(known) < len(values):
         return None
-    return torch.tensor([x for v in known for x in v], dtype=torch.float32)
+    return torch.tensor([x for v in known for x in v], dtype=torch.float64)
 
 
 @dataclass(frozen=True)

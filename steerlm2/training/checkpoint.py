@@ -135,6 +135,18 @@ def open_checkpointer(
     return instantiate(component)
 
 
+def check_vocabulary(decoder: TransformerDecoder, tokenizer: Tokenizer) -> None:
+    """Raises:
+    ValueError: where the tokenizer has ids that the model has no embedding for.
+    """
+    if tokenizer.vocab_size > decoder.tok_embeddings.num_embeddings:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+            f"{decoder.tok_embeddings.num_embeddings} embeddings: `tokenizer` and `model` must be "
+            "of one checkpoint"
+        )
+
+
 def load_weights(
     decoder: TransformerDecoder,
     checkpointer: Checkpointer | None,
@@ -154,7 +166,7 @@ def load_weights(
         cpu_offload: the parameters live on the host (FSDP2's CPU offload).
 
     Raises:
-        ValueError: on every rank, listing all missing, unexpected and misshapen tensors.
+        ValueError: on every rank, listing missing, unexpected and misshapen tensors.
     """
     weights: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -165,9 +177,10 @@ def load_weights(
         weights = {name: tensor.to(_dtype(decoder)) for name, tensor in weights.items()}
         problems = list(_shape_problems(decoder, weights))
     if problems := world.from_main(problems):
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise ValueError(
             "the checkpoint doesn't fit the model in the config; check `model` and "
-            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(problems)
+            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(problems[:10] + more)
         )
     decoder.to_empty(device="cpu" if cpu_offload else world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.mesh is not None)
@@ -207,7 +220,9 @@ def save_weights(
     state: dict[str, Any] = {"model": weights}
     if lora is not None:
         adapters = get_adapter_params(decoder).keys()
-        state["adapter"] = {name: weights[_plain_name(name)].clone() for name in adapters}
+        state["adapter"] = {
+            name: weights[name].clone() for name in (_plain_name(name) for name in adapters)
+        }
         if not adapter_only:
             rank, alpha = lora["lora_rank"], lora["lora_alpha"]
             state["model"] = get_merged_lora_ckpt(weights, rank=rank, alpha=alpha)
@@ -268,12 +283,22 @@ def checkpoints(folder: Path) -> list[Path]:
 def load_training_state(
     checkpoint: Path, decoder: nn.Module, optimizer: Optimizer, world: World
 ) -> dict[str, Any]:
-    """Restore weights, optimizer and random states; returns the JSON `state` with its `step`."""
+    """Restore weights, optimizer and random states; returns the JSON `state` with its `step`.
+
+    Raises:
+        ValueError: where the checkpoint is of another model.
+    """
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
     tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    with _plain_messages():
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=world.mesh is None)
+    try:
+        with _plain_messages():
+            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=world.mesh is None)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{checkpoint} can't be resumed with this config's `model` ({error}): use the model it "
+            "was written with, or another output_dir"
+        ) from error
     set_state_dict(
         decoder,
         optimizer,

@@ -14,6 +14,7 @@ import importlib
 import inspect
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 ConfigT = TypeVar("ConfigT")
 
 TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
+SECONDS_FOR_RANK_0 = 5.0
 
 
 class Component(dict[str, Any]):
@@ -111,6 +113,9 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                 if os.environ.get(TRACEBACK_VARIABLE) == "1":
                     raise
                 sys.stdout.flush()
+                if os.environ.get("RANK", "0") != "0":
+                    # Mostly all ranks fail alike: rank 0 speaks, and torchrun ends the others.
+                    time.sleep(SECONDS_FOR_RANK_0)
                 print(_error_message(error), file=sys.stderr, flush=True)
                 sys.exit(1)
 
@@ -120,14 +125,17 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
 
 
 def _error_message(error: Exception) -> str:
-    """The whole message on rank 0, its first line on the other ranks (they mostly say the same)."""
     text = str(error) or type(error).__name__
     if isinstance(error, FileNotFoundError) and error.filename:
         text = f"there is no file {os.path.abspath(error.filename)}"
+        if (
+            str(error.filename) in sys.argv
+        ):  # torchtune takes a name that it doesn't know for a file
+            text += " and no ready-made config of that name (`tune ls` lists them)"
     if isinstance(error, yaml.YAMLError):
         text = f"the config is not valid YAML: {text}"
-    rank = int(os.environ.get("RANK", "0"))
-    return f"error: {text}" if rank == 0 else f"[rank {rank}] error: {text.splitlines()[0]}"
+    rank = os.environ.get("RANK", "0")
+    return f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}"
 
 
 def _build_dataclass(
@@ -171,7 +179,10 @@ def _convert(
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
-        if value is None and len(options) < len(typing.get_args(hint)):
+        optional = len(options) < len(typing.get_args(hint))
+        # torchtune reads `dataset_val=null` as a null `_component_` of the section in the YAML
+        switched_off = isinstance(value, dict) and value.get("_component_", "") is None
+        if optional and (value is None or switched_off):
             return None
         attempts: list[list[str]] = []
         for option in options:

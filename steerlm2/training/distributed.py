@@ -197,7 +197,9 @@ def parallelize(
             layer = checkpoint_wrapper(layer, preserve_rng_state=False)
             decoder.layers[i] = layer
         if compile:
-            layer.compile(dynamic=True)  # packed rows have many lengths
+            # Rows of many lengths: the second length compiles dynamic shapes. dynamic=True from the
+            # start fails under tensor parallel without grouped-query attention (torch 2.13).
+            layer.compile()
     if world.mesh is not None:
         _shard(decoder, world.mesh, dtype, reshard_after_forward, cpu_offload)
 
@@ -241,8 +243,9 @@ def _mesh_shape(size: int, replicate: int, shard: int, tp: int) -> tuple[int, in
         shard = size // (replicate * tp)
     if replicate * shard * tp != size:
         raise ValueError(
-            f"{size} processes can't form data_parallel_replicate_dim={replicate} x "
-            f"data_parallel_shard_dim={shard} x tensor_parallel_dim={tp}: the product must be "
-            f"{size} (data_parallel_shard_dim=-1 takes what is left, where it divides)"
+            f"{size} process(es) can't form data_parallel_replicate_dim={replicate} x "
+            f"data_parallel_shard_dim={shard} x tensor_parallel_dim={tp}: the product must be the "
+            "number of processes that `tune run --nproc_per_node N` starts "
+            "(data_parallel_shard_dim=-1 takes what is left, where it divides)"
         )
     return replicate, shard, tp

@@ -19,7 +19,7 @@ from steerlm2.training.distributed import World
 
 
 def response_logps(decoder: TransformerDecoder, row: PackedRow, world: World) -> Tensor:
-    """[N] log-probs of a row's responses, nats, summed over their tokens in float32.
+    """[N] log-probs of a row's responses, nats, float64, summed over their tokens.
 
     An empty row gives [0], with a gradient of zero for every parameter.
     """

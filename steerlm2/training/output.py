@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 RUN_FILES = (
@@ -14,13 +15,29 @@ RUN_FILES = (
 )
 
 
+def make_output_dir(output_dir: Path) -> None:
+    """Make the folder, if it isn't there.
+
+    Raises:
+        ValueError: where that isn't possible or nothing can be written into it.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {output_dir.absolute()} can't be written to ({error.strerror}): choose "
+            "another folder"
+        ) from error
+
+
 def set_aside_earlier_run(output_dir: Path) -> Path | None:
-    """Make the folder; move an earlier run's files into `earlier_runs/1`, `2`, ... of it.
+    """Move an earlier run's files into `earlier_runs/1`, `2`, ... of its folder.
 
     Returns:
         The folder they were moved to, None where there was nothing.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
     found = [path for pattern in RUN_FILES for path in output_dir.glob(pattern)]
     if not found:
         return None

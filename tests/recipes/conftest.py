@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ Json = dict[str, Any]
 WriteGroups = Callable[..., Path]
 
 MAX_SEQ_LEN = 72
-"""Of the groups that `write_groups` makes: a prompt with its longest response has so many tokens."""
+"""Tokens of a prompt with the longest response that `write_groups` makes."""
 
 
 @dataclass

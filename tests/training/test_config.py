@@ -373,12 +373,13 @@ def test_broken_yaml_ends_in_a_message(
     assert capsys.readouterr().err.startswith("error: the config is not valid YAML: ")
 
 
-def test_other_ranks_print_one_line(
+def test_other_ranks_name_themselves(
     run: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("steerlm2.training.config.SECONDS_FOR_RANK_0", 0.0)
     run(failing(ValueError("line 1\nline 2")), yaml.safe_dump(GOOD))
-    assert capsys.readouterr().err == "[rank 3] error: line 1\n"
+    assert capsys.readouterr().err == "error on rank 3: line 1\nline 2\n"
 
 
 def test_our_own_bugs_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def one_at_a_time(decoder: TransformerDecoder, groups: list[Group]) -> Tensor:
     sums = []
     for group in groups:
         for response in group.responses:
-            logits_TV = decoder(torch.tensor([[*group.prompt, *response]]))[0].float()
+            logits_TV = decoder(torch.tensor([[*group.prompt, *response]]))[0].double()
             logps_TV = logits_TV[len(group.prompt) - 1 : -1].log_softmax(dim=1)
             sums.append(logps_TV.gather(1, torch.tensor(response)[:, None]).sum())
     return torch.stack(sums)
@@ -216,7 +216,7 @@ def test_scores_stand_in_the_groups_order_under_any_budget(
     scores = score_groups(packed_decoder, groups, CPU, max_tokens_per_microbatch=budget)
     assert [len(group) for group in scores] == [3, 2, 5]
     expected_N = response_logps(packed_decoder, pack(groups), CPU)
-    flat_N = torch.tensor([score for group in scores for score in group])
+    flat_N = torch.tensor([score for group in scores for score in group], dtype=torch.float64)
     torch.testing.assert_close(flat_N, expected_N, rtol=1e-5, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steerlm2.training.output import RUN_FILES, set_aside_earlier_run
+from steerlm2.training.output import RUN_FILES, make_output_dir, set_aside_earlier_run
 
 
 def make_run(folder: Path, mark: str) -> None:
@@ -28,8 +28,15 @@ def marks(folder: Path) -> dict[str, str]:
 
 
 def test_a_new_folder_is_made(tmp_path: Path) -> None:
-    assert set_aside_earlier_run(tmp_path / "a" / "b") is None
-    assert (tmp_path / "a" / "b").is_dir()
+    make_output_dir(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"output_dir .*file can't be written to .*choose another"):
+        make_output_dir(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_empty_folder_stays_empty(tmp_path: Path) -> None:
