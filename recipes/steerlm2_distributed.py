@@ -241,9 +241,8 @@ class SteerLM2Recipe:
         with torch.device("meta"):
             self.model = instantiate(cfg.model).to(self.param_dtype)
         check_vocabulary(self.model, self.tokenizer)
-        self.is_lora = bool(get_adapter_params(self.model))
-        if self.is_lora:
-            set_trainable_params(self.model, get_adapter_params(self.model))
+        if adapters := get_adapter_params(self.model):
+            set_trainable_params(self.model, adapters)
         self.checkpointer = (
             open_checkpointer(
                 cfg.checkpointer,
@@ -490,7 +489,6 @@ class SteerLM2Recipe:
             self.world,
             epoch=-(-self.total_steps // self.steps_per_epoch),
             dtype=self.dtype,
-            lora=cfg.model if self.is_lora else None,
             adapter_only=cfg.save_adapter_weights_only,
         )
         if self.world.is_main:

@@ -32,9 +32,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.optim import Optimizer
-from torchtune.models.convert_weights import tune_to_hf
+from torchtune.models.convert_weights import (
+    tune_to_hf,
+    tune_to_peft_adapter_config,
+    tune_to_peft_adapter_weights,
+)
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt
+from torchtune.modules.peft import LoRALinear, get_adapter_params, get_merged_lora_ckpt
 
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.models.llama import hf_config
@@ -91,21 +95,23 @@ class ScratchCheckpointer:
     ) -> None:
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
+        shape = {
+            "num_heads": self.hf_config["num_attention_heads"],
+            "num_kv_heads": self.hf_config["num_key_value_heads"],
+            "dim": self.hf_config["hidden_size"],
+            "head_dim": self.hf_config["head_dim"],
+        }
         if "adapter" in state_dict:
-            save_file(state_dict["adapter"], folder / "adapter_model.safetensors")
+            adapter = tune_to_peft_adapter_weights(state_dict["adapter"], **shape)
+            _save_tensors(adapter, folder / "adapter_model.safetensors")
+            adapter_config = tune_to_peft_adapter_config(state_dict["adapter_config"])
+            (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
         if adapter_only:
             return
-        weights = tune_to_hf(
-            state_dict["model"],
-            num_heads=self.hf_config["num_attention_heads"],
-            num_kv_heads=self.hf_config["num_key_value_heads"],
-            dim=self.hf_config["hidden_size"],
-            head_dim=self.hf_config["head_dim"],
-        )
+        weights = tune_to_hf(state_dict["model"], **shape)
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         config = self.hf_config | {"torch_dtype": dtype, "eos_token_id": self.tokenizer.eos_id}
-        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        _save_tensors(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save(str(folder))
 
@@ -198,34 +204,37 @@ def save_weights(
     *,
     epoch: int,
     dtype: torch.dtype,
-    lora: Mapping[str, Any] | None,
     adapter_only: bool = False,
 ) -> None:
-    """Write the weights in `dtype` as `epoch_{epoch}`; LoRA adapters beside and merged into them.
+    """Write the weights in `dtype` as `epoch_{epoch}`; LoRA adapters merged, and beside them.
 
     The whole model passes through rank 0's memory.
 
     Args:
-        lora: the `model` section of a LoRA builder (its rank and alpha), None without adapters.
-        adapter_only: write the adapters alone, not merged.
+        adapter_only: write the adapters alone, not the merged model.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = get_model_state_dict(decoder, options=options)
     if not world.is_main:
         return
     assert checkpointer is not None
+    lora = next((m for m in decoder.modules() if isinstance(m, LoRALinear)), None)
+    # merging changes tensors in place, and on a CPU they may be the model's own
     weights = {
         name: cast(Tensor, tensor).to(dtype, copy=lora is not None) for name, tensor in full.items()
     }
     state: dict[str, Any] = {"model": weights}
     if lora is not None:
-        adapters = get_adapter_params(decoder).keys()
-        state["adapter"] = {
-            name: weights[name].clone() for name in (_plain_name(name) for name in adapters)
+        adapters = [_plain_name(name) for name in get_adapter_params(decoder)]
+        state["adapter"] = {name: weights[name].clone() for name in adapters}
+        state["adapter_config"] = {
+            "peft_type": "LORA",
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": sorted({name.split(".")[-3] for name in adapters}),
         }
         if not adapter_only:
-            rank, alpha = lora["lora_rank"], lora["lora_alpha"]
-            state["model"] = get_merged_lora_ckpt(weights, rank=rank, alpha=alpha)
+            state["model"] = get_merged_lora_ckpt(weights, rank=lora.rank, alpha=lora.alpha)
     checkpointer.save_checkpoint(state, epoch=epoch, adapter_only=adapter_only)
 
 
@@ -313,6 +322,11 @@ def load_training_state(
         if "cuda" in random_state and world.device.type == "cuda":
             torch.cuda.set_rng_state(random_state["cuda"], world.device)
     return json.loads((checkpoint / STATE_FILE).read_text())
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt"})
 
 
 def _fresh_weights(
