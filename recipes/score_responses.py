@@ -22,16 +22,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from steerlm2.attributes import beta_log_prob, parse_label
+from steerlm2.attributes import (
+    AttributeSchema,
+    as_schema,
+    beta_log_prob,
+    parse_label,
+)
 from steerlm2.data.packing import Group
 from steerlm2.data.records import Record, Response, read_records, record_to_json
 from steerlm2.datasets import SteerLM2Dataset, tokenize_records
-from steerlm2.training.checkpoint import check_vocabulary, load_weights, open_checkpointer
+from steerlm2.training.checkpoint import (
+    check_context,
+    check_vocabulary,
+    load_weights,
+    open_checkpointer,
+)
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
 from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
 from steerlm2.training.forward import score_groups
@@ -50,6 +60,7 @@ SETTINGS_THAT_CHANGE_SCORES = (
     "max_seq_len",
     "concentration",
     "bins",
+    "schema",
 )
 
 
@@ -71,6 +82,7 @@ class ScoreConfig:
     records_per_write: int = 128  # a stopped run repeats at most so many
     concentration: float = 24.0  # of the Beta rule for log P(a|x,y)
     bins: Literal["midpoint", "uniform"] = "midpoint"
+    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
 
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cuda"
@@ -119,29 +131,34 @@ class ScoreRecipe:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
+        world.on_main(self._check_output)
         records = read_records(cfg.input, require=())
         if "log_p_attributes" in cfg.quantities:
-            records = score_attributes(records, cfg.input, cfg.concentration, cfg.bins)
+            schema = as_schema(cfg.schema)
+            records = score_attributes(records, cfg.input, cfg.concentration, cfg.bins, schema)
         tokenizer = instantiate(cfg.tokenizer)
         template = instantiate(cfg.template)
         self.data: SteerLM2Dataset = tokenize_records(
             records, tokenizer, template, cfg.max_seq_len, cfg.input
         )
+        done = len(self.data) if self.output.exists() else self._lines_done()
+        self.done = world.from_main(done)
+        if self.done == len(self.data):
+            return
 
         dtype = DTYPES[cfg.dtype]
         with torch.device("meta"):
             self.model = instantiate(cfg.model).to(dtype)
         check_vocabulary(self.model, tokenizer)
-        checkpointer = (
-            open_checkpointer(
+        check_context(self.model, self.data.longest())
+        checkpointer = world.on_main(
+            lambda: open_checkpointer(
                 cfg.checkpointer,
                 self.model,
                 tokenizer,
                 seed=cfg.seed,
                 output_dir=str(self.output.parent),
             )
-            if world.is_main
-            else None
         )
         parallelize(
             self.model,
@@ -159,10 +176,9 @@ class ScoreRecipe:
     def score(self) -> None:
         """Score and append a slice of the groups at a time; rename the file when it is complete."""
         cfg, world = self.cfg, self.world
-        done = world.from_main(self._lines_done() if world.is_main else 0)
         groups, labelless = self.data.groups, self.data.without_label()
-        bar = tqdm(total=len(groups), initial=done, disable=not world.is_main, unit="group")
-        for start in range(done, len(groups), cfg.records_per_write):
+        bar = tqdm(total=len(groups), initial=self.done, disable=not world.is_main, unit="group")
+        for start in range(self.done, len(groups), cfg.records_per_write):
             chosen = slice(start, start + cfg.records_per_write)
             scores: dict[str, list[list[float]]] = {
                 name: score_groups(
@@ -189,11 +205,9 @@ class ScoreRecipe:
             tqdm.write(f"{self.output}: {self.data.summary()}")
         close_world()
 
-    def _lines_done(self) -> int:
-        """How many groups an earlier run of the same settings has written whole.
-
-        Raises:
-            ValueError: where the output was begun with other settings.
+    def _check_output(self) -> None:
+        """Raises:
+        ValueError: where the output was begun with other settings.
         """
         settings = self._settings()
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -207,15 +221,20 @@ class ScoreRecipe:
                     f"another output, or remove {self.output}*"
                 )
         self.settings_file.write_text(json.dumps(settings, indent=2) + "\n")
-        if self.output.exists():
-            return len(self.data.groups)
-        if not self.partial.exists():
-            self.partial.touch()
+
+    def _lines_done(self) -> int:
+        """How many groups an earlier run has written, in whole slices; the rest is cut off."""
+        if not self.world.is_main:
             return 0
-        whole = self.partial.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line off
-        os.truncate(self.partial, len(whole))
-        return whole.count(b"\n")
+        self.partial.touch()
+        lines = self.partial.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):  # a kill may have cut the last line off
+            lines.pop()
+        done = len(lines)
+        if done < len(self.data):
+            done -= done % self.cfg.records_per_write
+        os.truncate(self.partial, sum(map(len, lines[:done])))
+        return done
 
     def _settings(self) -> dict[str, object]:
         plain = to_plain(self.cfg)
@@ -225,7 +244,11 @@ class ScoreRecipe:
 
 
 def score_attributes(
-    records: Sequence[Record], source: str, concentration: float, bins: str
+    records: Sequence[Record],
+    source: str,
+    concentration: float,
+    bins: str,
+    schema: AttributeSchema,
 ) -> list[Record]:
     """Records with log P(a|x,y) = sum over the label's attributes, from their `scores`.
 
@@ -247,10 +270,10 @@ def score_attributes(
             dtype=torch.float64,
         )
         values_NA = torch.tensor([list(label.values())], dtype=torch.float64).expand_as(scores_NA)
-        log_p_N = beta_log_prob(scores_NA, values_NA, concentration, bins).sum(dim=1).tolist()
+        log_p_N = beta_log_prob(scores_NA, values_NA, concentration, bins, schema).sum(dim=1)
         responses = [
             dataclasses.replace(response, log_p_attributes=log_p)
-            for response, log_p in zip(record.responses, log_p_N, strict=True)
+            for response, log_p in zip(record.responses, log_p_N.tolist(), strict=True)
         ]
         scored.append(dataclasses.replace(record, responses=responses))
     if problems:

@@ -32,13 +32,24 @@ from tqdm import tqdm
 
 from steerlm2.attributes import parse_label
 from steerlm2.data.batches import batch_of_step, steps_per_epoch
-from steerlm2.data.packing import Group, PackedRow, Strategy, pack, plan_step
+from steerlm2.data.packing import (
+    Group,
+    PackedRow,
+    Strategy,
+    Targets,
+    pack,
+    plan_step,
+    slices,
+    targets_of,
+)
 from steerlm2.data.records import Turn
+from steerlm2.data.sources.oasst import DEFAULT_SYSTEM_PROMPT
 from steerlm2.data.templates import encode_prompt, encode_response
 from steerlm2.datasets import SteerLM2Dataset, with_log_probs
 from steerlm2.generation.sampling import sample_tokens
 from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.training.checkpoint import (
+    check_context,
     check_vocabulary,
     checkpoints,
     load_training_state,
@@ -47,7 +58,14 @@ from steerlm2.training.checkpoint import (
     save_training_state,
     save_weights,
 )
-from steerlm2.training.config import Component, as_yaml, instantiate, recipe_main, to_plain
+from steerlm2.training.config import (
+    Component,
+    as_yaml,
+    instantiate,
+    recipe_main,
+    takes,
+    to_plain,
+)
 from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
 from steerlm2.training.forward import response_logps, score_groups
 from steerlm2.training.metrics import (
@@ -56,12 +74,9 @@ from steerlm2.training.metrics import (
     plot_curves,
     summary_table,
 )
-from steerlm2.training.output import make_output_dir, set_aside_earlier_run
+from steerlm2.training.output import check_shared, make_output_dir, set_aside_earlier_run
 
-SYSTEM_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+LOGGED = ("loss", *METRIC_NAMES)
 
 
 @dataclass
@@ -91,7 +106,7 @@ class GenerationOptions:
 
     prompts: list[str]
     label: str | None = None
-    system: str = SYSTEM_PROMPT
+    system: str = DEFAULT_SYSTEM_PROMPT
     max_new_tokens: int = 64
     temperature: float = 0.7
     top_p: float = 0.9
@@ -152,7 +167,8 @@ class SteerLM2Config:
 
     device: Literal["cpu", "cuda"] = "cuda"
     dtype: Literal["fp32", "bf16"] = "bf16"  # of the computation
-    param_dtype: Literal["fp32", "bf16"] | None = None  # of the weights; none: `dtype`
+    param_dtype: Literal["fp32", "bf16"] | None = None  # of the trained weights; none: `dtype`
+    save_dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; none: param_dtype
     compile: bool = False
     enable_activation_checkpointing: bool = False
     tensor_parallel_dim: int = 1
@@ -177,6 +193,15 @@ class SteerLM2Config:
             found.append(
                 f"lr={self.lr} and optimizer.lr={self.optimizer['lr']} disagree: set only 'lr'"
             )
+        taken: list[tuple[dict[str, Any], str, str]] = [
+            (self.loss, "normalize", "steerlm2.normalize"),
+            (self.dataset, "template", "template"),
+            (self.dataset_val or {}, "template", "template"),
+            (self.lr_scheduler, "num_training_steps", "max_steps and epochs"),
+        ]
+        for section, argument, origin in taken:
+            if argument in section:
+                found.append(f"'{argument}' of {section['_component_']} is taken from {origin}")
         if self.data.sample and self.max_steps is None:
             found.append("'data.sample' needs 'max_steps'")
         if self.val_every_n_steps and not (self.dataset_val or self.generation):
@@ -216,6 +241,7 @@ class SteerLM2Recipe:
         self.dtype = DTYPES[cfg.dtype]
         self.param_dtype = DTYPES[cfg.param_dtype or cfg.dtype]
         self.output_dir = Path(cfg.output_dir)
+        self.metric_logger: Any = None
         self.world = init_world(
             cfg.device,
             tensor_parallel_dim=cfg.tensor_parallel_dim,
@@ -227,32 +253,43 @@ class SteerLM2Recipe:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
-        if world.is_main:
-            make_output_dir(self.output_dir)
+        world.on_main(lambda: make_output_dir(self.output_dir))
+        check_shared(self.output_dir, world)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
-        self.train_set = self._dataset(cfg.dataset)
+        train_set = self._dataset(cfg.dataset)
         val = cfg.dataset_val if cfg.val_every_n_steps else None
-        self.val_set = self._dataset(val) if val else None
-        self.steps_per_epoch = steps_per_epoch(len(self.train_set), cfg.global_batch_size)
+        val_set = self._dataset(val) if val else None
+        self.prompts = self._generation_prompts()
+
+        self.steps_per_epoch = steps_per_epoch(len(train_set), cfg.global_batch_size)
         limits = [cfg.max_steps, cfg.epochs and cfg.epochs * self.steps_per_epoch]
         self.total_steps = min(limit for limit in limits if limit is not None)
+        lr = cfg.optimizer.get("lr", cfg.lr)
+        assert lr is not None
+        self._schedule(torch.optim.SGD([torch.zeros(1)], lr=lr))  # its mistakes, before the model
 
         with torch.device("meta"):
             self.model = instantiate(cfg.model).to(self.param_dtype)
-        check_vocabulary(self.model, self.tokenizer)
         if adapters := get_adapter_params(self.model):
             set_trainable_params(self.model, adapters)
-        self.checkpointer = (
-            open_checkpointer(
+            for parameter in self.model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(self.dtype)
+        elif cfg.save_adapter_weights_only:
+            raise ValueError("save_adapter_weights_only needs a `model` with LoRA adapters")
+        check_vocabulary(self.model, self.tokenizer)
+        generated = self.cfg.generation.max_new_tokens if self.cfg.generation else 0
+        longest = [data.longest() for data in (train_set, val_set) if data]
+        check_context(self.model, max(*longest, *(len(p) + generated for p in self.prompts), 0))
+        self.checkpointer = world.on_main(
+            lambda: open_checkpointer(
                 cfg.checkpointer,
                 self.model,
                 self.tokenizer,
                 seed=cfg.seed,
                 output_dir=cfg.output_dir,
             )
-            if world.is_main
-            else None
         )
         parallelize(
             self.model,
@@ -268,20 +305,16 @@ class SteerLM2Recipe:
         )
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.loss_fn = instantiate(cfg.loss, normalize=cfg.steerlm2.normalize)
-        lr = cfg.optimizer.get("lr", cfg.lr)
         self.optimizer = instantiate(cfg.optimizer, self.parameters, lr=lr)
-        self.lr_scheduler = instantiate(
-            cfg.lr_scheduler, self.optimizer, num_training_steps=self.total_steps
-        )
+        self.lr_scheduler = self._schedule(self.optimizer)
 
         # Q_theta is Q' only now: after a checkpoint is loaded it has moved on.
-        self.train_groups = self._scored(self.train_set, "dataset")
-        self.val_groups = self._scored(self.val_set, "dataset_val") if self.val_set else []
+        self.train_groups = self._scored(train_set, "dataset")
+        self.val_groups = self._scored(val_set, "dataset_val") if val_set else []
 
         self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
         self.samples_file = JsonLines(self.output_dir / "samples.jsonl")
         self.first_step = self._resume() if cfg.resume_from_checkpoint else 0
-        self.metric_logger = None
         if world.is_main:
             if self.first_step == 0:
                 set_aside_earlier_run(self.output_dir)
@@ -290,12 +323,14 @@ class SteerLM2Recipe:
                 self.metric_logger = instantiate(cfg.metric_logger)
                 self.metric_logger.log_config(OmegaConf.create(to_plain(cfg)))
         self._say(
-            f"training set: {self.train_set.summary()}\n"
-            + (f"validation set: {self.val_set.summary()}\n" if self.val_set else "")
+            f"training set: {train_set.summary()}\n"
+            + (f"validation set: {val_set.summary()}\n" if val_set else "")
             + f"{self.total_steps} steps of {cfg.global_batch_size} prompts, "
             f"{world.size} process(es): data parallel {world.dp_size}, "
             f"tensor parallel {world.tp_size}"
         )
+        if self.first_step == 0:
+            self._check_drift()
 
     def train(self) -> None:
         """Every optimizer step, from the groups to the log line."""
@@ -308,15 +343,13 @@ class SteerLM2Recipe:
             dynamic_ncols=True,
         )
         self.model.train()
-        tokens, started = 0, time.perf_counter()
-        with profiler:
+        tokens, seconds = 0, 0.0
+        with profiler, bar:
             for step in range(self.first_step, self.total_steps):
                 if step == 0 and cfg.val_every_n_steps:
                     self.validate(step)
-                batch = batch_of_step(
-                    step, len(self.train_groups), cfg.global_batch_size, cfg.seed, cfg.data.shuffle
-                )
-                groups = [self.train_groups[i] for i in batch]
+                started = time.perf_counter()
+                groups = self._batch(step)
                 plan = plan_step(
                     groups,
                     rank=world.dp_rank,
@@ -326,62 +359,37 @@ class SteerLM2Recipe:
                     micro_batch_size=options.micro_batch_size,
                     forward_micro_batch_size=options.forward_micro_batch_size,
                 )
-                tokens += sum(group.num_tokens for group in groups)
-                # All sums below are over the groups of all micro-batches and ranks, so that the
-                # step doesn't depend on how they are split. FSDP2 takes the mean over the
-                # data-parallel ranks, hence dp_size.
-                share = 1 / len(groups)
-                loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-                sums = torch.zeros(len(METRIC_NAMES), dtype=torch.float64, device=world.device)
-                drifts: list[torch.Tensor] = []
 
-                # Groups too large for one micro-batch: first log Q_theta of all their responses,
-                # without a graph, then the gradient of the loss with respect to each.
-                forward_parts = [
-                    part
-                    for group in plan.two_pass
-                    for part in group.slices(options.forward_micro_batch_size)
+                # Groups too large for one micro-batch: log Q_theta of all their responses without a
+                # graph, then the gradient of the loss with respect to each.
+                # Every rank runs the same number of rows; those it lacks are empty.
+                forward = [
+                    [part] for part in slices(plan.two_pass, options.forward_micro_batch_size)
                 ]
-                logps: list[torch.Tensor] = []
-                for i in range(plan.forward_rows):
-                    with torch.no_grad():
-                        row = self._row(forward_parts[i : i + 1])
-                        logps.append(response_logps(self.model, row, world))
-                backward_parts: list[tuple[Group, torch.Tensor]] = []
+                forward += [[]] * (plan.forward_rows - len(forward))
+                with torch.no_grad():
+                    logps = [response_logps(self.model, self._row(part), world) for part in forward]
+                work: list[tuple[list[Group], torch.Tensor | None]] = []
                 if plan.two_pass:
-                    whole = pack(plan.two_pass).to(world.device)
-                    logps_N = torch.cat(logps).requires_grad_()
-                    loss = self._loss(logps_N, whole) * len(plan.two_pass) * share
-                    (grad_N,) = torch.autograd.grad(loss, logps_N)
-                    loss_sum += loss.detach()
-                    sums += self._metric_sums(logps_N.detach(), whole)
-                    drifts.append(self._drift(logps_N, whole))
-                    parts = [
-                        part
-                        for group in plan.two_pass
-                        for part in group.slices(options.micro_batch_size)
-                    ]
+                    grad_N = self._loss_gradient(torch.cat(logps), plan.two_pass, len(groups))
+                    parts = slices(plan.two_pass, options.micro_batch_size)
                     grads = grad_N.split([len(part.responses) for part in parts])
-                    backward_parts = list(zip(parts, grads, strict=True))
+                    work += [([part], grad) for part, grad in zip(parts, grads, strict=True)]
 
-                # Every rank runs the same number of rows: those it lacks are empty.
-                for i in range(plan.backward_rows):
-                    if i < len(backward_parts):
-                        part, grad_N = backward_parts[i]
-                        logps_N = response_logps(self.model, self._row([part]), world)
-                        loss = (grad_N * logps_N).sum()
+                # All others: forward, gradient of the loss, backward.
+                work += [(microbatch, None) for microbatch in plan.single_pass]
+                work += [([], None)] * (plan.backward_rows - len(work))
+                for microbatch, known_grad_N in work:
+                    logps_N = response_logps(self.model, self._row(microbatch), world)
+                    if known_grad_N is not None:
+                        grad_N = known_grad_N
                     else:
-                        j = i - len(backward_parts)
-                        row = self._row(plan.single_pass[j] if j < len(plan.single_pass) else [])
-                        logps_N = response_logps(self.model, row, world)
-                        loss = self._loss(logps_N, row) * len(row.group_sizes) * share
-                        loss_sum += loss.detach()
-                        sums += self._metric_sums(logps_N.detach(), row)
-                        drifts.append(self._drift(logps_N, row))
-                    (loss * world.dp_size).backward()
+                        grad_N = self._loss_gradient(logps_N, microbatch, len(groups))
+                        logps.append(logps_N.detach())
+                    # FSDP2 takes the mean over the data-parallel ranks; the loss has the whole
+                    # step's number of groups in it already.
+                    logps_N.backward(grad_N * world.dp_size)
 
-                if step == 0:
-                    self._check_drift(torch.cat(drifts))
                 grad_norm = self._clip_gradients()
                 if not torch.isfinite(grad_norm):
                     raise ValueError(
@@ -395,32 +403,35 @@ class SteerLM2Recipe:
                 profiler.step()
 
                 done = step + 1
+                tokens += sum(group.num_tokens for group in groups)
                 if done % cfg.log_every_n_steps == 0:
-                    reduced = world.sum(torch.cat([loss_sum[None], sums * share])).tolist()
-                    elapsed = time.perf_counter() - started
-                    metrics: dict[str, float] = {"step": done, "epoch": step / self.steps_per_epoch}
-                    metrics |= zip(("loss", *METRIC_NAMES), reduced, strict=True)
-                    metrics |= {"lr": lr, "grad_norm": grad_norm.item()}
-                    metrics["tokens_per_second"] = tokens / elapsed
+                    seen = plan.two_pass + [
+                        g for microbatch in plan.single_pass for g in microbatch
+                    ]
+                    sums = world.sum(self._metric_sums(torch.cat(logps), seen))
+                    metrics = dict(zip(LOGGED, (sums / len(groups)).tolist(), strict=True))
+                    seconds += time.perf_counter() - started
+                    metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
+                    metrics["tokens_per_second"] = tokens / seconds
                     if cfg.log_peak_memory_stats:
                         metrics["peak_memory_gib"] = peak_memory_gib(world.device)
-                    self._log(metrics)
+                    self._log({"step": done, "epoch": done / self.steps_per_epoch} | metrics)
                     bar.set_postfix_str(
                         f"loss {metrics['loss']:.3g}, distance {metrics['distance']:.3g}, "
                         f"{metrics['tokens_per_second']:.0f} tokens/s",
                         refresh=False,
                     )
-                    tokens, started = 0, time.perf_counter()
+                    tokens, seconds = 0, 0.0
+                else:
+                    seconds += time.perf_counter() - started
                 bar.update()
                 last = done == self.total_steps
                 if cfg.val_every_n_steps and (done % cfg.val_every_n_steps == 0 or last):
                     self.validate(done)
-                    tokens, started = 0, time.perf_counter()
                 if cfg.save_every_n_steps and (done % cfg.save_every_n_steps == 0 or last):
                     self.save(done)
-                    tokens, started = 0, time.perf_counter()
-        bar.close()
 
+    @torch.no_grad()
     def validate(self, step: int) -> None:
         """Loss and distance on validation groups, and answers to a few prompts."""
         cfg, world = self.cfg, self.world
@@ -428,43 +439,25 @@ class SteerLM2Recipe:
         if self.val_groups:
             limit = (cfg.limit_val_batches or len(self.val_groups)) * cfg.global_batch_size
             groups = self.val_groups[:limit]
-            scores = score_groups(
-                self.model,
-                groups,
-                world,
-                max_tokens_per_microbatch=cfg.steerlm2.max_tokens_per_microbatch,
-            )
-            whole = pack(groups).to(world.device)
-            logps = [logp for group in scores for logp in group]
+            logps = [logp for scores in self._score(groups) for logp in scores]
             logps_N = torch.tensor(logps, dtype=torch.float64, device=world.device)
-            sums = self._metric_sums(logps_N, whole) / len(groups)
-            metrics: dict[str, float] = {
-                "step": step,
-                "val_loss": self._loss(logps_N, whole).item(),
-            }
-            names = (f"val_{name}" for name in METRIC_NAMES)
-            self._log(metrics | dict(zip(names, sums.tolist(), strict=True)))
+            means = (self._metric_sums(logps_N, groups) / len(groups)).tolist()
+            names = (f"val_{name}" for name in LOGGED)
+            self._log({"step": step} | dict(zip(names, means, strict=True)))
         if cfg.generation:
-            wanted = cfg.generation
-            prompts = [
-                encode_prompt(
-                    self.template, self.tokenizer, wanted.system, [Turn("User", text)], wanted.label
-                )
-                for text in wanted.prompts
-            ]
             answers = sample_tokens(
                 self.model,
-                prompts,
+                self.prompts,
                 world,
                 stop_id=encode_response(self.template, self.tokenizer, "-")[-1],
-                max_new_tokens=wanted.max_new_tokens,
-                temperature=wanted.temperature,
-                top_p=wanted.top_p,
+                max_new_tokens=cfg.generation.max_new_tokens,
+                temperature=cfg.generation.temperature,
+                top_p=cfg.generation.top_p,
                 seed=cfg.seed + step,
             )
             if world.is_main:
-                for prompt, answer in zip(wanted.prompts, answers, strict=True):
-                    sample = {"step": step, "label": wanted.label, "prompt": prompt}
+                for prompt, answer in zip(cfg.generation.prompts, answers, strict=True):
+                    sample = {"step": step, "label": cfg.generation.label, "prompt": prompt}
                     self.samples_file.append(sample | {"response": self.tokenizer.decode(answer)})
         self.model.train()
 
@@ -475,7 +468,7 @@ class SteerLM2Recipe:
             step,
             self.model,
             self.optimizer,
-            {"lr_scheduler": self.lr_scheduler.state_dict(), "data": self._data_state()},
+            {"data": self._data_state()},
             self.world,
             keep_last_n=self.cfg.keep_last_n_checkpoints,
         )
@@ -488,7 +481,8 @@ class SteerLM2Recipe:
             self.checkpointer,
             self.world,
             epoch=-(-self.total_steps // self.steps_per_epoch),
-            dtype=self.dtype,
+            dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
+            output_dir=self.output_dir,
             adapter_only=cfg.save_adapter_weights_only,
         )
         if self.world.is_main:
@@ -504,68 +498,98 @@ class SteerLM2Recipe:
     def cleanup(self) -> None:
         if self.metric_logger is not None:
             self.metric_logger.close()
-        close_world()
 
-    # What follows is small print that the loop above calls by name.
+    # What follows is small print that the methods above call by name.
 
     def _dataset(self, component: Component) -> SteerLM2Dataset:
+        cfg = self.cfg
         arguments: dict[str, Any] = {"template": self.template}
-        if component["_component_"] == "steerlm2.datasets.steerlm2_dataset":
-            scores_itself = self.cfg.steerlm2.score_with_start_model
-            if scores_itself and "require" not in component:
-                arguments["require"] = ("log_p_attributes",)
-        if self.cfg.data.sample and component is self.cfg.dataset and self.cfg.max_steps:
-            arguments["num_samples"] = self.cfg.max_steps * self.cfg.global_batch_size
-            arguments["seed"] = self.cfg.seed
+        if cfg.steerlm2.score_with_start_model and takes(component, "require"):
+            arguments["require"] = ("log_p_attributes",)
+        if cfg.data.sample and component is cfg.dataset and cfg.max_steps:
+            arguments["num_samples"] = cfg.max_steps * cfg.global_batch_size
+            arguments["seed"] = cfg.seed
         return instantiate(component, self.tokenizer, **arguments)
 
-    def _scored(self, dataset: SteerLM2Dataset, key: str) -> list[Group]:
-        """The groups with log-probs and target weights, stored or from the start weights."""
-        if not self.cfg.steerlm2.score_with_start_model:
-            if any(group.weights is None for group in dataset.groups):
-                raise ValueError(
-                    f"`{key}` has no log P(y|x) and log Q'(y|a,x): run score_responses on it, or "
-                    "set steerlm2.score_with_start_model=true if the start weights are both the P "
-                    "and the Q' of this run"
-                )
-            return dataset.groups
-        budget = self.cfg.steerlm2.max_tokens_per_microbatch
-        log_p, log_q = (
-            score_groups(self.model, groups, self.world, max_tokens_per_microbatch=budget)
-            for groups in (dataset.without_label(), dataset.groups)
-        )
+    def _generation_prompts(self) -> list[list[int]]:
+        wanted = self.cfg.generation
+        if wanted is None:
+            return []
+        conversations = [[Turn("User", text)] for text in wanted.prompts]
         return [
-            with_log_probs(group, log_p_response=p, log_q=q)
-            for group, p, q in zip(dataset.groups, log_p, log_q, strict=True)
+            encode_prompt(self.template, self.tokenizer, wanted.system, turns, wanted.label)
+            for turns in conversations
         ]
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return instantiate(self.cfg.lr_scheduler, optimizer, num_training_steps=self.total_steps)
+
+    def _batch(self, step: int) -> list[Group]:
+        cfg = self.cfg
+        indices = batch_of_step(
+            step, len(self.train_groups), cfg.global_batch_size, cfg.seed, cfg.data.shuffle
+        )
+        return [self.train_groups[i] for i in indices]
 
     def _row(self, groups: list[Group]) -> PackedRow:
         return pack(groups, multiple_of=self.world.tp_size).to(self.world.device)
 
-    def _loss(self, logps_N: torch.Tensor, row: PackedRow) -> torch.Tensor:
-        return self.loss_fn(logps_N, row.log_q_N, row.w_N, row.group_sizes, row.response_lengths_N)
+    def _score(self, groups: list[Group]) -> list[list[float]]:
+        budget = self.cfg.steerlm2.max_tokens_per_microbatch
+        return score_groups(self.model, groups, self.world, max_tokens_per_microbatch=budget)
 
-    def _metric_sums(self, logps_N: torch.Tensor, row: PackedRow) -> torch.Tensor:
-        assert row.log_q_N is not None
-        assert row.w_N is not None
-        return metric_sums(logps_N, row.log_q_N, row.w_N, row.group_sizes)
+    def _scored(self, dataset: SteerLM2Dataset, key: str) -> list[Group]:
+        """The groups with log-probs and target weights, stored or from the start weights."""
+        if self.cfg.steerlm2.score_with_start_model:
+            log_p, log_q = self._score(dataset.without_label()), self._score(dataset.groups)
+            return [
+                with_log_probs(group, log_p_response=p, log_q=q)
+                for group, p, q in zip(dataset.groups, log_p, log_q, strict=True)
+            ]
+        if any(group.weights is None for group in dataset.groups):
+            raise ValueError(
+                f"`{key}` has no log P(y|x) and log Q'(y|a,x): run score_responses on it, or set "
+                "steerlm2.score_with_start_model=true if the start weights are both the P and the "
+                "Q' of this run"
+            )
+        return dataset.groups
 
-    def _drift(self, logps_N: torch.Tensor, row: PackedRow) -> torch.Tensor:
-        """|log Q_theta - log Q'| per token."""
-        assert row.log_q_N is not None
-        return (logps_N.detach() - row.log_q_N).abs() / row.response_lengths_N
+    def _loss(self, logps_N: torch.Tensor, targets: Targets) -> torch.Tensor:
+        return self.loss_fn(
+            logps_N,
+            targets.log_q_N,
+            targets.w_N,
+            targets.group_sizes,
+            targets.response_lengths_N,
+        )
 
-    def _check_drift(self, drift_N: torch.Tensor) -> None:
-        """Before the first update Q_theta is Q': its log-probs must be the stored ones.
+    def _loss_gradient(
+        self, logps_N: torch.Tensor, groups: list[Group], num_groups: int
+    ) -> torch.Tensor:
+        """d loss / d log Q_theta [N], the loss being the mean over all groups of the step."""
+        leaf_N = logps_N.detach().requires_grad_()
+        targets = targets_of(groups).to(self.world.device)
+        loss = self._loss(leaf_N, targets) * (len(groups) / num_groups)
+        return torch.autograd.grad(loss, leaf_N)[0]
 
-        Args:
-            drift_N: |log Q_theta - log Q'| of this rank's responses, nats per token.
-        """
-        total, count = self.world.sum(
-            torch.stack([drift_N.sum(), drift_N.new_tensor(float(len(drift_N)))])
-        ).tolist()
-        mean = total / count
-        worst = self.world.max(torch.cat([drift_N, drift_N.new_zeros(1)]).max()).item()
+    def _metric_sums(self, logps_N: torch.Tensor, groups: list[Group]) -> torch.Tensor:
+        """Sums over groups of the loss and of METRIC_NAMES."""
+        targets = targets_of(groups).to(self.world.device)
+        assert targets.log_q_N is not None
+        assert targets.w_N is not None
+        loss_sum = self._loss(logps_N, targets) * len(groups)
+        sums = metric_sums(logps_N, targets.log_q_N, targets.w_N, targets.group_sizes)
+        return torch.cat([loss_sum[None], sums])
+
+    def _check_drift(self) -> None:
+        """Before the first update Q_theta is Q': its log-probs must be the stored ones."""
+        groups = self._batch(0)
+        drifts = [
+            abs(logp - log_q) / len(response)
+            for group, logps in zip(groups, self._score(groups), strict=True)
+            for logp, log_q, response in zip(logps, group.log_q or (), group.responses, strict=True)
+        ]
+        mean, worst = sum(drifts) / len(drifts), max(drifts)
         self._say(f"log Q' drift on the first batch: mean {mean:.2g}, max {worst:.2g} nats a token")
         tolerance = self.cfg.steerlm2.log_q_tolerance
         if not mean <= tolerance:
@@ -590,30 +614,45 @@ class SteerLM2Recipe:
         """What the order of the batches depends on: a step's batch follows from these."""
         return {
             "groups": len(self.train_groups),
+            "tokens": sum(group.num_tokens for group in self.train_groups),
             "global_batch_size": self.cfg.global_batch_size,
             "seed": self.cfg.seed,
             "shuffle": self.cfg.data.shuffle,
-            "tokens": sum(group.num_tokens for group in self.train_groups),
         }
 
     def _resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; returns its step."""
-        found = checkpoints(self.output_dir / "checkpoints")
+        found = self.world.on_main(lambda: checkpoints(self.output_dir / "checkpoints")[-1:])
+        found = self.world.from_main(found)
         if not found:
             self._say(f"no checkpoint in {self.output_dir}/checkpoints: starting at step 0")
             return 0
-        state = load_training_state(found[-1], self.model, self.optimizer, self.world)
+        configured = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        state = load_training_state(found[0], self.model, self.optimizer, self.world)
         if state["data"] != self._data_state():
             raise ValueError(
-                f"{found[-1]} was written with {state['data']}, this run has "
+                f"{found[0]} was written with {state['data']}, this run has "
                 f"{self._data_state()}: resuming would repeat and skip data. Use the same data set,"
                 " data.shuffle, global_batch_size and seed, or start in another output_dir."
             )
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        # The optimizer's moments are the checkpoint's; its settings and the schedule the config's.
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(settings)
+        self.lr_scheduler.last_epoch = state["step"]
+        for group, base_lr, factor in zip(
+            self.optimizer.param_groups,
+            self.lr_scheduler.base_lrs,
+            self.lr_scheduler.lr_lambdas,
+            strict=True,
+        ):
+            group["lr"] = base_lr * factor(state["step"])
         if self.world.is_main:
             self.metrics_file.keep_until(state["step"])
             self.samples_file.keep_until(state["step"])
-        self._say(f"resumed from {found[-1]}")
+        self._say(f"resumed from {found[0]}")
         return state["step"]
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -631,10 +670,13 @@ class SteerLM2Recipe:
 @recipe_main(SteerLM2Config)
 def main(cfg: SteerLM2Config) -> None:
     recipe = SteerLM2Recipe(cfg)
-    recipe.setup()
-    recipe.train()
-    recipe.export()
-    recipe.cleanup()
+    try:
+        recipe.setup()
+        recipe.train()
+        recipe.export()
+    finally:
+        recipe.cleanup()
+    close_world()
 
 
 if __name__ == "__main__":

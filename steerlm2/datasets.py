@@ -43,14 +43,19 @@ class SteerLM2Dataset(Sequence[Group]):
         return self.groups[index]
 
     def without_label(self) -> list[Group]:
-        """The same groups with prompts that don't show the label: the input of log P(y|x)."""
-        return [
-            dataclasses.replace(
-                group,
-                prompt=_prompt(self.records[group.index], None, self.tokenizer, self.template),
-            )
-            for group in self.groups
-        ]
+        """The same groups with prompts that show no label, in no turn: the input of log P(y|x)."""
+        groups = []
+        for group in self.groups:
+            record = self.records[group.index]
+            turns = [dataclasses.replace(turn, label=None) for turn in record.prompt_turns]
+            record = dataclasses.replace(record, prompt_turns=turns, label=None)
+            prompt = _prompt(record, self.tokenizer, self.template)
+            groups.append(dataclasses.replace(group, prompt=prompt))
+        return groups
+
+    def longest(self) -> int:
+        """Tokens of the longest prompt with a response."""
+        return max(len(g.prompt) + max(map(len, g.responses)) for g in self.groups)
 
     def summary(self) -> str:
         responses = sum(len(group.responses) for group in self.groups)
@@ -129,7 +134,7 @@ def tokenize_records(
     groups = []
     dropped_responses = 0
     for index, record in enumerate(records):
-        prompt = _prompt(record, record.label, tokenizer, template)
+        prompt = _prompt(record, tokenizer, template)
         responses = [
             _compact(encode_response(template, tokenizer, r.value)) for r in record.responses
         ]
@@ -160,10 +165,10 @@ def with_log_probs(
     )
 
 
-def _prompt(
-    record: Record, label: str | None, tokenizer: Tokenizer, template: Template
-) -> Sequence[int]:
-    return _compact(encode_prompt(template, tokenizer, record.system, record.prompt_turns, label))
+def _prompt(record: Record, tokenizer: Tokenizer, template: Template) -> Sequence[int]:
+    return _compact(
+        encode_prompt(template, tokenizer, record.system, record.prompt_turns, record.label)
+    )
 
 
 def _compact(tokens: list[int]) -> Sequence[int]:

@@ -65,7 +65,7 @@ class _TokenLogProbs(torch.autograd.Function):
         logps_R = hidden_RD.new_empty(len(targets_R), dtype=torch.float32)
         normalizer_R = torch.empty_like(logps_R)
         for chunk in _chunks(len(targets_R), chunk_size):
-            logits_CV = (hidden_RD[chunk] @ weight_VD.t()).float()
+            logits_CV = _logits(hidden_RD[chunk], weight_VD)
             row_C, owned_C = _local_rows(targets_R[chunk], first_row, len(weight_VD))
             target_C = logits_CV.gather(1, row_C[:, None]).squeeze(1) * owned_C
             max_C = logits_CV.amax(dim=1)
@@ -92,7 +92,7 @@ class _TokenLogProbs(torch.autograd.Function):
         )
         for chunk in _chunks(len(targets_R), ctx.chunk_size):
             hidden_CD, grad_C = hidden_RD[chunk], grad_R[chunk]
-            logits_CV = (hidden_CD @ weight_VD.t()).float()
+            logits_CV = _logits(hidden_CD, weight_VD)
             # d logp / d logits = onehot(target) - softmax(logits)
             grad_CV = (logits_CV - normalizer_R[chunk, None]).exp_().mul_(-grad_C[:, None])
             row_C, owned_C = _local_rows(targets_R[chunk], ctx.first_row, len(weight_VD))
@@ -103,6 +103,16 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_weight_VD += grad_CV.t() @ hidden_CD
         grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_RD, grad_weight, None, None, None
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """[C, V] float32; bfloat16 inputs are accumulated in float32 and not rounded in between.
+
+    A logit of 16 rounded to bfloat16 is off by up to 0.06 nats.
+    """
+    if hidden_CD.is_cuda and hidden_CD.dtype != torch.float32:
+        return torch.mm(hidden_CD, weight_VD.t(), out_dtype=torch.float32)
+    return hidden_CD.float() @ weight_VD.float().t()
 
 
 def _chunks(length: int, size: int) -> list[slice]:

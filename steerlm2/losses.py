@@ -75,7 +75,7 @@ def effective_sample_size(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> T
 
 def max_weight(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
     """[G] the largest weight of each group."""
-    index_N = _group_index(group_sizes, w_N.device)
+    index_N = _group_index(group_sizes, w_N)
     max_G = w_N.new_zeros(len(group_sizes))
     return max_G.scatter_reduce(0, index_N, w_N, "amax")
 
@@ -162,14 +162,19 @@ def metric_sums(
     )
 
 
-def _group_index(group_sizes: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+def _group_index(group_sizes: Sequence[int] | Tensor, values_N: Tensor) -> Tensor:
     """[N] the group that each response belongs to."""
-    sizes_G = torch.as_tensor(group_sizes, dtype=torch.long, device=device)
-    return torch.repeat_interleave(torch.arange(len(sizes_G), device=device), sizes_G)
+    total = sum(group_sizes)
+    assert total == len(values_N), (
+        f"group_sizes add up to {total}, not to the {len(values_N)} responses"
+    )
+    sizes_G = torch.as_tensor(group_sizes, dtype=torch.long, device=values_N.device)
+    numbers_G = torch.arange(len(sizes_G), device=values_N.device)
+    return torch.repeat_interleave(numbers_G, sizes_G, output_size=len(values_N))
 
 
 def _sum_by_group(values_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
-    index_N = _group_index(group_sizes, values_N.device)
+    index_N = _group_index(group_sizes, values_N)
     return values_N.new_zeros(len(group_sizes)).index_add(0, index_N, values_N)
 
 
@@ -178,10 +183,7 @@ def _mean_over_groups(values_G: Tensor) -> Tensor:
 
 
 def _group_log_softmax(logits_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
-    index_N = _group_index(group_sizes, logits_N.device)
-    assert len(index_N) == len(logits_N), (
-        f"group_sizes add up to {len(index_N)}, not to the {len(logits_N)} responses"
-    )
+    index_N = _group_index(group_sizes, logits_N)
     floor_G = logits_N.new_full((len(group_sizes),), -torch.inf)
     max_G = floor_G.scatter_reduce(0, index_N, logits_N.detach(), "amax")
     shifted_N = logits_N - max_G[index_N]

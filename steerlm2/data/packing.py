@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -70,7 +70,31 @@ class Group:
 
 
 @dataclass(frozen=True)
-class PackedRow:
+class Targets:
+    """What the loss needs to know of groups, one group after the other."""
+
+    group_sizes: list[int]
+    response_lengths_N: Tensor
+    """Tokens of each response, its stop token included."""
+    log_q_N: Tensor | None
+    w_N: Tensor | None
+    """As `log_q_N` None where a group doesn't have them yet."""
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.response_lengths_N)
+
+    def to(self, device: torch.device) -> Self:
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class PackedRow(Targets):
     """A row of groups as tensors. An empty row (no groups) is padding: no targets, no loss."""
 
     tokens_T: Tensor
@@ -84,19 +108,6 @@ class PackedRow:
     targets_R: Tensor
     response_R: Tensor
     """Which response of the row a target belongs to."""
-    group_sizes: list[int]
-    response_lengths_N: Tensor
-    log_q_N: Tensor | None
-    w_N: Tensor | None
-
-    @property
-    def num_responses(self) -> int:
-        return len(self.response_lengths_N)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens without padding."""
-        return int((self.group_T != PADDING).sum())
 
     def attention_mask_TT(self) -> Tensor:
         """Boolean [T, T]: query (row) sees key (column): its own prompt and itself, causally."""
@@ -106,20 +117,20 @@ class PackedRow:
         visible_TT = (self.segment_T == 0) | (self.segment_T[:, None] == self.segment_T)
         return causal_TT & same_group_TT & visible_TT
 
-    def to(self, device: torch.device) -> PackedRow:
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for field in dataclasses.fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return PackedRow(**moved)
+
+def targets_of(groups: Sequence[Group]) -> Targets:
+    """The targets of groups, in their order."""
+    lengths = [len(response) for group in groups for response in group.responses]
+    return Targets(
+        group_sizes=[len(group.responses) for group in groups],
+        response_lengths_N=torch.tensor(lengths, dtype=torch.long),
+        log_q_N=_join([group.log_q for group in groups]),
+        w_N=_join([group.weights for group in groups]),
+    )
 
 
 def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> PackedRow:
-    """Groups as one row, padded at the end to a multiple of `multiple_of` tokens, at least one.
-
-    `log_q_N` and `w_N` are set where every group has them.
-    """
+    """Groups as one row, padded at the end to a multiple of `multiple_of` tokens."""
     tokens: list[int] = []
     positions: list[int] = []
     group_ids: list[int] = []
@@ -127,7 +138,7 @@ def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> P
     source: list[int] = []
     targets: list[int] = []
     response_ids: list[int] = []
-    lengths: list[int] = []
+    num_responses = 0
     for g, group in enumerate(groups):
         tokens += group.prompt
         positions += range(len(group.prompt))
@@ -137,14 +148,16 @@ def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> P
             inputs = response[:-1]
             source += [last_prompt_place, *range(len(tokens), len(tokens) + len(inputs))]
             targets += response
-            response_ids += [len(lengths)] * len(response)
-            lengths.append(len(response))
+            response_ids += [num_responses] * len(response)
+            num_responses += 1
             tokens += inputs
             positions += range(len(group.prompt), len(group.prompt) + len(inputs))
-            segments += [len(lengths)] * len(inputs)
+            segments += [num_responses] * len(inputs)
         group_ids += [g] * (len(tokens) - len(group_ids))
-    padding = -len(tokens) % multiple_of if tokens else multiple_of
+    # two tokens for an empty row: a compiled model would specialise on a length of one
+    padding = -len(tokens) % multiple_of if tokens else 2 * multiple_of
     return PackedRow(
+        **vars(targets_of(groups)),
         tokens_T=torch.tensor(tokens + [pad_id] * padding),
         input_pos_T=torch.tensor(positions + [0] * padding),
         group_T=torch.tensor(group_ids + [PADDING] * padding),
@@ -152,10 +165,6 @@ def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> P
         source_R=torch.tensor(source, dtype=torch.long),
         targets_R=torch.tensor(targets, dtype=torch.long),
         response_R=torch.tensor(response_ids, dtype=torch.long),
-        group_sizes=[len(group.responses) for group in groups],
-        response_lengths_N=torch.tensor(lengths, dtype=torch.long),
-        log_q_N=_join([group.log_q for group in groups]),
-        w_N=_join([group.weights for group in groups]),
     )
 
 
@@ -243,6 +252,11 @@ def fill_microbatches(groups: Sequence[Group], max_tokens: int) -> list[list[Gro
             batches.append([group])
             loads.append(group.num_tokens)
     return batches
+
+
+def slices(groups: Sequence[Group], size: int) -> list[Group]:
+    """All groups in slices of at most `size` responses."""
+    return [part for group in groups for part in group.slices(size)]
 
 
 def _num_slices(groups: Sequence[Group], size: int) -> int:

@@ -217,7 +217,9 @@ def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[
                 if not line.strip():
                     continue
                 try:
-                    obj = json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+                    obj = json.loads(
+                        line.rstrip(b"\r\n").decode("utf-8-sig" if line_number == 1 else "utf-8")
+                    )
                 except (ValueError, RecursionError) as error:
                     problems.add(line_number, f"not valid JSON ({_json_hint(error)})")
                 else:

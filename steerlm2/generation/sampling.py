@@ -16,8 +16,9 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.data.packing import Group, pack
-from steerlm2.models.llama import gather_sequence, output_weight
+from steerlm2.models.llama import output_weight
 from steerlm2.training.distributed import World
+from steerlm2.training.forward import hidden_states
 
 
 @torch.no_grad()
@@ -74,11 +75,7 @@ def _next_token_logits(
 ) -> Tensor:
     """[P, V] float32 logits of the token after each text, the texts packed into one row."""
     row = pack([Group(text, []) for text in texts], multiple_of=world.tp_size).to(world.device)
-    hidden_TD = gather_sequence(
-        decoder(
-            row.tokens_T[None], mask=row.attention_mask_TT()[None], input_pos=row.input_pos_T[None]
-        )
-    )[0]
+    hidden_TD = hidden_states(decoder, row)
     ends = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
     logits_PV = (hidden_TD[ends.to(world.device)] @ output_weight(decoder).t()).float()
     if world.tp_group is None:

@@ -99,6 +99,10 @@ def unsupported_parts(decoder: TransformerDecoder) -> Iterator[str]:
     """What of this decoder would be left out or trained wrongly; nothing for a supported one."""
     if not isinstance(decoder.output, nn.Linear | TiedLinear):
         yield "an adapted output layer is not supported: set model.apply_lora_to_output=false"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules()) or any(
+        layer.attn.attn_dropout > 0 for layer in decoder.layers
+    ):
+        yield "dropout is not supported (Q_theta would not start as Q'): set it to 0 in `model`"
     if any(isinstance(module, DoRALinear) for module in decoder.modules()):
         yield "DoRA is not supported: set model.use_dora=false"
     if any(getattr(module, "_quantize_base", False) for module in decoder.modules()):
@@ -189,6 +193,21 @@ class LoRAParallel(ParallelStyle):
         return module
 
 
+def head_shape(decoder: TransformerDecoder) -> dict[str, int]:
+    """What torchtune's weight conversion needs to know, of the whole model on every rank."""
+    return {
+        "num_heads": decoder.num_heads,
+        "num_kv_heads": decoder.layers[0].attn.k_proj.weight.shape[0] // decoder.head_dim,
+        "dim": decoder.tok_embeddings.embedding_dim,
+        "head_dim": decoder.head_dim,
+    }
+
+
+def context_length(decoder: TransformerDecoder) -> int:
+    """Positions that the rotary embedding has; a prompt with its response must fit."""
+    return decoder.layers[0].attn.pos_embeddings.max_seq_len
+
+
 def hf_config(decoder: TransformerDecoder, dtype: str = "float32") -> dict[str, Any]:
     """The config.json of a `LlamaForCausalLM` that computes what this decoder computes.
 
@@ -205,12 +224,12 @@ def hf_config(decoder: TransformerDecoder, dtype: str = "float32") -> dict[str, 
         "intermediate_size": mlp.w1.weight.shape[0],
         "num_hidden_layers": len(decoder.layers),
         "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": attention.k_proj.weight.shape[0] // decoder.head_dim,
+        "num_key_value_heads": head_shape(decoder)["num_kv_heads"],
         "head_dim": decoder.head_dim,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "max_position_embeddings": rope.max_seq_len,
+        "max_position_embeddings": context_length(decoder),
         "rms_norm_eps": decoder.norm.eps,
         "rope_theta": float(rope.base),
         "tie_word_embeddings": isinstance(decoder.output, TiedLinear),

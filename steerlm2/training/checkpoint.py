@@ -41,7 +41,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params, get_merged_lora_ckpt
 
 from steerlm2.data.tokenizers import Tokenizer
-from steerlm2.models.llama import hf_config
+from steerlm2.models.llama import context_length, head_shape, hf_config
 from steerlm2.training.config import instantiate
 from steerlm2.training.distributed import World
 
@@ -56,13 +56,7 @@ class Checkpointer(Protocol):
 
     def load_checkpoint(self) -> dict[str, Any]: ...
 
-    def save_checkpoint(
-        self,
-        state_dict: dict[str, Any],
-        epoch: int,
-        intermediate_checkpoint: bool = False,
-        adapter_only: bool = False,
-    ) -> None: ...
+    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None: ...
 
 
 class ScratchCheckpointer:
@@ -79,6 +73,7 @@ class ScratchCheckpointer:
         self, decoder: TransformerDecoder, tokenizer: Tokenizer, *, seed: int, output_dir: str
     ) -> None:
         self.hf_config = hf_config(decoder)
+        self.heads = head_shape(decoder)
         self.weights = dict(_fresh_weights(decoder.named_parameters(), seed))
         self.tokenizer = tokenizer
         self.output_dir = Path(output_dir)
@@ -86,29 +81,10 @@ class ScratchCheckpointer:
     def load_checkpoint(self) -> dict[str, Any]:
         return {"model": self.weights}
 
-    def save_checkpoint(
-        self,
-        state_dict: dict[str, Any],
-        epoch: int,
-        intermediate_checkpoint: bool = False,
-        adapter_only: bool = False,
-    ) -> None:
+    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None:
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
-        shape = {
-            "num_heads": self.hf_config["num_attention_heads"],
-            "num_kv_heads": self.hf_config["num_key_value_heads"],
-            "dim": self.hf_config["hidden_size"],
-            "head_dim": self.hf_config["head_dim"],
-        }
-        if "adapter" in state_dict:
-            adapter = tune_to_peft_adapter_weights(state_dict["adapter"], **shape)
-            _save_tensors(adapter, folder / "adapter_model.safetensors")
-            adapter_config = tune_to_peft_adapter_config(state_dict["adapter_config"])
-            (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
-        if adapter_only:
-            return
-        weights = tune_to_hf(state_dict["model"], **shape)
+        weights = tune_to_hf(state_dict["model"], **self.heads)
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         config = self.hf_config | {"torch_dtype": dtype, "eos_token_id": self.tokenizer.eos_id}
         _save_tensors(weights, folder / "model.safetensors")
@@ -153,6 +129,17 @@ def check_vocabulary(decoder: TransformerDecoder, tokenizer: Tokenizer) -> None:
         )
 
 
+def check_context(decoder: TransformerDecoder, longest: int) -> None:
+    """Raises:
+    ValueError: where a prompt with its response is longer than the model's context.
+    """
+    if longest > context_length(decoder):
+        raise ValueError(
+            f"a prompt with its response has {longest} tokens, more than the model's context of "
+            f"{context_length(decoder)}: set a smaller max_seq_len"
+        )
+
+
 def load_weights(
     decoder: TransformerDecoder,
     checkpointer: Checkpointer | None,
@@ -174,23 +161,18 @@ def load_weights(
     Raises:
         ValueError: on every rank, listing missing, unexpected and misshapen tensors.
     """
-    weights: dict[str, Tensor] = {}
-    problems: list[str] = []
-    if world.is_main:
+
+    def read() -> dict[str, Any]:
         assert checkpointer is not None
-        weights = checkpointer.load_checkpoint()["model"]
-        weights |= dict(_fresh_weights(get_adapter_params(decoder).items(), seed))
-        weights = {name: tensor.to(_dtype(decoder)) for name, tensor in weights.items()}
-        problems = list(_shape_problems(decoder, weights))
-    if problems := world.from_main(problems):
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ValueError(
-            "the checkpoint doesn't fit the model in the config; check `model` and "
-            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(problems[:10] + more)
-        )
+        read_weights = checkpointer.load_checkpoint()["model"]
+        read_weights |= dict(_fresh_weights(get_adapter_params(decoder).items(), seed))
+        _check_shapes(decoder, read_weights)
+        return read_weights
+
+    weights = world.on_main(read) or {}
     decoder.to_empty(device="cpu" if cpu_offload else world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.mesh is not None)
-    set_model_state_dict(decoder, dict(weights), options=options)
+    set_model_state_dict(decoder, weights, options=options)
     with world.device:
         for module in decoder.modules():
             if hasattr(module, "rope_init"):
@@ -204,11 +186,13 @@ def save_weights(
     *,
     epoch: int,
     dtype: torch.dtype,
+    output_dir: Path,
     adapter_only: bool = False,
 ) -> None:
-    """Write the weights in `dtype` as `epoch_{epoch}`; LoRA adapters merged, and beside them.
+    """Write the weights in `dtype` as `epoch_{epoch}`; the whole model passes through rank 0.
 
-    The whole model passes through rank 0's memory.
+    LoRA adapters are merged into them, and written apart, in PEFT's format, as
+    `output_dir/epoch_{epoch}/adapter`.
 
     Args:
         adapter_only: write the adapters alone, not the merged model.
@@ -221,21 +205,16 @@ def save_weights(
     lora = next((m for m in decoder.modules() if isinstance(m, LoRALinear)), None)
     # merging changes tensors in place, and on a CPU they may be the model's own
     weights = {
-        name: cast(Tensor, tensor).to(dtype, copy=lora is not None) for name, tensor in full.items()
+        name: cast(Tensor, full.pop(name)).to(dtype, copy=lora is not None) for name in list(full)
     }
-    state: dict[str, Any] = {"model": weights}
     if lora is not None:
-        adapters = [_plain_name(name) for name in get_adapter_params(decoder)]
-        state["adapter"] = {name: weights[name].clone() for name in adapters}
-        state["adapter_config"] = {
-            "peft_type": "LORA",
-            "r": lora.rank,
-            "lora_alpha": lora.alpha,
-            "target_modules": sorted({name.split(".")[-3] for name in adapters}),
-        }
-        if not adapter_only:
-            state["model"] = get_merged_lora_ckpt(weights, rank=lora.rank, alpha=lora.alpha)
-    checkpointer.save_checkpoint(state, epoch=epoch, adapter_only=adapter_only)
+        names = [_plain_name(name) for name in get_adapter_params(decoder)]
+        adapter = {name: weights[name].clone() for name in names}
+        folder = output_dir / f"epoch_{epoch}" / "adapter"
+        _save_adapter(folder, adapter, lora, head_shape(decoder))
+        weights = get_merged_lora_ckpt(weights, rank=lora.rank, alpha=lora.alpha)
+    if not (lora is not None and adapter_only):
+        checkpointer.save_checkpoint({"model": weights}, epoch=epoch)
 
 
 def save_training_state(
@@ -267,8 +246,9 @@ def save_training_state(
     if world.is_main:
         (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}))
         partial.rename(final)
-        for old in checkpoints(folder)[: -keep_last_n or None] if keep_last_n else []:
-            shutil.rmtree(old)
+        if keep_last_n is not None:
+            for old in checkpoints(folder)[:-keep_last_n]:
+                shutil.rmtree(old)
     world.barrier()
 
 
@@ -324,6 +304,20 @@ def load_training_state(
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
+def _save_adapter(
+    folder: Path, adapter: Mapping[str, Tensor], lora: LoRALinear, heads: Mapping[str, int]
+) -> None:
+    """A PEFT adapter. In a folder of its own: transformers would add one that it finds beside the
+    merged weights to them once more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = tune_to_peft_adapter_weights(adapter, **heads)
+    _save_tensors(tensors, folder / "adapter_model.safetensors")
+    modules = sorted({name.split(".")[-3] for name in adapter})
+    config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules}
+    config = {"peft_type": "LORA"} | tune_to_peft_adapter_config(config)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, file, metadata={"format": "pt"})
@@ -348,26 +342,25 @@ def _fresh_weights(
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing and compile put in."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    """A parameter's name without what activation checkpointing puts in."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
-def _dtype(decoder: nn.Module) -> torch.dtype:
-    return next(decoder.parameters()).dtype
-
-
-def _shape_problems(decoder: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str]:
+def _check_shapes(decoder: nn.Module, weights: Mapping[str, Tensor]) -> None:
     expected = {_plain_name(name): p.shape for name, p in decoder.named_parameters()}
-    for name in sorted(expected.keys() - weights.keys()):
-        yield f"{name} is missing"
-    for name in sorted(weights.keys() - expected.keys()):
-        yield f"{name} is not in the model"
-    for name in sorted(expected.keys() & weights.keys()):
-        if expected[name] != weights[name].shape:
-            yield (
-                f"{name} has shape {list(weights[name].shape)}, "
-                f"the model's is {list(expected[name])}"
-            )
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"{name} is not in the model" for name in sorted(weights.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)}, the model's is {list(expected[name])}"
+        for name in sorted(expected.keys() & weights.keys())
+        if expected[name] != weights[name].shape
+    ]
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError(
+            "the checkpoint doesn't fit the model in the config; check `model` and "
+            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(problems[:10] + more)
+        )
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import inspect
 import os
 import sys
 import time
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +71,8 @@ def instantiate(component: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Call the `_component_` of a config section with its arguments, `args` and `kwargs`.
 
     Raises:
-        ValueError: where the arguments don't fit the component's signature.
+        ValueError: where the arguments don't fit the component's signature, or it needs a package
+            that isn't installed.
     """
     target = _locate(component["_component_"])
     given = {key: value for key, value in component.items() if key != "_component_"} | kwargs
@@ -78,7 +80,15 @@ def instantiate(component: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         inspect.signature(target).bind(*args, **given)
     except TypeError as error:
         raise ValueError(f"{component['_component_']}: {error}") from error
-    return target(*args, **given)
+    try:
+        return target(*args, **given)
+    except ImportError as error:
+        raise ValueError(f"{component['_component_']} needs a package: {error}") from error
+
+
+def takes(component: Mapping[str, Any], argument: str) -> bool:
+    """Whether a component has an argument of that name."""
+    return argument in inspect.signature(_locate(component["_component_"])).parameters
 
 
 def as_yaml(config: Any) -> str:
@@ -128,14 +138,20 @@ def _error_message(error: Exception) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, FileNotFoundError) and error.filename:
         text = f"there is no file {os.path.abspath(error.filename)}"
-        if (
-            str(error.filename) in sys.argv
-        ):  # torchtune takes a name that it doesn't know for a file
+        if str(error.filename) in map(os.path.abspath, sys.argv):  # an unknown name, to torchtune
             text += " and no ready-made config of that name (`tune ls` lists them)"
     if isinstance(error, yaml.YAMLError):
         text = f"the config is not valid YAML: {text}"
     rank = os.environ.get("RANK", "0")
-    return f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}"
+    where = "error" if rank == "0" else f"error on rank {rank}"
+    hint = "" if _raised_by_us(error) else f"\n({TRACEBACK_VARIABLE}=1 shows where)"
+    return f"{where}: {text}{hint}"
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether steerlm2 or the recipe itself raised the error, with a message meant for the user."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].split(".")[0] in ("steerlm2", "__main__")
 
 
 def _build_dataclass(

@@ -8,6 +8,7 @@ over dp_replicate (HSDP). Model code knows nothing of it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +35,9 @@ from steerlm2.models.llama import (
 )
 
 ObjectT = TypeVar("ObjectT")
+
+RECOMPILE_LIMIT = 64
+"""Training, validation and scoring each compile static and dynamic lengths; torch stops at 8."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -98,13 +102,24 @@ class World:
         dist.broadcast_object_list(holder, src=0)
         return holder[0]
 
-    def gather(self, value: ObjectT) -> list[ObjectT]:
-        """Every rank's picklable value, in rank order, on rank 0; an empty list elsewhere."""
-        if self.mesh is None:
-            return [value]
-        gathered: list[Any] = [None] * self.size if self.is_main else []
-        dist.gather_object(value, gathered if self.is_main else None, dst=0)
-        return gathered
+    def on_main(self, action: Callable[[], ObjectT]) -> ObjectT | None:
+        """Do something on rank 0 only; None on the others.
+
+        Raises:
+            ValueError: on every rank, where the action raised ValueError or OSError on rank 0: the
+                others would wait for it until they time out.
+        """
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except (ValueError, OSError) as error:
+                if self.mesh is None:
+                    raise
+                problem = str(error)
+        if (problem := self.from_main(problem)) is not None:
+            raise ValueError(problem)
+        return result
 
     def barrier(self) -> None:
         if self.mesh is not None:
@@ -150,7 +165,8 @@ def init_world(
     if launched:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     names = ("dp_replicate", "dp_shard", "tp")
     return World(place, init_device_mesh(device, shape, mesh_dim_names=names))
 
@@ -192,6 +208,8 @@ def parallelize(
             parameter.requires_grad_(name not in frozen)  # SequenceParallel unfreezes the norms
         divide_heads(decoder, world.tp_size)
     end_at_hidden_states(decoder)
+    if compile:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for i, layer in enumerate(decoder.layers):
         if activation_checkpointing:
             layer = checkpoint_wrapper(layer, preserve_rng_state=False)

@@ -18,18 +18,20 @@ from steerlm2.models.llama import gather_sequence, output_weight
 from steerlm2.training.distributed import World
 
 
+def hidden_states(decoder: TransformerDecoder, row: PackedRow) -> Tensor:
+    """[T, D] after the final norm; under tensor parallel the whole row on every rank."""
+    hidden_1TD = decoder(
+        row.tokens_T[None], mask=row.attention_mask_TT()[None], input_pos=row.input_pos_T[None]
+    )
+    return gather_sequence(hidden_1TD)[0]
+
+
 def response_logps(decoder: TransformerDecoder, row: PackedRow, world: World) -> Tensor:
     """[N] log-probs of a row's responses, nats, float64, summed over their tokens.
 
     An empty row gives [0], with a gradient of zero for every parameter.
     """
-    hidden_TD = gather_sequence(
-        decoder(
-            row.tokens_T[None],
-            mask=row.attention_mask_TT()[None],
-            input_pos=row.input_pos_T[None],
-        )
-    )[0]
+    hidden_TD = hidden_states(decoder, row)
     logps_R = token_logps(
         hidden_TD[row.source_R], output_weight(decoder), row.targets_R, tp_group=world.tp_group
     )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from pathlib import Path
+
+import torch
+
+from steerlm2.training.distributed import World
 
 RUN_FILES = (
     "config.yaml",
@@ -30,6 +36,28 @@ def make_output_dir(output_dir: Path) -> None:
             f"output_dir {output_dir.absolute()} can't be written to ({error.strerror}): choose "
             "another folder"
         ) from error
+
+
+def check_shared(output_dir: Path, world: World) -> None:
+    """Raises:
+    ValueError: on every rank, where some rank doesn't see the folder of rank 0. Checkpoints are
+        written by all ranks: on disks of their own they could never be resumed from.
+    """
+    if world.size == 1:
+        return
+    mark = output_dir / world.from_main(f".seen_by_all_{os.getpid()}_{time.time_ns()}")
+    if world.is_main:
+        mark.touch()
+    world.barrier()
+    unseen = world.max(torch.tensor(float(not mark.exists()), device=world.device)).item()
+    world.barrier()
+    if world.is_main:
+        mark.unlink()
+    if unseen:
+        raise ValueError(
+            f"output_dir {output_dir.absolute()} is not the same folder on all nodes: choose one "
+            "on a file system that they share"
+        )
 
 
 def set_aside_earlier_run(output_dir: Path) -> Path | None:

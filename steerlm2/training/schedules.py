@@ -25,18 +25,15 @@ def warmup_cosine_hold(
         warmup_steps: steps of the warm-up; the first step has lr / (warmup_steps + 1).
         constant_steps: steps at the end that hold `min_lr`.
 
+    A run shorter than its parts (a trial with a small max_steps) keeps what fits, warm-up first.
+
     Raises:
-        ValueError: where the parts are longer than the run, or `min_lr` is above the lr.
+        ValueError: where `min_lr` is above the lr.
     """
     peak = max(group["lr"] for group in optimizer.param_groups)
     if min_lr > peak:
         raise ValueError(f"lr_scheduler.min_lr={min_lr} is above optimizer.lr={peak}")
-    if warmup_steps + constant_steps > num_training_steps:
-        raise ValueError(
-            f"lr_scheduler: warmup_steps={warmup_steps} + constant_steps={constant_steps} is more "
-            f"than the run's {num_training_steps} steps"
-        )
-    decay_steps = num_training_steps - warmup_steps - constant_steps
+    decay_steps = max(num_training_steps - warmup_steps - constant_steps, 0)
     floor = min_lr / peak if peak else 1.0
 
     def factor(step: int) -> float:

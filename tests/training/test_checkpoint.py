@@ -159,7 +159,7 @@ def test_weights_that_do_not_fit_are_all_named() -> None:
 def test_exported_weights_are_the_decoders(tmp_path: Path) -> None:
     decoder = loaded(meta_decoder())
     checkpointer = scratch(decoder, folder=tmp_path)
-    save_weights(decoder, checkpointer, CPU, epoch=2, dtype=torch.float32)
+    save_weights(decoder, checkpointer, CPU, epoch=2, dtype=torch.float32, output_dir=tmp_path)
     component = {
         "_component_": "torchtune.training.FullModelHFCheckpointer",
         "checkpoint_dir": str(tmp_path / "epoch_2"),
@@ -175,7 +175,7 @@ def test_exported_weights_are_the_decoders(tmp_path: Path) -> None:
 def test_export_is_in_the_dtype_asked_for(tmp_path: Path) -> None:
     decoder = loaded(meta_decoder())
     checkpointer = scratch(decoder, folder=tmp_path)
-    save_weights(decoder, checkpointer, CPU, epoch=1, dtype=torch.bfloat16)
+    save_weights(decoder, checkpointer, CPU, epoch=1, dtype=torch.bfloat16, output_dir=tmp_path)
     tensors = load_file(tmp_path / "epoch_1" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     config = json.loads((tmp_path / "epoch_1" / "config.json").read_text())
@@ -195,7 +195,14 @@ def test_adapters_are_merged_into_the_exported_weights(tmp_path: Path) -> None:
     decoder = trained_lora_decoder()
     v_proj = decoder.layers[0].attn.v_proj
     expected = v_proj.weight + 2 * v_proj.lora_b.weight @ v_proj.lora_a.weight
-    save_weights(decoder, scratch(decoder, folder=tmp_path), CPU, epoch=1, dtype=torch.float32)
+    save_weights(
+        decoder,
+        scratch(decoder, folder=tmp_path),
+        CPU,
+        epoch=1,
+        dtype=torch.float32,
+        output_dir=tmp_path,
+    )
     tensors = load_file(tmp_path / "epoch_1" / "model.safetensors")
     torch.testing.assert_close(tensors["model.layers.0.self_attn.v_proj.weight"], expected.detach())
 
@@ -204,7 +211,14 @@ def test_merging_leaves_the_decoder_as_it_is(tmp_path: Path) -> None:
     """An export in mid-run must not merge the adapters into what is trained on."""
     decoder = trained_lora_decoder()
     before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
-    save_weights(decoder, scratch(decoder, folder=tmp_path), CPU, epoch=1, dtype=torch.float32)
+    save_weights(
+        decoder,
+        scratch(decoder, folder=tmp_path),
+        CPU,
+        epoch=1,
+        dtype=torch.float32,
+        output_dir=tmp_path,
+    )
     assert same_state(before, dict(decoder.state_dict()))
 
 
@@ -218,9 +232,10 @@ def test_adapters_are_saved_beside_the_merged_weights(adapter_only: bool, tmp_pa
         CPU,
         epoch=1,
         dtype=torch.float32,
+        output_dir=tmp_path,
         adapter_only=adapter_only,
     )
-    adapters = load_file(tmp_path / "epoch_1" / "adapter_model.safetensors")
+    adapters = load_file(tmp_path / "epoch_1" / "adapter" / "adapter_model.safetensors")
     assert len(adapters) == len(get_adapter_params(decoder))
     name = "layers.0.attn.v_proj.lora_b.weight"
     theirs = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"

@@ -327,6 +327,10 @@ def failing(error: Exception) -> Callable[[Config], None]:
     return main
 
 
+WHERE = "(STEERLM2_TRACEBACK=1 shows where)\n"
+"""Follows errors that neither steerlm2 nor the recipe raised, such as those raised in this file."""
+
+
 def test_recipe_gets_the_file_with_the_command_lines_values(run: Callable[..., Any]) -> None:
     """File: lr 1e-7 as people write it. Command line: a key of a section, a list."""
     seen: list[Config] = []
@@ -363,7 +367,7 @@ def test_a_users_mistake_ends_in_one_message(
     error: Exception, message: str, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(failing(error), yaml.safe_dump(GOOD)) == 1
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err == message + WHERE
 
 
 def test_broken_yaml_ends_in_a_message(
@@ -379,7 +383,7 @@ def test_other_ranks_name_themselves(
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr("steerlm2.training.config.SECONDS_FOR_RANK_0", 0.0)
     run(failing(ValueError("line 1\nline 2")), yaml.safe_dump(GOOD))
-    assert capsys.readouterr().err == "error on rank 3: line 1\nline 2\n"
+    assert capsys.readouterr().err == "error on rank 3: line 1\nline 2\n" + WHERE
 
 
 def test_our_own_bugs_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

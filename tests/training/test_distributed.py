@@ -87,7 +87,7 @@ def test_reductions_over_one_process_are_the_value() -> None:
     value = torch.tensor([1.0, -2.0])
     assert CPU.sum(value).tolist() == CPU.max(value).tolist() == [1, -2]
     assert CPU.from_main({"a": 1}) == {"a": 1}
-    assert CPU.gather("x") == ["x"]
+    assert CPU.on_main(lambda: "x") == "x"
 
 
 def test_a_mesh_of_one_reduces_to_the_value_too(mesh_of_one: World) -> None:
@@ -95,7 +95,7 @@ def test_a_mesh_of_one_reduces_to_the_value_too(mesh_of_one: World) -> None:
     value = torch.tensor([1.0, -2.0])
     assert mesh_of_one.sum(value).tolist() == mesh_of_one.max(value).tolist() == [1, -2]
     assert mesh_of_one.from_main([3]) == [3]
-    assert mesh_of_one.gather("x") == ["x"]
+    assert mesh_of_one.on_main(lambda: "x") == "x"
 
 
 def test_reductions_leave_their_input_as_it_is(mesh_of_one: World) -> None:

@@ -98,9 +98,10 @@ def test_state_dict_continues_where_it_stopped() -> None:
     assert resumed_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
-def test_parts_longer_than_the_run_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"warmup_steps=6 \+ constant_steps=5 .* the run's 10"):
-        scheduler(num_training_steps=10, warmup_steps=6, constant_steps=5)
+def test_a_run_shorter_than_its_parts_keeps_the_warm_up() -> None:
+    """Of 10 steps 6 warm up; what is left holds min_lr, there is no room for the cosine."""
+    found = rates(10, lr=1.0, warmup_steps=6, constant_steps=5, min_lr=0.1)
+    assert found == pytest.approx([k / 7 for k in range(1, 7)] + [0.1] * 4)
 
 
 def test_min_lr_above_lr_is_refused() -> None:
