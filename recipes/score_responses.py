@@ -45,6 +45,7 @@ from steerlm2.training.checkpoint import (
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
 from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
 from steerlm2.training.forward import score_groups
+from steerlm2.training.output import make_output_dir
 
 Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
 
@@ -141,8 +142,7 @@ class ScoreRecipe:
         self.data: SteerLM2Dataset = tokenize_records(
             records, tokenizer, template, cfg.max_seq_len, cfg.input
         )
-        done = len(self.data) if self.output.exists() else self._lines_done()
-        self.done = world.from_main(done)
+        self.done = world.from_main(world.on_main(self._lines_done) or 0)
         if self.done == len(self.data):
             return
 
@@ -210,7 +210,6 @@ class ScoreRecipe:
         ValueError: where the output was begun with other settings.
         """
         settings = self._settings()
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.output.exists() or self.partial.exists():
             known = self.settings_file.exists()
             earlier = json.loads(self.settings_file.read_text()) if known else {}
@@ -220,12 +219,13 @@ class ScoreRecipe:
                     f"{self.output} was begun with other settings ({', '.join(changed)}): give "
                     f"another output, or remove {self.output}*"
                 )
-        self.settings_file.write_text(json.dumps(settings, indent=2) + "\n")
 
     def _lines_done(self) -> int:
         """How many groups an earlier run has written, in whole slices; the rest is cut off."""
-        if not self.world.is_main:
-            return 0
+        if self.output.exists():
+            return len(self.data)
+        make_output_dir(self.output.parent, "the folder of output")
+        self.settings_file.write_text(json.dumps(self._settings(), indent=2) + "\n")
         self.partial.touch()
         lines = self.partial.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # a kill may have cut the last line off

@@ -21,8 +21,8 @@ RUN_FILES = (
 )
 
 
-def make_output_dir(output_dir: Path) -> None:
-    """Make the folder, if it isn't there.
+def make_output_dir(output_dir: Path, key: str = "output_dir") -> None:
+    """Make the folder, if it isn't there; `key` is its name in the config.
 
     Raises:
         ValueError: where that isn't possible or nothing can be written into it.
@@ -33,7 +33,7 @@ def make_output_dir(output_dir: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"output_dir {output_dir.absolute()} can't be written to ({error.strerror}): choose "
+            f"{key} {output_dir.absolute()} can't be written to ({error.strerror}): choose "
             "another folder"
         ) from error
 

@@ -1,0 +1,186 @@
+"""Every ready-made config: it is known, it fits its recipe, and what it names exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+import sys
+import typing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune.modules import TransformerDecoder
+
+from steerlm2._tune import RECIPES, SINGLE_PROCESS_RECIPES
+from steerlm2.models.llama import tensor_parallel_problems, unsupported_parts
+from steerlm2.training.config import instantiate, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(
+    path.relative_to(ROOT / "recipe_configs").with_suffix("").as_posix()
+    for path in (ROOT / "recipe_configs").rglob("*.yaml")
+)
+RECIPE_OF = {config: recipe for recipe, configs in RECIPES.items() for config in configs}
+CONFIG_CLASSES = {
+    "prepare_data": "PrepareDataConfig",
+    "score_responses": "ScoreConfig",
+    "steerlm2_distributed": "SteerLM2Config",
+}
+WITH_MODEL = [name for name in CONFIGS if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES]
+
+each_config = pytest.mark.parametrize("name", CONFIGS)
+each_model = pytest.mark.parametrize("name", WITH_MODEL)
+
+
+def recipe_module(recipe: str) -> ModuleType:
+    """A recipe's module, by its path: the import name `recipes` is torchtune's."""
+    name = f"recipe_under_test_{recipe}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{recipe}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def config_class(recipe: str) -> type:
+    return getattr(recipe_module(recipe), CONFIG_CLASSES[recipe])
+
+
+def text_of(name: str) -> str:
+    return (ROOT / "recipe_configs" / f"{name}.yaml").read_text()
+
+
+def values_of(name: str) -> DictConfig:
+    """The YAML, with some text for the keys that the command line must give."""
+    values = OmegaConf.create(text_of(name))
+    assert isinstance(values, DictConfig)
+    for key in OmegaConf.missing_keys(values):
+        OmegaConf.update(values, key, f"a_value_for_{key}")
+    return values
+
+
+def loaded(name: str, *overrides: str) -> Any:
+    values = OmegaConf.merge(values_of(name), OmegaConf.from_dotlist(list(overrides)))
+    return load_config(config_class(RECIPE_OF[name]), typing.cast(DictConfig, values))
+
+
+def model_of(name: str) -> TransformerDecoder:
+    """The config's model without memory for its weights."""
+    with torch.device("meta"):
+        return instantiate(loaded(name).model)
+
+
+def commands_in_header(name: str) -> list[list[str]]:
+    """The words of every `tune run` command in the comment that the YAML begins with."""
+    header = text_of(name).split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    joined = re.sub(r"\\\n#\s*", "", header)
+    return [shlex.split(line) for line in re.findall(r"^#\s+(tune run .*)$", joined, re.MULTILINE)]
+
+
+def option(command: list[str], flag: str, default: int) -> int:
+    return int(command[command.index(flag) + 1]) if flag in command else default
+
+
+@each_config
+def test_config_fits_its_recipe(name: str) -> None:
+    """No unknown, missing or mistyped key, here and inside components, which can be imported."""
+    loaded(name)
+
+
+@each_config
+def test_components_in_comments_exist(name: str) -> None:
+    """A user uncomments them. The dotpaths that aren't comments are checked by the same look-up."""
+    for dotpath in re.findall(r"_component_: (\S+)", text_of(name)):
+        module, _, attribute = dotpath.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), attribute))
+
+
+@each_config
+def test_header_says_how_to_start_it(name: str) -> None:
+    """Each command of the header names this config and its recipe, and overrides known keys."""
+    commands = commands_in_header(name)
+    assert commands
+    for command in commands:
+        at = command.index("--config")
+        assert command[at - 1 : at + 2] == [RECIPE_OF[name], "--config", name]
+        loaded(name, *command[at + 2 :])
+
+
+@each_model
+def test_processes_of_the_header_fit_the_parallel_dims(name: str) -> None:
+    """nnodes x nproc_per_node is a multiple of tensor parallel x replicas."""
+    for command in commands_in_header(name):
+        cfg = loaded(name, *command[command.index("--config") + 2 :])
+        processes = option(command, "--nnodes", 1) * option(command, "--nproc_per_node", 1)
+        assert processes % (cfg.tensor_parallel_dim * cfg.data_parallel_replicate_dim) == 0
+
+
+@each_model
+def test_model_is_supported_at_its_tensor_parallel_degree(name: str) -> None:
+    """Built without memory, at its real size: 70B too."""
+    model = model_of(name)
+    assert list(unsupported_parts(model)) == []
+    assert list(tensor_parallel_problems(model, loaded(name).tensor_parallel_dim)) == []
+
+
+@pytest.mark.parametrize("billions", [8, 70])
+def test_models_have_the_size_of_their_name(billions: int) -> None:
+    """8.03e9 (Llama 3.1 8B), 69.0e9 (Llama 2 70B) and 70.6e9: without adapters, within 2%."""
+    names = [name for name in WITH_MODEL if f"/{billions}B_" in name]
+    assert names
+    for name in names:
+        base = (p for n, p in model_of(name).named_parameters() if "lora_" not in n)
+        assert sum(p.numel() for p in base) == pytest.approx(billions * 1e9, rel=0.02)
+
+
+def test_recipes_that_run_models_agree_on_the_keys_they_share() -> None:
+    """device=, dtype=, template=, ... mean the same, and default to the same, in both."""
+    keys: dict[str, dict[str, tuple[Any, Any]]] = {}
+    for recipe in ("steerlm2_distributed", "score_responses"):
+        hints = typing.get_type_hints(config_class(recipe))
+        keys[recipe] = {
+            field.name: (
+                hints[field.name],
+                field.default
+                if field.default_factory is dataclasses.MISSING
+                else field.default_factory(),
+            )
+            for field in dataclasses.fields(config_class(recipe))
+        }
+    training, scoring = keys["steerlm2_distributed"], keys["score_responses"]
+    shared = training.keys() & scoring.keys()
+    assert shared >= {
+        *("tokenizer", "template", "model", "checkpointer", "seed", "device", "dtype", "compile"),
+        *("tensor_parallel_dim", "data_parallel_replicate_dim", "data_parallel_shard_dim"),
+        *("fsdp_cpu_offload", "fsdp_reshard_after_forward"),
+    }
+    assert {key: training[key] for key in shared} == {key: scoring[key] for key in shared}
+
+
+@pytest.mark.parametrize(
+    ("training", "scoring"),
+    [
+        ("tiny/steerlm2", "tiny/score_responses"),
+        ("llama3_1/8B_steerlm2", "llama3_1/8B_score_responses"),
+        ("llama3_1/70B_steerlm2_multinode", "llama3_1/70B_score_responses_multinode"),
+    ],
+)
+def test_scoring_config_has_the_start_model_of_training(training: str, scoring: str) -> None:
+    """Otherwise the drift check of training would fail on what scoring wrote."""
+    wanted, given = loaded(training), loaded(scoring)
+    for key in ("model", "tokenizer", "template"):
+        assert getattr(given, key) == getattr(wanted, key)
+    if wanted.checkpointer is None:
+        assert (given.checkpointer, given.seed) == (None, wanted.seed)
+    else:
+        for key in ("checkpoint_dir", "checkpoint_files", "model_type"):
+            assert given.checkpointer[key] == wanted.checkpointer[key]

@@ -1,0 +1,104 @@
+"""Open Assistant trees through the three recipes of the pipeline, as the README tells a user to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from steerlm2.data.records import LOG_PROB_KEYS, read_records
+
+EPOCHS = 5
+CONFIG = """\
+dataset:
+  _component_: steerlm2.datasets.steerlm2_dataset
+  source: {source}
+  max_seq_len: 1024
+tokenizer:
+  _component_: steerlm2.data.tokenizers.tiny_tokenizer
+model:
+  _component_: torchtune.models.llama3.llama3
+  vocab_size: 512
+  num_layers: 2
+  num_heads: 4
+  num_kv_heads: 2
+  embed_dim: 128
+  intermediate_dim: 384
+  max_seq_len: 2048
+  rope_base: 10000
+  norm_eps: 1.0e-5
+optimizer:
+  _component_: torch.optim.AdamW
+lr: 1.0e-3
+global_batch_size: 6
+epochs: {epochs}
+clip_grad_norm: 1.0
+steerlm2:
+  max_tokens_per_microbatch: 2048
+  log_q_tolerance: 1.0e-4
+seed: 42
+device: cpu
+dtype: fp32
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    tune: Callable[..., object], shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("oasst")
+    source = shared_dir / "data" / "oasst2_trees.jsonl.gz"
+    tune(
+        *("prepare_data", "--config", "data/oasst_groups"),
+        *(f"source={source}", f"output_dir={folder}", "train_fraction=1.0"),
+    )
+    return folder / "train.jsonl"
+
+
+@pytest.fixture(scope="module")
+def scored(tune: Callable[..., object], prepared: Path) -> Path:
+    """With the tiny model's log-probs; its tokens are short, so most responses are over 1024."""
+    output = prepared.with_name("scored.jsonl")
+    tune(
+        *("score_responses", "--config", "tiny/score_responses"),
+        *(f"input={prepared}", f"output={output}", "max_seq_len=1024"),
+    )
+    return output
+
+
+def test_every_prompt_with_two_labelled_replies_is_a_record(prepared: Path) -> None:
+    """141 of them are in the 370 trees, with 2 to 4 replies (counted for the data's README)."""
+    records = read_records(prepared, require=("log_p_attributes",))
+    assert len(records) == 141
+    assert {len(record.responses) for record in records} == {2, 3, 4}
+
+
+def test_scored_records_are_the_prepared_ones_that_fit(prepared: Path, scored: Path) -> None:
+    """In input order; 54 groups with 145 responses, all three log-probs in each."""
+    records = read_records(scored, require=tuple(LOG_PROB_KEYS))
+    assert (len(records), sum(len(record.responses) for record in records)) == (54, 145)
+    before = [r.prompt_turns for r in read_records(prepared, require=())]
+    places = [before.index(record.prompt_turns) for record in records]
+    assert places == sorted(places)
+
+
+@pytest.mark.slow
+def test_distance_falls_by_more_than_half(
+    tune: Callable[..., object], scored: Path, tmp_path: Path
+) -> None:
+    """Mean of the last epoch against the first's, on the training groups themselves."""
+    config = tmp_path / "oasst.yaml"
+    config.write_text(CONFIG.format(source=scored, epochs=EPOCHS))
+    tune("steerlm2_distributed", "--config", str(config), f"output_dir={tmp_path / 'run'}")
+    distances = defaultdict(list)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        distances[math.ceil(row["epoch"] - 1e-9) - 1].append(row["distance"])
+    assert [len(distances[epoch]) for epoch in range(EPOCHS)] == [54 // 6] * EPOCHS
+    means = [fmean(distances[epoch]) for epoch in range(EPOCHS)]
+    assert means[-1] < means[0] / 2, means

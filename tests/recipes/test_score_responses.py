@@ -1,0 +1,243 @@
+"""score_responses from its command line: its numbers, kills in between, other world sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchtune.models.llama3 import llama3
+
+from steerlm2.attributes import beta_log_prob, parse_label
+from steerlm2.data.records import LOG_PROB_KEYS, Record, read_records, write_records
+from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.training.checkpoint import ScratchCheckpointer
+
+Json = dict[str, Any]
+
+MAX_SEQ_LEN = 72
+"""As the groups of conftest.py are made for."""
+SIZES = [3, 2, 4, 2, 2, 5] * 10
+"""In groups 0, 2, 4, ... the second response is too long: 2 + 3 + 1 are left, and 2 + 2 + 5."""
+GROUPS_KEPT, RESPONSES_KEPT = 50, 140
+"""10 x 5 groups (one response alone is no group) and 10 x (2 + 2 + 3 + 2 + 5) responses."""
+
+
+@pytest.fixture(scope="module")
+def groups(write_groups: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records with attribute scores, and no log-prob yet."""
+    path = write_groups(tmp_path_factory.mktemp("groups") / "groups.jsonl", SIZES, too_long=5)
+    rng = random.Random(1)
+    records = []
+    for record in read_records(path, require=()):
+        names = [*parse_label(record.label or ""), "quality"]
+        responses = [
+            dataclasses.replace(
+                response,
+                log_p_attributes=None,
+                scores={name: rng.uniform(-0.5, 4.5) for name in names},
+            )
+            for response in record.responses
+        ]
+        records.append(dataclasses.replace(record, responses=responses))
+    write_records(path, records)
+    return path
+
+
+def arguments(groups: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("score_responses", "--config", "tiny/score_responses", f"input={groups}"),
+        *(f"output={output}", f"max_seq_len={MAX_SEQ_LEN}", "records_per_write=1"),
+        *("quantities=[log_p_attributes,log_p_response,log_q]", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def scored_run(tune: Any, groups: Path) -> tuple[Path, str]:
+    """An uninterrupted run on one process: its output file and what it printed."""
+    output = groups.with_name("scored.jsonl")
+    return output, tune(*arguments(groups, output)).stdout
+
+
+@pytest.fixture(scope="module")
+def scored(scored_run: tuple[Path, str]) -> Path:
+    return scored_run[0]
+
+
+def kept_of(record: Record) -> list[int]:
+    """Indices of the responses that fit into MAX_SEQ_LEN together with the labelled prompt."""
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    prompt = encode_prompt(template, tokenizer, record.system, record.prompt_turns, record.label)
+    lengths = [len(encode_response(template, tokenizer, r.value)) for r in record.responses]
+    return [i for i, length in enumerate(lengths) if len(prompt) + length <= MAX_SEQ_LEN]
+
+
+def test_adds_log_probs_and_changes_nothing_else(groups: Path, scored: Path) -> None:
+    """Input order; responses that don't fit are left out, and groups of fewer than two others."""
+    expected = []
+    for record in read_records(groups, require=()):
+        responses = [record.responses[i] for i in kept_of(record)]
+        if len(responses) >= 2:
+            expected.append(dataclasses.replace(record, responses=responses))
+    written = read_records(scored, require=tuple(LOG_PROB_KEYS))
+    unknown = dict.fromkeys(LOG_PROB_KEYS)
+    stripped = [
+        dataclasses.replace(
+            record, responses=[dataclasses.replace(r, **unknown) for r in record.responses]
+        )
+        for record in written
+    ]
+    assert stripped == expected
+    assert (len(written), sum(len(r.responses) for r in written)) == (GROUPS_KEPT, RESPONSES_KEPT)
+
+
+def test_says_how_much_was_left_out(scored_run: tuple[Path, str]) -> None:
+    """One response too long in each of the 30 even groups; 10 of those had only one other."""
+    assert (
+        f"{GROUPS_KEPT} groups with {RESPONSES_KEPT} responses "
+        "(dropped as too long: 30 responses, 10 groups)"
+    ) in scored_run[1]
+
+
+def test_log_p_attributes_is_the_beta_rule_over_the_labels_attributes(scored: Path) -> None:
+    """log P(a|x,y) = sum of log P(a_k | score_k) over what the label names; not over `quality`."""
+    for record in read_records(scored):
+        label = parse_label(record.label or "")
+        for response in record.responses:
+            assert response.scores is not None
+            expected = sum(
+                beta_log_prob(
+                    torch.tensor([[response.scores[name]]], dtype=torch.float64),
+                    torch.tensor([[float(value)]], dtype=torch.float64),
+                ).item()
+                for name, value in label.items()
+            )
+            assert response.log_p_attributes == pytest.approx(expected, abs=1e-9)
+
+
+def plain_log_prob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> float:
+    """sum_t log softmax(logits)[y_t] over one unpacked sequence, without a mask of ours."""
+    tokens = torch.tensor([[*prompt, *response]])
+    logps = model(tokens)[0].double().log_softmax(dim=-1)
+    places = torch.arange(len(prompt), tokens.shape[1])
+    return logps[places - 1, tokens[0, places]].sum().item()
+
+
+@torch.no_grad()
+def test_log_probs_are_the_models_own(scored: Path) -> None:
+    """log P(y|x) from the prompt without its label, log Q'(y|a,x) from the prompt with it."""
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    model = llama3(
+        vocab_size=512, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=128,
+        intermediate_dim=384, max_seq_len=2048, rope_base=10000, norm_eps=1e-5,
+    )  # fmt: skip
+    model.load_state_dict(ScratchCheckpointer(model, tokenizer, seed=42, output_dir="").weights)
+    for record in read_records(scored)[:6]:
+        for label, name in ((None, "log_p_response"), (record.label, "log_q")):
+            prompt = encode_prompt(template, tokenizer, record.system, record.prompt_turns, label)
+            for response in record.responses:
+                tokens = encode_response(template, tokenizer, response.value)
+                expected = plain_log_prob(model, prompt, tokens)
+                assert getattr(response, name) == pytest.approx(expected, abs=5e-4)
+
+
+def test_training_on_the_output_passes_a_strict_drift_check(
+    tune: Any, scored: Path, tmp_path: Path
+) -> None:
+    """The stored log Q' are the trainer's own to 1e-4 nats a token (the default allows 0.05)."""
+    tune(
+        *("steerlm2_distributed", "--config", "tiny/steerlm2", f"output_dir={tmp_path}"),
+        *("dataset=steerlm2.datasets.steerlm2_dataset", f"dataset.source={scored}"),
+        *(f"dataset.max_seq_len={MAX_SEQ_LEN}", "~dataset.num_records", "~dataset.split"),
+        *("~dataset.responses_per_prompt", "dataset_val=null", "~val_every_n_steps"),
+        *("generation=null", "save_every_n_steps=null", "max_steps=2"),
+        *("lr_scheduler.warmup_steps=0", "lr_scheduler.constant_steps=0"),
+        *("steerlm2.score_with_start_model=false", "steerlm2.log_q_tolerance=1e-4"),
+    )
+
+
+def whole_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(process: subprocess.Popen[str], partial: Path, lines: int) -> None:
+    """SIGKILL, which no process can clean up after, once `partial` has so many whole lines."""
+    deadline = time.monotonic() + 120
+    while whole_lines(partial) < lines:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def resumed(tune: Any, groups: Path) -> Path:
+    """Killed in the midst of it, with a line cut off, and run again."""
+    output = groups.with_name("resumed.jsonl")
+    partial = output.with_name("resumed.jsonl.partial")
+    kill_after(tune.start(*arguments(groups, output)), partial, lines=5)
+    assert not output.exists()
+    assert 5 <= whole_lines(partial) < GROUPS_KEPT
+    with partial.open("ab") as file:
+        file.write(b'{"system": "Answer.", "prompt_tu')
+    tune(*arguments(groups, output))
+    return output
+
+
+def test_killed_and_run_again_equals_uninterrupted(scored: Path, resumed: Path) -> None:
+    """Byte for byte: the same lines in input order, none twice, none missing, none cut off."""
+    assert resumed.read_bytes() == scored.read_bytes()
+    assert not resumed.with_name("resumed.jsonl.partial").exists()
+
+
+def test_complete_output_is_left_as_it_is(tune: Any, groups: Path, resumed: Path) -> None:
+    """Nothing is scored again: the file is the same one, and no other appears."""
+
+    def state() -> tuple[object, ...]:
+        info = resumed.stat()
+        files = sorted(path.name for path in resumed.parent.iterdir())
+        return resumed.read_bytes(), info.st_mtime_ns, info.st_ino, files
+
+    before = state()
+    tune(*arguments(groups, resumed))
+    assert state() == before
+
+
+def test_other_settings_are_refused(tune: Any, groups: Path, resumed: Path) -> None:
+    """The lines of two seeds in one file would be log-probs of two models."""
+    before = resumed.read_bytes()
+    result = tune(*arguments(groups, resumed, "seed=7", "dtype=bf16"), check=False)
+    assert result.returncode == 1
+    assert "was begun with other settings (seed, dtype)" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert resumed.read_bytes() == before
+
+
+def log_probs(path: Path) -> Iterator[float]:
+    for line in path.read_text().splitlines():
+        for response in json.loads(line)["responses"]:
+            yield from (response[key] for key in LOG_PROB_KEYS.values())
+
+
+@pytest.mark.parametrize("tensor_parallel_dim", [1, 2], ids=["FSDP2", "TP2"])
+def test_two_ranks_give_the_same(
+    tune: Any, groups: Path, scored: Path, tmp_path: Path, tensor_parallel_dim: int
+) -> None:
+    """Sums of up to 60 log-probs to 1e-4 nats."""
+    output = tmp_path / "scored.jsonl"
+    layout = f"tensor_parallel_dim={tensor_parallel_dim}"
+    tune(*arguments(groups, output, layout, "records_per_write=64"), nproc=2)
+    expected = list(log_probs(scored))
+    assert len(expected) == 3 * RESPONSES_KEPT
+    assert list(log_probs(output)) == pytest.approx(expected, rel=0, abs=1e-4)
