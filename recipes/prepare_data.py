@@ -1,71 +1,244 @@
-"""Prepare training data: read a source, split its records, write them as SteerLM2 JSONL.
+"""Prepare training data: read sources, split, merge and repeat their records, write them as JSONL.
 
-    tune run prepare_data --config data/oasst_groups source=FILE output_dir=DIR
+    tune run prepare_data --config data/oasst output_dir=DIR
 
-The `builder` of the config is the function that reads the source; steerlm2/data/sources holds
-ours, and any other function that yields records works too.
+The `builder` of a source is the function that reads it; steerlm2/data/sources holds ours, and any
+other function works too. What it yields decides what is written:
+
+    SteerLM2 records        train.jsonl and val.jsonl
+    units of conversations  train.jsonl and val.jsonl (conversation format), train_reg.jsonl and
+                            val_reg.jsonl (regression format, a line for each labelled turn)
+
+Records wait in a temporary file for their place in the output; in memory, each is a number.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from steerlm2.data.records import Record, write_records
+from steerlm2.attributes import AttributeSchema, as_schema
+from steerlm2.data.conversations import conversation_to_json, regression_records
+from steerlm2.data.records import Record, json_line, record_to_json
+from steerlm2.data.sources import Unit
+from steerlm2.data.spool import Spool, open_spool
 from steerlm2.training.config import Component, instantiate, recipe_main
 
+FILES = {
+    "train": {"": "train.jsonl", "regression": "train_reg.jsonl"},
+    "val": {"": "val.jsonl", "regression": "val_reg.jsonl"},
+}
 
-@dataclass
-class PrepareDataConfig:
-    """Keys of the config; the YAML explains them."""
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """Keys of one source; the YAML explains them."""
 
     source: str
-    output_dir: str
     builder: Component
+    only_helpfulness: bool | None = None
+    preference: bool | None = None
+    train_fraction: float | None = 0.95
+    sample_fraction: float = 1.0
+    repeat: int = 1
+
+    def source_problems(self, where: str = "") -> Iterator[str]:
+        for name in ("train_fraction", "sample_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                yield f"'{where}{name}' must be above 0 and at most 1, got {value}"
+        if self.repeat < 1:
+            yield f"'{where}repeat' must be at least 1, got {self.repeat}"
+        for name in self.options():
+            if name in self.builder:
+                yield f"'{where}builder.{name}' is taken from '{where}{name}': set that"
+
+    def options(self) -> dict[str, bool]:
+        """What the builder is given beside its own arguments."""
+        given = {"only_helpfulness": self.only_helpfulness, "preference": self.preference}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class PrepareDataConfig(SourceConfig):
+    """Keys of the config: those of the first source, and those of the output."""
+
+    output_dir: str
+    merge: dict[str, SourceConfig] = field(default_factory=dict)
     seed: int = 0
-    train_fraction: float = 0.95
+    schema: dict[str, Any] | None = None
 
     def problems(self) -> list[str]:
-        problems = []
-        if "seed" in self.builder:
-            problems.append("'builder.seed' is taken from 'seed': set that")
-        if not 0 < self.train_fraction <= 1:
-            problems.append(
-                f"'train_fraction' must be above 0 and at most 1, got {self.train_fraction}"
-            )
+        problems = list(self.source_problems())
+        for name, source in self.merge.items():
+            problems += source.source_problems(f"merge.{name}.")
         return problems
 
 
 @recipe_main(PrepareDataConfig)
 def main(cfg: PrepareDataConfig) -> None:
-    records = list(instantiate(cfg.builder, cfg.source, seed=cfg.seed))
-    if not records:
-        raise ValueError(
-            f"{cfg.source} gave no records: is it the kind of file that the builder reads?"
-        )
-    random.Random(cfg.seed).shuffle(records)
-    num_train = max(1, int(len(records) * cfg.train_fraction))
-    splits = {"train.jsonl": records[:num_train], "val.jsonl": records[num_train:]}
-
     output_dir = Path(cfg.output_dir)
-    print(f"{'file':<12} {'prompts':>8} {'responses':>10} {'per prompt':>11}")
-    for name, split in splits.items():
-        if split:
-            write_records(output_dir / name, split)
-            print(_table_row(name, split))
-        elif (output_dir / name).exists():
-            # An earlier run's validation records may be training records now.
-            (output_dir / name).unlink()
-            print(f"{name:<12} removed: left by an earlier run with another split")
-    train_file = (output_dir / "train.jsonl").absolute()
-    print(f"\nNext: run the recipe score_responses on {train_file}")
+    sources = [cfg, *cfg.merge.values()]
+    with open_spool(_existing_parent(output_dir)) as spool:
+        splits = [_read(source, spool, as_schema(cfg.schema), cfg.seed) for source in sources]
+        if len({split.kind for split in splits}) > 1:
+            raise ValueError("sources of conversations can't be merged with sources of groups")
+        train, val = array("Q"), array("Q")
+        for epoch in range(max(source.repeat for source in sources)):
+            for source, split in zip(sources, splits, strict=True):
+                if epoch < source.repeat:
+                    train.extend(split.train)
+        for split in splits:
+            val.extend(split.val)
+        _write(output_dir, {"train": train, "val": val}, spool)
+
+    if splits[0].kind is Record:
+        train_file = (output_dir / "train.jsonl").absolute()
+        print(f"\nNext: run the recipe score_responses on {train_file}")
 
 
-def _table_row(name: str, records: Sequence[Record]) -> str:
-    sizes = [len(record.responses) for record in records]
-    return f"{name:<12} {len(sizes):>8} {sum(sizes):>10} {f'{min(sizes)} to {max(sizes)}':>11}"
+class SpooledSplit(NamedTuple):
+    """The records of a source, as places in the spool."""
+
+    train: array[int]
+    val: array[int]
+    kind: type
+
+
+class Spooled(NamedTuple):
+    """What is spooled of a record or unit: for each of its records, the number of answers (labelled
+    turns, responses); and its lines for each of the output files."""
+
+    answers: list[int]
+    lines: dict[str, bytes]
+
+
+def _read(source: SourceConfig, spool: Spool, schema: AttributeSchema, seed: int) -> SpooledSplit:
+    """Spool a source's records; shuffle, split and sample their places."""
+    places = {split: array("Q") for split in ("train", "validation", None)}
+    kind: type = Record
+    num_records = 0
+    for item in instantiate(source.builder, source.source, **source.options()):
+        kind = type(item)
+        split = item.split if isinstance(item, Unit) else None
+        spooled = _render(item, schema)
+        places[split].append(spool.add(tuple(spooled)))
+        num_records += len(spooled.answers)
+    pooled = places["train"] + places["validation"] + places[None]
+    if not num_records:
+        raise ValueError(
+            f"{source.source} gave no records: is it the kind of file that the builder reads?"
+        )
+
+    rng = random.Random(seed)
+    if source.train_fraction is None:
+        train, val = places["train"] + places[None], places["validation"]
+    else:
+        rng.shuffle(pooled)
+        num_train = max(1, int(len(pooled) * source.train_fraction))
+        train, val = pooled[:num_train], pooled[num_train:]
+    if source.sample_fraction < 1:
+        train, val = (_sample(split, source.sample_fraction, rng) for split in (train, val))
+    return SpooledSplit(train, val, kind)
+
+
+def _render(item: Any, schema: AttributeSchema) -> Spooled:
+    if isinstance(item, Record):
+        return Spooled([len(item.responses)], {"": json_line(record_to_json(item))})
+    if not isinstance(item, Unit):
+        raise ValueError(f"the builder must give records or units, not {type(item).__name__}")
+    conversations = [json_line(conversation_to_json(each)) for each in item.conversations]
+    labelled = [
+        [json_line(record) for record in regression_records(each, schema)]
+        for each in item.conversations
+    ]
+    lines = {"": b"".join(conversations), "regression": b"".join(itertools.chain(*labelled))}
+    return Spooled([len(each) for each in labelled], lines)
+
+
+def _sample(places: array[int], fraction: float, rng: random.Random) -> array[int]:
+    """This share of the places (one at least, if there is one), in the order in which they are."""
+    number = min(len(places), max(1, round(len(places) * fraction)))
+    return array("Q", (places[i] for i in sorted(rng.sample(range(len(places)), number))))
+
+
+@dataclass
+class _Tally:
+    """What a split holds."""
+
+    records: int = 0
+    answers: int = 0
+    fewest: int | None = None
+    most: int = 0
+
+    def add(self, answers: int) -> None:
+        self.records += 1
+        self.answers += answers
+        self.fewest = answers if self.fewest is None else min(self.fewest, answers)
+        self.most = max(self.most, answers)
+
+
+def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> None:
+    """Write the files, which appear when all of them are complete, and print what they hold."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    temporaries = {
+        name: output_dir / f".{name}.{os.getpid()}.tmp"
+        for names in FILES.values()
+        for name in names.values()
+    }
+    try:
+        tallies = {
+            split: _write_split(
+                places, {kind: temporaries[name] for kind, name in FILES[split].items()}, spool
+            )
+            for split, places in splits.items()
+        }
+        print(f"{'file':<15} {'records':>8} {'answers':>8} {'per record':>11}")
+        for split, tally in tallies.items():
+            for kind, name in FILES[split].items():
+                if temporaries[name].stat().st_size:
+                    os.replace(temporaries[name], output_dir / name)
+                    print(f"{name:<15} {_table_row(kind, tally)}")
+                elif (output_dir / name).exists():
+                    # An earlier run's validation records may be training records now.
+                    (output_dir / name).unlink()
+                    print(f"{name:<15} removed: left by an earlier run, this one has none")
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _write_split(places: array[int], paths: dict[str, Path], spool: Spool) -> _Tally:
+    tally = _Tally()
+    with contextlib.ExitStack() as stack:
+        files = {kind: stack.enter_context(open(path, "wb")) for kind, path in paths.items()}
+        for place in places:
+            answers, lines = spool.read(place)
+            for number in answers:
+                tally.add(number)
+            for kind, text in lines.items():
+                files[kind].write(text)
+    return tally
+
+
+def _table_row(kind: str, tally: _Tally) -> str:
+    if kind == "regression":
+        return f"{tally.answers:>8}"
+    return f"{tally.records:>8} {tally.answers:>8} {f'{tally.fewest} to {tally.most}':>11}"
+
+
+def _existing_parent(folder: Path) -> Path:
+    """The folder, or the next one above it that exists: the spool goes on the disk of the output,
+    which has the room, and leaves no folder behind where there turns out to be nothing to write."""
+    folder = folder.absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 
 
 if __name__ == "__main__":

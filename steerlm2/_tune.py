@@ -15,6 +15,12 @@ from types import ModuleType
 # Recipe NAME is the file recipes/NAME.py, config NAME is recipe_configs/NAME.yaml.
 RECIPES: dict[str, list[str]] = {
     "prepare_data": [
+        "data/oasst",
+        "data/helpsteer",
+        "data/helpsteer2",
+        "data/helpsteer3",
+        "data/oasst_helpsteer",
+        "data/conversations",
         "data/oasst_groups",
     ],
     "score_responses": [

@@ -163,7 +163,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
     try:
         with _open_for_writing(temporary, compressed=path.suffix == ".gz") as file:
             for record in records:
-                file.write(_to_line(record_to_json(record)))
+                file.write(json_line(record_to_json(record)))
                 count += 1
         os.replace(temporary, path)
     finally:
@@ -179,10 +179,13 @@ class LineProblems:
         self.count = 0
         self._first: list[str] = []
 
-    def add(self, line_number: int, problem: str) -> None:
+    def add(self, line_number: int, problem: str, path: str | Path | None = None) -> None:
+        """Args:
+        path: of the file that the line is in, where that isn't `self.path`.
+        """
         self.count += 1
         if len(self._first) < _MAX_REPORTED_LINES:
-            self._first.append(f"{self.path}:{line_number}: {problem}")
+            self._first.append(f"{path or self.path}:{line_number}: {problem}")
 
     def raise_if_any(self) -> None:
         """Raises:
@@ -236,7 +239,8 @@ def _json_hint(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _to_line(obj: dict[str, Any]) -> bytes:
+def json_line(obj: dict[str, Any]) -> bytes:
+    """One line of a JSONL file: UTF-8, text as it is, with the line end."""
     line = json.dumps(obj, ensure_ascii=False)
     if not _is_unicode(line):  # half a surrogate pair in a key that isn't ours: only \u can say it
         line = json.dumps(obj, ensure_ascii=True)

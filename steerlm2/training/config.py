@@ -99,7 +99,7 @@ def as_yaml(config: Any) -> str:
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as nested plain dicts (components included)."""
     return {
-        field.name: to_plain(value) if dataclasses.is_dataclass(value) else _plain(value)
+        field.name: _plain(value)
         for field in dataclasses.fields(config)
         for value in [getattr(config, field.name)]
     }
@@ -233,7 +233,11 @@ def _convert(
             problems.extend(_component_problems(value, where))
             return Component(value)
         if origin is dict:
-            return value
+            (_, item) = typing.get_args(hint)
+            return {
+                key: _convert(v, item, f"{where}.{key}", problems, namespace)
+                for key, v in value.items()
+            }
         return _build_dataclass(typing.cast(type, hint), value, where + ".", problems, namespace)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -285,4 +289,6 @@ def _locate(path: str) -> Callable[..., Any]:
 
 
 def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Component) else value
+    if dataclasses.is_dataclass(value):
+        return to_plain(value)
+    return {key: _plain(v) for key, v in value.items()} if isinstance(value, dict) else value

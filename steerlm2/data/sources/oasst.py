@@ -1,26 +1,30 @@
-"""Open Assistant conversation trees (the published export of OASST1 and OASST2).
+"""Open Assistant conversation trees (OASST1 and OASST2), in either of the two published forms.
 
-One tree a line: `prompt` with nested `replies`; a message has `role` (prompter or assistant),
-`text`, and human `labels`: name -> {"value": 0..1, "count": raters}.
+The tree export, one tree a line: `prompt` with nested `replies`; a message has `role` (prompter or
+assistant), `text`, and human `labels`: name -> {"value": 0..1, "count": raters}. The message table,
+which is what the hub serves: one message a row, with `message_tree_id` and `parent_id`, the rows of
+a tree one after the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steerlm2.attributes import (
+    DEFAULT_SCHEMA,
     AttributeSchema,
     as_schema,
     beta_log_prob,
     encode_label,
     parse_label,
 )
+from steerlm2.data.conversations import Conversation, is_text
 from steerlm2.data.records import (
     ASSISTANT,
     USER,
@@ -28,11 +32,17 @@ from steerlm2.data.records import (
     Record,
     Response,
     Turn,
-    iter_json_lines,
 )
-from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT
+from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT, Unit
+from steerlm2.data.sources.rows import Row, iter_rows
 
 ROLES = {"prompter": USER, "assistant": ASSISTANT}
+
+OASST_ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")
+"""Those of Open Assistant's labels that the published models are trained on."""
+
+_Path = list[dict[str, Any]]
+"""The messages of a tree from its prompt to one of them."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +65,7 @@ def oasst_groups(
     has a score for; a group without any is left out, and the log says how many were.
 
     Args:
-        source: .jsonl or .jsonl.gz; read as a stream, one tree at a time.
+        source: a file, folder or hub id (`iter_rows`); read as a stream, one tree at a time.
         label: the label a: "sampled" takes the rounded human labels of one reply of the group,
             drawn with `seed`; "best" those of the reply with the highest quality; anything else
             is a label string for all groups.
@@ -81,6 +91,50 @@ def oasst_groups(
     return _groups(source, label, schema, seed, concentration, bins, system_prompt)
 
 
+def oasst_conversations(
+    source: str | Path,
+    *,
+    attributes: Sequence[str] = OASST_ATTRIBUTES,
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+) -> Iterator[Unit]:
+    """Every thread of a tree, from its prompt to a message without replies, as a conversation.
+
+    The human labels of an assistant's message, scaled to 0..4 and rounded, are its label. The
+    threads of a tree are one unit: shuffled, split and sampled together, since they share their
+    beginnings. Threads of one message are left out; a unit may be empty.
+
+    Args:
+        source: a file, folder or hub id (`iter_rows`); read as a stream, one tree at a time.
+        attributes: the names to keep, in the label's order.
+        system_prompt: of every conversation.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: after the last tree, naming the lines that aren't conversation trees.
+    """
+    problems = LineProblems(source)
+    for paths in _iter_trees(source, problems):
+        threads = [path for path in paths if len(path) > 1 and not path[-1].get("replies")]
+        conversations = [
+            Conversation([_turn(message, attributes) for message in path], system_prompt)
+            for path in threads
+        ]
+        yield Unit(conversations)  # the published split shuffles and counts trees without any, too
+    problems.raise_if_any()
+
+
+def _turn(message: dict[str, Any], attributes: Sequence[str]) -> Turn:
+    """The label is "" where none of the labels is one of `attributes`, as in the published data."""
+    turn = Turn(ROLES[message["role"]], message["text"])
+    labels = message.get("labels")
+    if turn.role == ASSISTANT and labels is not None:
+        span = DEFAULT_SCHEMA.max_value
+        turn.label = ",".join(
+            f"{name}:{round(labels[name]['value'] * span)}" for name in attributes if name in labels
+        )
+    return turn
+
+
 def _groups(
     source: str | Path,
     label: str,
@@ -92,22 +146,21 @@ def _groups(
 ) -> Iterator[Record]:
     problems = LineProblems(source)
     num_left_out = 0
-    for line_number, tree in iter_json_lines(source, problems):
-        try:
-            threads = list(_threads(tree))
-        except ValueError as error:
-            problems.add(line_number, str(error))
-            continue
-        for thread in threads:
+    for paths in _iter_trees(source, problems):
+        for path in paths:
+            prompt = path[-1]
+            if prompt["role"] != "prompter":
+                continue
             replies = [
                 reply
-                for reply in thread.replies
+                for reply in prompt.get("replies") or []
                 if _scores(reply, schema) and reply["text"].strip()
             ]
             if len(replies) < 2:
                 continue
+            message_id = prompt.get("message_id")
             scores = [_scores(reply, schema) for reply in replies]
-            values = _label_values(label, scores, schema, f"{seed}:{thread.message_id}")
+            values = _label_values(label, scores, schema, f"{seed}:{message_id}")
             if not values:
                 num_left_out += 1
                 continue
@@ -120,7 +173,7 @@ def _groups(
             ).sum(dim=-1)
             yield Record(
                 system=system_prompt,
-                prompt_turns=thread.turns,
+                prompt_turns=[Turn(ROLES[m["role"]], m["text"]) for m in path],
                 label=encode_label(values, schema),
                 responses=[
                     Response(
@@ -133,7 +186,7 @@ def _groups(
                         replies, scores, log_p.tolist(), strict=True
                     )
                 ],
-                extra={"message_id": thread.message_id},
+                extra={"message_id": message_id},
             )
     if num_left_out:
         _log.warning(
@@ -144,41 +197,84 @@ def _groups(
     problems.raise_if_any()
 
 
-@dataclass
-class _Thread:
-    """A prompter message, the turns that lead to it (it is the last one), and its replies."""
+def _iter_trees(source: str | Path, problems: LineProblems) -> Iterator[list[_Path]]:
+    """Every tree, as its messages' paths; what isn't a tree goes to `problems`."""
+    rows = iter_rows(source, problems)
+    for _, group in itertools.groupby(rows, key=_tree_key):
+        tree_rows = list(group)
+        first = tree_rows[0]
+        try:
+            paths = list(_paths(_assemble(tree_rows) if _is_message(first) else first.value))
+        except ValueError as error:
+            problems.add(first.number, str(error), first.path)
+        else:
+            yield paths
 
-    message_id: str | None
-    turns: list[Turn]
-    replies: list[dict[str, Any]]
+
+def _tree_key(row: Row) -> object:
+    """The same for rows of one tree: a row of the tree export is one by itself."""
+    return row.path, row.value.get("message_tree_id") if _is_message(row) else row.number
 
 
-def _threads(tree: object) -> Iterator[_Thread]:
-    """All prompter messages of a tree with the assistant's replies, in the order of the file.
+def _is_message(row: Row) -> bool:
+    return isinstance(row.value, dict) and "role" in row.value
+
+
+def _assemble(rows: list[Row]) -> dict[str, Any]:
+    """The tree, in the form of the export, that these rows of the message table make up."""
+    messages = {}
+    for row in rows:
+        labels = row.value.get("labels")
+        if isinstance(labels, dict) and isinstance(labels.get("name"), list):
+            values = zip(labels["name"], labels.get("value") or [], strict=False)
+            labels = {name: {"value": value} for name, value in values}
+        messages[row.value.get("message_id")] = row.value | {"labels": labels, "replies": []}
+    roots = []
+    for message in messages.values():
+        parent = message.get("parent_id")
+        if parent is None:
+            roots.append(message)
+        elif parent in messages:
+            messages[parent]["replies"].append(message)
+        else:
+            raise ValueError(
+                f"the parent {parent!r} of a message is not among the rows next to it: the rows of "
+                "a tree must follow one another, sort the table by 'message_tree_id'"
+            )
+    if len(roots) != 1 or len(messages) < len(rows):
+        raise ValueError(
+            f"the {len(rows)} messages of this tree need ids that differ, and one of them no "
+            f"parent; got {len(messages)} ids and {len(roots)} without a parent"
+        )
+    return {"prompt": roots[0]}
+
+
+def _paths(tree: object) -> Iterator[_Path]:
+    """Every message of a tree, with all messages that lead to it before it; in depth-first order.
 
     Raises:
         ValueError: for the first place where the tree isn't one.
     """
     if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), dict):
         raise ValueError("a conversation tree must be a JSON object with a 'prompt' object")
-    pending: list[tuple[dict[str, Any], list[Turn], str]] = [(tree["prompt"], [], "prompt")]
+    pending: list[tuple[_Path, str]] = [([tree["prompt"]], "prompt")]
     while pending:
-        message, before, where = pending.pop()
-        expected = ("prompter", "assistant")[len(before) % 2]
-        role, text, replies = (message.get(key) for key in ("role", "text", "replies"))
+        path, where = pending.pop()
+        message = path[-1]
+        expected = ("assistant", "prompter")[len(path) % 2]
+        role, text = message.get("role"), message.get("text")
+        replies = message.get("replies") or []
         if role != expected:
             raise ValueError(f"{where}: 'role' must be {expected!r} here, got {role!r}")
-        if not isinstance(text, str):
+        if not is_text(text):
             raise ValueError(f"{where}: 'text' must be text, got {text!r}")
-        replies = replies or []
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise ValueError(f"{where}: 'replies' must be a list of messages")
         _check_labels(message, where)
-        turns = [*before, Turn(ROLES[role], text)]
-        if role == "prompter":
-            yield _Thread(message.get("message_id"), turns, replies)
+        yield path
         pending += [
-            (reply, turns, f"{where}.replies[{i}]") for i, reply in reversed([*enumerate(replies)])
+            ([*path, reply], f"{where}.replies[{i}]")
+            for i, reply in reversed([*enumerate(replies)])
         ]
 
 

@@ -1,0 +1,167 @@
+"""Labelled conversations: what supervised fine-tuning and the attribute model are trained on.
+
+Two published formats, one JSON object a line:
+
+    conversation  {"conversations": [{"value", "from", "label"}, ...], "system", "mask", "type"}
+    regression    {"text": the conversation so far + "<extra_id_2>", "label": [one per attribute]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema, parse_label
+from steerlm2.data.records import ASSISTANT, USER, LineProblems, Turn, iter_json_lines
+
+NOT_LABELLED = -100.0
+"""In place of an attribute's value in the regression format."""
+
+_TYPE = "VALUE_TO_TEXT"  # the label stands before the response
+_KNOWN_KEYS = {"conversations", "system", "mask", "type"}
+_KNOWN_TURN_KEYS = {"value", "from", "label"}
+
+
+@dataclass
+class Conversation:
+    """A conversation whose assistant turns may have labels. Roles may follow in any order."""
+
+    turns: list[Turn]
+    system: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_conversation(
+    obj: object, *, schema: AttributeSchema | None = None, default_system: str | None = None
+) -> Conversation:
+    """Check one decoded JSON object of the conversation format. Keys we don't know are kept.
+
+    Args:
+        schema: if given, labels may use only its names and values.
+        default_system: where the object has no "system"; with None it must have one.
+
+    Raises:
+        ValueError: with all problems of the conversation in one message.
+    """
+    if not isinstance(obj, dict):
+        raise ValueError("a conversation must be a JSON object")
+    problems: list[str] = []
+    system = obj.get("system", default_system)
+    if not is_text(system):
+        problems.append("'system' must be text" if "system" in obj else "missing 'system'")
+    if obj.get("mask", USER) != USER:
+        problems.append(f"'mask' must be {USER!r}, got {obj['mask']!r}")
+    if obj.get("type", _TYPE) not in (_TYPE, None):
+        problems.append(f"'type' must be {_TYPE!r}, got {obj['type']!r}")
+    items = obj.get("conversations")
+    if not isinstance(items, list) or not items:
+        problems.append("'conversations' must be a list of at least one turn")
+        items = []
+    turns = []
+    for i, item in enumerate(items):
+        own: list[str] = []
+        turns.append(_parse_turn(item, schema, own))
+        problems += [f"conversations[{i}]: {problem}" for problem in own]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return Conversation(turns, str(system), _rest(obj, _KNOWN_KEYS))
+
+
+def conversation_to_json(conversation: Conversation) -> dict[str, Any]:
+    """The published JSON object, its keys in the published order.
+
+    A user's turn always has a label, null; an assistant's without one has no such key.
+    """
+    turns = [
+        {"value": turn.value, "from": turn.role}
+        | ({"label": turn.label} if turn.role == USER or turn.label is not None else {})
+        | turn.extra
+        for turn in conversation.turns
+    ]
+    known = {"conversations": turns, "system": conversation.system, "mask": USER, "type": _TYPE}
+    return known | conversation.extra
+
+
+def iter_conversations(
+    path: str | Path, *, schema: AttributeSchema | None = None, default_system: str | None = None
+) -> Iterator[Conversation]:
+    """The conversations of a .jsonl or .jsonl.gz file, in constant memory.
+
+    Args: as in `parse_conversation`.
+
+    Raises:
+        FileNotFoundError: with the absolute path.
+        ValueError: after the last conversation, naming the bad lines (the first 10).
+    """
+    problems = LineProblems(path)
+    for line_number, obj in iter_json_lines(path, problems):
+        try:
+            conversation = parse_conversation(obj, schema=schema, default_system=default_system)
+        except ValueError as error:
+            problems.add(line_number, str(error))
+        else:
+            yield conversation
+    problems.raise_if_any()
+
+
+def regression_records(
+    conversation: Conversation, schema: AttributeSchema = DEFAULT_SCHEMA
+) -> Iterator[dict[str, Any]]:
+    """One record of the regression format for every labelled turn, the text ending with that turn.
+
+    Raises:
+        ValueError: for a label that names an attribute the schema doesn't have.
+    """
+    text = f"<extra_id_0>System\n{conversation.system}\n"
+    for turn in conversation.turns:
+        text += f"<extra_id_1>{turn.role}\n{turn.value}\n"
+        if not turn.label:
+            continue
+        values = parse_label(turn.label)
+        unknown = values.keys() - set(schema.names)
+        if unknown:
+            raise ValueError(
+                f"the label {turn.label!r} names {', '.join(sorted(unknown))}, which the attribute "
+                f"schema doesn't have: add it to 'schema.names' ({', '.join(schema.names)})"
+            )
+        label = [float(values.get(name, NOT_LABELLED)) for name in schema.names]
+        yield {"text": f"{text}<extra_id_2>", "label": label}
+
+
+def _parse_turn(item: object, schema: AttributeSchema | None, problems: list[str]) -> Turn:
+    if not isinstance(item, dict):
+        problems.append("must be a JSON object")
+        return Turn(USER, "")
+    role, value, label = item.get("from"), item.get("value"), item.get("label")
+    if role not in (USER, ASSISTANT):
+        problems.append(f"'from' must be {USER!r} or {ASSISTANT!r}, got {role!r}")
+    if not is_text(value):
+        problems.append("'value' must be text")
+    if label is not None and not isinstance(label, str):
+        problems.append(f"'label' must be text or null, got {label!r}")
+    elif label and role == USER:
+        problems.append(f"only turns of {ASSISTANT!r} can have a label")
+    elif label:
+        try:
+            parse_label(label, schema)
+        except ValueError as error:
+            problems.append(str(error))
+    # Published files say "" where no attribute is labelled; a template would print an empty label.
+    return Turn(str(role), str(value), label or None, _rest(item, _KNOWN_TURN_KEYS))
+
+
+def is_text(value: object) -> bool:
+    """Whether `value` is a string that UTF-8 can hold: one without half a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _rest(obj: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in obj.items() if key not in known}

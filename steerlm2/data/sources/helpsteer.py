@@ -1,0 +1,157 @@
+"""HelpSteer, HelpSteer2, HelpSteer3: answers with human scores, pairs with a preference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from steerlm2.attributes import encode_label
+from steerlm2.data.conversations import Conversation, is_text
+from steerlm2.data.records import ASSISTANT, USER, LineProblems, Turn
+from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT, Unit
+from steerlm2.data.sources.rows import Row, iter_rows
+
+HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+PREFERENCE_ATTRIBUTE = "quality"
+"""The published data has a pair's preference strength as the value of this attribute."""
+
+MAX_STRENGTH = 3
+
+_SUBSET = "preference"
+_ROLES = {"user": USER, "assistant": ASSISTANT}
+
+
+def helpsteer_conversations(
+    source: str | Path,
+    *,
+    only_helpfulness: bool = False,
+    preference: bool = False,
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+) -> Iterator[Unit]:
+    """HelpSteer and HelpSteer2: one prompt and one scored response a row.
+
+    Args:
+        source: a file, folder or hub id (`iter_rows`).
+        only_helpfulness: the label names no other attribute.
+        preference: HelpSteer2's pairs instead, read from `preference/`. Both responses of a pair
+            become a conversation, one after the other, and have the same label: the strength, from
+            -3 (the first is much better) to 3 (the second is), under `PREFERENCE_ATTRIBUTE`.
+        system_prompt: of every conversation.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for both options at once; after the last row, naming the bad ones.
+    """
+    if preference and only_helpfulness:
+        raise ValueError(
+            "'only_helpfulness' does not apply to preference pairs, which have one value: set one "
+            "of 'preference' and 'only_helpfulness'"
+        )
+    names = HELPSTEER_ATTRIBUTES[:1] if only_helpfulness else HELPSTEER_ATTRIBUTES
+
+    def scored(row: Row) -> Unit:
+        prompt, response = _texts(row.value, "prompt", "response")
+        label = encode_label({name: row.value[name] for name in names if name in row.value})
+        turns = [Turn(USER, prompt), Turn(ASSISTANT, response, label)]
+        return Unit([Conversation(turns, system_prompt)], row.split)
+
+    def pair(row: Row) -> Unit:
+        prompt, first, second = _texts(row.value, "prompt", "response_1", "response_2")
+        before = Conversation([Turn(USER, prompt)], system_prompt)
+        unit = _pair(before, first, second, row.value.get("preference_strength"))
+        split = row.value.get("split")  # one file holds both
+        unit.split = row.split if split is None else "train" if split == "train" else "validation"
+        return unit
+
+    return _units(source, pair, _SUBSET) if preference else _units(source, scored)
+
+
+def helpsteer3_conversations(
+    source: str | Path,
+    *,
+    preference: bool = True,
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+) -> Iterator[Unit]:
+    """HelpSteer3's preference pairs: the turns before them are messages, as in a chat API.
+
+    Labels and the order of a pair are those of `helpsteer_conversations`.
+
+    Args:
+        source: a file, folder or hub id (`iter_rows`).
+        preference: HelpSteer3 has no scored responses: there is nothing else.
+        system_prompt: of a conversation that doesn't begin with a system message of its own.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for `preference` false; after the last row, naming the bad ones.
+    """
+    if not preference:
+        raise ValueError("HelpSteer3 has preference pairs only: set 'preference' to true")
+
+    def pair(row: Row) -> Unit:
+        first, second = _texts(row.value, "response1", "response2")
+        before = _context(row.value.get("context"), system_prompt)
+        unit = _pair(before, first, second, row.value.get("overall_preference"))
+        unit.split = row.split
+        return unit
+
+    return _units(source, pair, _SUBSET)
+
+
+def _units(source: str | Path, convert: Callable[[Row], Unit], subset: str = "") -> Iterator[Unit]:
+    problems = LineProblems(source)
+    for row in iter_rows(source, problems, subset):
+        try:
+            unit = convert(row)
+        except ValueError as error:
+            problems.add(row.number, str(error), row.path)
+        else:
+            yield unit
+    problems.raise_if_any()
+
+
+def _pair(before: Conversation, first: str, second: str, strength: Any) -> Unit:
+    if strength not in range(-MAX_STRENGTH, MAX_STRENGTH + 1) or isinstance(strength, bool):
+        raise ValueError(
+            f"the preference must be a whole number from {-MAX_STRENGTH} to {MAX_STRENGTH}, "
+            f"got {strength!r}"
+        )
+    label = f"{PREFERENCE_ATTRIBUTE}:{int(strength)}"
+    return Unit(
+        [
+            Conversation([*before.turns, Turn(ASSISTANT, response, label)], before.system)
+            for response in (first, second)
+        ]
+    )
+
+
+def _context(messages: Any, system_prompt: str) -> Conversation:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("'context' must be a list of messages")
+    turns = []
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in _ROLES and not (role == "system" and i == 0):
+            raise ValueError(f"context[{i}]: 'role' must be 'user' or 'assistant', got {role!r}")
+        (text,) = _texts(message, "content", where=f"context[{i}]: ")
+        if role == "system":
+            system_prompt = text
+        else:
+            turns.append(Turn(_ROLES[role], text))
+    return Conversation(turns, system_prompt)
+
+
+def _texts(obj: Any, *keys: str, where: str = "") -> list[str]:
+    """The texts under these keys.
+
+    Raises:
+        ValueError: naming every key that has none.
+    """
+    if not isinstance(obj, dict):
+        raise ValueError("a row must be a JSON object")
+    wrong = [repr(key) for key in keys if not is_text(obj.get(key))]
+    if wrong:
+        raise ValueError(f"{where}{', '.join(wrong)} must be text")
+    return [obj[key] for key in keys]
