@@ -48,12 +48,12 @@ def parse_conversation(
     if not isinstance(obj, dict):
         raise ValueError("a conversation must be a JSON object")
     problems: list[str] = []
-    system = obj.get("system", default_system)
+    system = default_system if obj.get("system") is None else obj["system"]
     if not is_text(system):
-        problems.append("'system' must be text" if "system" in obj else "missing 'system'")
-    if obj.get("mask", USER) != USER:
+        problems.append("missing 'system'" if system is None else "'system' must be text")
+    if obj.get("mask") not in (USER, None):
         problems.append(f"'mask' must be {USER!r}, got {obj['mask']!r}")
-    if obj.get("type", _TYPE) not in (_TYPE, None):
+    if obj.get("type") not in (_TYPE, None):
         problems.append(f"'type' must be {_TYPE!r}, got {obj['type']!r}")
     items = obj.get("conversations")
     if not isinstance(items, list) or not items:

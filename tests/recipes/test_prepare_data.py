@@ -1,11 +1,18 @@
-"""prepare_data from its command line: files, split, and mistakes without a traceback."""
+"""prepare_data from its command line: files, split, merging, and mistakes without a traceback.
+
+What the sources make of their input is tested in tests/data/test_sources*.py.
+"""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import os
 import runpy
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +23,9 @@ from steerlm2.data.records import Record, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "prepare_data.py"
-CONFIG = ROOT / "recipe_configs" / "data" / "oasst_groups.yaml"
+CONFIGS = ROOT / "recipe_configs" / "data"
+CONFIG = CONFIGS / "oasst_groups.yaml"
+FILES = ("train.jsonl", "train_reg.jsonl", "val.jsonl", "val_reg.jsonl")
 
 
 Prepare = Callable[..., tuple[int, str, str]]
@@ -39,6 +48,11 @@ def prepare(
         return status, *capsys.readouterr()
 
     return run
+
+
+def config(name: str) -> tuple[str, str]:
+    """Arguments that put another ready-made config in the place of data/oasst_groups."""
+    return "--config", str(CONFIGS / f"{name}.yaml")
 
 
 def read(path: Path) -> list[Record]:
@@ -175,3 +189,296 @@ def test_a_builder_that_is_no_source_of_ours_works(tmp_path: Path, prepare: Prep
     assert ["train.jsonl", "3", "9", "3", "to", "3"] in [
         line.split() for line in stdout.splitlines()
     ]
+
+
+# Conversations
+
+
+@pytest.fixture(scope="module")
+def vectors(shared_dir: Path) -> dict[str, Any]:
+    text = (shared_dir / "vectors" / "preprocess.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
+        file.write(text)
+
+
+@pytest.fixture(params=[".jsonl", ".jsonl.gz"])
+def hub_folder(request: pytest.FixtureRequest, vectors: dict[str, Any], tmp_path: Path) -> Path:
+    """The rows of the vectors, laid out as on the hub."""
+    folder = tmp_path / "hub"
+    for split in ("train", "validation"):
+        write_lines(folder / f"{split}{request.param}", vectors["rows"]["default"][split])
+    pairs = vectors["rows"]["preference"]["train"]
+    write_lines(folder / "preference" / f"preference{request.param}", pairs)
+    return folder
+
+
+def facts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Counts and digests of the output, arranged as in the vectors."""
+    found: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
+    for split, values in found.items():
+        for kind, name in (("", f"{split}.jsonl"), ("regression_", f"{split}_reg.jsonl")):
+            content = (folder / name).read_bytes()
+            values[f"{kind}records"] = content.count(b"\n")
+            values[f"{kind}sha256"] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def test_open_assistant_is_the_reference_to_the_byte(
+    shared_dir: Path, vectors: dict[str, Any], tmp_path: Path, prepare: Prepare
+) -> None:
+    source = shared_dir / "data" / "oasst2_trees.jsonl.gz"
+    status, _, stderr = prepare(*config("oasst"), f"source={source}", "output_dir=out")
+    assert status == 0, stderr
+    assert facts(tmp_path / "out") == vectors["expected"]["oasst"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("helpsteer", ["helpsteer"]),
+        ("helpsteer2", ["helpsteer2"]),
+        ("helpsteer2_only_helpfulness", ["helpsteer2", "only_helpfulness=true"]),
+        ("helpsteer2_preference", ["helpsteer2", "preference=true"]),
+    ],
+)
+def test_helpsteer_is_the_reference_to_the_byte(
+    hub_folder: Path,
+    vectors: dict[str, Any],
+    tmp_path: Path,
+    prepare: Prepare,
+    name: str,
+    arguments: list[str],
+) -> None:
+    shipped, *options = arguments
+    status, _, stderr = prepare(
+        *config(shipped), f"source={hub_folder}", "output_dir=out", *options
+    )
+    assert status == 0, stderr
+    assert facts(tmp_path / "out") == vectors["expected"][name]
+
+
+def scored(name: str, score: int) -> dict[str, Any]:
+    return {"prompt": name, "response": f"re {name}", "helpfulness": score}
+
+
+@pytest.fixture
+def scored_folder(tmp_path: Path) -> Path:
+    """HelpSteer in small: 8 rows a0..a7 to train on and b0, b1 to validate."""
+    folder = tmp_path / "scored"
+    write_lines(folder / "train.jsonl", [scored(f"a{i}", i % 5) for i in range(8)])
+    write_lines(folder / "validation.jsonl", [scored(f"b{i}", i) for i in range(2)])
+    return folder
+
+
+def first_texts(path: Path) -> list[str]:
+    """The first text of each conversation of a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["conversations"][0]["value"] for line in lines]
+
+
+TRAIN = [f"a{i}" for i in range(8)]
+VAL = ["b0", "b1"]
+
+
+def test_own_split_is_kept_in_order_and_a_fraction_splits_anew(
+    scored_folder: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    """10 rows, train_fraction 0.5: 5 and 5, from both files."""
+    common = (*config("helpsteer"), f"source={scored_folder}")
+    assert prepare(*common, "output_dir=own")[0] == 0
+    assert first_texts(tmp_path / "own" / "train.jsonl") == TRAIN
+    assert first_texts(tmp_path / "own" / "val.jsonl") == VAL
+    assert prepare(*common, "output_dir=new", "train_fraction=0.5")[0] == 0
+    train, val = (first_texts(tmp_path / "new" / f) for f in ("train.jsonl", "val.jsonl"))
+    assert (len(train), len(val)) == (5, 5)
+    assert sorted(train + val) == TRAIN + VAL
+    assert train + val != TRAIN + VAL
+
+
+def test_a_single_file_without_a_split_is_training_data(
+    scored_folder: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    source = f"source={scored_folder / 'validation.jsonl'}"
+    assert prepare(*config("helpsteer2"), source, "output_dir=out")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "train.jsonl",
+        "train_reg.jsonl",
+    ]
+    assert first_texts(tmp_path / "out" / "train.jsonl") == VAL
+
+
+def test_table_counts_conversations_and_labelled_turns(
+    scored_folder: Path, prepare: Prepare
+) -> None:
+    _, stdout, _ = prepare(*config("helpsteer"), f"source={scored_folder}", "output_dir=out")
+    assert [line.split() for line in stdout.splitlines()] == [
+        ["file", "records", "answers", "per", "record"],
+        ["train.jsonl", "8", "8", "1", "to", "1"],
+        ["train_reg.jsonl", "8"],
+        ["val.jsonl", "2", "2", "1", "to", "1"],
+        ["val_reg.jsonl", "2"],
+    ]
+
+
+def test_merged_output_is_the_sources_outputs_joined_and_passes_alternate(
+    scored_folder: Path, trees: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    """repeat 2 and 3: A B A B B for training, A B for validation; regression files alike."""
+    for name, source in (("oasst", trees), ("helpsteer", scored_folder)):
+        arguments = (f"source={source}", f"output_dir={name}", "seed=10")
+        assert prepare(*config(name), *arguments)[0] == 0
+    status, _, stderr = prepare(
+        *config("oasst_helpsteer"),
+        *(f"source={trees}", f"merge.helpsteer.source={scored_folder}"),
+        *("repeat=2", "merge.helpsteer.repeat=3", "output_dir=merged"),
+    )
+    assert status == 0, stderr
+    for file in FILES:
+        a, b = ((tmp_path / name / file).read_bytes() for name in ("oasst", "helpsteer"))
+        expected = a + b + a + b + b if file.startswith("train") else a + b
+        assert (tmp_path / "merged" / file).read_bytes() == expected
+
+
+def test_merged_outputs_of_earlier_runs_equal_their_join(
+    scored_folder: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    """data/conversations reads what the other configs write, and keeps the split of a folder."""
+    assert prepare(*config("helpsteer"), f"source={scored_folder}", "output_dir=a")[0] == 0
+    status, _, stderr = prepare(
+        *config("conversations"), "source=a", "output_dir=b", "train_fraction=null"
+    )
+    assert status == 0, stderr
+    for file in FILES:
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+
+
+def test_a_sample_is_drawn_by_the_seed_from_each_split_and_keeps_the_order(
+    scored_folder: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    """Half of 8 and of 2 rows: 4 and 1."""
+    common = (*config("helpsteer"), f"source={scored_folder}", "sample_fraction=0.5")
+    for name, seed in (("x", 1), ("y", 1), ("z", 2)):
+        assert prepare(*common, f"output_dir={name}", f"seed={seed}")[0] == 0
+    drawn = {name: first_texts(tmp_path / name / "train.jsonl") for name in "xyz"}
+    assert len(drawn["x"]) == 4
+    assert drawn["x"] == sorted(set(drawn["x"]) & set(TRAIN))
+    assert len(first_texts(tmp_path / "x" / "val.jsonl")) == 1
+    assert drawn["x"] == drawn["y"] != drawn["z"]
+
+
+def test_pairs_stay_together_when_shuffled_and_sampled(tmp_path: Path, prepare: Prepare) -> None:
+    pairs = [
+        {"prompt": f"P{i}", "response_1": "1", "response_2": "2", "preference_strength": i % 4 - 2}
+        for i in range(40)
+    ]
+    write_lines(tmp_path / "pairs.jsonl", pairs)
+    status, _, stderr = prepare(
+        *config("helpsteer2"),
+        *("source=pairs.jsonl", "output_dir=out", "preference=true"),
+        *("train_fraction=0.7", "sample_fraction=0.5", "seed=4"),
+    )
+    assert status == 0, stderr
+    for file, count in (("train.jsonl", 28), ("val.jsonl", 12)):  # of 40: 28 and 12, half of both
+        lines = [json.loads(line) for line in (tmp_path / "out" / file).read_text().splitlines()]
+        assert len(lines) == count
+        texts = [[turn["value"] for turn in line["conversations"]] for line in lines]
+        assert texts[::2] == [[prompt, "1"] for prompt, _ in texts[1::2]]
+        assert texts[1::2] == [[prompt, "2"] for prompt, _ in texts[::2]]
+
+
+def test_helpsteer3(tmp_path: Path, prepare: Prepare) -> None:
+    row = {"context": [{"role": "user", "content": "P"}], "response1": "1", "response2": "2"}
+    write_lines(tmp_path / "hub/preference/train.jsonl.gz", [row | {"overall_preference": -1}])
+    assert prepare(*config("helpsteer3"), "source=hub", "output_dir=out")[0] == 0
+    lines = (tmp_path / "out" / "train_reg.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [[-1.0, *[-100.0] * 8]] * 2
+
+
+def test_regression_format_of_an_own_schema(tmp_path: Path, prepare: Prepare) -> None:
+    turns = [
+        {"from": "User", "value": "Q"},
+        {"from": "Assistant", "value": "A", "label": "wit:3,rigour:1"},
+    ]
+    write_lines(tmp_path / "own.jsonl", [{"conversations": turns}])
+    status, _, stderr = prepare(
+        *config("conversations"),
+        *("source=own.jsonl", "output_dir=out", "schema.names=[rigour,grace,wit]"),
+    )
+    assert status == 0, stderr
+    (line,) = (tmp_path / "out" / "train_reg.jsonl").read_text().splitlines()
+    assert json.loads(line)["label"] == [1.0, -100.0, 3.0]
+
+
+def test_other_kinds_of_output_of_an_earlier_run_are_removed(
+    scored_folder: Path, trees: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    assert prepare(*config("helpsteer"), f"source={scored_folder}", "output_dir=out")[0] == 0
+    assert prepare(f"source={trees}", "output_dir=out", "train_fraction=1.0")[0] == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["helpsteer2", "preference=true", "only_helpfulness=true"], "set one of"),
+        (["helpsteer", "builder.preference=true", "preference=true"], "'builder.preference'"),
+        (["oasst", "only_helpfulness=true"], "only_helpfulness"),
+        (["helpsteer3", "preference=false"], "preference pairs only"),
+        (["helpsteer2", "preference=true"], "preference holds no preference.jsonl.gz"),
+        (["helpsteer", "schema.names=[a,a]"], "names must differ"),
+        (["helpsteer", "schema.names=[a,b]"], "names coherence, complexity"),
+        (["oasst_helpsteer", "merge.helpsteer.repeat=0"], "'merge.helpsteer.repeat' must be"),
+        (["oasst_helpsteer", "merge.helpsteer.sorce=x"], "'merge.helpsteer.sorce'"),
+    ],
+)
+def test_mistakes_with_conversations(
+    tmp_path: Path, prepare: Prepare, arguments: list[str], message: str
+) -> None:
+    names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    row = {"prompt": "P", "response": "R"} | dict.fromkeys(names, 1)
+    write_lines(tmp_path / "in" / "train.jsonl", [row])
+    shipped, *options = arguments
+    status, _, stderr = prepare(*config(shipped), "source=in", "output_dir=out", *options)
+    assert status == 1
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+def test_conversations_and_groups_do_not_mix(
+    scored_folder: Path, trees: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"source: {trees}\noutput_dir: out\n"
+        "builder: steerlm2.data.sources.oasst.oasst_groups\n"
+        f"merge: {{b: {{source: {scored_folder},"
+        " builder: steerlm2.data.sources.helpsteer.helpsteer_conversations}}\n"
+    )
+    status, _, stderr = prepare("--config", str(own))
+    assert status == 1
+    assert "can't be merged" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, prepare: Prepare) -> None:
+    """2000 rows of 20 kB are 40 MB, twice that in both formats; in memory they are numbers."""
+    row = scored("x" * 20_000, 1)
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", compresslevel=1) as file:
+        file.writelines(json.dumps(row | {"id": i}) + "\n" for i in range(2000))
+    tracemalloc.start()
+    try:
+        arguments = ("source=rows.jsonl.gz", "output_dir=out", "train_fraction=0.9")
+        assert prepare(*config("helpsteer"), *arguments)[0] == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out" / "train.jsonl").stat().st_size > 36_000_000
+    assert peak < 10_000_000

@@ -42,6 +42,7 @@ class Config:
     prompts: list[str] = field(default_factory=list)
     steerlm2: Inner = field(default_factory=Inner)
     validation: Inner | None = None
+    named: dict[str, Inner] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         return ["'steps' and 'lr' go together"] if self.steps and self.lr is None else []
@@ -72,6 +73,16 @@ def test_given_values_are_used() -> None:
     config = load(lr=2, steps=3, prompts=["a"], steerlm2={"strategy": "two_pass"})
     assert (config.lr, config.steps, config.prompts) == (2.0, 3, ["a"])
     assert config.steerlm2 == Inner(strategy="two_pass")
+
+
+def test_sections_under_free_names_are_built_and_checked() -> None:
+    config = load(named={"a": {"max_tokens": 7}, "b": {}})
+    assert config.named == {"a": Inner(max_tokens=7), "b": Inner()}
+    assert to_plain(config)["named"]["a"]["max_tokens"] == 7
+    assert problems_with(named={"a": {"max_tokns": 7}, "b": 3}) == [
+        "unknown key 'named.a.max_tokns' (did you mean 'max_tokens'?)",
+        "'named.b' must be a mapping of keys, got 3",
+    ]
 
 
 def test_an_optional_section_is_built_where_given() -> None:

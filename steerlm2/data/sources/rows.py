@@ -98,6 +98,8 @@ def _first_match(base: Path, names: Iterable[str]) -> list[Path]:
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     import datasets
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.absolute()} does not exist")
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         yield from enumerate(rows, start=1)

@@ -1,0 +1,133 @@
+"""The conversation and regression formats: exact JSON, and mistakes that are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema
+from steerlm2.data.conversations import (
+    Conversation,
+    conversation_to_json,
+    iter_conversations,
+    parse_conversation,
+    regression_records,
+)
+from steerlm2.data.records import Turn
+
+LABELLED = {
+    "conversations": [
+        {"value": "Q", "from": "User", "label": None},
+        {"value": "A", "from": "Assistant", "label": "quality:4,verbosity:0"},
+        {"value": "Q2", "from": "User", "label": None},
+        {"value": "A2", "from": "Assistant"},
+    ],
+    "system": "S",
+    "mask": "User",
+    "type": "VALUE_TO_TEXT",
+}
+
+
+def test_json_there_and_back_is_the_same_text() -> None:
+    """Key order is part of the published format."""
+    conversation = parse_conversation(LABELLED, schema=DEFAULT_SCHEMA)
+    assert conversation.turns[1] == Turn("Assistant", "A", "quality:4,verbosity:0")
+    assert json.dumps(conversation_to_json(conversation)) == json.dumps(LABELLED)
+
+
+def test_unknown_keys_come_last_and_stay() -> None:
+    turns = [{"value": "Q", "from": "User", "label": None, "id": 1}]
+    given = LABELLED | {"conversations": turns, "lang": "en"}
+    assert conversation_to_json(parse_conversation(given)) == given
+
+
+def test_optional_keys_are_filled_in() -> None:
+    """A Parquet file has null where a key is absent, and published files "" for no label."""
+    turns = [{"from": "User", "value": "Q"}, {"from": "Assistant", "value": "A", "label": ""}]
+    filled = {
+        "conversations": [
+            {"value": "Q", "from": "User", "label": None},
+            {"value": "A", "from": "Assistant"},
+        ],
+        "system": "S",
+        "mask": "User",
+        "type": "VALUE_TO_TEXT",
+    }
+    nulls: dict[str, Any] = {"system": None, "mask": None, "type": None}
+    for given in ({"conversations": turns}, {"conversations": turns} | nulls):
+        assert conversation_to_json(parse_conversation(given, default_system="S")) == filled
+
+
+def turn(**changes: Any) -> dict[str, Any]:
+    return LABELLED | {"conversations": [{"from": "Assistant", "value": "A"} | changes]}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "must be a JSON object"),
+        ({"conversations": [{"from": "User", "value": "Q"}]}, "missing 'system'"),
+        (LABELLED | {"system": 3}, "'system' must be text"),
+        (LABELLED | {"mask": "Assistant"}, "'mask' must be 'User', got 'Assistant'"),
+        (LABELLED | {"type": "TEXT_TO_VALUE"}, "'type' must be 'VALUE_TO_TEXT'"),
+        (LABELLED | {"conversations": []}, "at least one turn"),
+        (LABELLED | {"conversations": ["Q"]}, r"conversations\[0\]: must be a JSON object"),
+        (turn(**{"from": "Bot"}), r"conversations\[0\]: 'from' must be 'User' or 'Assistant'"),
+        (turn(value=None), "'value' must be text"),
+        (turn(value="\ud800"), "'value' must be text"),
+        (turn(label=4), "'label' must be text or null, got 4"),
+        (turn(label="quality=4"), "'quality=4' is not of the form name:number"),
+        (turn(label="quality:5"), "quality must be a whole number from 0 to 4"),
+        (turn(label="kindness:1"), "unknown attribute 'kindness'"),
+        (turn(label="quality:4", **{"from": "User"}), "only turns of 'Assistant'"),
+    ],
+)
+def test_every_mistake_is_named(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_conversation(given, schema=DEFAULT_SCHEMA)
+
+
+def test_all_problems_come_at_once() -> None:
+    given = {"conversations": [{"from": "Bot", "value": 1}], "mask": "x"}
+    with pytest.raises(ValueError, match=r"'system'.*'mask'.*'from'.*'value'"):
+        parse_conversation(given)
+
+
+def test_regression_has_a_record_for_each_labelled_turn_with_all_text_before_it() -> None:
+    turns = [
+        Turn("User", "Q"),
+        Turn("Assistant", "A", "verbosity:0,quality:4"),
+        Turn("Assistant", "unlabelled"),
+        Turn("Assistant", "none of the attributes", ""),
+        Turn("User", "Q2"),
+        Turn("Assistant", "A2", "helpfulness:-3"),
+    ]
+    first, second = regression_records(Conversation(turns, "S"))
+    no = -100.0
+    text = "<extra_id_0>System\nS\n<extra_id_1>User\nQ\n<extra_id_1>Assistant\nA\n"
+    assert first == {"text": text + "<extra_id_2>", "label": [4.0, *[no] * 7, 0.0]}
+    text += "<extra_id_1>Assistant\nunlabelled\n<extra_id_1>Assistant\nnone of the attributes\n"
+    text += "<extra_id_1>User\nQ2\n<extra_id_1>Assistant\nA2\n<extra_id_2>"
+    assert second == {"text": text, "label": [*[no] * 4, -3.0, *[no] * 4]}
+
+
+def test_regression_follows_the_schema() -> None:
+    conversation = Conversation([Turn("Assistant", "A", "kindness:1")], "S")
+    (record,) = regression_records(conversation, AttributeSchema(("wit", "kindness")))
+    assert record["label"] == [-100.0, 1.0]
+    with pytest.raises(ValueError, match=r"names kindness.*'schema\.names'"):
+        list(regression_records(conversation))
+
+
+def test_bad_lines_are_reported_after_the_good_ones(tmp_path: Path) -> None:
+    path = tmp_path / "conversations.jsonl"
+    path.write_text(f'{json.dumps(LABELLED)}\n{{"a": 1}}\n{{\n{json.dumps(LABELLED)}\n')
+    conversations = iter_conversations(path)
+    assert [next(conversations).system, next(conversations).system] == ["S", "S"]
+    with pytest.raises(ValueError, match="missing 'system'") as error:
+        next(conversations)
+    reported = [line.split(": ")[0] for line in str(error.value).splitlines()]
+    assert reported == [f"{path}:2", f"{path}:3"]

@@ -1,0 +1,339 @@
+"""Sources of labelled conversations: Open Assistant, HelpSteer 1 to 3, and files of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from steerlm2.data.records import Turn
+from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT, Unit
+from steerlm2.data.sources.conversations import labelled_conversations
+from steerlm2.data.sources.helpsteer import helpsteer3_conversations, helpsteer_conversations
+from steerlm2.data.sources.oasst import oasst_conversations, oasst_groups
+
+Json = dict[str, Any]
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def turns(units: Iterable[Unit]) -> list[list[list[tuple[str, str | None]]]]:
+    """For each unit and conversation: (text, label) of each turn."""
+    return [[[(t.value, t.label) for t in c.turns] for c in unit.conversations] for unit in units]
+
+
+# Open Assistant
+
+
+def prompter(text: str, *replies: Json) -> Json:
+    return {"role": "prompter", "text": text, "message_id": text, "replies": list(replies)}
+
+
+def assistant(text: str, *replies: Json, **labels: float) -> Json:
+    entries = {name: {"value": value, "count": 3} for name, value in labels.items()}
+    message = {"role": "assistant", "text": text, "message_id": text, "replies": list(replies)}
+    return message | {"labels": entries}
+
+
+TREE = {
+    "message_tree_id": "Q",
+    "prompt": prompter(
+        "Q",
+        assistant("A", prompter("Q2", assistant("B", humor=0.5)), prompter("Q3"), quality=1.0),
+        assistant("C", creativity=0.1, toxicity=0.9, helpfulness=1.0, quality=0.4),
+    ),
+}
+
+
+def test_every_path_to_a_message_without_replies_is_a_conversation(tmp_path: Path) -> None:
+    """round(4 v): 1.0 -> 4, 0.5 -> 2, 0.4 -> 1.6 -> 2, 0.9 -> 3.6 -> 4, 0.1 -> 0. The label's order
+    is that of the attributes, and helpfulness is none of Open Assistant's four."""
+    (unit,) = oasst_conversations(write(tmp_path / "t.jsonl", TREE))
+    a = ("A", "quality:4")
+    assert turns([unit]) == [
+        [
+            [("Q", None), a, ("Q2", None), ("B", "humor:2")],
+            [("Q", None), a, ("Q3", None)],
+            [("Q", None), ("C", "quality:2,toxicity:4,creativity:0")],
+        ]
+    ]
+    assert {c.system for c in unit.conversations} == {DEFAULT_SYSTEM_PROMPT}
+    assert [t.role for t in unit.conversations[0].turns] == ["User", "Assistant"] * 2
+    assert unit.split is None
+
+
+def test_a_tree_without_replies_is_an_empty_unit(tmp_path: Path) -> None:
+    """It counts: the published split is over all trees of the file."""
+    path = write(tmp_path / "t.jsonl", {"prompt": prompter("alone")}, TREE)
+    assert [len(unit.conversations) for unit in oasst_conversations(path)] == [0, 3]
+
+
+def test_halves_round_to_even_as_in_the_published_data(tmp_path: Path) -> None:
+    """0.125 * 4 = 0.5 -> 0 and 0.375 * 4 = 1.5 -> 2."""
+    tree = {"prompt": prompter("Q", assistant("A", quality=0.125, humor=0.375))}
+    assert turns(oasst_conversations(write(tmp_path / "t.jsonl", tree))) == [
+        [[("Q", None), ("A", "quality:0,humor:2")]]
+    ]
+
+
+def test_no_labels_give_no_label_and_foreign_ones_an_empty_label(tmp_path: Path) -> None:
+    unlabelled = assistant("A")
+    del unlabelled["labels"]
+    tree = {"prompt": prompter("Q", unlabelled, assistant("B", spam=0.0))}
+    assert turns(oasst_conversations(write(tmp_path / "t.jsonl", tree))) == [
+        [[("Q", None), ("A", None)], [("Q", None), ("B", "")]]
+    ]
+
+
+def test_attributes_and_system_prompt_can_be_chosen(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", TREE)
+    (unit,) = oasst_conversations(
+        path, attributes=["helpfulness", "quality"], system_prompt="Be brief."
+    )
+    last = unit.conversations[-1]
+    assert (last.turns[-1].label, last.system) == ("helpfulness:4,quality:2", "Be brief.")
+
+
+def message_table(tree: Json, labels_as_lists: bool) -> list[Json]:
+    """The rows of a tree, as the message export has them or as the hub's table has."""
+    rows = []
+
+    def visit(message: Json, parent: str | None) -> None:
+        labels = message.get("labels")
+        if labels is not None and labels_as_lists:
+            labels = {
+                "name": [*labels],
+                "value": [entry["value"] for entry in labels.values()],
+                "count": [3] * len(labels),
+            }
+        rows.append(
+            {key: message[key] for key in ("role", "text", "message_id")}
+            | {"parent_id": parent, "labels": labels}
+            | {"message_tree_id": tree["prompt"]["message_id"]}
+        )
+        for reply in message["replies"]:
+            visit(reply, message["message_id"])
+
+    visit(tree["prompt"], None)
+    return rows
+
+
+OTHER = {"prompt": prompter("other", assistant("yes", quality=0.0), assistant("no", quality=1.0))}
+
+
+@pytest.mark.parametrize("form", ["messages.jsonl", "table.jsonl", "table.parquet"])
+def test_the_message_table_gives_the_same_as_the_tree_export(tmp_path: Path, form: str) -> None:
+    path = tmp_path / form
+    lists = form.startswith("table")
+    rows = message_table(TREE, lists) + message_table(OTHER, lists)
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        write(path, *rows)
+    trees = write(tmp_path / "trees.jsonl", TREE, OTHER)
+    assert list(oasst_conversations(path)) == list(oasst_conversations(trees))
+    assert list(oasst_groups(path)) == list(oasst_groups(trees))
+
+
+def test_a_message_table_in_another_order_is_refused(tmp_path: Path) -> None:
+    first, second = message_table(TREE, False), message_table(OTHER, False)
+    path = write(tmp_path / "t.jsonl", *first[:2], *second, *first[2:])
+    with pytest.raises(ValueError, match=r":6: the parent .* sort the table by 'message_tree_id'"):
+        list(oasst_conversations(path))
+
+
+def test_a_tree_needs_one_root_and_ids_that_differ(tmp_path: Path) -> None:
+    rows = message_table(OTHER, False)
+    two_roots = [*rows, rows[0] | {"message_id": "x"}]
+    for number, bad in enumerate((two_roots, [*rows, rows[1]])):
+        path = write(tmp_path / f"{number}.jsonl", *bad)
+        with pytest.raises(ValueError, match=r"\.jsonl:1: the 4 messages of this tree need ids"):
+            list(oasst_conversations(path))
+
+
+# HelpSteer
+
+SCORES = {"verbosity": 1, "coherence": 3, "helpfulness": 4, "complexity": 2, "correctness": 0}
+LABEL = "helpfulness:4,correctness:0,coherence:3,complexity:2,verbosity:1"
+
+
+def scored(prompt: str, **changes: Any) -> Json:
+    return {"prompt": prompt, "response": f"re {prompt}"} | SCORES | changes
+
+
+def test_scores_become_a_label_in_the_order_of_the_attributes(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", scored("a"), scored("b", helpfulness=3.0))
+    units = list(helpsteer_conversations(path, system_prompt="S"))
+    assert turns(units) == [
+        [[("a", None), ("re a", LABEL)]],
+        [[("b", None), ("re b", LABEL.replace("helpfulness:4", "helpfulness:3"))]],
+    ]
+    assert units[0].conversations[0].turns[0] == Turn("User", "a")
+    assert units[0].conversations[0].system == "S"
+
+
+def test_only_helpfulness(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", scored("a"))
+    (unit,) = helpsteer_conversations(path, only_helpfulness=True)
+    assert unit.conversations[0].turns[1].label == "helpfulness:4"
+
+
+def pair(split: str, strength: object) -> Json:
+    return {
+        "split": split,
+        "prompt": "P",
+        "response_1": "1",
+        "response_2": "2",
+        "preference_strength": strength,
+    }
+
+
+def test_both_responses_of_a_pair_are_one_unit_with_the_strength_as_label(tmp_path: Path) -> None:
+    rows = [pair("train", -3), pair("val", 0), pair("validation", 3), pair("train", 1)]
+    write(tmp_path / "preference" / "preference.jsonl", *rows)
+    units = list(helpsteer_conversations(tmp_path, preference=True))
+    assert turns(units) == [
+        [[("P", None), ("1", f"quality:{s}")], [("P", None), ("2", f"quality:{s}")]]
+        for s in (-3, 0, 3, 1)
+    ]
+    assert [unit.split for unit in units] == ["train", "validation", "validation", "train"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["a"], "a row must be a JSON object"),
+        ({"prompt": "a"} | SCORES, "'response' must be text"),
+        (scored("a", helpfulness=5), "helpfulness must be a whole number from 0 to 4, got 5"),
+        (scored("a", coherence=None), "coherence must be a whole number from 0 to 4, got None"),
+        ({"prompt": "a", "response": "b"}, "a label needs at least one attribute"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: object, message: str) -> None:
+    path = write(tmp_path / "rows.jsonl", scored("good"), row)
+    with pytest.raises(ValueError, match=f"rows.jsonl:2: {message}"):
+        list(helpsteer_conversations(path))
+
+
+@pytest.mark.parametrize("strength", [None, 4, 0.5, "1", True])
+def test_bad_strengths_are_named(tmp_path: Path, strength: object) -> None:
+    path = write(tmp_path / "pairs.jsonl", pair("train", strength))
+    with pytest.raises(ValueError, match="the preference must be a whole number from -3 to 3"):
+        list(helpsteer_conversations(path, preference=True))
+
+
+def test_options_that_exclude_each_other_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set one of 'preference' and 'only_helpfulness'"):
+        helpsteer_conversations(tmp_path / "not read", preference=True, only_helpfulness=True)
+    with pytest.raises(ValueError, match="preference pairs only"):
+        helpsteer3_conversations(tmp_path / "not read", preference=False)
+
+
+def messages(*turns_: tuple[str, Any]) -> list[Json]:
+    return [{"role": role, "content": content} for role, content in turns_]
+
+
+def test_helpsteer3_pairs_have_all_turns_before_them(tmp_path: Path) -> None:
+    chat = [("user", "Q"), ("assistant", "A"), ("user", "Q2")]
+    row = {"response1": "1", "response2": "2", "overall_preference": -2}
+    write(tmp_path / "preference" / "train.jsonl", row | {"context": messages(*chat)})
+    with_system = row | {"context": messages(("system", "S"), *chat[2:])}
+    write(tmp_path / "preference" / "validation.jsonl", with_system)
+    units = list(helpsteer3_conversations(tmp_path))
+    before = [("Q", None), ("A", None), ("Q2", None)]
+    assert turns(units) == [
+        [[*before, ("1", "quality:-2")], [*before, ("2", "quality:-2")]],
+        [[before[-1], ("1", "quality:-2")], [before[-1], ("2", "quality:-2")]],
+    ]
+    assert [c.system for unit in units for c in unit.conversations] == [
+        *[DEFAULT_SYSTEM_PROMPT] * 2,
+        *["S"] * 2,
+    ]
+    assert [unit.split for unit in units] == ["train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (None, "'context' must be a list"),
+        ([], "'context' must be a list"),
+        (messages(("user", "Q"), ("system", "S")), r"context\[1\]: 'role' must be"),
+        (messages(("user", 3)), r"context\[0\]: 'content' must be text"),
+        (["Q"], r"context\[0\]: 'role' must be"),
+    ],
+)
+def test_bad_contexts_are_named(tmp_path: Path, context: object, message: str) -> None:
+    row = {"context": context, "response1": "1", "response2": "2", "overall_preference": 1}
+    with pytest.raises(ValueError, match=message):
+        list(helpsteer3_conversations(write(tmp_path / "rows.jsonl", row)))
+
+
+# Files of one's own
+
+
+def own(answer: str, label: str | None, **more: Any) -> Json:
+    turns_ = [{"from": "User", "value": "Q"}, {"from": "Assistant", "value": answer}]
+    return {"conversations": [turns_[0], turns_[1] | {"label": label}]} | more
+
+
+def test_own_conversations_are_checked_and_kept(tmp_path: Path) -> None:
+    rows = [own("a", "quality:4", id=7), own("b", None, system="S")]
+    units = list(labelled_conversations(write(tmp_path / "own.jsonl", *rows), system_prompt="D"))
+    assert turns(units) == [
+        [[("Q", None), ("a", "quality:4")]],
+        [[("Q", None), ("b", None)]],
+    ]
+    (first,), (second,) = (unit.conversations for unit in units)
+    assert (first.system, first.extra, second.system) == ("D", {"id": 7}, "S")
+
+
+def test_own_schema(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", own("a", "wit:9"))
+    (unit,) = labelled_conversations(path, schema={"names": ["wit"], "max_value": 9})
+    assert unit.conversations[0].turns[1].label == "wit:9"
+    with pytest.raises(ValueError, match=r"own\.jsonl:1: .*unknown attribute 'wit'"):
+        list(labelled_conversations(path))
+
+
+def test_own_pairs_are_units_of_two_lines(tmp_path: Path) -> None:
+    rows = [
+        own("a", "quality:-3"),
+        own("b", "quality:-3"),
+        own("c", "humor:0"),
+        own("d", "humor:0"),
+    ]
+    units = list(labelled_conversations(write(tmp_path / "own.jsonl", *rows), preference=True))
+    assert [[c.turns[1].value for c in unit.conversations] for unit in units] == [
+        ["a", "b"],
+        ["c", "d"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ([], "the second line of this pair is missing"),
+        ([own("b", "quality:2")], "must differ in their last text only"),
+        ([own("b", "quality:1", system="other")], "must differ in their last text only"),
+        ([own("b", "quality:4")], "quality must be a whole number from -3 to 3"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path: Path, second: list[Json], message: str) -> None:
+    path = write(tmp_path / "own.jsonl", own("a", "quality:1"), *second)
+    with pytest.raises(ValueError, match=rf"own\.jsonl:1: .*{message}"):
+        list(labelled_conversations(path, preference=True))
+
+
+def test_a_pair_needs_a_label_of_one_attribute(tmp_path: Path) -> None:
+    for label in (None, "quality:1,humor:1"):
+        path = write(tmp_path / "own.jsonl", own("a", label), own("b", label))
+        with pytest.raises(ValueError, match="whose label has one attribute"):
+            list(labelled_conversations(path, preference=True))
