@@ -7,6 +7,7 @@ over dp_replicate (HSDP). Model code knows nothing of it.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from steerlm2.models.llama import (
 )
 
 ObjectT = TypeVar("ObjectT")
+
+TIMEOUT = datetime.timedelta(hours=1)
+"""The others wait while rank 0 reads or writes the weights of a large model."""
 
 RECOMPILE_LIMIT = 64
 """Training, validation and scoring each compile static and dynamic lengths; torch stops at 8."""
@@ -163,7 +167,7 @@ def init_world(
         return World(place)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if launched:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -172,7 +176,9 @@ def init_world(
 
 
 def close_world() -> None:
+    """Leave together: a rank that goes while rank 0 still exports can be aborted by gloo."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

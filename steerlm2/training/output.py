@@ -13,6 +13,7 @@ from steerlm2.training.distributed import World
 
 RUN_FILES = (
     "config.yaml",
+    "torchtune_config.yaml",  # of its metric loggers
     "metrics.jsonl",
     "samples.jsonl",
     "training_curves.png",

@@ -66,9 +66,10 @@ def tune(tmp_path_factory: pytest.TempPathFactory) -> TuneProcess:
 
 @dataclass
 class RunFolder:
-    """What a training run left in its `output_dir`."""
+    """What a training run left in its `output_dir`, and printed."""
 
     path: Path
+    stdout: str = ""
 
     def rows(self, file: str = "metrics.jsonl") -> list[Json]:
         """The lines of a .jsonl file, without what measures the machine and not the run."""
@@ -82,6 +83,11 @@ class RunFolder:
         """The exported tensors."""
         (folder,) = self.path.glob("epoch_*")
         return load_file(folder / file)
+
+
+@pytest.fixture(scope="session")
+def run_folder() -> type[RunFolder]:
+    return RunFolder
 
 
 WORDS = ("a", "the", "of", "and", "is", "to", "it", "has", "you", "for", "this", "capital", "good")
