@@ -230,18 +230,25 @@ def checkpointer(folder: Path, output_dir: Path) -> list[str]:
     ]
 
 
-def test_checkpoint_of_another_shape(tune: Any, groups: Path, tmp_path: Path) -> None:
-    """64 wide, where the config's model is 128 wide: 20 tensors differ, 10 are listed."""
+@pytest.mark.parametrize("nproc", [None, 2])
+def test_checkpoint_of_another_shape(
+    nproc: int | None, tune: Any, groups: Path, tmp_path: Path
+) -> None:
+    """64 wide, where the config's model is 128 wide: 20 tensors differ, 10 are listed.
+
+    Rank 0 alone reads it; the other rank must hear of it, not lose its connection.
+    """
     folder = checkpoint_of_width(64, tmp_path)
     text = message(
         tune,
         *training(groups, tmp_path / "run", "steerlm2.score_with_start_model=true"),
         *checkpointer(folder, tmp_path / "run"),
+        nproc=nproc,
     )
     assert "the checkpoint doesn't fit the model in the config; check `model` and" in text
     assert "layers.0.attn.k_proj.weight has shape [32, 64], the model's is [64, 128]" in text
     assert text.count("\n  - ") == 11
-    assert re.search(r"\.\.\. and \d+ more\n$", text)
+    assert re.search(r"\n  - \.\.\. and \d+ more\n", text)
 
 
 def test_checkpoint_dir_without_a_checkpoint(tune: Any, groups: Path, tmp_path: Path) -> None:

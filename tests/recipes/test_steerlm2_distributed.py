@@ -28,6 +28,7 @@ from torchtune.models.llama3 import llama3
 from steerlm2.data.batches import batch_of_step
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.training.checkpoint import ScratchCheckpointer
+from steerlm2.training.schedules import warmup_cosine_hold
 
 if TYPE_CHECKING:
     from tests.recipes.conftest import RunFolder, TuneProcess, WriteGroups
@@ -476,6 +477,19 @@ def test_resumed_on_two_ranks_gives_the_weights_of_the_uninterrupted_run(
     resumed_on_two: RunFolder, reference: RunFolder
 ) -> None:
     assert worst_tensor(resumed_on_two, reference) < 1e-4
+
+
+def test_resuming_takes_the_learning_rate_of_the_config(
+    killed: RunFolder, train: Train, tmp_path: Path
+) -> None:
+    """Half the rate and a shorter run: step 8 has what a new run of 9 steps would have there."""
+    shutil.copytree(killed.path, tmp_path / "run")
+    overrides = ("resume_from_checkpoint=true", "lr=5e-4", "max_steps=9")
+    resumed = train(*overrides, output_dir=tmp_path / "run")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=5e-4)
+    schedule = warmup_cosine_hold(optimizer, num_training_steps=9, warmup_steps=3)
+    expected = [5e-4 * schedule.lr_lambdas[0](step) for step in (7, 8)]
+    assert [steps(resumed, "lr")[step]["lr"] for step in (8, 9)] == pytest.approx(expected)
 
 
 def test_resuming_with_another_batch_size_is_refused_and_changes_nothing(
