@@ -22,7 +22,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -34,7 +34,7 @@ from steerlm2.attributes import (
     parse_label,
 )
 from steerlm2.data.packing import Group
-from steerlm2.data.records import Record, Response, read_records, record_to_json
+from steerlm2.data.records import Record, Response, json_line, read_records, record_to_json
 from steerlm2.datasets import SteerLM2Dataset, tokenize_records
 from steerlm2.training.checkpoint import (
     check_context,
@@ -176,25 +176,30 @@ class ScoreRecipe:
     def score(self) -> None:
         """Score and append a slice of the groups at a time; rename the file when it is complete."""
         cfg, world = self.cfg, self.world
-        groups, labelless = self.data.groups, self.data.without_label()
+        groups = self.data.groups
+        inputs: dict[str, list[Group]] = {}
+        if "log_p_response" in cfg.quantities:
+            inputs["log_p_response"] = self.data.without_label()
+        if "log_q" in cfg.quantities:
+            inputs["log_q"] = groups
         bar = tqdm(total=len(groups), initial=self.done, disable=not world.is_main, unit="group")
         for start in range(self.done, len(groups), cfg.records_per_write):
             chosen = slice(start, start + cfg.records_per_write)
-            scores: dict[str, list[list[float]]] = {
+            scores = {
                 name: score_groups(
                     self.model,
-                    inputs[chosen],
+                    prompts_and_responses[chosen],
                     world,
                     max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
                 )
-                for name, inputs in (("log_p_response", labelless), ("log_q", groups))
-                if name in cfg.quantities
+                for name, prompts_and_responses in inputs.items()
             }
             if world.is_main:
-                with self.partial.open("a") as file:
+                with self.partial.open("ab") as file:
                     for i, group in enumerate(groups[chosen]):
                         new_values = {name: values[i] for name, values in scores.items()}
-                        write_line(file, scored_record(self.data.records, group, new_values))
+                        record = scored_record(self.data.records, group, new_values)
+                        file.write(json_line(record_to_json(record)))
                     file.flush()
                     os.fsync(file.fileno())
             bar.update(len(groups[chosen]))
@@ -297,10 +302,6 @@ def scored_record(
             setattr(response, name, log_probs[place])
         responses.append(response)
     return dataclasses.replace(record, responses=responses)
-
-
-def write_line(file: IO[str], record: Record) -> None:
-    file.write(json.dumps(record_to_json(record), ensure_ascii=False) + "\n")
 
 
 @recipe_main(ScoreConfig)

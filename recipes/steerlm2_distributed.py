@@ -371,7 +371,8 @@ class SteerLM2Recipe:
                     logps = [response_logps(self.model, self._row(part), world) for part in forward]
                 work: list[tuple[list[Group], torch.Tensor | None]] = []
                 if plan.two_pass:
-                    grad_N = self._loss_gradient(torch.cat(logps), plan.two_pass, len(groups))
+                    whole = targets_of(plan.two_pass).to(world.device)
+                    grad_N = self._loss_gradient(torch.cat(logps), whole, len(groups))
                     parts = slices(plan.two_pass, options.micro_batch_size)
                     grads = grad_N.split([len(part.responses) for part in parts])
                     work += [([part], grad) for part, grad in zip(parts, grads, strict=True)]
@@ -380,11 +381,12 @@ class SteerLM2Recipe:
                 work += [(microbatch, None) for microbatch in plan.single_pass]
                 work += [([], None)] * (plan.backward_rows - len(work))
                 for microbatch, known_grad_N in work:
-                    logps_N = response_logps(self.model, self._row(microbatch), world)
+                    row = self._row(microbatch)
+                    logps_N = response_logps(self.model, row, world)
                     if known_grad_N is not None:
                         grad_N = known_grad_N
                     else:
-                        grad_N = self._loss_gradient(logps_N, microbatch, len(groups))
+                        grad_N = self._loss_gradient(logps_N, row, len(groups))
                         logps.append(logps_N.detach())
                     # FSDP2 takes the mean over the data-parallel ranks; the loss has the whole
                     # step's number of groups in it already.
@@ -564,12 +566,11 @@ class SteerLM2Recipe:
         )
 
     def _loss_gradient(
-        self, logps_N: torch.Tensor, groups: list[Group], num_groups: int
+        self, logps_N: torch.Tensor, targets: Targets, num_groups: int
     ) -> torch.Tensor:
         """d loss / d log Q_theta [N], the loss being the mean over all groups of the step."""
         leaf_N = logps_N.detach().requires_grad_()
-        targets = targets_of(groups).to(self.world.device)
-        loss = self._loss(leaf_N, targets) * (len(groups) / num_groups)
+        loss = self._loss(leaf_N, targets) * (len(targets.group_sizes) / num_groups)
         return torch.autograd.grad(loss, leaf_N)[0]
 
     def _metric_sums(self, logps_N: torch.Tensor, groups: list[Group]) -> torch.Tensor:

@@ -42,7 +42,9 @@ def sample_tokens(
     generator = torch.Generator(device=world.device).manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     open_answers = list(range(len(prompts)))
-    for _ in range(max_new_tokens if prompts else 0):
+    for _ in range(max_new_tokens):
+        if not open_answers:
+            break
         texts = [[*prompts[i], *answers[i]] for i in open_answers]
         logits_PV = _next_token_logits(decoder, texts, world)
         next_P = choose_tokens(logits_PV, temperature, top_p, generator)
@@ -51,8 +53,6 @@ def sample_tokens(
         for i, token in zip(open_answers, next_P.tolist(), strict=True):
             answers[i].append(token)
         open_answers = [i for i in open_answers if answers[i][-1] != stop_id]
-        if not open_answers:
-            break
     return [answer[:-1] if answer[-1:] == [stop_id] else answer for answer in answers]
 
 
