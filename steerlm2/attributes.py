@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Bins = Literal["midpoint", "uniform"]
 
+NOT_LABELLED = -100.0
+"""In place of the value of an attribute that nobody gave, in files and tensors."""
+
 _NAME = re.compile(r"[^\s:,]+")
 _PIECE = re.compile(r"(?P<name>[^\s:,]+):(?P<value>0|-?[1-9][0-9]*)")
 

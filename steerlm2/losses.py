@@ -1,6 +1,9 @@
-"""The SteerLM 2.0 weights, loss and diagnostics: plain tensors in, plain tensors out.
+"""The losses, their weights and diagnostics: plain tensors in, plain tensors out.
 
-Dimension letters: G groups (prompts), N responses of all groups together, group after group.
+Dimension letters: G groups (prompts), N responses of all groups together, group after group,
+A attributes, P pairs.
+
+SteerLM 2.0 comes first; the losses of attribute models stand at the end.
 
 For one group, with log Q_theta the model being trained and log Q' the fixed proposal (the model
 that the responses were sampled from; SteerLM 2.0, HelpSteer2 paper, section 4.5):
@@ -23,6 +26,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from steerlm2.attributes import NOT_LABELLED
 
 DISTANCE_EPS = 1e-8
 """Added to both weights in `kl_distance`, so that the published metric stays finite."""
@@ -160,6 +166,57 @@ def metric_sums(
             (_sum_by_group(logps_N - log_q_N, group_sizes) / sizes_G).sum(),
         ]
     )
+
+
+PairLoss = Literal["regular_bt", "margin_bt", "scaled_bt"]
+
+
+def num_labelled(labels_NA: Tensor) -> int:
+    """How many values are labels."""
+    return int((labels_NA != NOT_LABELLED).sum())
+
+
+def squared_error_sum(scores_NA: Tensor, labels_NA: Tensor) -> Tensor:
+    """Sum of (score - label)^2 over the labelled attributes, a float64 scalar.
+
+    Divided by `num_labelled` of the whole step, all micro-batches and ranks, it is the mean squared
+    error that regression reward models are trained with (HelpSteer2 paper, section 4.1).
+
+    Args:
+        scores_NA: the model's scores; have the gradient.
+        labels_NA: attribute values, NOT_LABELLED where there is none.
+    """
+    labels_NA = labels_NA.view_as(scores_NA)
+    error_NA = torch.where(labels_NA == NOT_LABELLED, 0, scores_NA.double() - labels_NA)
+    return error_NA.square().sum()
+
+
+def bradley_terry_sum(rewards_N: Tensor, strength_P: Tensor, kind: PairLoss) -> Tensor:
+    """Sum over pairs of a Bradley-Terry loss, a float64 scalar; divide it by the number of pairs.
+
+    With d = reward of the preferred response - reward of the other (HelpSteer2-Preference paper,
+    arXiv 2410.01257, section 3):
+
+        regular_bt  -log sigmoid(d)
+        margin_bt   -log sigmoid(d - |strength|)
+        scaled_bt   |strength| * -log sigmoid(d)
+
+    A tie, strength 0, prefers none: it counts as half of a preference for each (nothing under
+    scaled_bt), so that it draws d towards 0.
+
+    Args:
+        rewards_N: a pair's two rewards stand one after the other: N = 2 P.
+        strength_P: below 0 the first of the pair is preferred, above 0 the second.
+    """
+    first_P, second_P = rewards_N.double().view(-1, 2).unbind(dim=1)
+    size_P = strength_P.abs()
+    margin_P = size_P if kind == "margin_bt" else torch.zeros_like(size_P)
+    scale_P = size_P if kind == "scaled_bt" else torch.ones_like(size_P)
+    prefers_second_P = (strength_P.sign() + 1) / 2
+    gap_P = second_P - first_P
+    loss_P = -prefers_second_P * logsigmoid(gap_P - margin_P)
+    loss_P -= (1 - prefers_second_P) * logsigmoid(-gap_P - margin_P)
+    return (scale_P * loss_P).sum()
 
 
 def _group_index(group_sizes: Sequence[int] | Tensor, values_N: Tensor) -> Tensor:

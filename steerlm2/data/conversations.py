@@ -8,16 +8,18 @@ Two published formats, one JSON object a line:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema, parse_label
+from steerlm2.attributes import DEFAULT_SCHEMA, NOT_LABELLED, AttributeSchema, parse_label
 from steerlm2.data.records import ASSISTANT, USER, LineProblems, Turn, iter_json_lines
 
-NOT_LABELLED = -100.0
-"""In place of an attribute's value in the regression format."""
+_SYSTEM_START = "<extra_id_0>System\n"
+_TURN_START = re.compile(rf"\n<extra_id_1>({USER}|{ASSISTANT})\n")
+_LABEL_START = "\n<extra_id_2>"
 
 _TYPE = "VALUE_TO_TEXT"  # the label stands before the response
 _KNOWN_KEYS = {"conversations", "system", "mask", "type"}
@@ -128,6 +130,30 @@ def regression_records(
             )
         label = [float(values.get(name, NOT_LABELLED)) for name in schema.names]
         yield {"text": f"{text}<extra_id_2>", "label": label}
+
+
+def parse_regression_text(text: str) -> tuple[str, list[Turn]]:
+    """(system, turns) of a text of the regression format; the last turn is the one to be scored.
+
+    A text of that format can't say whether "<extra_id_1>User" was typed by somebody: wherever it
+    begins a line, it begins a turn (as HelpSteer2 writes the turns of a long prompt).
+
+    Raises:
+        ValueError: where the text isn't of that format.
+    """
+    problems = []
+    if not text.startswith(_SYSTEM_START):
+        problems.append("doesn't begin with '<extra_id_0>System' and a line break")
+    if not text.endswith(_LABEL_START):
+        problems.append("doesn't end with a line break and '<extra_id_2>'")
+    if not problems:
+        body = text.removeprefix(_SYSTEM_START).removesuffix(_LABEL_START)
+        system, *pieces = _TURN_START.split(body)
+        turns = [Turn(*piece) for piece in zip(pieces[::2], pieces[1::2], strict=True)]
+        if turns and turns[-1].role == ASSISTANT:
+            return system, turns
+        problems.append("its last turn doesn't begin with '<extra_id_1>Assistant'")
+    raise ValueError("the text isn't of the regression format: it " + " and ".join(problems))
 
 
 def _parse_turn(item: object, schema: AttributeSchema | None, problems: list[str]) -> Turn:

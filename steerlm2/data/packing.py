@@ -1,12 +1,16 @@
 """Groups that share their prompt, packed into rows and spread over micro-batches and ranks.
 
-Dimension letters: T tokens of a packed row, R response tokens to predict, N responses, G groups.
+Dimension letters: T tokens of a packed row, R response tokens to predict, N responses, G groups,
+A attributes.
 
 A prompt and its n responses stand in one row, [prompt | y_1 | ... | y_n]: the prompt is computed
 once instead of n times and nothing is padded. Each response attends to the prompt and to itself,
 and its positions continue the prompt's. A response's first token is predicted at the last prompt
 position; its last token (the stop token) predicts nothing, so it is a target but no input. Several
 groups can stand in one row; they don't see each other.
+
+An attribute model reads the same rows with one difference: a response ends with the token at which
+its scores are read, so that one is an input too.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,28 +30,24 @@ PADDING = -1
 
 
 @dataclass(frozen=True)
-class Group:
-    """One prompt with its tokenised responses, each ending in the stop token.
+class PromptGroup:
+    """One prompt with its tokenised responses.
 
-    `log_q` and `weights` (w') are None until they are known. `index` is the place of the record
-    in its data set, `responses_kept` the places of the responses in their record.
+    `index` is the place of the record in its data set, `responses_kept` the places of the
+    responses in their record.
     """
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
     index: int = 0
     responses_kept: Sequence[int] = ()
-    log_p_attributes: Sequence[float] | None = None
-    log_p_response: Sequence[float] | None = None
-    log_q: Sequence[float] | None = None
-    weights: Sequence[float] | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the group in a packed row."""
-        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+        raise NotImplementedError
 
-    def slices(self, size: int) -> list[Group]:
+    def slices(self, size: int) -> list[Self]:
         """The group as groups of at most `size` responses: prompt and responses only.
 
         Their `index` is this group's; `responses_kept` are places in this group.
@@ -55,9 +55,9 @@ class Group:
         starts = range(0, len(self.responses), size)
         return [self._part(start, min(start + size, len(self.responses))) for start in starts]
 
-    def slices_within(self, max_tokens: int) -> list[Group]:
+    def slices_within(self, max_tokens: int) -> list[Self]:
         """The same by tokens: slices of at most `max_tokens` tokens, or of a single response."""
-        parts: list[Group] = []
+        parts: list[Self] = []
         start = 0
         for stop in range(1, len(self.responses) + 1):
             if stop == len(self.responses) or (self._part(start, stop + 1).num_tokens > max_tokens):
@@ -65,8 +65,67 @@ class Group:
                 start = stop
         return parts
 
-    def _part(self, start: int, stop: int) -> Group:
-        return Group(self.prompt, self.responses[start:stop], self.index, range(start, stop))
+    def _part(self, start: int, stop: int) -> Self:
+        return type(self)(self.prompt, self.responses[start:stop], self.index, range(start, stop))
+
+
+GroupT = TypeVar("GroupT", bound=PromptGroup)
+
+
+@dataclass(frozen=True)
+class Group(PromptGroup):
+    """What SteerLM 2.0 is trained on: each response ends in the stop token.
+
+    `log_q` and `weights` (w') are None until they are known.
+    """
+
+    log_p_attributes: Sequence[float] | None = None
+    log_p_response: Sequence[float] | None = None
+    log_q: Sequence[float] | None = None
+    weights: Sequence[float] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+
+@dataclass(frozen=True)
+class RewardGroup(PromptGroup):
+    """What an attribute model reads: each response ends in the label-start token.
+
+    `labels` are the attribute values of each response, NOT_LABELLED where there is none; of a pair
+    with a preference `strength` is known instead (below 0 the first is preferred).
+    """
+
+    labels: Sequence[Sequence[float]] | None = None
+    strength: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Groups in one row of tokens. An empty row (no groups) is padding."""
+
+    tokens_T: Tensor
+    input_pos_T: Tensor
+    group_T: Tensor
+    """Which group of the row a token is of; PADDING for padding."""
+    segment_T: Tensor
+    """0 in a prompt, 1 + i in the i-th response of the row."""
+
+    def attention_mask_TT(self) -> Tensor:
+        """Boolean [T, T]: query (row) sees key (column): its own prompt and itself, causally."""
+        place_T = torch.arange(len(self.tokens_T), device=self.tokens_T.device)
+        causal_TT = place_T[:, None] >= place_T
+        same_group_TT = self.group_T[:, None] == self.group_T
+        visible_TT = (self.segment_T == 0) | (self.segment_T[:, None] == self.segment_T)
+        return causal_TT & same_group_TT & visible_TT
+
+    def to(self, device: torch.device) -> Self:
+        return dataclasses.replace(self, **_tensors_on(device, self))
 
 
 @dataclass(frozen=True)
@@ -85,37 +144,29 @@ class Targets:
         return len(self.response_lengths_N)
 
     def to(self, device: torch.device) -> Self:
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for field in dataclasses.fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return type(self)(**moved)
+        return dataclasses.replace(self, **_tensors_on(device, self))
 
 
 @dataclass(frozen=True)
-class PackedRow(Targets):
-    """A row of groups as tensors. An empty row (no groups) is padding: no targets, no loss."""
+class PackedRow(Row, Targets):
+    """A row of groups with the targets of the loss; none in an empty row."""
 
-    tokens_T: Tensor
-    input_pos_T: Tensor
-    group_T: Tensor
-    """Which group of the row a token is of; PADDING for padding."""
-    segment_T: Tensor
-    """0 in a prompt, 1 + i in the i-th response of the row."""
     source_R: Tensor
     """Position in the row that predicts the target."""
     targets_R: Tensor
     response_R: Tensor
     """Which response of the row a target belongs to."""
 
-    def attention_mask_TT(self) -> Tensor:
-        """Boolean [T, T]: query (row) sees key (column): its own prompt and itself, causally."""
-        place_T = torch.arange(len(self.tokens_T), device=self.tokens_T.device)
-        causal_TT = place_T[:, None] >= place_T
-        same_group_TT = self.group_T[:, None] == self.group_T
-        visible_TT = (self.segment_T == 0) | (self.segment_T[:, None] == self.segment_T)
-        return causal_TT & same_group_TT & visible_TT
+
+@dataclass(frozen=True)
+class RewardRow(Row):
+    """A row of groups for an attribute model; an empty one has nothing to read."""
+
+    read_N: Tensor
+    """Place of each response's last token."""
+    labels_NA: Tensor | None
+    strength_G: Tensor | None
+    """As `labels_NA` None where a group has none."""
 
 
 def targets_of(groups: Sequence[Group]) -> Targets:
@@ -131,44 +182,86 @@ def targets_of(groups: Sequence[Group]) -> Targets:
 
 def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> PackedRow:
     """Groups as one row, padded at the end to a multiple of `multiple_of` tokens."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    group_ids: list[int] = []
-    segments: list[int] = []
     source: list[int] = []
     targets: list[int] = []
     response_ids: list[int] = []
-    num_responses = 0
-    for g, group in enumerate(groups):
-        tokens += group.prompt
-        positions += range(len(group.prompt))
-        segments += [0] * len(group.prompt)
-        last_prompt_place = len(tokens) - 1
+    place = 0
+    for group in groups:
+        place += len(group.prompt)
+        last_prompt_place = place - 1
         for response in group.responses:
-            inputs = response[:-1]
-            source += [last_prompt_place, *range(len(tokens), len(tokens) + len(inputs))]
+            response_ids += [response_ids[-1] + 1 if response_ids else 0] * len(response)
+            source += [last_prompt_place, *range(place, place + len(response) - 1)]
             targets += response
-            response_ids += [num_responses] * len(response)
-            num_responses += 1
-            tokens += inputs
-            positions += range(len(group.prompt), len(group.prompt) + len(inputs))
-            segments += [num_responses] * len(inputs)
-        group_ids += [g] * (len(tokens) - len(group_ids))
-    # two tokens for an empty row: a compiled model would specialise on a length of one
-    padding = -len(tokens) % multiple_of if tokens else 2 * multiple_of
+            place += len(response) - 1
+    inputs = [(group.prompt, [response[:-1] for response in group.responses]) for group in groups]
     return PackedRow(
         **vars(targets_of(groups)),
-        tokens_T=torch.tensor(tokens + [pad_id] * padding),
-        input_pos_T=torch.tensor(positions + [0] * padding),
-        group_T=torch.tensor(group_ids + [PADDING] * padding),
-        segment_T=torch.tensor(segments + [0] * padding),
+        **vars(_row(inputs, pad_id, multiple_of)),
         source_R=torch.tensor(source, dtype=torch.long),
         targets_R=torch.tensor(targets, dtype=torch.long),
         response_R=torch.tensor(response_ids, dtype=torch.long),
     )
 
 
-def _join(values: Sequence[Sequence[float] | None]) -> Tensor | None:
+def pack_for_reward(
+    groups: Sequence[RewardGroup], *, pad_id: int = 0, multiple_of: int = 1
+) -> RewardRow:
+    """Groups as one row to be scored, padded at the end to a multiple of `multiple_of` tokens."""
+    read: list[int] = []
+    place = 0
+    for group in groups:
+        place += len(group.prompt)
+        for response in group.responses:
+            place += len(response)
+            read.append(place - 1)
+    labels = [group.labels for group in groups]
+    return RewardRow(
+        **vars(_row([(g.prompt, g.responses) for g in groups], pad_id, multiple_of)),
+        read_N=torch.tensor(read, dtype=torch.long),
+        labels_NA=_join(labels),
+        strength_G=_join([None if g.strength is None else [g.strength] for g in groups]),
+    )
+
+
+def _row(
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_id: int, multiple_of: int
+) -> Row:
+    """The layout of prompts and the input tokens of their responses."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    group_ids: list[int] = []
+    segments: list[int] = []
+    num_responses = 0
+    for g, (prompt, responses) in enumerate(groups):
+        tokens += prompt
+        positions += range(len(prompt))
+        segments += [0] * len(prompt)
+        for response in responses:
+            num_responses += 1
+            tokens += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            segments += [num_responses] * len(response)
+        group_ids += [g] * (len(tokens) - len(group_ids))
+    # two tokens for an empty row: a compiled model would specialise on a length of one
+    padding = -len(tokens) % multiple_of if tokens else 2 * multiple_of
+    return Row(
+        tokens_T=torch.tensor(tokens + [pad_id] * padding),
+        input_pos_T=torch.tensor(positions + [0] * padding),
+        group_T=torch.tensor(group_ids + [PADDING] * padding),
+        segment_T=torch.tensor(segments + [0] * padding),
+    )
+
+
+def _tensors_on(device: torch.device, row: Row | Targets) -> dict[str, Any]:
+    return {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(row).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _join(values: Sequence[Sequence[Any] | None]) -> Tensor | None:
     known = [v for v in values if v is not None]
     if len(known) < len(values):
         return None
@@ -227,6 +320,21 @@ def plan_step(
     )
 
 
+def rows_by_rank(
+    groups: Sequence[GroupT], num_ranks: int, max_tokens: int
+) -> list[list[list[GroupT]]]:
+    """[rank][row] -> groups: spread by tokens, rows filled up to the budget.
+
+    Every rank has the same number of rows; those that it lacks are empty.
+    """
+    rows = [
+        fill_microbatches([groups[i] for i in indices], max_tokens)
+        for indices in assign_to_ranks([group.num_tokens for group in groups], num_ranks)
+    ]
+    most = max(map(len, rows))
+    return [own + [[]] * (most - len(own)) for own in rows]
+
+
 def assign_to_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Indices of the items for each rank: the largest first, each to the rank with the least."""
     loads = [0] * num_ranks
@@ -238,9 +346,9 @@ def assign_to_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(indices) for indices in assigned]
 
 
-def fill_microbatches(groups: Sequence[Group], max_tokens: int) -> list[list[Group]]:
+def fill_microbatches(groups: Sequence[GroupT], max_tokens: int) -> list[list[GroupT]]:
     """Groups into few micro-batches, by best fit decreasing; one over the budget stands alone."""
-    batches: list[list[Group]] = []
+    batches: list[list[GroupT]] = []
     loads: list[int] = []
     for group in sorted(groups, key=lambda group: -group.num_tokens):
         fitting = [i for i, load in enumerate(loads) if load + group.num_tokens <= max_tokens]

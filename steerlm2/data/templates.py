@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import ASSISTANT, Turn
 from steerlm2.data.tokenizers import Tokenizer
 
@@ -37,6 +39,9 @@ class Template(Protocol):
 
     def response(self, text: str) -> list[Segment]:
         """The response text, the end-of-turn text and the stop token: what is trained on."""
+
+    def scored_response(self, text: str) -> list[Segment]:
+        """The response as an attribute model reads it, up to the token that gives the scores."""
 
 
 EXTRA_ID_TOKENS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
@@ -66,6 +71,10 @@ class ExtraIdTemplate:
     def response(self, text: str) -> list[Segment]:
         """The response, a line break, and the token that starts the next turn."""
         return [Segment(text), Segment("\n"), Segment(self.control_tokens[1], control=True)]
+
+    def scored_response(self, text: str) -> list[Segment]:
+        """The response, a line break, and the token that starts a label."""
+        return [Segment(text), Segment("\n"), Segment(self.control_tokens[2], control=True)]
 
     def _turn_start(self, role: str, label: str | None) -> list[Segment]:
         segments = [Segment(self.control_tokens[1], control=True), Segment(f"{role}\n")]
@@ -139,6 +148,10 @@ class Llama3Template:
     def response(self, text: str) -> list[Segment]:
         """The response and <|eot_id|>."""
         return [Segment(text), self._end_of_turn]
+
+    def scored_response(self, text: str) -> list[Segment]:
+        """The response, <|eot_id|> and the beginning of a label's turn, up to its header's end."""
+        return [Segment(text), self._end_of_turn, *self._header("attributes")[:-1]]
 
     @property
     def _end_of_turn(self) -> Segment:
@@ -222,6 +235,41 @@ def encode_response(template: Template, tokenizer: Tokenizer, text: str) -> list
         ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
     """
     return encode_segments(template.response(text), tokenizer, template.control_tokens)
+
+
+def encode_for_scoring(
+    template: Template,
+    tokenizer: Tokenizer,
+    system: str,
+    turns: Sequence[Turn],
+    responses: Sequence[str],
+    max_seq_len: int,
+) -> tuple[RewardGroup, int]:
+    """The texts of a prompt's responses as an attribute model reads them: no turn shows a label.
+
+    Where the longest text has more than `max_seq_len` tokens, all lose the beginning of their
+    conversation, but for the bos token; a response longer than that loses its own beginning too.
+
+    Returns:
+        The group, and how many of its texts were cut.
+
+    Raises:
+        ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
+    """
+    bare = [Turn(turn.role, turn.value) for turn in turns]
+    prompt = encode_prompt(template, tokenizer, system, bare, None)
+    texts = [
+        encode_segments(template.scored_response(text), tokenizer, template.control_tokens)
+        for text in responses
+    ]
+    longest = max(map(len, texts))
+    num_cut = len(texts) if len(prompt) + longest > max_seq_len else 0
+    bos = prompt[:1] if prompt[:1] == [tokenizer.bos_id] else []
+    texts = [text[-(max_seq_len - len(bos)) :] for text in texts]
+    if num_cut:
+        room = max_seq_len - max(map(len, texts)) - len(bos)
+        prompt = bos + prompt[len(prompt) - room :]
+    return RewardGroup(array("i", prompt), [array("i", text) for text in texts]), num_cut
 
 
 @functools.lru_cache(maxsize=64)

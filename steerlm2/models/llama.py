@@ -34,6 +34,8 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
+from steerlm2.models.reward_head import RewardHead
+
 ROW_LENGTH_LIMIT = 1 << 30
 """A packed row may be longer than the model's context: its positions restart in every response."""
 
@@ -51,15 +53,18 @@ def output_weight(decoder: TransformerDecoder) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def gather_sequence(hidden: Tensor) -> Tensor:
+def gather_sequence(hidden: Tensor, *, sharded_use: bool = True) -> Tensor:
     """Hidden states of the whole row on every tensor-parallel rank.
 
-    Each rank then computes its vocabulary shard's part of the loss, so the gradients that come
-    back are summands: they are reduced and scattered over the sequence in one collective.
+    Args:
+        sharded_use: each rank computes its vocabulary shard's part of the loss, so the gradients
+            that come back are summands, reduced and scattered over the sequence in one collective.
+            Otherwise all ranks compute the same, and have the same gradients.
     """
     if not isinstance(hidden, DTensor):
         return hidden
-    return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    gradient: Placement = Partial() if sharded_use else Replicate()
+    return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
 
 
 def tensor_parallel_plan(decoder: TransformerDecoder) -> dict[str, ParallelStyle]:
@@ -72,7 +77,9 @@ def tensor_parallel_plan(decoder: TransformerDecoder) -> dict[str, ParallelStyle
         "tok_embeddings": EmbeddingParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(),
     }
-    if not isinstance(decoder.output, TiedLinear):
+    if isinstance(decoder.output, RewardHead):
+        plan["output"] = Replicated()
+    elif not isinstance(decoder.output, TiedLinear):
         plan["output"] = ColwiseParallel()
     for i, layer in enumerate(decoder.layers):
         prefix = f"layers.{i}"
@@ -102,7 +109,7 @@ def unsupported_parts(decoder: TransformerDecoder) -> Iterator[str]:
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules()) or any(
         layer.attn.attn_dropout > 0 for layer in decoder.layers
     ):
-        yield "dropout is not supported (Q_theta would not start as Q'): set it to 0 in `model`"
+        yield "dropout is not supported: set it to 0 in `model`"
     if any(isinstance(module, DoRALinear) for module in decoder.modules()):
         yield "DoRA is not supported: set model.use_dora=false"
     if any(getattr(module, "_quantize_base", False) for module in decoder.modules()):
@@ -146,6 +153,18 @@ class EmbeddingParallel(RowwiseParallel):
         device_mesh: DeviceMesh,
     ) -> Tensor:
         return outputs.redistribute(placements=output_layouts).to_local()
+
+
+class Replicated(ParallelStyle):
+    """Parameters whole on every tensor-parallel rank, but on the mesh of all others."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            whole = distribute_tensor(parameter, device_mesh, [Replicate()])
+            module.register_parameter(
+                name, nn.Parameter(whole, requires_grad=parameter.requires_grad)
+            )
+        return module
 
 
 class LoRAParallel(ParallelStyle):
@@ -209,7 +228,7 @@ def context_length(decoder: TransformerDecoder) -> int:
 
 
 def hf_config(decoder: TransformerDecoder, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of a `LlamaForCausalLM` that computes what this decoder computes.
+    """The config.json of a Hugging Face Llama that computes what this decoder computes.
 
     For decoders built from scratch; a decoder loaded from a checkpoint keeps that checkpoint's own.
     Token ids are left to the tokenizer's files.

@@ -1,0 +1,58 @@
+"""The linear layer that makes a decoder an attribute model: one score for each attribute.
+
+Dimension letters: D hidden, A attributes.
+
+It stands in the place of the decoder's output layer and is read at one token of a text (see
+`steerlm2.training.forward.attribute_scores`). In Hugging Face terms the model is a
+LlamaForSequenceClassification with the problem type "regression".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torchtune.modules import TransformerDecoder
+
+HF_ARCHITECTURE = "LlamaForSequenceClassification"
+HF_HEAD = "score.weight"
+"""The name of the head's weight [A, D] in a Hugging Face checkpoint; it has no bias."""
+
+
+class RewardHead(nn.Linear):
+    """Hidden states [..., D] to attribute scores [..., A]."""
+
+    def __init__(self, hidden_size: int, num_attributes: int) -> None:
+        super().__init__(hidden_size, num_attributes, bias=False)
+
+
+def add_reward_head(decoder: TransformerDecoder, num_attributes: int) -> None:
+    """Put a reward head in the place of the output layer (tied or not), in place."""
+    decoder.output = RewardHead(decoder.tok_embeddings.embedding_dim, num_attributes)
+
+
+def classification_config(names: Sequence[str], pad_id: int) -> dict[str, Any]:
+    """What the config.json of an attribute model has beside (or instead of) its backbone's.
+
+    Args:
+        names: of the attributes, in the order of the scores.
+        pad_id: transformers and vLLM read the scores at the last token that isn't this one.
+    """
+    return {
+        "architectures": [HF_ARCHITECTURE],
+        "problem_type": "regression",
+        "num_labels": len(names),
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+        "pad_token_id": pad_id,
+        "tie_word_embeddings": False,
+    }
+
+
+def attribute_names(config: Mapping[str, Any]) -> list[str] | None:
+    """The attributes that a checkpoint's config.json names; None where it has no reward head."""
+    if config.get("architectures") != [HF_ARCHITECTURE]:
+        return None
+    labels = {int(i): name for i, name in config.get("id2label", {}).items()}
+    return [labels[i] for i in sorted(labels)]
