@@ -24,8 +24,6 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
@@ -51,10 +49,9 @@ from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.training.checkpoint import (
     check_context,
     check_vocabulary,
-    checkpoints,
-    load_training_state,
     load_weights,
     open_checkpointer,
+    resume_training,
     save_training_state,
     save_weights,
 )
@@ -66,7 +63,13 @@ from steerlm2.training.config import (
     takes,
     to_plain,
 )
-from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
+from steerlm2.training.distributed import (
+    DTYPES,
+    clip_gradients,
+    close_world,
+    init_world,
+    parallelize,
+)
 from steerlm2.training.forward import response_logps, score_groups
 from steerlm2.training.metrics import (
     JsonLines,
@@ -392,7 +395,7 @@ class SteerLM2Recipe:
                     # step's number of groups in it already.
                     logps_N.backward(grad_N * world.dp_size)
 
-                grad_norm = self._clip_gradients()
+                grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
                 if not torch.isfinite(grad_norm):
                     raise ValueError(
                         f"step {step + 1}: the gradient norm is {grad_norm.item()}; the weights "
@@ -603,14 +606,6 @@ class SteerLM2Recipe:
                 "Score the data again with score_responses and this checkpoint."
             )
 
-    def _clip_gradients(self) -> torch.Tensor:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.cfg.clip_grad_norm is not None:
-            clip_grads_with_norm_(self.parameters, self.cfg.clip_grad_norm, norm)
-        return norm
-
     def _data_state(self) -> dict[str, int]:
         """What the order of the batches depends on: a step's batch follows from these."""
         return {
@@ -623,38 +618,19 @@ class SteerLM2Recipe:
 
     def _resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; returns its step."""
-        found = self.world.on_main(lambda: checkpoints(self.output_dir / "checkpoints")[-1:])
-        found = self.world.from_main(found)
-        if not found:
-            self._say(f"no checkpoint in {self.output_dir}/checkpoints: starting at step 0")
+        folder = self.output_dir / "checkpoints"
+        found = resume_training(
+            folder, self.model, self.optimizer, self.lr_scheduler, self._data_state(), self.world
+        )
+        if found is None:
+            self._say(f"no checkpoint in {folder}: starting at step 0")
             return 0
-        configured = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        state = load_training_state(found[0], self.model, self.optimizer, self.world)
-        if state["data"] != self._data_state():
-            raise ValueError(
-                f"{found[0]} was written with {state['data']}, this run has "
-                f"{self._data_state()}: resuming would repeat and skip data. Use the same data set,"
-                " data.shuffle, global_batch_size and seed, or start in another output_dir."
-            )
-        # The optimizer's moments are the checkpoint's; its settings and the schedule the config's.
-        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(settings)
-        self.lr_scheduler.last_epoch = state["step"]
-        for group, base_lr, factor in zip(
-            self.optimizer.param_groups,
-            self.lr_scheduler.base_lrs,
-            self.lr_scheduler.lr_lambdas,
-            strict=True,
-        ):
-            group["lr"] = base_lr * factor(state["step"])
+        checkpoint, step = found
         if self.world.is_main:
-            self.metrics_file.keep_until(state["step"])
-            self.samples_file.keep_until(state["step"])
-        self._say(f"resumed from {found[0]}")
-        return state["step"]
+            self.metrics_file.keep_until(step)
+            self.samples_file.keep_until(step)
+        self._say(f"resumed from {checkpoint}")
+        return step
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.world.is_main:

@@ -23,6 +23,9 @@ RECIPES: dict[str, list[str]] = {
         "data/conversations",
         "data/oasst_groups",
     ],
+    "reward_distributed": [
+        "tiny/reward",
+    ],
     "score_responses": [
         "tiny/score_responses",
         "llama3_1/8B_score_responses",

@@ -13,7 +13,7 @@ saw in pretraining nor what decoding gives back. All other normalisation of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,6 +192,22 @@ def hf_tokenizer(path: str | Path) -> HFTokenizer:
         return HFTokenizer(tokenizer_json, texts)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{file.absolute()} is no usable tokenizer: {error}") from error
+
+
+def spare_token_id(tokenizer: Tokenizer, used: Collection[int | None]) -> int:
+    """The id of a token to pad with: not one of `used`, and neither bos nor eos.
+
+    Raises:
+        ValueError: where the tokenizer has none.
+    """
+    names = [*_PAD_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(255, -1, -1))]
+    taken = {*used, tokenizer.bos_id, tokenizer.eos_id}
+    for token_id in [tokenizer.pad_id, *map(tokenizer.token_id, names)]:
+        if token_id is not None and token_id not in taken:
+            return token_id
+    raise ValueError(
+        "the tokenizer has no token left to pad with: give it a pad_token in tokenizer_config.json"
+    )
 
 
 def tiny_tokenizer() -> HFTokenizer:

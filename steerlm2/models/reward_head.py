@@ -32,12 +32,11 @@ def add_reward_head(decoder: TransformerDecoder, num_attributes: int) -> None:
     decoder.output = RewardHead(decoder.tok_embeddings.embedding_dim, num_attributes)
 
 
-def classification_config(names: Sequence[str], pad_id: int) -> dict[str, Any]:
+def classification_config(names: Sequence[str]) -> dict[str, Any]:
     """What the config.json of an attribute model has beside (or instead of) its backbone's.
 
     Args:
         names: of the attributes, in the order of the scores.
-        pad_id: transformers and vLLM read the scores at the last token that isn't this one.
     """
     return {
         "architectures": [HF_ARCHITECTURE],
@@ -45,7 +44,6 @@ def classification_config(names: Sequence[str], pad_id: int) -> dict[str, Any]:
         "num_labels": len(names),
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        "pad_token_id": pad_id,
         "tie_word_embeddings": False,
     }
 

@@ -1,8 +1,8 @@
 """Weights in and out, and the state a stopped run continues from.
 
 Two kinds of files:
-- weights: Hugging Face safetensors, read and written by a torchtune checkpointer. Where a run has
-  none, its weights start from a seed (`ScratchCheckpointer`) and are written in the same format.
+- weights: Hugging Face safetensors, read and written by a checkpointer: ours or torchtune's. Where
+  a run has none, its weights start from a seed and are written in the same format.
 - training state: a torch.distributed.checkpoint directory `checkpoints/step_000100`, each rank
   writing its own shards. It is written under another name and renamed when complete, so that a
   directory of the right name is always whole.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,23 +31,36 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchtune.models.convert_weights import (
-    tune_to_hf,
     tune_to_peft_adapter_config,
     tune_to_peft_adapter_weights,
 )
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params, get_merged_lora_ckpt
 
-from steerlm2.data.tokenizers import Tokenizer
-from steerlm2.models.llama import context_length, head_shape, hf_config
+from steerlm2.attributes import AttributeSchema
+from steerlm2.data.templates import Template
+from steerlm2.data.tokenizers import Tokenizer, spare_token_id
+from steerlm2.models.llama import context_length, head_shape
+from steerlm2.models.reward_head import (
+    HF_HEAD,
+    RewardHead,
+    attribute_names,
+    classification_config,
+)
 from steerlm2.training.config import instantiate
 from steerlm2.training.distributed import World
-
-INIT_STD = 0.02
-"""Standard deviation of fresh weight matrices (GPT-2's)."""
+from steerlm2.training.hf_checkpoint import (
+    HEAD,
+    HFCheckpointer,
+    ScratchCheckpointer,
+    fresh_weights,
+    plain_name,
+)
 
 STATE_FILE = "state.json"
+BEST = "best"
 
 
 class Checkpointer(Protocol):
@@ -57,39 +69,6 @@ class Checkpointer(Protocol):
     def load_checkpoint(self) -> dict[str, Any]: ...
 
     def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None: ...
-
-
-class ScratchCheckpointer:
-    """A checkpointer for a decoder that starts from a seed: fresh weights in, a full folder out.
-
-    Args:
-        decoder: gives names and shapes; may be on the meta device.
-        tokenizer: saved beside the weights.
-        seed: two decoders of one shape and seed start with the same weights.
-        output_dir: where `epoch_{n}` folders go.
-    """
-
-    def __init__(
-        self, decoder: TransformerDecoder, tokenizer: Tokenizer, *, seed: int, output_dir: str
-    ) -> None:
-        self.hf_config = hf_config(decoder)
-        self.heads = head_shape(decoder)
-        self.weights = dict(_fresh_weights(decoder.named_parameters(), seed))
-        self.tokenizer = tokenizer
-        self.output_dir = Path(output_dir)
-
-    def load_checkpoint(self) -> dict[str, Any]:
-        return {"model": self.weights}
-
-    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None:
-        folder = self.output_dir / f"epoch_{epoch}"
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = tune_to_hf(state_dict["model"], **self.heads)
-        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        config = self.hf_config | {"torch_dtype": dtype, "eos_token_id": self.tokenizer.eos_id}
-        _save_tensors(weights, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self.tokenizer.save(str(folder))
 
 
 def open_checkpointer(
@@ -115,6 +94,54 @@ def open_checkpointer(
             "downloaded Hugging Face checkpoint (`tune download NAME --output-dir DIR`)"
         )
     return instantiate(component)
+
+
+def open_reward_checkpointer(
+    component: Mapping[str, Any] | None,
+    decoder: TransformerDecoder,
+    tokenizer: Tokenizer,
+    template: Template,
+    schema: AttributeSchema,
+    *,
+    seed: int,
+    output_dir: str,
+    load_head: bool,
+) -> Checkpointer:
+    """A checkpointer that writes a LlamaForSequenceClassification with the schema's attributes.
+
+    Args:
+        load_head: the checkpoint must be such a model itself, with the same attributes.
+
+    Raises:
+        ValueError: as `open_checkpointer`; for torchtune's own, which can't write such a model;
+            where `load_head` asks for a head that isn't there or has other attributes.
+        FileNotFoundError: as `open_checkpointer`.
+    """
+    checkpointer = open_checkpointer(
+        component, decoder, tokenizer, seed=seed, output_dir=output_dir
+    )
+    if not isinstance(checkpointer, HFCheckpointer | ScratchCheckpointer):
+        raise ValueError(
+            "torchtune's checkpointers can't write attribute models: set checkpointer to "
+            "{_component_: steerlm2.training.hf_checkpoint.HFCheckpointer, checkpoint_dir: ..., "
+            "output_dir: ...}"
+        )
+    if load_head:
+        found = attribute_names(checkpointer.hf_config)
+        if found is None:
+            raise ValueError(
+                "the checkpoint is a language model without a reward head: train one with "
+                "reward_distributed, where load_reward_head=false starts with a fresh one"
+            )
+        if found != list(schema.names):
+            raise ValueError(
+                f"the checkpoint's reward head scores {', '.join(found)}; schema.names has "
+                f"{', '.join(schema.names)}: they must be the same, in the same order"
+            )
+    used = [tokenizer.token_id(token) for token in template.control_tokens]
+    checkpointer.set_pad_token(spare_token_id(tokenizer, used), tokenizer)
+    checkpointer.hf_config |= classification_config(schema.names)
+    return checkpointer
 
 
 def check_vocabulary(decoder: TransformerDecoder, tokenizer: Tokenizer) -> None:
@@ -146,6 +173,7 @@ def load_weights(
     world: World,
     *,
     seed: int,
+    fresh_head: bool = False,
     cpu_offload: bool = False,
 ) -> None:
     """Fill a laid-out decoder on the meta device with weights, and put it on its device.
@@ -155,7 +183,8 @@ def load_weights(
 
     Args:
         checkpointer: on rank 0; None on the others.
-        seed: of the fresh adapters.
+        seed: of fresh weights.
+        fresh_head: the output layer starts from the seed, whatever the checkpoint has.
         cpu_offload: the parameters live on the host (FSDP2's CPU offload).
 
     Raises:
@@ -165,7 +194,10 @@ def load_weights(
     def read() -> dict[str, Any]:
         assert checkpointer is not None
         read_weights = checkpointer.load_checkpoint()["model"]
-        read_weights |= dict(_fresh_weights(get_adapter_params(decoder).items(), seed))
+        fresh = dict(get_adapter_params(decoder))
+        if fresh_head:
+            fresh[HEAD] = decoder.output.weight
+        read_weights |= dict(fresh_weights(fresh.items(), seed))
         _check_shapes(decoder, read_weights)
         return read_weights
 
@@ -208,10 +240,11 @@ def save_weights(
         name: cast(Tensor, full.pop(name)).to(dtype, copy=lora is not None) for name in list(full)
     }
     if lora is not None:
-        names = [_plain_name(name) for name in get_adapter_params(decoder)]
+        names = [plain_name(name) for name in get_adapter_params(decoder)]
         adapter = {name: weights[name].clone() for name in names}
         folder = output_dir / f"epoch_{epoch}" / "adapter"
-        _save_adapter(folder, adapter, lora, head_shape(decoder))
+        reward_head = weights[HEAD] if isinstance(decoder.output, RewardHead) else None
+        _save_adapter(folder, adapter, lora, head_shape(decoder), reward_head)
         weights = get_merged_lora_ckpt(weights, rank=lora.rank, alpha=lora.alpha)
     if not (lora is not None and adapter_only):
         checkpointer.save_checkpoint({"model": weights}, epoch=epoch)
@@ -228,27 +261,68 @@ def save_training_state(
     keep_last_n: int | None = None,
 ) -> None:
     """Write `folder/step_{step}`: weights, optimizer, random states and `state` (JSON values)."""
-    final = folder / f"step_{step:06d}"
-    partial = final.with_suffix(".partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
     model_state, optimizer_state = get_state_dict(
         decoder, optimizer, options=StateDictOptions(ignore_frozen_params=True)
     )
     tensors = {"model": model_state, "optimizer": optimizer_state}
+    _write(folder / f"step_{step:06d}", tensors, {"step": step, **state}, world, random=True)
+    if world.is_main and keep_last_n is not None:
+        for old in checkpoints(folder)[:-keep_last_n]:
+            shutil.rmtree(old)
+    world.barrier()
+
+
+def save_best_weights(
+    folder: Path, step: int, decoder: nn.Module, state: Mapping[str, Any], world: World
+) -> None:
+    """Write `folder/best`: the trained weights alone, and `state` (JSON values) with the step."""
+    options = StateDictOptions(ignore_frozen_params=True)
+    tensors = {"model": get_model_state_dict(decoder, options=options)}
+    _write(folder / BEST, tensors, {"step": step, **state}, world)
+
+
+def best_state(folder: Path) -> dict[str, Any] | None:
+    """The `state` that was saved with the best weights, with its step; None where there are none.
+
+    Raises:
+        ValueError: where the file can't be read as JSON.
+    """
+    file = folder / BEST / STATE_FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def load_best_weights(folder: Path, decoder: nn.Module, world: World) -> None:
+    """Give the decoder the weights of `folder/best`."""
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    tensors = {"model": get_model_state_dict(decoder, options=options)}
+    with _plain_messages():
+        dcp.load(tensors, checkpoint_id=folder / BEST, no_dist=world.mesh is None)
+    set_model_state_dict(decoder, tensors["model"], options=options)
+
+
+def _write(
+    final: Path,
+    tensors: dict[str, Any],
+    state: Mapping[str, Any],
+    world: World,
+    *,
+    random: bool = False,
+) -> None:
+    """A directory that has its name only when it is complete; an earlier one stays until then."""
+    partial = final.with_suffix(".partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
     with _plain_messages():
         dcp.save(tensors, checkpoint_id=partial, no_dist=world.mesh is None)
-    torch.save(_random_state(world.device), partial / f"random_{world.rank}.pt")
+    if random:
+        torch.save(_random_state(world.device), partial / f"random_{world.rank}.pt")
     world.barrier()
     if world.is_main:
-        (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}))
+        (partial / STATE_FILE).write_text(json.dumps(state))
+        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        if keep_last_n is not None:
-            for old in checkpoints(folder)[:-keep_last_n]:
-                shutil.rmtree(old)
     world.barrier()
 
 
@@ -267,6 +341,52 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete training states in a folder, oldest first."""
     found = (path.parent for path in folder.glob(f"step_*[0-9]/{STATE_FILE}"))
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def resume_training(
+    folder: Path,
+    decoder: nn.Module,
+    optimizer: Optimizer,
+    lr_scheduler: LambdaLR,
+    data_state: Mapping[str, Any],
+    world: World,
+) -> tuple[Path, int] | None:
+    """Continue from the newest checkpoint of a folder.
+
+    Weights, the optimizer's moments and the random states are the checkpoint's; the optimizer's
+    settings and the learning rate schedule are the config's, at the checkpoint's step.
+
+    Args:
+        data_state: what the order of the batches depends on, as `save_training_state` got it.
+
+    Returns:
+        The checkpoint and its step; None where there is no checkpoint.
+
+    Raises:
+        ValueError: where the checkpoint is of another model or another order of the data.
+    """
+    newest = world.from_main(world.on_main(lambda: checkpoints(folder)[-1:]))
+    if not newest:
+        return None
+    configured = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    state = load_training_state(newest[0], decoder, optimizer, world)
+    if state["data"] != data_state:
+        raise ValueError(
+            f"{newest[0]} was written with {state['data']}, this run has {dict(data_state)}: "
+            "resuming would repeat and skip data. Use the same data set, data.shuffle, "
+            "global_batch_size and seed, or start in another output_dir."
+        )
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
+    lr_scheduler.last_epoch = state["step"]
+    for group, base_lr, factor in zip(
+        optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base_lr * factor(state["step"])
+    return newest[0], state["step"]
 
 
 def load_training_state(
@@ -305,7 +425,11 @@ def load_training_state(
 
 
 def _save_adapter(
-    folder: Path, adapter: Mapping[str, Tensor], lora: LoRALinear, heads: Mapping[str, int]
+    folder: Path,
+    adapter: Mapping[str, Tensor],
+    lora: LoRALinear,
+    heads: Mapping[str, int],
+    reward_head: Tensor | None,
 ) -> None:
     """A PEFT adapter. In a folder of its own: transformers would add one that it finds beside the
     merged weights to them once more."""
@@ -315,6 +439,9 @@ def _save_adapter(
     modules = sorted({name.split(".")[-3] for name in adapter})
     config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules}
     config = {"peft_type": "LORA"} | tune_to_peft_adapter_config(config)
+    if reward_head is not None:
+        tensors[f"base_model.model.{HF_HEAD}"] = reward_head
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -323,31 +450,8 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file(contiguous, file, metadata={"format": "pt"})
 
 
-def _fresh_weights(
-    parameters: Iterator[tuple[str, Tensor]] | Any, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Initial values by name and shape: norms 1, LoRA as in its paper, other matrices normal."""
-    for i, (name, parameter) in enumerate(parameters):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        weight = torch.empty(parameter.shape)
-        if name.endswith("lora_b.weight"):
-            nn.init.zeros_(weight)
-        elif name.endswith("lora_a.weight"):
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-        elif weight.dim() == 1:
-            nn.init.ones_(weight)
-        else:
-            nn.init.normal_(weight, std=INIT_STD, generator=generator)
-        yield _plain_name(name), weight
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing puts in."""
-    return name.replace("_checkpoint_wrapped_module.", "")
-
-
 def _check_shapes(decoder: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    expected = {_plain_name(name): p.shape for name, p in decoder.named_parameters()}
+    expected = {plain_name(name): p.shape for name, p in decoder.named_parameters()}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"{name} is not in the model" for name in sorted(weights.keys() - expected.keys())]
     problems += [

@@ -16,6 +16,7 @@ RUN_FILES = (
     "torchtune_config.yaml",  # of its metric loggers
     "metrics.jsonl",
     "samples.jsonl",
+    "calibration.jsonl",
     "training_curves.png",
     "checkpoints",
     "epoch_*",

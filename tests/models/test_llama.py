@@ -40,9 +40,9 @@ from steerlm2.models.llama import (
     tensor_parallel_problems,
     unsupported_parts,
 )
-from steerlm2.training.checkpoint import ScratchCheckpointer
 from steerlm2.training.distributed import World
 from steerlm2.training.forward import response_logps
+from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
 TINY: dict[str, Any] = {

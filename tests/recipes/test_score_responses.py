@@ -21,7 +21,7 @@ from steerlm2.attributes import beta_log_prob, parse_label
 from steerlm2.data.records import LOG_PROB_KEYS, Record, read_records, write_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training.checkpoint import ScratchCheckpointer
+from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
 Json = dict[str, Any]
 

@@ -27,7 +27,7 @@ from torchtune.models.llama3 import llama3
 
 from steerlm2.data.batches import batch_of_step
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training.checkpoint import ScratchCheckpointer
+from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 from steerlm2.training.schedules import warmup_cosine_hold
 
 if TYPE_CHECKING:

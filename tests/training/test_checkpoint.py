@@ -18,9 +18,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.training.checkpoint import (
-    INIT_STD,
     STATE_FILE,
-    ScratchCheckpointer,
     checkpoints,
     load_training_state,
     load_weights,
@@ -29,6 +27,7 @@ from steerlm2.training.checkpoint import (
     save_weights,
 )
 from steerlm2.training.distributed import World
+from steerlm2.training.hf_checkpoint import INIT_STD, ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
 TINY: dict[str, Any] = {

@@ -14,9 +14,10 @@ from torchtune.modules import TransformerDecoder
 
 from steerlm2.data.packing import Group, pack
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training.checkpoint import ScratchCheckpointer, load_weights
+from steerlm2.training.checkpoint import load_weights
 from steerlm2.training.distributed import World, close_world, init_world, parallelize
 from steerlm2.training.forward import response_logps
+from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
 

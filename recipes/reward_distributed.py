@@ -1,0 +1,564 @@
+"""Attribute models: a decoder with a linear head that scores a response on every attribute.
+
+Regression on human labels (HelpSteer2 paper, section 4.1), or Bradley-Terry on preferences
+(HelpSteer2-Preference paper, section 3), where the reward is one attribute's score. The scores are
+read at the last token of the text, the one that would begin a label:
+
+    [system, turns, response, label start] -> hidden state -> head -> one score an attribute
+
+    tune run reward_distributed --config tiny/reward
+    tune run --nproc_per_node 8 reward_distributed --config llama2/13B_reward
+
+One file for every world size: alone it is one process on a CPU or GPU, under torchrun arguments
+FSDP2 x tensor parallel with replicas.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import OmegaConf
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.training import DummyProfiler
+from tqdm import tqdm
+
+from steerlm2.attributes import as_schema
+from steerlm2.data.batches import batch_of_step, steps_per_epoch
+from steerlm2.data.packing import RewardGroup, pack_for_reward, rows_by_rank
+from steerlm2.datasets import RewardDataset
+from steerlm2.evaluation import (
+    attribute_calibration,
+    attribute_metrics,
+    calibration_text,
+    mean_baseline,
+    preference_calibration,
+    preference_metrics,
+)
+from steerlm2.losses import bradley_terry_sum, num_labelled, squared_error_sum
+from steerlm2.models.reward_head import add_reward_head
+from steerlm2.training.checkpoint import (
+    best_state,
+    check_context,
+    check_vocabulary,
+    load_best_weights,
+    load_weights,
+    open_reward_checkpointer,
+    resume_training,
+    save_best_weights,
+    save_training_state,
+    save_weights,
+)
+from steerlm2.training.config import (
+    Component,
+    as_yaml,
+    instantiate,
+    recipe_main,
+    to_plain,
+)
+from steerlm2.training.distributed import (
+    DTYPES,
+    clip_gradients,
+    close_world,
+    init_world,
+    parallelize,
+)
+from steerlm2.training.forward import attribute_scores, score_attributes
+from steerlm2.training.metrics import (
+    JsonLines,
+    peak_memory_gib,
+    plot_curves,
+    summary_table,
+)
+from steerlm2.training.output import check_shared, make_output_dir, set_aside_earlier_run
+
+
+@dataclass
+class DataOptions:
+    """The `data:` section."""
+
+    shuffle: bool = True
+
+
+@dataclass
+class RewardConfig:
+    """Every key of the recipe, with its default."""
+
+    output_dir: str
+    tokenizer: Component
+    model: Component  # the backbone: its output layer gives way to the head
+    dataset: Component
+    optimizer: Component
+    lr: float | None = None  # shorthand for optimizer.lr
+    template: Component = field(
+        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+    )
+    checkpointer: Component | None = None  # none: fresh weights from the seed
+    load_reward_head: bool = False  # of a checkpoint that has one; else the head starts fresh
+    dataset_val: Component | None = None
+    lr_scheduler: Component = field(
+        default_factory=lambda: Component(
+            _component_="steerlm2.training.schedules.warmup_cosine_hold"
+        )
+    )
+    loss: Literal["regression", "regular_bt", "margin_bt", "scaled_bt"] = "regression"
+    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
+    reward_attribute: str = "helpfulness"  # whose score is the reward of the Bradley-Terry losses
+    data: DataOptions = field(default_factory=DataOptions)
+
+    max_tokens_per_microbatch: int = 4096
+    global_batch_size: int = 128  # texts (pairs) of an optimizer step, all ranks together
+    epochs: int | None = None
+    max_steps: int | None = None
+    clip_grad_norm: float | None = None
+    seed: int = 0
+
+    val_every_n_steps: int | None = None
+    limit_val_batches: int | None = None  # in global batches
+    export: Literal["best", "last"] = "best"  # best: of the lowest val_loss
+    save_every_n_steps: int | None = None
+    keep_last_n_checkpoints: int | None = None
+    resume_from_checkpoint: bool = False
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of the computation
+    param_dtype: Literal["fp32", "bf16"] | None = None  # of the trained weights; none: `dtype`
+    save_dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; none: param_dtype
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    tensor_parallel_dim: int = 1
+    data_parallel_replicate_dim: int = 1
+    data_parallel_shard_dim: int = -1
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+
+    metric_logger: Component | None = None
+    log_every_n_steps: int = 1
+    log_peak_memory_stats: bool = True
+    profiler: Component | None = None
+
+    def problems(self) -> list[str]:
+        """What is wrong between keys that are right by themselves."""
+        found = []
+        if self.epochs is None and self.max_steps is None:
+            found.append("set 'epochs' or 'max_steps' (the smaller of the two ends the run)")
+        if self.lr is None and "lr" not in self.optimizer:
+            found.append("'lr' is missing")
+        if self.lr is not None and self.optimizer.get("lr", self.lr) != self.lr:
+            found.append(
+                f"lr={self.lr} and optimizer.lr={self.optimizer['lr']} disagree: set only 'lr'"
+            )
+        sections = {"dataset": self.dataset, "dataset_val": self.dataset_val or Component()}
+        for section, component in sections.items():
+            origins = {"template": "template", "schema": "schema", "pairs": "loss"}
+            for argument, origin in origins.items():
+                if argument in component:
+                    found.append(f"'{section}.{argument}' is taken from '{origin}': set that")
+        if "num_training_steps" in self.lr_scheduler:
+            found.append("'lr_scheduler.num_training_steps' is taken from max_steps and epochs")
+        if self.val_every_n_steps and not self.dataset_val:
+            found.append("'val_every_n_steps' needs 'dataset_val'")
+        if self.load_reward_head and self.checkpointer is None:
+            found.append("'load_reward_head' needs a 'checkpointer'")
+        try:
+            names = as_schema(self.schema).names
+        except (ValueError, TypeError) as error:
+            found.append(f"'schema': {error}")
+        else:
+            if self.loss != "regression" and self.reward_attribute not in names:
+                found.append(
+                    f"'reward_attribute' must be one of schema.names ({', '.join(names)}), got "
+                    f"{self.reward_attribute!r}"
+                )
+        if self.fsdp_cpu_offload and self.device == "cpu":
+            found.append("'fsdp_cpu_offload' needs 'device: cuda'")
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            found.append(f"'clip_grad_norm' must be above 0, got {self.clip_grad_norm}")
+        positive = {
+            "max_tokens_per_microbatch": self.max_tokens_per_microbatch,
+            "global_batch_size": self.global_batch_size,
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "log_every_n_steps": self.log_every_n_steps,
+            "val_every_n_steps": self.val_every_n_steps,
+            "limit_val_batches": self.limit_val_batches,
+            "save_every_n_steps": self.save_every_n_steps,
+            "keep_last_n_checkpoints": self.keep_last_n_checkpoints,
+        }
+        found += [
+            f"'{key}' must be at least 1, got {value}"
+            for key, value in positive.items()
+            if value is not None and value < 1
+        ]
+        return found
+
+
+class RewardRecipe:
+    """The run: setup -> train (with validate and save) -> export."""
+
+    def __init__(self, cfg: RewardConfig) -> None:
+        self.cfg = cfg
+        self.schema = as_schema(cfg.schema)
+        self.dtype = DTYPES[cfg.dtype]
+        self.param_dtype = DTYPES[cfg.param_dtype or cfg.dtype]
+        self.output_dir = Path(cfg.output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
+        self.metric_logger: Any = None
+        self.world = init_world(
+            cfg.device,
+            tensor_parallel_dim=cfg.tensor_parallel_dim,
+            data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
+            data_parallel_shard_dim=cfg.data_parallel_shard_dim,
+            needs_mesh=self.param_dtype != self.dtype or cfg.fsdp_cpu_offload,
+        )
+        torch.manual_seed(cfg.seed)
+
+    def setup(self) -> None:
+        cfg, world = self.cfg, self.world
+        world.on_main(lambda: make_output_dir(self.output_dir))
+        check_shared(self.output_dir, world)
+        self.tokenizer = instantiate(cfg.tokenizer)
+        self.template = instantiate(cfg.template)
+        self.train_set = self._dataset(cfg.dataset)
+        val = cfg.dataset_val if cfg.val_every_n_steps else None
+        self.val_set = self._dataset(val) if val else None
+
+        self.steps_per_epoch = steps_per_epoch(len(self.train_set), cfg.global_batch_size)
+        limits = [cfg.max_steps, cfg.epochs and cfg.epochs * self.steps_per_epoch]
+        self.total_steps = min(limit for limit in limits if limit is not None)
+        lr = cfg.optimizer.get("lr", cfg.lr)
+        assert lr is not None
+        self._schedule(torch.optim.SGD([torch.zeros(1)], lr=lr))  # its mistakes, before the model
+
+        with torch.device("meta"):
+            self.model = instantiate(cfg.model)
+            add_reward_head(self.model, len(self.schema.names))
+            self.model = self.model.to(self.param_dtype)
+        if adapters := get_adapter_params(self.model):
+            set_trainable_params(self.model, adapters)
+            self.model.output.requires_grad_()
+            for parameter in self.model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(self.dtype)
+        check_vocabulary(self.model, self.tokenizer)
+        check_context(
+            self.model, max(data.longest() for data in (self.train_set, self.val_set) if data)
+        )
+        self.checkpointer = world.on_main(
+            lambda: open_reward_checkpointer(
+                cfg.checkpointer,
+                self.model,
+                self.tokenizer,
+                self.template,
+                self.schema,
+                seed=cfg.seed,
+                output_dir=cfg.output_dir,
+                load_head=cfg.load_reward_head,
+            )
+        )
+        parallelize(
+            self.model,
+            world,
+            dtype=self.dtype,
+            activation_checkpointing=cfg.enable_activation_checkpointing,
+            compile=cfg.compile,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+        load_weights(
+            self.model,
+            self.checkpointer,
+            world,
+            seed=cfg.seed,
+            fresh_head=not cfg.load_reward_head,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = instantiate(cfg.optimizer, self.parameters, lr=lr)
+        self.lr_scheduler = self._schedule(self.optimizer)
+
+        self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
+        self.calibration_file = JsonLines(self.output_dir / "calibration.jsonl")
+        self.first_step = self._resume() if cfg.resume_from_checkpoint else 0
+        if world.is_main:
+            if self.first_step == 0:
+                set_aside_earlier_run(self.output_dir)
+            (self.output_dir / "config.yaml").write_text(as_yaml(cfg))
+            if cfg.metric_logger:
+                self.metric_logger = instantiate(cfg.metric_logger)
+                self.metric_logger.log_config(OmegaConf.create(to_plain(cfg)))
+        world.barrier()
+        best = world.from_main(world.on_main(lambda: best_state(self.checkpoints)))
+        # A best step that lies ahead will be reached again.
+        self.best = best if best and best["step"] <= self.first_step else None
+        self._say(
+            f"training set: {self.train_set.summary()}\n"
+            + (f"validation set: {self.val_set.summary()}\n" if self.val_set else "")
+            + f"{self.total_steps} steps of {cfg.global_batch_size} "
+            + ("texts, " if cfg.loss == "regression" else "pairs, ")
+            + f"{world.size} process(es): data parallel {world.dp_size}, "
+            f"tensor parallel {world.tp_size}"
+        )
+
+    def train(self) -> None:
+        """Every optimizer step, from the groups to the log line."""
+        cfg, world = self.cfg, self.world
+        profiler = instantiate(cfg.profiler)[0] if cfg.profiler else DummyProfiler()
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.first_step,
+            disable=not world.is_main,
+            dynamic_ncols=True,
+        )
+        self.model.train()
+        tokens, seconds = 0, 0.0
+        with profiler, bar:
+            for step in range(self.first_step, self.total_steps):
+                if step == 0 and cfg.val_every_n_steps:
+                    self.validate(step)
+                started = time.perf_counter()
+                groups = self._batch(step)
+                # Every rank knows the whole step's number of labels (or pairs): a micro-batch's
+                # sum divided by it is that micro-batch's part of the step's mean.
+                count = self._loss_count(groups)
+                loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+                rows = rows_by_rank(groups, world.dp_size, cfg.max_tokens_per_microbatch)
+                for microbatch in rows[world.dp_rank]:
+                    row = pack_for_reward(microbatch, multiple_of=world.tp_size).to(world.device)
+                    scores_NA = attribute_scores(self.model, row)
+                    loss = self._loss_sum(scores_NA, row.labels_NA, row.strength_G) / count
+                    # FSDP2 takes the mean over the data-parallel ranks.
+                    (loss * world.dp_size).backward()
+                    loss_sum += loss.detach()
+
+                grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
+                if not torch.isfinite(grad_norm):
+                    raise ValueError(
+                        f"step {step + 1}: the gradient norm is {grad_norm.item()}; the weights "
+                        "are as before this step. Lower lr, or set dtype=fp32 to find the cause."
+                    )
+                lr = self.optimizer.param_groups[0]["lr"]
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.lr_scheduler.step()
+                profiler.step()
+
+                done = step + 1
+                tokens += sum(group.num_tokens for group in groups)
+                if done % cfg.log_every_n_steps == 0:
+                    metrics = {"loss": world.sum(loss_sum).item()}
+                    seconds += time.perf_counter() - started
+                    metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
+                    metrics["tokens_per_second"] = tokens / seconds
+                    if cfg.log_peak_memory_stats:
+                        metrics["peak_memory_gib"] = peak_memory_gib(world.device)
+                    self._log({"step": done, "epoch": done / self.steps_per_epoch} | metrics)
+                    bar.set_postfix_str(
+                        f"loss {metrics['loss']:.3g}, {metrics['tokens_per_second']:.0f} tokens/s",
+                        refresh=False,
+                    )
+                    tokens, seconds = 0, 0.0
+                else:
+                    seconds += time.perf_counter() - started
+                bar.update()
+                last = done == self.total_steps
+                if cfg.val_every_n_steps and (done % cfg.val_every_n_steps == 0 or last):
+                    self.validate(done)
+                if cfg.save_every_n_steps and (done % cfg.save_every_n_steps == 0 or last):
+                    self.save(done)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """Loss, agreement with the labels and calibration; the best weights so far are kept."""
+        cfg = self.cfg
+        assert self.val_set is not None
+        self.model.eval()
+        limit = (cfg.limit_val_batches or len(self.val_set)) * cfg.global_batch_size
+        groups = self.val_set.groups[:limit]
+        scored = score_attributes(
+            self.model, groups, self.world, max_tokens_per_microbatch=cfg.max_tokens_per_microbatch
+        )
+        self.model.train()
+
+        scores_NA = torch.tensor([scores for group in scored for scores in group])
+        row = pack_for_reward(groups)
+        loss = self._loss_sum(scores_NA, row.labels_NA, row.strength_G) / self._loss_count(groups)
+        metrics = {"loss": loss.item()}
+        if cfg.loss == "regression":
+            labels_NA = _labels(groups)
+            metrics |= attribute_metrics(scores_NA.tolist(), labels_NA, self.schema)
+            metrics |= mean_baseline(_labels(self.train_set.groups), labels_NA, self.schema)
+            calibration = attribute_calibration(scores_NA.tolist(), labels_NA, self.schema)
+        else:
+            rewards_P2 = [[scores[self._reward_index()] for scores in pair] for pair in scored]
+            strengths = [group.strength or 0.0 for group in groups]
+            metrics |= preference_metrics(rewards_P2, strengths)
+            calibration = preference_calibration(rewards_P2, strengths)
+        self._log({"step": step} | {f"val_{name}": value for name, value in metrics.items()})
+        if self.world.is_main:
+            self.calibration_file.append({"step": step, "calibration": calibration})
+        if step > 0 and (self.best is None or metrics["loss"] < self.best["val_loss"]):
+            self.best = {"step": step, "val_loss": metrics["loss"]}
+            if cfg.export == "best":
+                save_best_weights(self.checkpoints, step, self.model, self.best, self.world)
+
+    def save(self, step: int) -> None:
+        """The state to continue from, `output_dir/checkpoints/step_...`."""
+        save_training_state(
+            self.checkpoints,
+            step,
+            self.model,
+            self.optimizer,
+            {"data": self._data_state()},
+            self.world,
+            keep_last_n=self.cfg.keep_last_n_checkpoints,
+        )
+
+    def export(self) -> None:
+        """The weights as a Hugging Face LlamaForSequenceClassification, and the run's results."""
+        cfg = self.cfg
+        step = self.total_steps
+        if cfg.export == "best" and self.best:
+            step = self.best["step"]
+            load_best_weights(self.checkpoints, self.model, self.world)
+        save_weights(
+            self.model,
+            self.checkpointer,
+            self.world,
+            epoch=-(-self.total_steps // self.steps_per_epoch),
+            dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
+            output_dir=self.output_dir,
+        )
+        if self.world.is_main:
+            rows = self.metrics_file.read()
+            plot = self.output_dir / "training_curves.png"
+            plot_curves(rows, ("loss",), plot)
+            self._say(
+                f"\n{summary_table(rows, ('loss', 'grad_norm', 'lr'))}\n{self._validation()}\n"
+                f"plot:    {plot}\nmetrics: {self.metrics_file.path}\n"
+                f"weights: {self.output_dir}/epoch_* (of step {step})"
+            )
+
+    def cleanup(self) -> None:
+        if self.metric_logger is not None:
+            self.metric_logger.close()
+
+    # What follows is small print that the methods above call by name.
+
+    def _dataset(self, component: Component) -> RewardDataset:
+        arguments: dict[str, Any] = {"template": self.template, "schema": self.schema}
+        if self.cfg.loss != "regression":
+            arguments["pairs"] = True
+        return instantiate(component, self.tokenizer, **arguments)
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return instantiate(self.cfg.lr_scheduler, optimizer, num_training_steps=self.total_steps)
+
+    def _batch(self, step: int) -> list[RewardGroup]:
+        cfg = self.cfg
+        indices = batch_of_step(
+            step, len(self.train_set), cfg.global_batch_size, cfg.seed, cfg.data.shuffle
+        )
+        return [self.train_set.groups[i] for i in indices]
+
+    def _reward_index(self) -> int:
+        return self.schema.names.index(self.cfg.reward_attribute)
+
+    def _loss_count(self, groups: list[RewardGroup]) -> int:
+        """What the loss is a mean over: the labels of these groups, or the pairs."""
+        if self.cfg.loss != "regression":
+            return len(groups)
+        return num_labelled(torch.tensor(_labels(groups)))
+
+    def _loss_sum(
+        self,
+        scores_NA: torch.Tensor,
+        labels_NA: torch.Tensor | None,
+        strength_P: torch.Tensor | None,
+    ) -> torch.Tensor:
+        kind = self.cfg.loss
+        if kind == "regression":
+            assert labels_NA is not None
+            return squared_error_sum(scores_NA, labels_NA)
+        assert strength_P is not None
+        return bradley_terry_sum(scores_NA[:, self._reward_index()], strength_P, kind)
+
+    def _data_state(self) -> dict[str, Any]:
+        """What the order of the batches depends on: a step's batch follows from these."""
+        return {
+            "groups": len(self.train_set),
+            "tokens": sum(group.num_tokens for group in self.train_set.groups),
+            "global_batch_size": self.cfg.global_batch_size,
+            "seed": self.cfg.seed,
+            "shuffle": self.cfg.data.shuffle,
+        }
+
+    def _resume(self) -> int:
+        """Continue from the newest checkpoint, if there is one; returns its step."""
+        found = resume_training(
+            self.checkpoints,
+            self.model,
+            self.optimizer,
+            self.lr_scheduler,
+            self._data_state(),
+            self.world,
+        )
+        if found is None:
+            self._say(f"no checkpoint in {self.checkpoints}: starting at step 0")
+            return 0
+        checkpoint, step = found
+        if self.world.is_main:
+            self.metrics_file.keep_until(step)
+            self.calibration_file.keep_until(step)
+        self._say(f"resumed from {checkpoint}")
+        return step
+
+    def _validation(self) -> str:
+        """The validation of the exported weights as text; empty where there was none."""
+        if self.val_set is None:
+            return ""
+        best = self.cfg.export == "best" and self.best
+        step = self.best["step"] if best and self.best else self.total_steps
+        rows = [row for row in self.metrics_file.read() if "val_loss" in row]
+        metrics = next(row for row in rows if row["step"] == step)
+        lines = [f"\nvalidation at step {step}" + (" (the best)" if best else "")]
+        for name, value in metrics.items():
+            if name != "step":
+                lines.append(f"  {name.removeprefix('val_'):<34}{value:>10.4g}")
+        table = next(row for row in self.calibration_file.read() if row["step"] == step)
+        return "\n".join([*lines, "", calibration_text(table["calibration"]), ""])
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.metrics_file.append(row)
+            if self.metric_logger is not None:
+                values = {key: value for key, value in row.items() if key != "step"}
+                self.metric_logger.log_dict(values, step=row["step"])
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            tqdm.write(text)
+
+
+def _labels(groups: list[RewardGroup]) -> list[Sequence[float]]:
+    return [labels for group in groups for labels in group.labels or ()]
+
+
+@recipe_main(RewardConfig)
+def main(cfg: RewardConfig) -> None:
+    recipe = RewardRecipe(cfg)
+    try:
+        recipe.setup()
+        recipe.train()
+        recipe.export()
+    finally:
+        recipe.cleanup()
+    close_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""How well attribute scores agree with human labels and preferences.
+
+Dimension letters: N responses, A attributes, P pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import pearsonr, rankdata, spearmanr
+
+from steerlm2.attributes import NOT_LABELLED, AttributeSchema
+
+CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Bins of the calibration of preferences: how sure the model is of the response it prefers."""
+
+Calibration = list[dict[str, float | int | str]]
+"""Rows of a table."""
+
+
+def attribute_metrics(
+    scores_NA: Sequence[Sequence[float]],
+    labels_NA: Sequence[Sequence[float]],
+    schema: AttributeSchema,
+) -> dict[str, float]:
+    """`mse_NAME`, `pearson_NAME`, `spearman_NAME` and `pairwise_accuracy_NAME` of every attribute.
+
+    Pairwise accuracy is the share of pairs of responses with different labels that the scores put
+    into the same order; equal scores count as half. An attribute without labels has no metrics,
+    one whose labels (or scores) are all equal has no correlation.
+    """
+    metrics = {}
+    for name, scores_N, labels_N in _labelled(scores_NA, labels_NA, schema):
+        metrics[f"mse_{name}"] = float(np.mean((scores_N - labels_N) ** 2))
+        if np.ptp(scores_N) > 0 and np.ptp(labels_N) > 0:
+            metrics[f"pearson_{name}"] = float(pearsonr(scores_N, labels_N).statistic)
+            metrics[f"spearman_{name}"] = float(spearmanr(scores_N, labels_N).statistic)
+        if np.ptp(labels_N) > 0:
+            metrics[f"pairwise_accuracy_{name}"] = _concordance(scores_N, labels_N)
+    return metrics
+
+
+def mean_baseline(
+    train_labels_NA: Sequence[Sequence[float]],
+    labels_NA: Sequence[Sequence[float]],
+    schema: AttributeSchema,
+) -> dict[str, float]:
+    """`mse_of_mean_NAME`: the error of always predicting the mean of the training labels."""
+    means = {
+        name: labels_N.mean()
+        for name, _, labels_N in _labelled(train_labels_NA, train_labels_NA, schema)
+    }
+    return {
+        f"mse_of_mean_{name}": float(np.mean((labels_N - means[name]) ** 2))
+        for name, _, labels_N in _labelled(labels_NA, labels_NA, schema)
+        if name in means
+    }
+
+
+def attribute_calibration(
+    scores_NA: Sequence[Sequence[float]],
+    labels_NA: Sequence[Sequence[float]],
+    schema: AttributeSchema,
+) -> Calibration:
+    """Where the rounded score is k: how many responses, their mean score and their mean label."""
+    rows: Calibration = []
+    for name, scores_N, labels_N in _labelled(scores_NA, labels_NA, schema):
+        rounded_N = np.clip(np.rint(scores_N), schema.min_value, schema.max_value)
+        for value in np.unique(rounded_N):
+            chosen_N = rounded_N == value
+            rows.append(
+                {
+                    "attribute": name,
+                    "rounded_score": int(value),
+                    "responses": int(chosen_N.sum()),
+                    "mean_score": float(scores_N[chosen_N].mean()),
+                    "mean_label": float(labels_N[chosen_N].mean()),
+                }
+            )
+    return rows
+
+
+def preference_metrics(
+    rewards_P2: Sequence[Sequence[float]], strength_P: Sequence[float]
+) -> dict[str, float]:
+    """`pairwise_accuracy`: the share of pairs whose preferred response has the higher reward.
+
+    Ties (strength 0) don't count, equal rewards count as half.
+    """
+    right_P, _ = _decided(rewards_P2, strength_P)
+    return {"pairwise_accuracy": float(right_P.mean())} if len(right_P) else {}
+
+
+def preference_calibration(
+    rewards_P2: Sequence[Sequence[float]], strength_P: Sequence[float]
+) -> Calibration:
+    """Where the model is so sure of one response, sigmoid(|d|): how often people prefer it."""
+    right_P, confidence_P = _decided(rewards_P2, strength_P)
+    rows: Calibration = []
+    for low, high in itertools.pairwise(CONFIDENCE_EDGES):
+        chosen_P = (confidence_P >= low) & ((confidence_P < high) | (high == 1))
+        if chosen_P.any():
+            rows.append(
+                {
+                    "confidence": f"{low:.1f} to {high:.1f}",
+                    "pairs": int(chosen_P.sum()),
+                    "mean_confidence": float(confidence_P[chosen_P].mean()),
+                    "share_right": float(right_P[chosen_P].mean()),
+                }
+            )
+    return rows
+
+
+def calibration_text(rows: Calibration) -> str:
+    """The table as text; empty where there are no rows."""
+    if not rows:
+        return ""
+    cells = [list(rows[0])] + [
+        [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _labelled(
+    scores_NA: Sequence[Sequence[float]],
+    labels_NA: Sequence[Sequence[float]],
+    schema: AttributeSchema,
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, scores, labels) of every attribute that has labels, the others left out."""
+    shape = (-1, len(schema.names))
+    scores = np.asarray(scores_NA, dtype=np.float64).reshape(shape)
+    labels = np.asarray(labels_NA, dtype=np.float64).reshape(shape)
+    known = labels != NOT_LABELLED
+    return [
+        (name, scores[known[:, a], a], labels[known[:, a], a])
+        for a, name in enumerate(schema.names)
+        if known[:, a].any()
+    ]
+
+
+def _concordance(scores_N: np.ndarray, labels_N: np.ndarray) -> float:
+    """By the Mann-Whitney statistic of every two label values: no list of all pairs."""
+    groups = [scores_N[labels_N == value] for value in np.unique(labels_N)]
+    right, pairs = 0.0, 0
+    for lower, higher in itertools.combinations(groups, 2):
+        ranks = rankdata(np.concatenate([higher, lower]))[: len(higher)]
+        right += ranks.sum() - len(higher) * (len(higher) + 1) / 2
+        pairs += len(higher) * len(lower)
+    return float(right / pairs)
+
+
+def _decided(
+    rewards_P2: Sequence[Sequence[float]], strength_P: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of pairs that aren't ties: whether the reward agrees (0, 0.5 or 1), and sigmoid(|d|)."""
+    rewards = np.asarray(rewards_P2, dtype=np.float64).reshape(-1, 2)
+    strength = np.asarray(strength_P, dtype=np.float64)
+    gap_P = (rewards[:, 1] - rewards[:, 0])[strength != 0]
+    agreement_P = np.sign(gap_P) * np.sign(strength[strength != 0])
+    return (agreement_P + 1) / 2, 1 / (1 + np.exp(-np.abs(gap_P)))
