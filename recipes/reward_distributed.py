@@ -1,7 +1,7 @@
 """Attribute models: a decoder with a linear head that scores a response on every attribute.
 
-Regression on human labels (HelpSteer2 paper, section 4.1), or Bradley-Terry on preferences
-(HelpSteer2-Preference paper, section 3), where the reward is one attribute's score. The scores are
+Regression on human labels (HelpSteer2 paper, section 3), or Bradley-Terry on preferences
+(HelpSteer2-Preference paper), where the reward is one attribute's score. The scores are
 read at the last token of the text, the one that would begin a label:
 
     [system, turns, response, label start] -> hidden state -> head -> one score an attribute
@@ -387,6 +387,11 @@ class RewardRecipe:
         scores_NA = torch.tensor([scores for group in scored for scores in group])
         row = pack_for_reward(groups)
         loss = self._loss_sum(scores_NA, row.labels_NA, row.strength_G) / self._loss_count(groups)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"step {step}: the validation loss is {loss.item()}: the weights are broken. Lower "
+                "lr, or check the checkpoint that the run started from."
+            )
         metrics = {"loss": loss.item()}
         if cfg.loss == "regression":
             labels_NA = _labels(groups)

@@ -16,9 +16,6 @@ it was, on any number of processes; the output is in input order.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +27,7 @@ from tqdm import tqdm
 from steerlm2.attributes import (
     AttributeSchema,
     as_schema,
-    beta_log_prob,
+    label_log_probs,
     parse_label,
 )
 from steerlm2.data.packing import Group
@@ -45,7 +42,7 @@ from steerlm2.training.checkpoint import (
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
 from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
 from steerlm2.training.forward import score_groups
-from steerlm2.training.output import make_output_dir
+from steerlm2.training.resumable import ResumableOutput
 
 Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
 
@@ -119,9 +116,13 @@ class ScoreRecipe:
 
     def __init__(self, cfg: ScoreConfig) -> None:
         self.cfg = cfg
-        self.output = Path(cfg.output)
-        self.partial = self.output.with_name(self.output.name + ".partial")
-        self.settings_file = self.output.with_name(self.output.name + ".settings.json")
+        plain = to_plain(cfg)
+        self.output = ResumableOutput(
+            cfg.output,
+            input_file=cfg.input,
+            settings={key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES},
+            slice_size=cfg.records_per_write,
+        )
         self.world = init_world(
             cfg.device,
             tensor_parallel_dim=cfg.tensor_parallel_dim,
@@ -132,7 +133,7 @@ class ScoreRecipe:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
-        world.on_main(self._check_output)
+        world.on_main(self.output.check)
         records = read_records(cfg.input, require=())
         if "log_p_attributes" in cfg.quantities:
             schema = as_schema(cfg.schema)
@@ -142,7 +143,7 @@ class ScoreRecipe:
         self.data: SteerLM2Dataset = tokenize_records(
             records, tokenizer, template, cfg.max_seq_len, cfg.input
         )
-        self.done = world.from_main(world.on_main(self._lines_done) or 0)
+        self.done = world.from_main(world.on_main(lambda: self.output.begin(len(self.data))) or 0)
         if self.done == len(self.data):
             return
 
@@ -157,7 +158,7 @@ class ScoreRecipe:
                 self.model,
                 tokenizer,
                 seed=cfg.seed,
-                output_dir=str(self.output.parent),
+                output_dir="",
             )
         )
         parallelize(
@@ -195,57 +196,17 @@ class ScoreRecipe:
                 for name, prompts_and_responses in inputs.items()
             }
             if world.is_main:
-                with self.partial.open("ab") as file:
-                    for i, group in enumerate(groups[chosen]):
-                        new_values = {name: values[i] for name, values in scores.items()}
-                        record = scored_record(self.data.records, group, new_values)
-                        file.write(json_line(record_to_json(record)))
-                    file.flush()
-                    os.fsync(file.fileno())
+                self.output.append(
+                    json_line(record_to_json(scored_record(self.data.records, group, new_values)))
+                    for i, group in enumerate(groups[chosen])
+                    for new_values in [{name: values[i] for name, values in scores.items()}]
+                )
             bar.update(len(groups[chosen]))
         bar.close()
         if world.is_main:
-            if not self.output.exists():
-                self.partial.rename(self.output)
-            tqdm.write(f"{self.output}: {self.data.summary()}")
+            self.output.finish()
+            tqdm.write(f"{cfg.output}: {self.data.summary()}")
         close_world()
-
-    def _check_output(self) -> None:
-        """Raises:
-        ValueError: where the output was begun with other settings.
-        """
-        settings = self._settings()
-        if self.output.exists() or self.partial.exists():
-            known = self.settings_file.exists()
-            earlier = json.loads(self.settings_file.read_text()) if known else {}
-            changed = [key for key in settings if settings[key] != earlier.get(key)]
-            if changed:
-                raise ValueError(
-                    f"{self.output} was begun with other settings ({', '.join(changed)}): give "
-                    f"another output, or remove {self.output}*"
-                )
-
-    def _lines_done(self) -> int:
-        """How many groups an earlier run has written, in whole slices; the rest is cut off."""
-        if self.output.exists():
-            return len(self.data)
-        make_output_dir(self.output.parent, "the folder of output")
-        self.settings_file.write_text(json.dumps(self._settings(), indent=2) + "\n")
-        self.partial.touch()
-        lines = self.partial.read_bytes().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):  # a kill may have cut the last line off
-            lines.pop()
-        done = len(lines)
-        if done < len(self.data):
-            done -= done % self.cfg.records_per_write
-        os.truncate(self.partial, sum(map(len, lines[:done])))
-        return done
-
-    def _settings(self) -> dict[str, object]:
-        plain = to_plain(self.cfg)
-        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
-        digest = hashlib.sha256(Path(self.cfg.input).read_bytes()).hexdigest()
-        return settings | {"input_sha256": digest}
 
 
 def score_attributes(
@@ -270,15 +231,11 @@ def score_attributes(
             reason = f"no score for {', '.join(lacking)}" if lacking else "no label"
             problems.append(f"{source}, record {number}: {reason}")
             continue
-        scores_NA = torch.tensor(
-            [[(r.scores or {})[name] for name in label] for r in record.responses],
-            dtype=torch.float64,
-        )
-        values_NA = torch.tensor([list(label.values())], dtype=torch.float64).expand_as(scores_NA)
-        log_p_N = beta_log_prob(scores_NA, values_NA, concentration, bins, schema).sum(dim=1)
+        scores = [r.scores or {} for r in record.responses]
+        log_probs = label_log_probs(scores, label, concentration, bins, schema)
         responses = [
             dataclasses.replace(response, log_p_attributes=log_p)
-            for response, log_p in zip(record.responses, log_p_N.tolist(), strict=True)
+            for response, log_p in zip(record.responses, log_probs, strict=True)
         ]
         scored.append(dataclasses.replace(record, responses=responses))
     if problems:

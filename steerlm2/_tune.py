@@ -25,6 +25,18 @@ RECIPES: dict[str, list[str]] = {
     ],
     "reward_distributed": [
         "tiny/reward",
+        "llama2/13B_reward",
+        "llama3/70B_reward_multinode",
+        "llama3_1/70B_reward_helpfulness_multinode",
+        "llama3_1/70B_reward_scaled_bt_multinode",
+    ],
+    "annotate_attributes": [
+        "tiny/annotate_attributes",
+        "llama3/70B_annotate_attributes_multinode",
+    ],
+    "serve_reward": [
+        "tiny/serve_reward",
+        "llama3_1/8B_serve_reward",
     ],
     "score_responses": [
         "tiny/score_responses",
@@ -41,7 +53,7 @@ RECIPES: dict[str, list[str]] = {
     ],
 }
 # `tune run` refuses torchrun's arguments for these.
-SINGLE_PROCESS_RECIPES = {"prepare_data"}
+SINGLE_PROCESS_RECIPES = {"prepare_data", "serve_reward"}
 
 
 def recipe_directories() -> tuple[Path, Path]:

@@ -134,6 +134,21 @@ def parse_label(label: str, schema: AttributeSchema | None = None) -> dict[str, 
     return values
 
 
+def label_of_scores(scores: Sequence[float], schema: AttributeSchema = DEFAULT_SCHEMA) -> str:
+    """The label with all attributes of the schema: each score clipped to the range, and rounded.
+
+    Args:
+        scores: one for each attribute, in the order of the schema.
+    """
+    return encode_label(
+        {
+            name: round(min(max(score, schema.min_value), schema.max_value))
+            for name, score in zip(schema.names, scores, strict=True)
+        },
+        schema,
+    )
+
+
 def _value_problems(name: str, value: int | float, schema: AttributeSchema) -> list[str]:
     if name not in schema.names:
         return [f"unknown attribute {name!r}; known: {', '.join(schema.names)}"]
@@ -210,6 +225,28 @@ def beta_log_prob(
     probability = _beta_interval(concentration * ratio, concentration, ratio, bin_low, bin_high)
     floored = np.maximum(probability, np.finfo(np.float64).smallest_subnormal)
     return torch.as_tensor(np.log(floored)).to(dtype=dtype, device=scores.device)
+
+
+def label_log_probs(
+    scores: Sequence[Mapping[str, float]],
+    label: Mapping[str, int],
+    concentration: float = 24.0,
+    bins: str = "midpoint",
+    schema: AttributeSchema = DEFAULT_SCHEMA,
+) -> list[float]:
+    """log P(a|x,y) of responses: the sum of `beta_log_prob` over the attributes that a label names.
+
+    Args:
+        scores: of each response, by attribute; those that the label doesn't name don't count.
+        label: the values of the parsed label.
+
+    Raises:
+        KeyError: where a response lacks a score.
+        ValueError: as `beta_log_prob`.
+    """
+    scores_NA = [[own[name] for name in label] for own in scores]
+    log_p_NA = beta_log_prob(scores_NA, [list(label.values())], concentration, bins, schema)
+    return log_p_NA.sum(dim=1).tolist()
 
 
 def _as_tensor(data: Tensor | Sequence[Any]) -> Tensor:

@@ -180,7 +180,7 @@ def squared_error_sum(scores_NA: Tensor, labels_NA: Tensor) -> Tensor:
     """Sum of (score - label)^2 over the labelled attributes, a float64 scalar.
 
     Divided by `num_labelled` of the whole step, all micro-batches and ranks, it is the mean squared
-    error that regression reward models are trained with (HelpSteer2 paper, section 4.1).
+    error that regression reward models are trained with (HelpSteer2 paper, section 3).
 
     Args:
         scores_NA: the model's scores; have the gradient.
@@ -195,7 +195,7 @@ def bradley_terry_sum(rewards_N: Tensor, strength_P: Tensor, kind: PairLoss) -> 
     """Sum over pairs of a Bradley-Terry loss, a float64 scalar; divide it by the number of pairs.
 
     With d = reward of the preferred response - reward of the other (HelpSteer2-Preference paper,
-    arXiv 2410.01257, section 3):
+    arXiv 2410.01257):
 
         regular_bt  -log sigmoid(d)
         margin_bt   -log sigmoid(d - |strength|)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,3 +21,92 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data in {folder}")
     return folder
+
+
+class FakeVLLM(ThreadingHTTPServer):
+    """vLLM's /v1/models and /classify, as 0.32 answers them, with scores computed from the ids."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _FakeVLLMHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.names = ["humor", "verbosity"]
+        self.texts: list[list[int]] = []
+        """Every text that was scored."""
+        self.statuses: list[int] = []
+        """What the next requests to /classify get instead of scores."""
+        self.status_of: Callable[[list[int]], int] = lambda ids: 200
+        """What a text gets after that."""
+        self.dies_after: int | None = None
+        """Number of scored texts from which on connections are closed without an answer."""
+        self.seconds = 0.0
+        """That a text takes."""
+        self.in_flight, self.most_in_flight = 0, 0
+        self.lock = threading.Lock()
+
+    @staticmethod
+    def scores(ids: list[int]) -> list[float]:
+        return [sum(ids) % 101 / 20 - 0.5, len(ids) % 101 / 20 - 0.5]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is none of the test's business."""
+
+
+class _FakeVLLMHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeVLLM
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/models"
+        if not self._dead():
+            self._answer(200, {"data": [{"id": "served", "max_model_len": 512}]})
+
+    def do_POST(self) -> None:
+        fake = self.server
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with fake.lock:
+            fake.in_flight += 1
+            fake.most_in_flight = max(fake.most_in_flight, fake.in_flight)
+            status = fake.statuses.pop(0) if fake.statuses else fake.status_of(request["input"])
+        threading.Event().wait(fake.seconds)
+        with fake.lock:
+            fake.in_flight -= 1
+            if self._dead():
+                return
+            if status == 200:
+                fake.texts.append(request["input"])
+        if status != 200:
+            self._answer(status, {"error": {"message": f"no, {status}"}})
+            return
+        assert self.path == "/classify"
+        assert request["model"] == "served"
+        probs = fake.scores(request["input"])
+        label = fake.names[probs.index(max(probs))]
+        data = {"index": 0, "label": label, "probs": probs, "num_classes": len(probs)}
+        self._answer(200, {"object": "list", "model": "served", "data": [data]})
+
+    def _dead(self) -> bool:
+        limit = self.server.dies_after
+        self.close_connection = limit is not None and len(self.server.texts) >= limit
+        return self.close_connection
+
+    def _answer(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def fake_vllm() -> Iterator[FakeVLLM]:
+    with FakeVLLM() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

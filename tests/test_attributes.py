@@ -19,6 +19,8 @@ from steerlm2.attributes import (
     as_schema,
     beta_log_prob,
     encode_label,
+    label_log_probs,
+    label_of_scores,
     parse_label,
 )
 
@@ -246,6 +248,31 @@ def test_python_floats_count_as_float64_and_values_broadcast() -> None:
 def test_beta_log_prob_refuses(scores: list, values: list, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         beta_log_prob(torch.tensor(scores), torch.tensor(values), **arguments)
+
+
+def test_label_of_scores_clips_and_rounds() -> None:
+    """-0.7 -> 0, 1.49 -> 1, 1.51 -> 2, 7 -> 4: all attributes, in the order of the schema."""
+    schema = AttributeSchema(("a", "b", "c", "d"))
+    assert label_of_scores([-0.7, 1.49, 1.51, 7.0], schema) == "a:0,b:1,c:2,d:4"
+
+
+def test_label_of_scores_in_another_range() -> None:
+    """-3 to 3: -9 -> -3, -0.4 -> 0."""
+    schema = AttributeSchema(("a", "b"), min_value=-3, max_value=3)
+    assert label_of_scores([-9.0, -0.4], schema) == "a:-3,b:0"
+
+
+def test_label_log_probs_add_up_what_the_label_names() -> None:
+    """log P(verbosity = 3 | 2.6) + log P(humor = 0 | 1.2); the score of quality doesn't count."""
+    scores = [{"quality": 4.0, "humor": 1.2, "verbosity": 2.6}, {"humor": 0.0, "verbosity": 3.0}]
+    expected = [
+        beta_log_prob([own["verbosity"]], [3.0]).item()
+        + beta_log_prob([own["humor"]], [0.0]).item()
+        for own in scores
+    ]
+    assert label_log_probs(scores, {"verbosity": 3, "humor": 0}) == pytest.approx(
+        expected, rel=1e-15
+    )
 
 
 def test_import_loads_neither_torch_nor_scipy() -> None:

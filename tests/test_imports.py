@@ -19,12 +19,14 @@ PACKAGE = REPOSITORY / "steerlm2"
 LEVELS = {
     "attributes": 0,
     "losses": 1,
+    "evaluation": 1,
     "logprobs": 1,
     "models": 1,
     "data": 2,
     "datasets": 3,
     "training": 4,
     "generation": 5,
+    "serving": 5,
 }
 """A module imports from its own part of the package and from parts of lower levels."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from steerlm2.attributes import NOT_LABELLED
 from steerlm2.losses import (
     METRIC_NAMES,
+    PairLoss,
     SteerLM2Loss,
     baseline_weights,
+    bradley_terry_sum,
     effective_sample_size,
     kl_distance,
     max_weight,
     metric_sums,
+    num_labelled,
+    squared_error_sum,
     target_weights,
 )
 
@@ -318,3 +324,248 @@ def test_metric_sums_add_up_over_micro_batches(ragged: dict[str, Any]) -> None:
 
     parts = sums_of(slice(0, 3), [2, 1]) + sums_of(slice(3, 7), [4])
     assert_equal(sums_of(slice(0, 7), [2, 1, 4]), parts)
+
+
+# Attribute models: regression
+
+NO = NOT_LABELLED
+
+
+def mean_squared_error_by_hand(scores: list[list[float]], labels: list[list[float]]) -> float:
+    """sum of (score - label)^2 over labelled values / number of labelled values, in a loop."""
+    squares = [
+        (score - label) ** 2
+        for row, row_labels in zip(scores, labels, strict=True)
+        for score, label in zip(row, row_labels, strict=True)
+        if label != NO
+    ]
+    return math.fsum(squares) / len(squares)
+
+
+def random_regression(seed: int = 0) -> tuple[list[list[float]], list[list[float]]]:
+    """7 texts and 3 attributes, about a third of the labels missing."""
+    drawn = random.Random(seed)
+    scores = [[drawn.gauss(2, 2) for _ in range(3)] for _ in range(7)]
+    labels = [[drawn.choice([0.0, 1.0, 2.0, 3.0, 4.0, NO, NO]) for _ in range(3)] for _ in range(7)]
+    return scores, labels
+
+
+def test_squared_errors_by_hand() -> None:
+    """(1 - 3)^2 + (2.5 - 2)^2 + (-1 - 0)^2 = 4 + 0.25 + 1; two of five values aren't labelled."""
+    scores_NA = f64([[1.0, 7.0], [2.5, -1.0], [9.0, 4.0]])
+    labels_NA = f64([[3.0, NO], [2.0, 0.0], [NO, 4.0]])
+    assert squared_error_sum(scores_NA, labels_NA).item() == 4 + 0.25 + 1
+    assert num_labelled(labels_NA) == 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mean_squared_error_equals_a_loop_over_labelled_values(seed: int) -> None:
+    scores, labels = random_regression(seed)
+    loss = squared_error_sum(f64(scores), f64(labels)) / num_labelled(f64(labels))
+    assert_equal(loss, mean_squared_error_by_hand(scores, labels))
+
+
+def test_gradient_of_the_squared_error_by_hand() -> None:
+    """2 (score - label) where there is a label, 0 elsewhere: 2 (1 - 3) = -4, 2 (2.5 - 2) = 1."""
+    scores_NA = f64([[1.0, 7.0], [2.5, -1.0]]).requires_grad_()
+    squared_error_sum(scores_NA, f64([[3.0, NO], [2.0, NO]])).backward()
+    assert scores_NA.grad is not None
+    assert scores_NA.grad.tolist() == [[-4, 0], [1, 0]]
+
+
+def test_an_unlabelled_score_that_overflowed_harms_nothing() -> None:
+    """inf where there is no label: the sum and the other gradients stay what they are."""
+    scores_NA = f64([[1.0, math.inf]]).requires_grad_()
+    loss = squared_error_sum(scores_NA, f64([[3.0, NO]]))
+    loss.backward()
+    assert scores_NA.grad is not None
+    assert (loss.item(), scores_NA.grad.tolist()) == (4, [[-4, 0]])
+
+
+def test_squared_errors_are_added_up_in_float64() -> None:
+    """float32 scores: (1 + 2^-23 - 0)^2 isn't a float32, it is a float64."""
+    scores_NA = torch.tensor([[1 + 2**-23]])
+    assert squared_error_sum(scores_NA, f64([[0.0]])).item() == (1 + 2**-23) ** 2
+
+
+@pytest.mark.parametrize("cut", range(8))
+def test_unequal_parts_of_a_batch_have_its_squared_error(cut: int) -> None:
+    """Sums of the first `cut` texts and of the rest, over the labels of both. A part may be empty,
+    and the mean of the parts' means would be another number.
+    """
+    scores, labels = random_regression()
+    parts = sum(
+        squared_error_sum(f64(scores[part]).view(-1, 3), f64(labels[part]))
+        for part in (slice(cut), slice(cut, None))
+    )
+    count = sum(num_labelled(f64(labels[part])) for part in (slice(cut), slice(cut, None)))
+    assert_equal(parts / count, mean_squared_error_by_hand(scores, labels))
+
+
+def test_no_texts_have_a_squared_error_of_zero() -> None:
+    """As an empty row has it: scores [0, A], labels without a shape."""
+    scores_NA = torch.zeros(0, 3, requires_grad=True)
+    loss = squared_error_sum(scores_NA, torch.tensor([], dtype=torch.float64))
+    loss.backward()
+    assert scores_NA.grad is not None
+    assert (loss.item(), scores_NA.grad.shape) == (0, (0, 3))
+
+
+# Attribute models: Bradley-Terry
+
+KINDS: tuple[PairLoss, ...] = ("regular_bt", "margin_bt", "scaled_bt")
+STRENGTHS = (-3, -2, -1, 1, 2, 3)
+
+
+def minus_log_sigmoid(x: float) -> float:
+    """-log(1 / (1 + e^-x)) = log(1 + e^-x), without overflow for the x of these tests."""
+    return math.log1p(math.exp(-x))
+
+
+def pair_loss_by_hand(first: float, second: float, strength: float, kind: PairLoss) -> float:
+    """d = preferred reward - other reward; a tie is half a preference for either.
+
+    regular: -log sigmoid(d); margin: -log sigmoid(d - |s|); scaled: |s| (-log sigmoid(d)).
+    """
+    if strength == 0:
+        halves = [minus_log_sigmoid(first - second), minus_log_sigmoid(second - first)]
+        return 0.0 if kind == "scaled_bt" else math.fsum(halves) / 2
+    d = first - second if strength < 0 else second - first
+    if kind == "margin_bt":
+        return minus_log_sigmoid(d - abs(strength))
+    return minus_log_sigmoid(d) * (abs(strength) if kind == "scaled_bt" else 1)
+
+
+def random_pairs(seed: int = 0) -> tuple[list[float], list[float]]:
+    """14 pairs, each strength from -3 to 3 twice, in random order."""
+    drawn = random.Random(seed)
+    strengths = [float(s) for s in [*range(-3, 4)] * 2]
+    drawn.shuffle(strengths)
+    return [drawn.gauss(0, 3) for _ in range(28)], strengths
+
+
+def bt(rewards: list[float], strengths: list[float], kind: PairLoss) -> Tensor:
+    return bradley_terry_sum(f64(rewards), f64(strengths), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("regular_bt", math.log(1 + 1 / 4)),
+        ("margin_bt", math.log(1 + math.exp(2) / 4)),
+        ("scaled_bt", 2 * math.log(1 + 1 / 4)),
+    ],
+)
+@pytest.mark.parametrize("strength", [-2.0, 2.0])
+def test_a_pair_by_hand(kind: PairLoss, expected: float, strength: float) -> None:
+    """d = ln 4, |strength| = 2. -log sigmoid(ln 4) = log(1 + 1/4); with the margin
+    log(1 + e^(2 - ln 4)) = log(1 + e^2 / 4); scaled 2 log(1 + 1/4). Below 0 the first is preferred.
+    """
+    preferred, other = math.log(4) + 1, 1.0
+    rewards = [preferred, other] if strength < 0 else [other, preferred]
+    assert_equal(bt(rewards, [strength], kind), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_equal_a_loop_over_pairs(kind: PairLoss, seed: int) -> None:
+    rewards, strengths = random_pairs(seed)
+    expected = math.fsum(
+        pair_loss_by_hand(rewards[2 * p], rewards[2 * p + 1], strength, kind)
+        for p, strength in enumerate(strengths)
+    )
+    assert_equal(bt(rewards, strengths, kind), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_gradient_of_a_pair_by_hand(kind: PairLoss, strength: float) -> None:
+    """d/dd of -log sigmoid(d - m) is -(1 - sigmoid(d - m)), times |s| where scaled: for the
+    preferred reward; its negative for the other. d = 0.7.
+    """
+    preferred = 0 if strength < 0 else 1
+    rewards = f64([0.0, 0.0])
+    rewards[preferred] = 0.7
+    rewards.requires_grad_()
+    bradley_terry_sum(rewards, f64([strength]), kind).backward()
+    margin = abs(strength) if kind == "margin_bt" else 0
+    scale = abs(strength) if kind == "scaled_bt" else 1
+    slope = -scale * (1 - 1 / (1 + math.exp(-(0.7 - margin))))
+    expected = [slope, -slope] if preferred == 0 else [-slope, slope]
+    assert rewards.grad is not None
+    assert_equal(rewards.grad, expected)
+
+
+@pytest.mark.parametrize("kind", ["regular_bt", "margin_bt"])
+def test_a_tie_draws_the_rewards_together(kind: PairLoss) -> None:
+    """d = second - first: the loss is (-log sigmoid(d) - log sigmoid(-d)) / 2, its slope
+    sigmoid(d) - 1/2: descending it, the higher reward falls and the lower rises by the same.
+    """
+    rewards = f64([1.5, -0.5]).requires_grad_()
+    bradley_terry_sum(rewards, f64([0.0]), kind).backward()
+    slope = 1 / (1 + math.exp(2.0)) - 0.5
+    assert rewards.grad is not None
+    assert_equal(rewards.grad, [-slope, slope])
+    assert rewards.grad[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["regular_bt", "margin_bt"])
+def test_equal_rewards_of_a_tie_stay(kind: PairLoss) -> None:
+    rewards = f64([0.3, 0.3]).requires_grad_()
+    bradley_terry_sum(rewards, f64([0.0]), kind).backward()
+    assert rewards.grad is not None
+    assert rewards.grad.tolist() == [0, 0]
+
+
+def test_scaled_bt_leaves_ties_out() -> None:
+    """|0| times anything: no loss and no gradient."""
+    rewards = f64([5.0, -5.0]).requires_grad_()
+    loss = bradley_terry_sum(rewards, f64([0.0]), "scaled_bt")
+    loss.backward()
+    assert rewards.grad is not None
+    assert (loss.item(), rewards.grad.tolist()) == (0, [0, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exchanging_a_pairs_places_changes_nothing(kind: PairLoss) -> None:
+    """(first, second, s) and (second, first, -s) say the same."""
+    rewards, strengths = random_pairs()
+    exchanged = [r for p in range(14) for r in (rewards[2 * p + 1], rewards[2 * p])]
+    assert_equal(bt(exchanged, [-s for s in strengths], kind), bt(rewards, strengths, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_gap_of_the_rewards_counts(kind: PairLoss) -> None:
+    rewards, strengths = random_pairs()
+    assert_equal(bt([r + 8 for r in rewards], strengths, kind), bt(rewards, strengths, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [0, 1, 5, 14])
+def test_unequal_parts_of_a_batch_have_its_pair_loss(kind: PairLoss, cut: int) -> None:
+    rewards, strengths = random_pairs()
+    parts = bt(rewards[: 2 * cut], strengths[:cut], kind) + bt(
+        rewards[2 * cut :], strengths[cut:], kind
+    )
+    assert_equal(parts / 14, bt(rewards, strengths, kind) / 14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gap_beyond_the_range_of_exp_stays_finite(kind: PairLoss) -> None:
+    """-log sigmoid(-2000) = 2000 to float64, where e^2000 is inf; margin 1 adds 1."""
+    rewards = f64([2000.0, 0.0]).requires_grad_()
+    loss = bradley_terry_sum(rewards, f64([1.0]), kind)
+    loss.backward()
+    assert rewards.grad is not None
+    assert loss.item() == (2001 if kind == "margin_bt" else 2000)
+    assert rewards.grad.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_pairs_have_a_loss_of_zero(kind: PairLoss) -> None:
+    """What a rank with an empty row adds to the step, through a backward that runs."""
+    rewards = torch.zeros(0, requires_grad=True)
+    loss = bradley_terry_sum(rewards, torch.tensor([], dtype=torch.float64), kind)
+    loss.backward()
+    assert rewards.grad is not None
+    assert (loss.item(), len(rewards.grad)) == (0, 0)

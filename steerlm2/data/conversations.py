@@ -132,6 +132,14 @@ def regression_records(
         yield {"text": f"{text}<extra_id_2>", "label": label}
 
 
+def turns_in(text: str) -> list[Turn]:
+    """A text cut where a line is "<extra_id_1>User" or "<extra_id_1>Assistant"; what stands before
+    the first such line counts as the user's."""
+    first, *pieces = _TURN_START.split(text)
+    later = [Turn(*piece) for piece in zip(pieces[::2], pieces[1::2], strict=True)]
+    return [Turn(USER, first), *later]
+
+
 def parse_regression_text(text: str) -> tuple[str, list[Turn]]:
     """(system, turns) of a text of the regression format; the last turn is the one to be scored.
 
@@ -148,10 +156,9 @@ def parse_regression_text(text: str) -> tuple[str, list[Turn]]:
         problems.append("doesn't end with a line break and '<extra_id_2>'")
     if not problems:
         body = text.removeprefix(_SYSTEM_START).removesuffix(_LABEL_START)
-        system, *pieces = _TURN_START.split(body)
-        turns = [Turn(*piece) for piece in zip(pieces[::2], pieces[1::2], strict=True)]
+        system, *turns = turns_in(body)
         if turns and turns[-1].role == ASSISTANT:
-            return system, turns
+            return system.value, turns
         problems.append("its last turn doesn't begin with '<extra_id_1>Assistant'")
     raise ValueError("the text isn't of the regression format: it " + " and ".join(problems))
 

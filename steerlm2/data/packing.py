@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ Strategy = Literal["auto", "single_pass", "two_pass"]
 
 PADDING = -1
 """The group number of padding tokens."""
+
+
+class Packable(Protocol):
+    """What rows are filled with."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in a packed row."""
+
+
+PackableT = TypeVar("PackableT", bound=Packable)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,23 @@ class RewardGroup(PromptGroup):
 
 
 @dataclass(frozen=True)
+class Dialogue:
+    """A conversation as one sequence, for supervised fine-tuning.
+
+    `target_places` are those of the tokens to be predicted, in ascending order; the first is above
+    0. `index` is the place of the conversation in its data set.
+    """
+
+    tokens: Sequence[int]
+    target_places: Sequence[int]
+    index: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) - 1  # the last one predicts nothing
+
+
+@dataclass(frozen=True)
 class Row:
     """Groups in one row of tokens. An empty row (no groups) is padding."""
 
@@ -159,6 +187,15 @@ class PackedRow(Row, Targets):
 
 
 @dataclass(frozen=True)
+class DialogueRow(Row):
+    """A row of conversations with what is to be predicted; nothing in an empty row."""
+
+    source_R: Tensor
+    """Position in the row that predicts the target."""
+    targets_R: Tensor
+
+
+@dataclass(frozen=True)
 class RewardRow(Row):
     """A row of groups for an attribute model; an empty one has nothing to read."""
 
@@ -201,6 +238,27 @@ def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> P
         source_R=torch.tensor(source, dtype=torch.long),
         targets_R=torch.tensor(targets, dtype=torch.long),
         response_R=torch.tensor(response_ids, dtype=torch.long),
+    )
+
+
+def pack_dialogues(
+    dialogues: Sequence[Dialogue], *, pad_id: int = 0, multiple_of: int = 1
+) -> DialogueRow:
+    """Conversations as one row, padded at the end to a multiple of `multiple_of` tokens."""
+    source: list[int] = []
+    targets: list[int] = []
+    start = 0
+    for dialogue in dialogues:
+        source += [start + place - 1 for place in dialogue.target_places]
+        targets += [dialogue.tokens[place] for place in dialogue.target_places]
+        start += dialogue.num_tokens
+    inputs: list[tuple[Sequence[int], list[Sequence[int]]]] = [
+        (dialogue.tokens[:-1], []) for dialogue in dialogues
+    ]
+    return DialogueRow(
+        **vars(_row(inputs, pad_id, multiple_of)),
+        source_R=torch.tensor(source, dtype=torch.long),
+        targets_R=torch.tensor(targets, dtype=torch.long),
     )
 
 
@@ -321,8 +379,8 @@ def plan_step(
 
 
 def rows_by_rank(
-    groups: Sequence[GroupT], num_ranks: int, max_tokens: int
-) -> list[list[list[GroupT]]]:
+    groups: Sequence[PackableT], num_ranks: int, max_tokens: int
+) -> list[list[list[PackableT]]]:
     """[rank][row] -> groups: spread by tokens, rows filled up to the budget.
 
     Every rank has the same number of rows; those that it lacks are empty.
@@ -346,9 +404,9 @@ def assign_to_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(indices) for indices in assigned]
 
 
-def fill_microbatches(groups: Sequence[GroupT], max_tokens: int) -> list[list[GroupT]]:
+def fill_microbatches(groups: Sequence[PackableT], max_tokens: int) -> list[list[PackableT]]:
     """Groups into few micro-batches, by best fit decreasing; one over the budget stands alone."""
-    batches: list[list[GroupT]] = []
+    batches: list[list[PackableT]] = []
     loads: list[int] = []
     for group in sorted(groups, key=lambda group: -group.num_tokens):
         fitting = [i for i, load in enumerate(loads) if load + group.num_tokens <= max_tokens]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from steerlm2.data.packing import RewardGroup
+from steerlm2.data.packing import Dialogue, RewardGroup
 from steerlm2.data.records import ASSISTANT, Turn
 from steerlm2.data.tokenizers import Tokenizer
 
@@ -235,6 +235,42 @@ def encode_response(template: Template, tokenizer: Tokenizer, text: str) -> list
         ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
     """
     return encode_segments(template.response(text), tokenizer, template.control_tokens)
+
+
+def encode_dialogue(
+    template: Template,
+    tokenizer: Tokenizer,
+    system: str,
+    turns: Sequence[Turn],
+    *,
+    train_on_input: bool = False,
+) -> Dialogue:
+    """A conversation up to its last assistant turn, and which of its tokens are trained on.
+
+    That are the tokens of every assistant turn's text, end-of-turn text and stop token, as in
+    `Template.response`; labels are not among them.
+
+    Args:
+        train_on_input: train on all tokens but the first.
+
+    Raises:
+        ValueError: where no turn is the assistant's; naming the control tokens that the tokenizer
+            lacks or takes for ordinary text.
+    """
+    answers = [i for i, turn in enumerate(turns) if turn.role == ASSISTANT]
+    if not answers:
+        raise ValueError("no turn is the assistant's: there is nothing to train on")
+    tokens: list[int] = []
+    places: list[int] = []
+    for i in answers:
+        # Each prompt begins with what came before it, the stop token of the turn before included.
+        tokens = encode_prompt(template, tokenizer, system, turns[:i], turns[i].label)
+        response = encode_response(template, tokenizer, turns[i].value)
+        places += range(len(tokens), len(tokens) + len(response))
+        tokens += response
+    if train_on_input:
+        places = list(range(1, len(tokens)))
+    return Dialogue(array("i", tokens), array("i", places))
 
 
 def encode_for_scoring(

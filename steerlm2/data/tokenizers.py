@@ -195,7 +195,7 @@ def hf_tokenizer(path: str | Path) -> HFTokenizer:
 
 
 def spare_token_id(tokenizer: Tokenizer, used: Collection[int | None]) -> int:
-    """The id of a token to pad with: not one of `used`, and neither bos nor eos.
+    """The id of a token to pad with: no text, not one of `used`, and neither bos nor eos.
 
     Raises:
         ValueError: where the tokenizer has none.
@@ -203,7 +203,9 @@ def spare_token_id(tokenizer: Tokenizer, used: Collection[int | None]) -> int:
     names = [*_PAD_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(255, -1, -1))]
     taken = {*used, tokenizer.bos_id, tokenizer.eos_id}
     for token_id in [tokenizer.pad_id, *map(tokenizer.token_id, names)]:
-        if token_id is not None and token_id not in taken:
+        if token_id is None or token_id in taken:
+            continue
+        if token_id not in tokenizer.encode(tokenizer.decode([token_id])):
             return token_id
     raise ValueError(
         "the tokenizer has no token left to pad with: give it a pad_token in tokenizer_config.json"

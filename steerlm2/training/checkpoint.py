@@ -79,7 +79,10 @@ def open_checkpointer(
     seed: int,
     output_dir: str,
 ) -> Checkpointer:
-    """The configured torchtune checkpointer, or `ScratchCheckpointer` where there is none.
+    """The configured checkpointer, or `ScratchCheckpointer` where there is none.
+
+    Args:
+        output_dir: where it writes, unless the component says so itself; "" only reads.
 
     Raises:
         ValueError: where the folder isn't a checkpoint that the checkpointer can read.
@@ -93,7 +96,7 @@ def open_checkpointer(
             f"{folder.absolute()} has no config.json: checkpointer.checkpoint_dir must be a "
             "downloaded Hugging Face checkpoint (`tune download NAME --output-dir DIR`)"
         )
-    return instantiate(component)
+    return instantiate({"output_dir": output_dir} | dict(component) if output_dir else component)
 
 
 def open_reward_checkpointer(
@@ -435,13 +438,13 @@ def _save_adapter(
     merged weights to them once more."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = tune_to_peft_adapter_weights(adapter, **heads)
-    _save_tensors(tensors, folder / "adapter_model.safetensors")
     modules = sorted({name.split(".")[-3] for name in adapter})
     config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules}
     config = {"peft_type": "LORA"} | tune_to_peft_adapter_config(config)
     if reward_head is not None:
         tensors[f"base_model.model.{HF_HEAD}"] = reward_head
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    _save_tensors(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.data.packing import (
+    DialogueRow,
     Group,
     GroupT,
     PackedRow,
@@ -52,6 +53,17 @@ def response_logps(decoder: TransformerDecoder, row: PackedRow, world: World) ->
         hidden_TD[row.source_R], output_weight(decoder), row.targets_R, tp_group=world.tp_group
     )
     return sum_by_response(logps_R, row.response_R, row.num_responses)
+
+
+def target_logps(decoder: TransformerDecoder, row: DialogueRow, world: World) -> Tensor:
+    """[R] log-probs of a row's targets, nats, float32.
+
+    An empty row gives [0], with a gradient of zero for every parameter.
+    """
+    hidden_TD = hidden_states(decoder, row)
+    return token_logps(
+        hidden_TD[row.source_R], output_weight(decoder), row.targets_R, tp_group=world.tp_group
+    )
 
 
 def attribute_scores(decoder: TransformerDecoder, row: RewardRow) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,15 @@ class _FolderWriter:
         tensors = tune_to_hf(weights, **heads)
         if head is not None:
             tensors[HF_HEAD] = head
+        tensors = {name: _owning_its_storage(tensor) for name, tensor in tensors.items()}
         save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE)
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        _update_json(folder / "config.json", self.hf_config | {"torch_dtype": dtype})
+        names = dict.fromkeys(("torch_dtype", "dtype"), dtype)  # transformers prefers the second
+        _update_json(folder / "config.json", self.hf_config | names)
         if self._pad_token is not None:
             _update_json(folder / "tokenizer_config.json", {"pad_token": self._pad_token})
+            if (folder / "special_tokens_map.json").exists():  # transformers prefers it
+                _update_json(folder / "special_tokens_map.json", {"pad_token": self._pad_token})
 
 
 class HFCheckpointer(_FolderWriter):
@@ -159,9 +164,13 @@ class ScratchCheckpointer(_FolderWriter):
 def fresh_weights(
     parameters: Iterable[tuple[str, Tensor]], seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Initial values by name and shape: norms 1, LoRA as in its paper, other matrices normal."""
-    for i, (name, parameter) in enumerate(parameters):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+    """Initial values by name and shape: norms 1, LoRA as in its paper, other matrices normal.
+
+    A parameter's values follow from the seed and its name alone.
+    """
+    for name, parameter in parameters:
+        name_hash = zlib.crc32(plain_name(name).encode())
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + name_hash)
         weight = torch.empty(parameter.shape)
         if name.endswith("lora_b.weight"):
             nn.init.zeros_(weight)
@@ -177,6 +186,12 @@ def fresh_weights(
 def plain_name(name: str) -> str:
     """A parameter's name without what activation checkpointing puts in."""
     return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def _owning_its_storage(tensor: Tensor) -> Tensor:
+    """A tensor gathered from uneven shards is a view of a padded one, which can't be saved."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone()
 
 
 def _update_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema
 from steerlm2.data.conversations import (
@@ -14,6 +16,7 @@ from steerlm2.data.conversations import (
     conversation_to_json,
     iter_conversations,
     parse_conversation,
+    parse_regression_text,
     regression_records,
 )
 from steerlm2.data.records import Turn
@@ -131,3 +134,100 @@ def test_bad_lines_are_reported_after_the_good_ones(tmp_path: Path) -> None:
         next(conversations)
     reported = [line.split(": ")[0] for line in str(error.value).splitlines()]
     assert reported == [f"{path}:2", f"{path}:3"]
+
+
+# Texts of the regression format, read back
+
+PLAIN = st.text(
+    alphabet=st.sampled_from("a \n\r<>_:12é") | st.characters(codec="utf-8"), max_size=12
+)
+PLAIN = PLAIN.filter(lambda text: "<extra_id_" not in text)
+SPOKEN = st.tuples(st.sampled_from(["User", "Assistant"]), PLAIN)
+
+
+@hypothesis.settings(deadline=None, derandomize=True)
+@hypothesis.given(PLAIN, st.lists(SPOKEN, max_size=5), PLAIN)
+def test_a_regression_text_gives_back_its_conversation(
+    system: str, spoken: list[tuple[str, str]], response: str
+) -> None:
+    """Whatever the texts (line breaks at both ends, nothing at all), as long as none of them spells
+    a control token.
+    """
+    before = [Turn(role, value) for role, value in spoken]
+    turns = [*before, Turn("Assistant", response, "quality:1")]
+    (record,) = regression_records(Conversation(turns, system))
+    assert parse_regression_text(record["text"]) == (system, [*before, Turn("Assistant", response)])
+
+
+def test_every_labelled_turn_gives_back_the_turns_up_to_it() -> None:
+    turns = [
+        Turn(role, value) for role, value in zip(["User", "Assistant"] * 2, "QARB", strict=True)
+    ]
+    labelled = [
+        Turn(t.role, t.value, "quality:1" if t.role == "Assistant" else None) for t in turns
+    ]
+    parsed = [
+        parse_regression_text(r["text"]) for r in regression_records(Conversation(labelled, "S"))
+    ]
+    assert parsed == [("S", turns[:2]), ("S", turns)]
+
+
+def test_the_turns_of_a_long_helpsteer2_prompt_come_apart() -> None:
+    """HelpSteer2 writes a conversation into one prompt, with the markers between its turns."""
+    prompt = "Q1\n<extra_id_1>Assistant\nA1\n\n<extra_id_1>User\nQ2"
+    conversation = Conversation([Turn("User", prompt), Turn("Assistant", "A2", "quality:1")], "S")
+    (record,) = regression_records(conversation)
+    assert parse_regression_text(record["text"]) == (
+        "S",
+        [
+            Turn("User", "Q1"),
+            Turn("Assistant", "A1\n"),
+            Turn("User", "Q2"),
+            Turn("Assistant", "A2"),
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "say <extra_id_1>User\n",
+        "<extra_id_1>",
+        "\n<extra_id_1>Bot\n",
+        "<extra_id_2>",
+        "\n<extra_id_2>",
+    ],
+)
+def test_a_marker_within_a_line_or_of_nobody_is_text(typed: str) -> None:
+    turns = [Turn("User", f"x{typed}y"), Turn("Assistant", f"x{typed}y")]
+    (record,) = regression_records(
+        Conversation([turns[0], Turn("Assistant", turns[1].value, "quality:1")], "S")
+    )
+    assert parse_regression_text(record["text"]) == ("S", turns)
+
+
+GOOD = "<extra_id_0>System\nS\n<extra_id_1>User\nQ\n<extra_id_1>Assistant\nA\n<extra_id_2>"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "doesn't begin with '<extra_id_0>System'.* and doesn't end with"),
+        (GOOD.removeprefix("<extra_id_0>"), "doesn't begin with '<extra_id_0>System'"),
+        (" " + GOOD, "doesn't begin with '<extra_id_0>System'"),
+        (GOOD.removesuffix("<extra_id_2>"), "doesn't end with a line break and '<extra_id_2>'"),
+        (GOOD + "\n", "doesn't end with a line break and '<extra_id_2>'"),
+        (GOOD.replace("A\n<", "A<"), "doesn't end with a line break and '<extra_id_2>'"),
+        (
+            GOOD.replace("\n<extra_id_1>Assistant\nA", ""),
+            "last turn doesn't begin with .*Assistant'",
+        ),
+        ("<extra_id_0>System\nS\n<extra_id_2>", "last turn doesn't begin with .*Assistant'"),
+        ("<extra_id_0>System\n<extra_id_2>", "the text isn't of the regression format"),
+    ],
+)
+def test_what_is_not_a_regression_text_is_refused(text: str, message: str) -> None:
+    """And the text that it is a change of is read."""
+    assert parse_regression_text(GOOD) == ("S", [Turn("User", "Q"), Turn("Assistant", "A")])
+    with pytest.raises(ValueError, match=message):
+        parse_regression_text(text)

@@ -18,11 +18,14 @@ from hypothesis import strategies as st
 from steerlm2.data.packing import (
     PADDING,
     Group,
+    RewardGroup,
     Strategy,
     assign_to_ranks,
     fill_microbatches,
     pack,
+    pack_for_reward,
     plan_step,
+    rows_by_rank,
 )
 
 
@@ -362,3 +365,144 @@ def test_a_rank_without_groups_runs_the_rows_of_the_others() -> None:
     first, second = plans_of([group("g|hi jk lmn")], 2, max_tokens_per_microbatch=5)
     assert (len(first.single_pass), second.single_pass, second.two_pass) == (1, [], [])
     assert (second.forward_rows, second.backward_rows) == (0, 1)
+
+
+# Attribute models: the last token of a response is an input too, it is where the scores are read
+
+
+def reward_group(drawn: str, index: int = 0, **values: Any) -> RewardGroup:
+    prompt, responses = drawn.split("|")
+    return RewardGroup(
+        ids(prompt), [ids(response) for response in responses.split()], index, **values
+    )
+
+
+def two_reward_groups() -> list[RewardGroup]:
+    return [reward_group("ab|cde f"), reward_group("g|hi jk lmn")]
+
+
+def test_reward_row_holds_every_token_of_every_response() -> None:
+    assert text(pack_for_reward(two_reward_groups()).tokens_T) == "abcdef" + "ghijklmn"
+
+
+def test_scores_are_read_at_the_last_token_of_each_response() -> None:
+    row = pack_for_reward(two_reward_groups(), multiple_of=16)
+    assert text(row.tokens_T[row.read_N]) == "ef" + "ikn"
+
+
+def test_positions_of_a_reward_row_restart_after_the_prompt() -> None:
+    """ab 0 1, cde 2 3 4, f 2; g 0, hi 1 2, jk 1 2, lmn 1 2 3."""
+    positions = pack_for_reward(two_reward_groups()).input_pos_T.tolist()
+    assert positions == [0, 1, 2, 3, 4, 2, 0, 1, 2, 1, 2, 1, 2, 3]
+
+
+def test_reward_mask_shows_a_token_its_prompt_and_its_own_response() -> None:
+    """Row: ab cde f, and two tokens of padding."""
+    drawn = [
+        "x.......",
+        "xx......",
+        "xxx.....",
+        "xxxx....",
+        "xxxxx...",
+        "xx...x..",
+        "......x.",
+        "......xx",
+    ]
+    row = pack_for_reward([reward_group("ab|cde f")], multiple_of=8)
+    assert ["".join(".x"[s] for s in seen) for seen in row.attention_mask_TT().tolist()] == drawn
+
+
+def test_a_response_may_stand_without_a_prompt() -> None:
+    """A text that was cut down to its response: |ab sees itself alone."""
+    row = pack_for_reward([reward_group("|ab"), reward_group("c|d")])
+    assert text(row.tokens_T[row.read_N]) == "bd"
+    assert row.attention_mask_TT().int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 1, 1],
+    ]
+
+
+def test_labels_stand_in_the_order_of_the_responses() -> None:
+    first = reward_group("ab|cde f", labels=[[1.0, -100.0], [2.0, 3.0]])
+    row = pack_for_reward([first, reward_group("g|h", labels=[[4.0, 0.0]])])
+    assert row.labels_NA is not None
+    assert row.labels_NA.tolist() == [[1, -100], [2, 3], [4, 0]]
+    assert row.strength_G is None
+
+
+def test_strengths_stand_in_the_order_of_the_pairs() -> None:
+    """A tie is a strength of 0, not one that is missing."""
+    pairs = [reward_group("a|b c", strength=-3.0), reward_group("d|e f", strength=0.0)]
+    row = pack_for_reward(pairs)
+    assert row.strength_G is not None
+    assert row.strength_G.tolist() == [-3, 0]
+    assert row.labels_NA is None
+
+
+def test_an_empty_reward_row_has_nothing_to_read() -> None:
+    row = pack_for_reward([], multiple_of=2)
+    assert row.group_T.tolist() == [PADDING] * 4
+    assert row.labels_NA is not None
+    assert row.strength_G is not None
+    assert len(row.read_N) == len(row.labels_NA) == len(row.strength_G) == 0
+
+
+def test_num_tokens_of_a_reward_group_are_those_of_its_row() -> None:
+    for made in two_reward_groups():
+        assert made.num_tokens == len(pack_for_reward([made]).tokens_T)
+
+
+reward_groups_of_any_size = groups_of_any_size.map(
+    lambda groups: [RewardGroup(g.prompt, g.responses, g.index) for g in groups]
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
+def test_rows_hold_every_group_once(
+    groups: list[RewardGroup], num_ranks: int, max_tokens: int
+) -> None:
+    """Whole groups (a pair is one): over all ranks and rows, each of them stands in one row."""
+    rows = rows_by_rank(groups, num_ranks, max_tokens)
+    placed = [made.index for own in rows for row in own for made in row]
+    assert sorted(placed) == list(range(len(groups)))
+
+
+@settings(deadline=None, derandomize=True)
+@given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
+def test_all_ranks_have_as_many_rows(
+    groups: list[RewardGroup], num_ranks: int, max_tokens: int
+) -> None:
+    """One with fewer would leave the others waiting in FSDP2's collectives; no row is empty on all
+    ranks.
+    """
+    rows = rows_by_rank(groups, num_ranks, max_tokens)
+    assert len(rows) == num_ranks
+    assert len({len(own) for own in rows}) == 1
+    assert all(any(own) for own in zip(*rows, strict=True))
+
+
+@settings(deadline=None, derandomize=True)
+@given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
+def test_rows_stay_within_the_budget(
+    groups: list[RewardGroup], num_ranks: int, max_tokens: int
+) -> None:
+    """But for a single group that is larger by itself."""
+    for own in rows_by_rank(groups, num_ranks, max_tokens):
+        for row in own:
+            assert len(row) <= 1 or sum(made.num_tokens for made in row) <= max_tokens
+
+
+def test_slices_within_a_budget() -> None:
+    """Prompt of 2, responses of 3, 1, 2 and 9 tokens; at most 7 tokens with the prompt: 2 + 3 + 1,
+    2 + 2, and the 9 alone, over the budget. They keep their places and their group's number.
+    """
+    made = reward_group("ab|cde f gh ijklmnopq", index=7)
+    parts = made.slices_within(7)
+    held = [" ".join(map(text, part.responses)) for part in parts]
+    assert held == ["cde f", "gh", "ijklmnopq"]
+    assert [list(part.responses_kept) for part in parts] == [[0, 1], [2], [3]]
+    assert {part.index for part in parts} == {7}
+    assert {type(part) for part in parts} == {RewardGroup}

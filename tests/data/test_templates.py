@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, processors
 
+from steerlm2.data.conversations import Conversation, regression_records
 from steerlm2.data.records import Turn
 from steerlm2.data.templates import (
     EXTRA_ID_TOKENS,
     Segment,
     Template,
+    encode_for_scoring,
     encode_prompt,
     encode_response,
     encode_segments,
@@ -250,3 +252,150 @@ def test_a_control_token_that_text_can_spell_is_refused() -> None:
 def test_control_token_mapping_is_checked(control_tokens: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extra_id_template(control_tokens)
+
+
+# Texts for attribute models
+
+
+def test_the_scored_text_is_the_regression_formats() -> None:
+    """Every labelled turn of a conversation: its record's text is what encode_for_scoring makes of
+    the turns before it, labels left out, as segments and as token ids.
+    """
+    turns = [
+        *TURNS,
+        Turn("Assistant", "So.\n", "quality:4"),
+        Turn("User", ""),
+        Turn("Assistant", "", "humor:0,verbosity:2"),
+    ]
+    labelled = [i for i, turn in enumerate(turns) if turn.label]
+    records = list(regression_records(Conversation(turns, "S")))
+    assert len(records) == len(labelled) == 3
+    for i, record in zip(labelled, records, strict=True):
+        group, _ = encode_for_scoring(
+            extra_id_template(), TINY, "S", turns[:i], [turns[i].value], 1000
+        )
+        assert TINY.decode([*group.prompt, *group.responses[0]]) == record["text"]
+
+
+def test_llama3_is_read_where_a_labels_turn_would_have_its_text() -> None:
+    """The end of the header is one token that a prompt with a label has at this place too."""
+    template = llama3_template()
+    scored = segments_to_text(template.scored_response("So."))
+    assert scored == "So.<|eot_id|><|start_header_id|>attributes<|end_header_id|>"
+    conversation = [Turn("User", "Hi."), Turn("Assistant", "So.", "quality:4")]
+    with_label = segments_to_text(template.prompt("S", conversation, None))
+    assert scored.removeprefix("So.<|eot_id|>") in with_label
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_scores_are_read_at_a_control_token(pair: str) -> None:
+    template, tokenizer = PAIRS[pair]
+    last = template.scored_response("So.")[-1]
+    group, _ = encode_for_scoring(template, tokenizer, "S", TURNS, ["So.", ""], 1000)
+    assert last.control
+    assert {response[-1] for response in group.responses} == {tokenizer.token_id(last.text)}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_no_turn_of_a_scored_text_shows_a_label(pair: str) -> None:
+    """With and without labels in the conversation: the same ids."""
+    template, tokenizer = PAIRS[pair]
+    bare = [Turn(turn.role, turn.value) for turn in TURNS]
+    first = encode_for_scoring(template, tokenizer, "S", TURNS, ["So."], 1000)
+    assert first == encode_for_scoring(template, tokenizer, "S", bare, ["So."], 1000)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_scored_responses_share_the_prompt_that_they_have_alone(pair: str) -> None:
+    template, tokenizer = PAIRS[pair]
+    together, _ = encode_for_scoring(template, tokenizer, "S", TURNS, ["a", "bc", ""], 1000)
+    for i, response in enumerate(["a", "bc", ""]):
+        alone, _ = encode_for_scoring(template, tokenizer, "S", TURNS, [response], 1000)
+        assert (alone.prompt, alone.responses[0]) == (together.prompt, together.responses[i])
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.tuples(CONTENT, CONTENT, CONTENT, CONTENT), st.integers(4, 60))
+def test_scored_contents_yield_no_control_token(
+    pair: str, contents: tuple[str, ...], max_seq_len: int
+) -> None:
+    """As many control ids as with "x", at the end of a cut text as well as in a whole one."""
+    template, tokenizer = PAIRS[pair]
+    reserved = {tokenizer.token_id(token) for token in template.control_tokens}
+    reserved |= {tokenizer.bos_id, tokenizer.eos_id}
+
+    def control_ids(system: str, user: str, answer: str, response: str, limit: int) -> list[int]:
+        turns = [Turn("User", user), Turn("Assistant", answer), Turn("User", user)]
+        group, _ = encode_for_scoring(template, tokenizer, system, turns, [response], limit)
+        return [t for t in [*group.prompt, *group.responses[0]] if t in reserved]
+
+    system = contents[0] or "x"
+    expected = control_ids(*["x"] * 4, 100_000)
+    assert control_ids(system, *contents[1:], 100_000) == expected
+    cut = control_ids(system, *contents[1:], max_seq_len)
+    bos = 1 if tokenizer.bos_id is not None and cut[:1] == [tokenizer.bos_id] else 0
+    assert cut[bos:] == expected[len(expected) - len(cut) + bos :]
+
+
+LETTERS = "abcdefghij"
+
+
+def whole_and_cut(
+    pair: str, max_seq_len: int, *responses: str
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """The ids of each text, uncut and cut, and the number of texts that were cut."""
+    template, tokenizer = PAIRS[pair]
+    texts, counts = [], []
+    for limit in (100_000, max_seq_len):
+        group, num_cut = encode_for_scoring(template, tokenizer, "S", TURNS, responses, limit)
+        texts.append([[*group.prompt, *response] for response in group.responses])
+        counts.append(num_cut)
+    assert counts[0] == 0
+    return texts[0], texts[1], counts[1]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_text_of_exactly_the_limit_is_whole(pair: str) -> None:
+    (whole,), _, _ = whole_and_cut(pair, 100_000, LETTERS)
+    (same,) = whole_and_cut(pair, len(whole), LETTERS)[1]
+    assert same == whole
+    assert whole_and_cut(pair, len(whole), LETTERS)[2] == 0
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("missing", [1, 2, 9])
+def test_a_longer_text_loses_its_beginning_but_for_the_bos_token(pair: str, missing: int) -> None:
+    """Exactly max_seq_len tokens are left: bos, then the last ones of the whole text."""
+    tokenizer = PAIRS[pair][1]
+    (whole,), _, _ = whole_and_cut(pair, 100_000, LETTERS)
+    limit = len(whole) - missing
+    _, (cut,), num_cut = whole_and_cut(pair, limit, LETTERS)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    assert cut == bos + whole[missing + len(bos) :]
+    assert (len(cut), num_cut) == (limit, 1)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("max_seq_len", [3, 8, 40])
+def test_a_response_beyond_the_limit_keeps_its_end(pair: str, max_seq_len: int) -> None:
+    """1,000 letters and the tokens after them: the last ones (and bos) are left, nothing else."""
+    tokenizer = PAIRS[pair][1]
+    (whole,), (cut,), num_cut = whole_and_cut(pair, max_seq_len, LETTERS * 100)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    assert cut == bos + whole[len(whole) - max_seq_len + len(bos) :]
+    assert (len(cut), num_cut) == (max_seq_len, 1)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_texts_of_one_prompt_are_cut_together(pair: str) -> None:
+    """They share the prompt, so the longest response decides what is left of it for all; that one
+    fills the limit, and every text counts as cut.
+    """
+    responses = ("ab", LETTERS, "")
+    whole, _, _ = whole_and_cut(pair, 100_000, *responses)
+    limit = len(whole[1]) - 4
+    _, cut, num_cut = whole_and_cut(pair, limit, *responses)
+    bos = 0 if PAIRS[pair][1].bos_id is None else 1
+    assert [text[bos:] for text in cut] == [text[4 + bos :] for text in whole]
+    assert (len(cut[1]), num_cut) == (limit, 3)

@@ -18,6 +18,7 @@ from steerlm2.data.tokenizers import (
     TINY_SPECIAL_TOKENS,
     HFTokenizer,
     hf_tokenizer,
+    spare_token_id,
     tiny_tokenizer,
     train_byte_level_bpe,
 )
@@ -365,3 +366,51 @@ def test_tiny_tokenizer_layout() -> None:
     assert [tokenizer.token_id(token) for token in TINY_SPECIAL_TOKENS] == list(range(10))
     assert tokenizer.vocab_size == 512
     assert tokenizer.decode(list(range(10))) == "".join(TINY_SPECIAL_TOKENS)
+
+
+# What attribute models pad with
+
+
+def with_tokens(*special: str, **config: str) -> HFTokenizer:
+    """A byte-level tokenizer with these tokens after its 266 others, and their roles."""
+    raw = train_byte_level_bpe(TEXTS, 266, [])
+    raw.add_special_tokens(list(special))
+    return HFTokenizer(raw.to_str(), {"tokenizer_config.json": json.dumps(config)})
+
+
+def test_the_pad_token_is_what_texts_are_padded_with() -> None:
+    """Of any name."""
+    tokenizer = with_tokens("<unk>", "<end>", "<fill>", eos_token="<end>", pad_token="<fill>")
+    assert spare_token_id(tokenizer, []) == tokenizer.token_id("<fill>")
+
+
+def test_a_pad_token_that_ends_texts_is_not_spare() -> None:
+    """transformers takes the first token after a text for padding, but would stop before an eos."""
+    tokenizer = with_tokens("<end>", "<unk>", eos_token="<end>", pad_token="<end>")
+    assert tokenizer.pad_id == tokenizer.eos_id
+    assert spare_token_id(tokenizer, []) == tokenizer.token_id("<unk>")
+
+
+def test_a_token_of_the_template_is_not_spare() -> None:
+    """A text that ends with the pad token would be read one token too early."""
+    tokenizer = with_tokens("<pad>", "<unk>", pad_token="<pad>")
+    used = [tokenizer.token_id("<pad>")]
+    assert spare_token_id(tokenizer, used) == tokenizer.token_id("<unk>")
+
+
+def test_llama3_is_padded_with_a_token_that_it_reserves() -> None:
+    """It has no pad token; those that a template uses (the first ones) stay free."""
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    tokenizer = with_tokens("<|begin_of_text|>", "<|end_of_text|>", *reserved, **config)
+    used = [tokenizer.token_id(token) for token in reserved[:3]]
+    assert spare_token_id(tokenizer, used) == tokenizer.token_id(reserved[250])
+
+
+@pytest.mark.parametrize("special", [(), ("<pad>",)])
+def test_a_tokenizer_without_a_spare_token_is_refused(special: tuple[str, ...]) -> None:
+    """One has nothing but text, and id 0 is "!"; the other's only token is used already."""
+    tokenizer = with_tokens(*special)
+    assert tokenizer.pad_id == (tokenizer.token_id("<pad>") or 0)
+    with pytest.raises(ValueError, match=r"give it a pad_token in tokenizer_config\.json"):
+        spare_token_id(tokenizer, [tokenizer.token_id("<pad>")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import re
 import shlex
 import sys
@@ -28,14 +29,21 @@ CONFIGS = sorted(
 )
 RECIPE_OF = {config: recipe for recipe, configs in RECIPES.items() for config in configs}
 CONFIG_CLASSES = {
+    "annotate_attributes": "AnnotateConfig",
     "prepare_data": "PrepareDataConfig",
+    "reward_distributed": "RewardConfig",
     "score_responses": "ScoreConfig",
+    "serve_reward": "ServeConfig",
     "steerlm2_distributed": "SteerLM2Config",
 }
-WITH_MODEL = [name for name in CONFIGS if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES]
+WITH_MODEL = [
+    name for name in CONFIGS if "model" in OmegaConf.load(ROOT / "recipe_configs" / f"{name}.yaml")
+]
+DISTRIBUTED = [name for name in WITH_MODEL if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES]
 
 each_config = pytest.mark.parametrize("name", CONFIGS)
 each_model = pytest.mark.parametrize("name", WITH_MODEL)
+each_distributed = pytest.mark.parametrize("name", DISTRIBUTED)
 
 
 def recipe_module(recipe: str) -> ModuleType:
@@ -115,7 +123,7 @@ def test_header_says_how_to_start_it(name: str) -> None:
         loaded(name, *command[at + 2 :])
 
 
-@each_model
+@each_distributed
 def test_processes_of_the_header_fit_the_parallel_dims(name: str) -> None:
     """nnodes x nproc_per_node is a multiple of tensor parallel x replicas."""
     for command in commands_in_header(name):
@@ -125,14 +133,18 @@ def test_processes_of_the_header_fit_the_parallel_dims(name: str) -> None:
 
 
 @each_model
-def test_model_is_supported_at_its_tensor_parallel_degree(name: str) -> None:
+def test_model_is_supported(name: str) -> None:
     """Built without memory, at its real size: 70B too."""
-    model = model_of(name)
-    assert list(unsupported_parts(model)) == []
-    assert list(tensor_parallel_problems(model, loaded(name).tensor_parallel_dim)) == []
+    assert list(unsupported_parts(model_of(name))) == []
 
 
-@pytest.mark.parametrize("billions", [8, 70])
+@each_distributed
+def test_model_can_be_split_to_its_tensor_parallel_degree(name: str) -> None:
+    tensor_parallel_dim = loaded(name).tensor_parallel_dim
+    assert list(tensor_parallel_problems(model_of(name), tensor_parallel_dim)) == []
+
+
+@pytest.mark.parametrize("billions", [8, 13, 70])
 def test_models_have_the_size_of_their_name(billions: int) -> None:
     """8.03e9 (Llama 3.1 8B), 69.0e9 (Llama 2 70B) and 70.6e9: without adapters, within 2%."""
     names = [name for name in WITH_MODEL if f"/{billions}B_" in name]
@@ -142,28 +154,42 @@ def test_models_have_the_size_of_their_name(billions: int) -> None:
         assert sum(p.numel() for p in base) == pytest.approx(billions * 1e9, rel=0.02)
 
 
-def test_recipes_that_run_models_agree_on_the_keys_they_share() -> None:
-    """device=, dtype=, template=, ... mean the same, and default to the same, in both."""
-    keys: dict[str, dict[str, tuple[Any, Any]]] = {}
-    for recipe in ("steerlm2_distributed", "score_responses"):
-        hints = typing.get_type_hints(config_class(recipe))
-        keys[recipe] = {
-            field.name: (
-                hints[field.name],
-                field.default
-                if field.default_factory is dataclasses.MISSING
-                else field.default_factory(),
-            )
-            for field in dataclasses.fields(config_class(recipe))
-        }
-    training, scoring = keys["steerlm2_distributed"], keys["score_responses"]
-    shared = training.keys() & scoring.keys()
-    assert shared >= {
-        *("tokenizer", "template", "model", "checkpointer", "seed", "device", "dtype", "compile"),
-        *("tensor_parallel_dim", "data_parallel_replicate_dim", "data_parallel_shard_dim"),
-        *("fsdp_cpu_offload", "fsdp_reshard_after_forward"),
+RUN_MODELS = sorted({RECIPE_OF[name] for name in WITH_MODEL})
+SAME_KEYS = {
+    *("tokenizer", "template", "model", "checkpointer", "seed", "device", "dtype", "compile"),
+}
+DISTRIBUTED_KEYS = {
+    *("tensor_parallel_dim", "data_parallel_replicate_dim", "data_parallel_shard_dim"),
+    *("fsdp_cpu_offload", "fsdp_reshard_after_forward"),
+}
+DIFFERENT_KEYS = {"data", "loss"}
+"""What attribute models and SteerLM 2.0 are trained on, and with, has a section of its own."""
+
+
+def keys_of(recipe: str) -> dict[str, tuple[Any, Any]]:
+    """Key -> type and default."""
+    hints = typing.get_type_hints(config_class(recipe))
+    return {
+        field.name: (
+            hints[field.name],
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory(),
+        )
+        for field in dataclasses.fields(config_class(recipe))
     }
-    assert {key: training[key] for key in shared} == {key: scoring[key] for key in shared}
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(RUN_MODELS, 2)))
+def test_recipes_that_run_models_agree_on_the_keys_they_share(first: str, second: str) -> None:
+    """device=, dtype=, template=, ... mean the same, and default to the same, in both."""
+    one, other = keys_of(first), keys_of(second)
+    shared = one.keys() & other.keys()
+    assert shared >= SAME_KEYS
+    if not {first, second} & SINGLE_PROCESS_RECIPES:
+        assert shared >= DISTRIBUTED_KEYS
+    shared -= DIFFERENT_KEYS
+    assert {key: one[key] for key in shared} == {key: other[key] for key in shared}
 
 
 @pytest.mark.parametrize(

@@ -393,6 +393,29 @@ def test_pairs_stay_together_when_shuffled_and_sampled(tmp_path: Path, prepare: 
         assert texts[1::2] == [[prompt, "2"] for prompt, _ in texts[::2]]
 
 
+def test_prompts_of_several_turns_are_split_without_a_change_to_the_regression_files(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    prompt = "Hi\n\n<extra_id_1>Assistant\nHello.\n\n<extra_id_1>User\nA river?"
+    source = tmp_path / "rows"
+    source.mkdir()
+    write_lines(source / "train.jsonl", [scored("one", 3) | {"prompt": prompt}])
+    outputs = {}
+    for split in ("true", "false"):
+        outputs[split] = tmp_path / split
+        prepare(
+            *config("helpsteer2"),
+            f"source={source}",
+            f"output_dir={outputs[split]}",
+            f"builder.split_turns={split}",
+        )
+    (line,) = (outputs["true"] / "train.jsonl").read_text().splitlines()
+    turns = [(turn["from"], turn["value"]) for turn in json.loads(line)["conversations"][:-1]]
+    assert turns == [("User", "Hi\n"), ("Assistant", "Hello.\n"), ("User", "A river?")]
+    files = [(folder / "train_reg.jsonl").read_bytes() for folder in outputs.values()]
+    assert files[0] == files[1]
+
+
 def test_helpsteer3(tmp_path: Path, prepare: Prepare) -> None:
     row = {"context": [{"role": "user", "content": "P"}], "response1": "1", "response2": "2"}
     write_lines(tmp_path / "hub/preference/train.jsonl.gz", [row | {"overall_preference": -1}])

@@ -16,13 +16,22 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import FullModelHFCheckpointer
 
+from steerlm2.attributes import AttributeSchema
+from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training.checkpoint import (
+    BEST,
     STATE_FILE,
+    best_state,
     checkpoints,
+    load_best_weights,
     load_training_state,
     load_weights,
     open_checkpointer,
+    open_reward_checkpointer,
+    resume_training,
+    save_best_weights,
     save_training_state,
     save_weights,
 )
@@ -404,3 +413,231 @@ def test_frozen_weights_are_not_in_the_training_state(tmp_path: Path) -> None:
     save(tmp_path, 1, new_run(meta_lora_decoder()))
     keys = dcp.FileSystemReader(tmp_path / "step_000001").read_metadata().state_dict_metadata
     assert len([key for key in keys if key.startswith("model.")]) == 4
+
+
+# Resuming
+
+
+def with_schedule(lr: float) -> tuple[Any, torch.optim.Optimizer, Any]:
+    """A run whose learning rate is lr / (1 + step)."""
+    decoder, optimizer = new_run()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return decoder, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 / (1 + s))
+
+
+def test_a_resumed_run_takes_the_configs_learning_rate_at_its_step(tmp_path: Path) -> None:
+    """Saved at step 3 of a run with 0.01; resumed with 0.08: 0.08 / 4 now, 0.08 / 5 after a step.
+    The moments are the checkpoint's.
+    """
+    decoder, optimizer, _ = with_schedule(0.01)
+    train(decoder, optimizer, 3)
+    save(tmp_path, 3, (decoder, optimizer))
+    again, other, schedule = with_schedule(0.08)
+    found = resume_training(tmp_path, again, other, schedule, {"seed": 5}, CPU)
+    assert found == (tmp_path / "step_000003", 3)
+    assert other.param_groups[0]["lr"] == 0.02
+    assert same_state(other.state_dict()["state"], optimizer.state_dict()["state"])
+    other.step()
+    schedule.step()
+    assert other.param_groups[0]["lr"] == pytest.approx(0.016)
+
+
+def test_a_resumed_run_takes_the_configs_optimizer_settings(tmp_path: Path) -> None:
+    """weight_decay 0.1 when it was saved, 0.3 in the config that goes on."""
+    save(tmp_path, 3, with_schedule(0.01)[:2])
+    decoder, optimizer, schedule = with_schedule(0.01)
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+    resume_training(tmp_path, decoder, optimizer, schedule, {"seed": 5}, CPU)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    run = with_schedule(0.01)
+    before = {name: tensor.clone() for name, tensor in run[0].state_dict().items()}
+    assert resume_training(tmp_path / "none", *run, {"seed": 5}, CPU) is None
+    assert same_state(before, dict(run[0].state_dict()))
+
+
+def test_another_order_of_the_data_is_refused(tmp_path: Path) -> None:
+    """Batches would be repeated and left out."""
+    save(tmp_path, 3, with_schedule(0.01)[:2])
+    with pytest.raises(ValueError, match=r"was written with {'seed': 5}, this run has {'seed': 6}"):
+        resume_training(tmp_path, *with_schedule(0.01), {"seed": 6}, CPU)
+
+
+# Attribute models: LoRA, and the best weights
+
+
+def attribute_decoder(*, lora: bool = False) -> TransformerDecoder:
+    """On the meta device; under LoRA the adapters and the head are trained."""
+    with torch.device("meta"):
+        decoder = lora_llama3(**LORA, **TINY) if lora else llama3(**TINY)
+        add_reward_head(decoder, 2)
+    if lora:
+        set_trainable_params(decoder, get_adapter_params(decoder))
+        decoder.output.requires_grad_()
+    return decoder
+
+
+def attribute_model(folder: Path, *, lora: bool = False, seed: int = 0) -> tuple[Any, Any]:
+    decoder = attribute_decoder(lora=lora)
+    checkpointer = open_reward_checkpointer(
+        None,
+        decoder,
+        tiny_tokenizer(),
+        extra_id_template(),
+        AttributeSchema(("humor", "verbosity")),
+        seed=seed,
+        output_dir=str(folder),
+        load_head=False,
+    )
+    load_weights(decoder, checkpointer, CPU, seed=seed, fresh_head=lora)
+    return decoder, checkpointer
+
+
+def changed(decoder: TransformerDecoder) -> dict[str, Tensor]:
+    """All trained parameters are made something else; the state of the decoder after it."""
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    return {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+
+
+def test_lora_trains_the_head_and_the_adapters(tmp_path: Path) -> None:
+    """The head is fresh: with a frozen one the scores would be random directions."""
+    decoder, _ = attribute_model(tmp_path, lora=True)
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    train(decoder, torch.optim.AdamW(trained, lr=1e-2), 2)
+    moved = {name for name, t in decoder.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == {*get_adapter_params(decoder), "output.weight"}
+
+
+def exported_adapter(folder: Path, **options: Any) -> tuple[TransformerDecoder, dict[str, Tensor]]:
+    decoder, checkpointer = attribute_model(folder, lora=True)
+    changed(decoder)
+    save_weights(
+        decoder, checkpointer, CPU, epoch=1, dtype=torch.float32, output_dir=folder, **options
+    )
+    return decoder, load_file(folder / "epoch_1" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_the_adapter_of_an_attribute_model_has_its_head(adapter_only: bool, tmp_path: Path) -> None:
+    """Under the name that PEFT gives a module which is saved whole, beside q's and v's A and B."""
+    decoder, tensors = exported_adapter(tmp_path, adapter_only=adapter_only)
+    head = tensors.pop("base_model.model.score.weight")
+    assert torch.equal(head, decoder.output.weight)
+    assert len(tensors) == 4
+    assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
+
+
+def test_the_adapters_config_names_the_head(tmp_path: Path) -> None:
+    exported_adapter(tmp_path)
+    file = tmp_path / "epoch_1" / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+
+
+def test_the_adapter_of_a_language_model_names_no_head(tmp_path: Path) -> None:
+    decoder = trained_lora_decoder()
+    save_weights(
+        decoder,
+        scratch(decoder, folder=tmp_path),
+        CPU,
+        epoch=1,
+        dtype=torch.float32,
+        output_dir=tmp_path,
+    )
+    file = tmp_path / "epoch_1" / "adapter" / "adapter_config.json"
+    assert "modules_to_save" not in json.loads(file.read_text())
+
+
+def test_the_merged_attribute_model_has_the_trained_head(tmp_path: Path) -> None:
+    decoder, _ = exported_adapter(tmp_path)
+    tensors = load_file(tmp_path / "epoch_1" / "model.safetensors")
+    assert torch.equal(tensors["score.weight"], decoder.output.weight)
+    assert "lm_head.weight" not in tensors
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_best_weights_come_back(lora: bool, tmp_path: Path) -> None:
+    """Saved, trained on, loaded: bit for bit, head and frozen weights included."""
+    decoder, _ = attribute_model(tmp_path, lora=lora)
+    best = changed(decoder)
+    save_best_weights(tmp_path, 4, decoder, {"val_loss": 0.5}, CPU)
+    changed(decoder)
+    load_best_weights(tmp_path, decoder, CPU)
+    assert same_state(dict(decoder.state_dict()), best)
+
+
+def test_the_best_weights_of_another_process_come_back(tmp_path: Path) -> None:
+    """A run that was resumed after its best step: base weights from their checkpoint, the rest
+    from the file.
+    """
+    decoder, _ = attribute_model(tmp_path, lora=True)
+    best = changed(decoder)
+    save_best_weights(tmp_path, 4, decoder, {}, CPU)
+    again, _ = attribute_model(tmp_path, lora=True)
+    load_best_weights(tmp_path, again, CPU)
+    assert same_state(dict(again.state_dict()), best)
+
+
+def test_frozen_weights_are_not_among_the_best(tmp_path: Path) -> None:
+    """2 adapters of 2 matrices, and the head."""
+    decoder, _ = attribute_model(tmp_path, lora=True)
+    save_best_weights(tmp_path, 4, decoder, {}, CPU)
+    keys = dcp.FileSystemReader(tmp_path / BEST).read_metadata().state_dict_metadata
+    assert {key.removeprefix("model.") for key in keys} == {
+        *get_adapter_params(decoder),
+        "output.weight",
+    }
+
+
+def test_better_weights_replace_the_best(tmp_path: Path) -> None:
+    decoder, _ = attribute_model(tmp_path)
+    save_best_weights(tmp_path, 4, decoder, {"val_loss": 0.5}, CPU)
+    better = changed(decoder)
+    save_best_weights(tmp_path, 6, decoder, {"val_loss": 0.25}, CPU)
+    changed(decoder)
+    load_best_weights(tmp_path, decoder, CPU)
+    assert same_state(dict(decoder.state_dict()), better)
+    assert best_state(tmp_path) == {"step": 6, "val_loss": 0.25}
+    assert [path.name for path in tmp_path.iterdir()] == [BEST]
+
+
+def test_without_best_weights_there_is_no_state(tmp_path: Path) -> None:
+    assert best_state(tmp_path) is None
+    (tmp_path / "best.partial").mkdir()
+    (tmp_path / "best.partial" / STATE_FILE).write_text("{}")
+    assert best_state(tmp_path) is None
+
+
+def test_the_best_weights_are_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    """Nor are they counted, or removed, when old checkpoints are."""
+    decoder, _ = attribute_model(tmp_path)
+    save_best_weights(tmp_path, 4, decoder, {}, CPU)
+    optimizer = torch.optim.AdamW(decoder.parameters())
+    for step in (5, 6):
+        save(tmp_path, step, (decoder, optimizer), keep_last_n=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, "step_000006"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000006"]
+
+
+def test_a_failed_save_leaves_the_earlier_best(tmp_path: Path) -> None:
+    decoder, _ = attribute_model(tmp_path)
+    save_best_weights(tmp_path, 4, decoder, {"val_loss": 0.5}, CPU)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_best_weights(tmp_path, 6, decoder, {"val_loss": object()}, CPU)
+    assert best_state(tmp_path) == {"step": 4, "val_loss": 0.5}
+
+
+def test_saving_the_best_weights_leaves_the_random_state(tmp_path: Path) -> None:
+    """A run that validates more often trains on the same batches."""
+    decoder, _ = attribute_model(tmp_path)
+    before = torch.get_rng_state()
+    save_best_weights(tmp_path, 4, decoder, {}, CPU)
+    assert torch.equal(torch.get_rng_state(), before)

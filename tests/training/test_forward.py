@@ -1,23 +1,46 @@
-"""Packed rows compute what a model computes for one response at a time: log-probs and gradients.
+"""Packed rows compute what a model computes for one response at a time: log-probs, attribute
+scores, and their gradients.
 
-Dimension letters: N responses, V vocabulary, T tokens.
+Dimension letters: N responses, V vocabulary, T tokens, A attributes, D hidden.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torchtune.models.llama3 import llama3
+from torchtune.models.llama3_1 import llama3_1
+from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
+from transformers import LlamaForSequenceClassification
 
-from steerlm2.data.packing import Group, Strategy, pack, plan_step
-from steerlm2.losses import SteerLM2Loss
+from steerlm2.data.packing import (
+    Group,
+    RewardGroup,
+    Strategy,
+    pack,
+    pack_for_reward,
+    plan_step,
+)
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.losses import SteerLM2Loss, squared_error_sum
 from steerlm2.models.llama import end_at_hidden_states
+from steerlm2.models.reward_head import add_reward_head, classification_config
 from steerlm2.training.distributed import World
-from steerlm2.training.forward import response_logps, score_groups
+from steerlm2.training.forward import (
+    attribute_scores,
+    response_logps,
+    score_attributes,
+    score_groups,
+)
+from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
 MAX_SEQ_LEN = 64
@@ -232,3 +255,192 @@ def test_scores_do_not_depend_on_the_groups_own_numbers(
 
 def test_no_groups_have_no_scores(packed_decoder: TransformerDecoder) -> None:
     assert score_groups(packed_decoder, [], CPU, max_tokens_per_microbatch=10) == []
+
+
+# Attribute models
+
+
+REWARD_SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "max_seq_len": 16_384,
+    "rope_base": 10_000,
+    "intermediate_dim": 96,
+}
+BACKBONES = {"llama3": llama3, "llama3_1": llama3_1, "llama3_2": llama3_2}
+NUM_ATTRIBUTES = 3
+
+
+def attribute_decoder(builder: Callable[..., TransformerDecoder] = llama3) -> TransformerDecoder:
+    """Weights so large that every part of it matters: norms aren't 1, attention isn't uniform."""
+    torch.manual_seed(0)
+    made = builder(**REWARD_SIZES).eval()
+    add_reward_head(made, NUM_ATTRIBUTES)
+    for parameter in made.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def reward_groups() -> list[RewardGroup]:
+    """3 groups of 3, 1 and 2 responses. A prompt of 700 tokens: so long that the scaling of RoPE
+    in Llama 3.1, which turns the slow dimensions slower, is seen; and no prompt at all.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 512, (count,), generator=generator).tolist()
+
+    shapes = ((700, (50, 1, 17)), (0, (9,)), (30, (40, 5)))
+    return [
+        RewardGroup(tokens(prompt), [tokens(length) for length in lengths], index)
+        for index, (prompt, lengths) in enumerate(shapes)
+    ]
+
+
+def flat(scored: list[list[list[float]]]) -> Tensor:
+    return torch.tensor([scores for group in scored for scores in group])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_scores_are_transformers(
+    name: str, reward_groups: list[RewardGroup], tmp_path: Path
+) -> None:
+    """LlamaForSequenceClassification of the exported folder, one whole text at a time, against
+    packed rows with a shared prompt: fp32, scores of size 1, 1e-5. llama3_2's embeddings were tied.
+    """
+    made = attribute_decoder(BACKBONES[name])
+    checkpointer = ScratchCheckpointer(made, tiny_tokenizer(), seed=0, output_dir=str(tmp_path))
+    checkpointer.hf_config |= classification_config([f"a{i}" for i in range(NUM_ATTRIBUTES)])
+    checkpointer.set_pad_token(0, tiny_tokenizer())
+    checkpointer.save_checkpoint({"model": made.state_dict()}, epoch=1)
+    theirs, report = LlamaForSequenceClassification.from_pretrained(
+        tmp_path / "epoch_1", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    expected_NA = torch.cat(
+        [
+            theirs.eval()(torch.tensor([[*group.prompt, *response]])).logits
+            for group in reward_groups
+            for response in group.responses
+        ]
+    )
+    end_at_hidden_states(made)
+    scores_NA = attribute_scores(made, pack_for_reward(reward_groups))
+    torch.testing.assert_close(scores_NA, expected_NA, rtol=1e-5, atol=1e-5)
+    assert expected_NA.std() > 0.3
+
+
+@pytest.fixture(scope="module")
+def attribute_model() -> TransformerDecoder:
+    made = attribute_decoder()
+    end_at_hidden_states(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def unpacked_scores(
+    attribute_model: TransformerDecoder, reward_groups: list[RewardGroup]
+) -> Tensor:
+    """[N, A] plain causal forwards, one text at a time: final hidden state times the head."""
+    last_ND = [
+        attribute_model(torch.tensor([[*group.prompt, *response]]))[0, -1]
+        for group in reward_groups
+        for response in group.responses
+    ]
+    return torch.stack(last_ND) @ attribute_model.output.weight.T
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@torch.no_grad()
+def test_the_order_of_groups_in_a_row_changes_no_score(
+    order: tuple[int, ...],
+    attribute_model: TransformerDecoder,
+    reward_groups: list[RewardGroup],
+    unpacked_scores: Tensor,
+) -> None:
+    row = pack_for_reward([reward_groups[g] for g in order], multiple_of=16)
+    expected = [unpacked_scores.split([3, 1, 2])[g] for g in order]
+    torch.testing.assert_close(
+        attribute_scores(attribute_model, row), torch.cat(expected), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("budget", [10_000, 770, 720, 1])
+def test_scores_stand_in_the_groups_order_under_any_token_budget(
+    budget: int,
+    attribute_model: TransformerDecoder,
+    reward_groups: list[RewardGroup],
+    unpacked_scores: Tensor,
+) -> None:
+    """One row; a row for the largest group (768 tokens); that group in slices; each text alone."""
+    scored = score_attributes(attribute_model, reward_groups, CPU, max_tokens_per_microbatch=budget)
+    assert [len(group) for group in scored] == [3, 1, 2]
+    torch.testing.assert_close(flat(scored), unpacked_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_no_groups_have_no_attribute_scores(attribute_model: TransformerDecoder) -> None:
+    assert score_attributes(attribute_model, [], CPU, max_tokens_per_microbatch=10) == []
+
+
+def test_scoring_keeps_no_graph(
+    attribute_model: TransformerDecoder, reward_groups: list[RewardGroup]
+) -> None:
+    """It would hold the activations of a whole validation set."""
+    calls: list[bool] = []
+    handle = attribute_model.norm.register_forward_hook(
+        lambda module, inputs, output: calls.append(output.requires_grad)
+    )
+    score_attributes(attribute_model, reward_groups[1:], CPU, max_tokens_per_microbatch=1000)
+    handle.remove()
+    assert calls == [False]
+
+
+def test_gradients_of_packed_scores_equal_one_text_at_a_time(
+    attribute_model: TransformerDecoder, reward_groups: list[RewardGroup]
+) -> None:
+    """d sum_ij (score_ij - label_ij)^2 / d every parameter, head and backbone: by autograd over
+    whole texts, each with its own copy of the prompt; and over packed rows in two micro-batches.
+    """
+    labels_NA = torch.arange(18.0).view(6, 3) % 5
+    total = torch.zeros(())
+    texts = [[*g.prompt, *r] for g in reward_groups for r in g.responses]
+    for tokens, labels_A in zip(texts, labels_NA, strict=True):
+        hidden_TD = attribute_model(torch.tensor([tokens]))[0]
+        total = total + (attribute_model.output(hidden_TD[-1]) - labels_A).square().sum()
+    total.backward()
+    expected = gradients(attribute_model)
+    for part, labels in ((slice(0, 1), labels_NA[:3]), (slice(1, 3), labels_NA[3:])):
+        row = pack_for_reward(reward_groups[part], multiple_of=4)
+        squared_error_sum(attribute_scores(attribute_model, row), labels).backward()
+    assert_same_gradients(gradients(attribute_model), expected)
+
+
+def test_an_empty_reward_row_has_no_scores_and_zero_gradients(
+    attribute_model: TransformerDecoder,
+) -> None:
+    """A rank without groups takes part in a backward and adds nothing to any parameter."""
+    row = pack_for_reward([])
+    scores_NA = attribute_scores(attribute_model, row)
+    assert scores_NA.shape == (0, NUM_ATTRIBUTES)
+    assert row.labels_NA is not None
+    squared_error_sum(scores_NA, row.labels_NA).backward()
+    assert all((gradient == 0).all() for gradient in gradients(attribute_model).values())
+
+
+@torch.no_grad()
+def test_scores_of_a_bfloat16_model_are_float32(reward_groups: list[RewardGroup]) -> None:
+    """The head's product isn't rounded to bfloat16's 8 bits: scores near 2 would step by 1/64."""
+    made = attribute_decoder().bfloat16()
+    end_at_hidden_states(made)
+    scores_NA = attribute_scores(made, pack_for_reward(reward_groups))
+    assert scores_NA.dtype == torch.float32
+    assert (scores_NA != scores_NA.bfloat16().float()).any()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm2.attributes import encode_label
-from steerlm2.data.conversations import Conversation, is_text
+from steerlm2.data.conversations import Conversation, is_text, turns_in
 from steerlm2.data.records import ASSISTANT, USER, LineProblems, Turn
 from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT, Unit
 from steerlm2.data.sources.rows import Row, iter_rows
@@ -28,6 +28,7 @@ def helpsteer_conversations(
     *,
     only_helpfulness: bool = False,
     preference: bool = False,
+    split_turns: bool = False,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
 ) -> Iterator[Unit]:
     """HelpSteer and HelpSteer2: one prompt and one scored response a row.
@@ -38,6 +39,9 @@ def helpsteer_conversations(
         preference: HelpSteer2's pairs instead, read from `preference/`. Both responses of a pair
             become a conversation, one after the other, and have the same label: the strength, from
             -3 (the first is much better) to 3 (the second is), under `PREFERENCE_ATTRIBUTE`.
+        split_turns: a prompt of several turns, which HelpSteer2 writes as one text with
+            "<extra_id_1>Assistant" between them, becomes those turns. The regression format is the
+            same either way; in the published conversation format it stays one text.
         system_prompt: of every conversation.
 
     Raises:
@@ -51,15 +55,18 @@ def helpsteer_conversations(
         )
     names = HELPSTEER_ATTRIBUTES[:1] if only_helpfulness else HELPSTEER_ATTRIBUTES
 
+    def prompt_turns(prompt: str) -> list[Turn]:
+        return turns_in(prompt) if split_turns else [Turn(USER, prompt)]
+
     def scored(row: Row) -> Unit:
         prompt, response = _texts(row.value, "prompt", "response")
         label = encode_label({name: row.value[name] for name in names if name in row.value})
-        turns = [Turn(USER, prompt), Turn(ASSISTANT, response, label)]
+        turns = [*prompt_turns(prompt), Turn(ASSISTANT, response, label)]
         return Unit([Conversation(turns, system_prompt)], row.split)
 
     def pair(row: Row) -> Unit:
         prompt, first, second = _texts(row.value, "prompt", "response_1", "response_2")
-        before = Conversation([Turn(USER, prompt)], system_prompt)
+        before = Conversation(prompt_turns(prompt), system_prompt)
         unit = _pair(before, first, second, row.value.get("preference_strength"))
         split = row.value.get("split")  # one file holds both
         unit.split = row.split if split is None else "train" if split == "train" else "validation"

@@ -1,0 +1,427 @@
+"""Labels from an attribute model: for the turns of conversations, or the responses of groups.
+
+    tune run annotate_attributes --config tiny/annotate_attributes \\
+        input=conversations.jsonl output=labelled.jsonl
+    tune run annotate_attributes --config tiny/annotate_attributes \\
+        input=groups.jsonl output=scored.jsonl server.url=http://127.0.0.1:8000
+
+What the input is, its first line tells:
+
+    conversations     every Assistant turn with a "label" gets a new one, of all attributes: the
+                      scores, clipped to the range and rounded
+    SteerLM2 records  every response gets its `scores`, as they are, and log P(a|x,y) by the Beta
+                      rule (HelpSteer2 paper, section 4.5) where the record has a label
+
+A response is scored in its conversation so far, in which no label shows. Nothing else of the input
+changes. The scores come from a checkpoint, on any number of processes, or from a vLLM server.
+
+A run that was stopped continues where it was; the output is in input order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from tqdm import tqdm
+
+from steerlm2.attributes import (
+    AttributeSchema,
+    as_schema,
+    label_log_probs,
+    label_of_scores,
+    parse_label,
+)
+from steerlm2.data.conversations import parse_conversation
+from steerlm2.data.packing import RewardGroup
+from steerlm2.data.records import (
+    ASSISTANT,
+    LOG_PROB_KEYS,
+    LineProblems,
+    Turn,
+    iter_json_lines,
+    json_line,
+    parse_record,
+)
+from steerlm2.data.templates import encode_for_scoring
+from steerlm2.serving.client import ClassifyClient
+from steerlm2.training.attribute_model import load_attribute_model
+from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
+from steerlm2.training.distributed import DTYPES, World, close_world, init_world
+from steerlm2.training.resumable import ResumableOutput
+
+SETTINGS_THAT_CHANGE_SCORES = (
+    "turns",
+    "tokenizer",
+    "template",
+    "model",
+    "checkpointer",
+    "seed",
+    "dtype",
+    "max_seq_len",
+    "concentration",
+    "bins",
+    "schema",
+)
+
+
+@dataclass
+class ServerOptions:
+    """The `server:` section."""
+
+    url: str
+    model: str | None = None  # as the server names it; none: its first one
+    concurrency: int = 16  # requests at a time
+    timeout: float = 60.0  # seconds for an answer
+    retries: int = 5  # of a request, with pauses of 0.5 s, 1 s, 2 s, ...
+
+
+@dataclass
+class AnnotateConfig:
+    """Every key of the recipe, with its default."""
+
+    input: str
+    output: str
+    tokenizer: Component
+    model: Component  # the backbone: its output layer gives way to the head
+    template: Component = field(
+        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+    )
+    checkpointer: Component | None = None  # none: fresh weights from the seed
+    server: ServerOptions | None = None  # scores instead of the checkpoint
+    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
+    turns: Literal["with_label", "all"] = "with_label"  # Assistant turns to label
+    max_seq_len: int = 4096  # a longer text loses its beginning
+    max_tokens_per_microbatch: int = 4096
+    records_per_write: int = 128  # a stopped run repeats at most so many
+    concentration: float = 24.0  # of the Beta rule for log P(a|x,y)
+    bins: Literal["midpoint", "uniform"] = "midpoint"
+
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cuda"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    tensor_parallel_dim: int = 1
+    data_parallel_replicate_dim: int = 1
+    data_parallel_shard_dim: int = -1
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+
+    def problems(self) -> list[str]:
+        """What is wrong between keys that are right by themselves."""
+        positive: dict[str, float] = {
+            "max_seq_len": self.max_seq_len,
+            "max_tokens_per_microbatch": self.max_tokens_per_microbatch,
+            "records_per_write": self.records_per_write,
+        }
+        if self.server is not None:
+            positive["server.concurrency"] = self.server.concurrency
+        found = [
+            f"'{name}' must be at least 1, got {value}"
+            for name, value in positive.items()
+            if value < 1
+        ]
+        if self.server is not None and self.server.retries < 0:
+            found.append(f"'server.retries' must be at least 0, got {self.server.retries}")
+        if self.server is not None and self.server.timeout <= 0:
+            found.append(f"'server.timeout' must be above 0, got {self.server.timeout}")
+        if self.concentration <= 0:
+            found.append(f"'concentration' must be above 0, got {self.concentration}")
+        if self.fsdp_cpu_offload and self.device == "cpu":
+            found.append("'fsdp_cpu_offload' needs 'device: cuda'")
+        try:
+            as_schema(self.schema)
+        except (ValueError, TypeError) as error:
+            found.append(f"'schema': {error}")
+        if Path(self.input).absolute() == Path(self.output).absolute():
+            found.append("'output' must be another file than 'input'")
+        if Path(self.output).suffix == ".gz":
+            found.append("'output' can't be compressed: it is appended to; give a .jsonl name")
+        return found
+
+
+class Question(NamedTuple):
+    """Responses to one conversation, to be scored."""
+
+    system: str
+    turns: list[Turn]
+    responses: list[str]
+
+
+class Format(Protocol):
+    """What to score in a decoded line of the input, and where the scores go."""
+
+    def questions(self, obj: Any) -> list[Question]:
+        """Raises:
+        ValueError: with all problems of the line.
+        """
+
+    def annotate(self, obj: Any, scores_NA: list[list[float]]) -> None:
+        """Put the scores of all responses of its questions into the line."""
+
+
+class AnnotateRecipe:
+    """The run: setup -> annotate."""
+
+    def __init__(self, cfg: AnnotateConfig) -> None:
+        self.cfg = cfg
+        self.schema = as_schema(cfg.schema)
+        self.client: ClassifyClient | None = None
+        if cfg.server is None:
+            self.world = init_world(
+                cfg.device,
+                tensor_parallel_dim=cfg.tensor_parallel_dim,
+                data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
+                data_parallel_shard_dim=cfg.data_parallel_shard_dim,
+                needs_mesh=cfg.fsdp_cpu_offload,
+            )
+        else:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ValueError(
+                    "with 'server' one process asks for all scores: run it without "
+                    "--nproc_per_node and --nnodes, and set server.concurrency"
+                )
+            self.world = World(torch.device("cpu"))
+            self.client = ClassifyClient(
+                cfg.server.url,
+                self.schema.names,
+                model=cfg.server.model,
+                concurrency=cfg.server.concurrency,
+                timeout=cfg.server.timeout,
+                retries=cfg.server.retries,
+            )
+        plain = to_plain(cfg)
+        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
+        # The same model may be served elsewhere when a stopped run continues.
+        settings["server"] = cfg.server and {"model": cfg.server.model}
+        self.output = ResumableOutput(
+            cfg.output,
+            input_file=cfg.input,
+            settings=settings,
+            slice_size=cfg.records_per_write,
+        )
+
+    def setup(self) -> None:
+        cfg, world = self.cfg, self.world
+        world.on_main(self.output.check)
+        self.num_records, kind = world.from_main(world.on_main(self._check_input) or (0, ""))
+        self.format = self._format(kind)
+        self.tokenizer = instantiate(cfg.tokenizer)
+        self.template = instantiate(cfg.template)
+        self.done = world.from_main(world.on_main(lambda: self.output.begin(self.num_records)) or 0)
+        if self.done == self.num_records:
+            return
+        if self.client is not None:
+            self.client.connect(cfg.max_seq_len)
+            return
+        self.model = load_attribute_model(
+            cfg.model,
+            cfg.checkpointer,
+            self.tokenizer,
+            self.template,
+            self.schema,
+            world,
+            max_seq_len=cfg.max_seq_len,
+            max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
+            dtype=DTYPES[cfg.dtype],
+            seed=cfg.seed,
+            compile=cfg.compile,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+
+    def annotate(self) -> None:
+        """Score and append a slice of the lines at a time; rename the file when it is complete."""
+        cfg, world = self.cfg, self.world
+        num_texts, num_cut = 0, 0
+        lines = itertools.islice(self._lines(), self.done, None)
+        bar = tqdm(
+            total=self.num_records, initial=self.done, disable=not world.is_main, unit="record"
+        )
+        while chosen := list(itertools.islice(lines, cfg.records_per_write)):
+            groups: list[list[RewardGroup]] = []
+            for _, obj in chosen:
+                encoded = [self._encode(question) for question in self.format.questions(obj)]
+                groups.append([group for own, _ in encoded for group in own])
+                num_cut += sum(cut for _, cut in encoded)
+            scores = iter(self._score([group for own in groups for group in own]))
+            for (line_number, obj), own in zip(chosen, groups, strict=True):
+                scores_NA = [row for _ in own for row in next(scores)]
+                if not all(math.isfinite(score) for row in scores_NA for score in row):
+                    raise ValueError(
+                        f"{cfg.input}:{line_number}: the model's scores are not finite: {scores_NA}"
+                    )
+                self.format.annotate(obj, scores_NA)
+                num_texts += len(scores_NA)
+            if world.is_main:
+                self.output.append(json_line(obj) for _, obj in chosen)
+            bar.update(len(chosen))
+        bar.close()
+        if world.is_main:
+            self.output.finish()
+            earlier = f"; {self.done} records are of an earlier run" if self.done else ""
+            tqdm.write(
+                f"{cfg.output}: {self.num_records} records, {num_texts} texts scored (cut at the "
+                f"beginning, being too long: {num_cut} texts{earlier})"
+            )
+        close_world()
+
+    # What follows is small print that the methods above call by name.
+
+    def _check_input(self) -> tuple[int, str]:
+        """The number of records and of what kind they are, after a look at all of them.
+
+        Raises:
+            ValueError: naming every bad line (the first 10), or for an input with nothing to score.
+        """
+        cfg = self.cfg
+        problems = LineProblems(cfg.input)
+        kind = ""
+        num_records, num_texts = 0, 0
+        for line_number, obj in iter_json_lines(cfg.input, problems):
+            num_records += 1
+            try:
+                kind = kind or kind_of(obj)
+                questions = self._format(kind).questions(obj)
+            except ValueError as error:
+                problems.add(line_number, str(error))
+            else:
+                num_texts += sum(len(question.responses) for question in questions)
+        problems.raise_if_any()
+        if num_records == 0:
+            raise ValueError(f"{cfg.input} holds no records: the file is empty")
+        if num_texts == 0:
+            raise ValueError(
+                f"{cfg.input}: no Assistant turn of its {num_records} conversations has a 'label' "
+                "to be filled; turns=all labels those without one too"
+            )
+        return num_records, kind
+
+    def _format(self, kind: str) -> Format:
+        if kind == "conversations":
+            return ConversationFormat(self.schema, self.cfg.turns)
+        return GroupFormat(self.schema, self.cfg.concentration, self.cfg.bins)
+
+    def _lines(self) -> Iterator[tuple[int, Any]]:
+        problems = LineProblems(self.cfg.input)
+        yield from iter_json_lines(self.cfg.input, problems)
+        problems.raise_if_any()
+
+    def _encode(self, question: Question) -> tuple[list[RewardGroup], int]:
+        """The responses as one group, or, where they don't fit, each as its own: what a text loses
+        must not depend on the length of the others. And how many texts lost their beginning."""
+        group, num_cut = self._encode_together(question)
+        if num_cut == 0:
+            return [group], 0
+        alone = [
+            self._encode_together(question._replace(responses=[response]))
+            for response in question.responses
+        ]
+        return [group for group, _ in alone], sum(cut for _, cut in alone)
+
+    def _encode_together(self, question: Question) -> tuple[RewardGroup, int]:
+        return encode_for_scoring(
+            self.template, self.tokenizer, *question, max_seq_len=self.cfg.max_seq_len
+        )
+
+    def _score(self, groups: list[RewardGroup]) -> list[list[list[float]]]:
+        """[group][response][attribute]."""
+        if self.client is None:
+            return self.model.score(groups)
+        texts = [[*group.prompt, *response] for group in groups for response in group.responses]
+        scores = iter(self.client.classify(texts))
+        return [[next(scores) for _ in group.responses] for group in groups]
+
+
+def kind_of(obj: Any) -> str:
+    """The key that tells one format from the other, "conversations" or "responses".
+
+    Raises:
+        ValueError: where there is neither.
+    """
+    kinds = [key for key in ("conversations", "responses") if isinstance(obj, dict) and key in obj]
+    if not kinds:
+        raise ValueError(
+            "neither a conversation (with 'conversations') nor a SteerLM2 record (with 'responses')"
+        )
+    return kinds[0]
+
+
+@dataclass
+class ConversationFormat:
+    """Assistant turns get labels."""
+
+    schema: AttributeSchema
+    which: Literal["with_label", "all"]
+
+    def questions(self, obj: Any) -> list[Question]:
+        conversation = parse_conversation(self._without_labels(obj))
+        places = [i for i, item in enumerate(obj["conversations"]) if self._is_labelled(item)]
+        turns = conversation.turns
+        return [Question(conversation.system, turns[:i], [turns[i].value]) for i in places]
+
+    def annotate(self, obj: Any, scores_NA: list[list[float]]) -> None:
+        items = [item for item in obj["conversations"] if self._is_labelled(item)]
+        for item, scores in zip(items, scores_NA, strict=True):
+            item["label"] = label_of_scores(scores, self.schema)
+
+    def _is_labelled(self, item: dict[str, Any]) -> bool:
+        return item["from"] == ASSISTANT and (self.which == "all" or "label" in item)
+
+    def _without_labels(self, obj: Any) -> Any:
+        """What the labels were doesn't matter: they are filled anew."""
+        items = obj.get("conversations") if isinstance(obj, dict) else None
+        if not isinstance(items, list):
+            return obj
+        bare = [
+            item | {"label": None}
+            if isinstance(item, dict) and item.get("from") == ASSISTANT
+            else item
+            for item in items
+        ]
+        return obj | {"conversations": bare}
+
+
+@dataclass
+class GroupFormat:
+    """Responses of SteerLM2 records get scores, and log P(a|x,y) where there is a label."""
+
+    schema: AttributeSchema
+    concentration: float
+    bins: Literal["midpoint", "uniform"]
+
+    def questions(self, obj: Any) -> list[Question]:
+        record = parse_record(obj, require=(), min_responses=1)
+        if record.label is not None:
+            parse_label(record.label, self.schema)
+        responses = [response.value for response in record.responses]
+        return [Question(record.system, record.prompt_turns, responses)]
+
+    def annotate(self, obj: Any, scores_NA: list[list[float]]) -> None:
+        scores = [dict(zip(self.schema.names, row, strict=True)) for row in scores_NA]
+        for response, own in zip(obj["responses"], scores, strict=True):
+            response["scores"] = own
+        if obj.get("label") is None:
+            return
+        log_probs = label_log_probs(
+            scores, parse_label(obj["label"]), self.concentration, self.bins, self.schema
+        )
+        for response, log_p in zip(obj["responses"], log_probs, strict=True):
+            response[LOG_PROB_KEYS["log_p_attributes"]] = log_p
+
+
+@recipe_main(AnnotateConfig)
+def main(cfg: AnnotateConfig) -> None:
+    recipe = AnnotateRecipe(cfg)
+    recipe.setup()
+    recipe.annotate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""An attribute model behind HTTP, for callers in any language.
+
+    tune run serve_reward --config tiny/serve_reward
+    curl http://127.0.0.1:8000/v1/attributes -H 'Content-Type: application/json' \\
+        -d '{"conversations": [{"conversations": [{"from": "User", "value": "What is 2 + 2?"},
+            {"from": "Assistant", "value": "4"}]}]}'
+
+    {"model": ..., "attributes": ["humor", "verbosity"], "scores": [{"humor": 0.1, ...}]}
+
+Texts of concurrent requests are scored together. SIGTERM and SIGINT end the server once it has
+answered what it has accepted. It knows no passwords and no encryption: whoever reaches the port may
+use it, so it listens on 127.0.0.1 unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import signal
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from steerlm2.attributes import as_schema
+from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT
+from steerlm2.training.attribute_model import load_attribute_model
+from steerlm2.training.config import Component, instantiate, recipe_main
+from steerlm2.training.distributed import DTYPES, init_world
+
+REQUIRED = ("fastapi", "prometheus_client", "uvicorn")
+"""Packages of the extra `serve`."""
+
+KEEP_ALIVE_SECONDS = 75
+"""That a connection may idle."""
+
+
+@dataclass
+class ServeConfig:
+    """Every key of the recipe, with its default."""
+
+    tokenizer: Component
+    model: Component  # the backbone: its output layer gives way to the head
+    template: Component = field(
+        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+    )
+    checkpointer: Component | None = None  # none: fresh weights from the seed
+    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT  # of conversations without one, and of texts
+    model_name: str | None = None  # in answers; none: the checkpoint's last two folders
+
+    host: str = "127.0.0.1"  # 0.0.0.0: all IPv4 addresses of the machine, for everybody there
+    port: int = 8000  # 0: any free one; the start-up message says which
+    max_body_bytes: int = 1_048_576
+    max_items: int = 64  # conversations or texts of a request
+    max_queue: int = 1024  # texts that wait, of all requests together; more get 503
+    request_timeout: float = 60.0  # seconds from a request's header to its answer
+    truncate: bool = False  # whether a longer text loses its beginning, or is refused
+    max_seq_len: int = 4096  # tokens of a text with its conversation
+    max_tokens_per_microbatch: int = 4096  # of a batch
+
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cuda"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+
+    def problems(self) -> list[str]:
+        """What is wrong between keys that are right by themselves."""
+        found = [
+            f"'{name}' must be at least 1, got {getattr(self, name)}"
+            for name in (
+                *("max_body_bytes", "max_items", "max_queue"),
+                *("max_seq_len", "max_tokens_per_microbatch"),
+            )
+            if getattr(self, name) < 1
+        ]
+        if self.request_timeout <= 0:
+            found.append(f"'request_timeout' must be above 0, got {self.request_timeout}")
+        if self.max_queue < self.max_items:
+            found.append(
+                f"'max_queue' ({self.max_queue}) must be at least 'max_items' ({self.max_items}): "
+                "the texts of a request wait together"
+            )
+        if not 0 <= self.port <= 65535:
+            found.append(f"'port' must be 0 to 65535, got {self.port}")
+        try:
+            as_schema(self.schema)
+        except (ValueError, TypeError) as error:
+            found.append(f"'schema': {error}")
+        return found
+
+
+class ServeRecipe:
+    """The run: setup -> serve."""
+
+    def __init__(self, cfg: ServeConfig) -> None:
+        self.cfg = cfg
+        if lacking := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
+            raise ValueError(
+                f'the server needs {", ".join(lacking)}: pip install "steerlm2[serve]"'
+            )
+        self.socket = bound_socket(cfg.host, cfg.port)  # a port in use shows before a long load
+        self.world = init_world(cfg.device)
+
+    def setup(self) -> None:
+        from steerlm2.serving.app import Limits, create_app
+
+        cfg = self.cfg
+        model = load_attribute_model(
+            cfg.model,
+            cfg.checkpointer,
+            instantiate(cfg.tokenizer),
+            instantiate(cfg.template),
+            as_schema(cfg.schema),
+            self.world,
+            max_seq_len=cfg.max_seq_len,
+            max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
+            dtype=DTYPES[cfg.dtype],
+            seed=cfg.seed,
+            compile=cfg.compile,
+        )
+        # What doesn't fit together shows now, and the first caller doesn't wait for a warm-up.
+        model.score([model.encode(cfg.system_prompt, [], ["Hello."])[0]])
+        limits = Limits(
+            max_body_bytes=cfg.max_body_bytes,
+            max_items=cfg.max_items,
+            max_queue=cfg.max_queue,
+            request_timeout=cfg.request_timeout,
+            truncate=cfg.truncate,
+        )
+        self.app = create_app(
+            model, self._model_name(), limits=limits, system_prompt=cfg.system_prompt
+        )
+        if cfg.checkpointer is None:
+            print(
+                f"the weights are UNTRAINED (fresh from seed {cfg.seed}), so the scores mean "
+                "nothing. To serve a folder that reward_distributed exported:\n"
+                "  checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer "
+                "checkpointer.checkpoint_dir=DIR"
+            )
+
+    def serve(self) -> None:
+        """Answer requests until SIGTERM or SIGINT."""
+        import uvicorn
+
+        cfg = self.cfg
+        server = uvicorn.Server(
+            uvicorn.Config(
+                self.app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=math.ceil(cfg.request_timeout),
+            )
+        )
+
+        def stop(signum: int, frame: object) -> None:
+            server.should_exit = True
+
+        # uvicorn puts handlers of its own in their place while it runs, and afterwards raises the
+        # signal once more, which would end the process with another status than 0.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, stop)
+        self.socket.listen()
+        host, port = self.socket.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        names = ", ".join(as_schema(cfg.schema).names)
+        print(f"serving {names} on http://{address}:{port}/v1/attributes", flush=True)
+        server.run(sockets=[self.socket])
+
+    def _model_name(self) -> str:
+        cfg = self.cfg
+        if cfg.model_name is not None:
+            return cfg.model_name
+        if cfg.checkpointer is None:
+            return "untrained"
+        return "/".join(Path(cfg.checkpointer["checkpoint_dir"]).absolute().parts[-2:])
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to an address that takes no connections yet.
+
+    Raises:
+        ValueError: where the address can't be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"can't listen on host {host!r}, port {port}: {error.strerror}. Give another host= or "
+            "port= (port=0 takes any free one)"
+        ) from error
+    return bound
+
+
+@recipe_main(ServeConfig)
+def main(cfg: ServeConfig) -> None:
+    recipe = ServeRecipe(cfg)
+    recipe.setup()
+    recipe.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Conversations for supervised fine-tuning, tokenised, in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from steerlm2.attributes import encode_label
+from steerlm2.data.conversations import Conversation, iter_conversations
+from steerlm2.data.packing import Dialogue
+from steerlm2.data.records import ASSISTANT, Turn
+from steerlm2.data.synthetic import synthetic_records
+from steerlm2.data.templates import Template, encode_dialogue, extra_id_template
+from steerlm2.data.tokenizers import Tokenizer
+
+
+@dataclass
+class DialogueDataset(Sequence[Dialogue]):
+    """Tokenised conversations, and what was left out to make them fit.
+
+    A response is never cut off: the model would learn to stop in the middle of a sentence. A
+    conversation that is longer than `max_seq_len` loses its last turns, and is dropped where not
+    even its first response fits.
+    """
+
+    conversations: list[Conversation] = field(default_factory=list)
+    """As they are trained on: `Dialogue.index` is the place in this list."""
+    dialogues: list[Dialogue] = field(default_factory=list)
+    num_shortened: int = 0
+    num_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dialogues[index]
+
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max(len(dialogue.tokens) for dialogue in self.dialogues)
+
+    def summary(self) -> str:
+        targets = sum(len(dialogue.target_places) for dialogue in self.dialogues)
+        return (
+            f"{len(self.dialogues)} conversations with {targets} tokens to predict (being too "
+            f"long: {self.num_shortened} lost their last turns, {self.num_dropped} were dropped)"
+        )
+
+
+def dialogue_dataset(
+    tokenizer: Tokenizer,
+    *,
+    source: str,
+    max_seq_len: int,
+    use_labels: bool,
+    train_on_input: bool = False,
+    template: Template | None = None,
+) -> DialogueDataset:
+    """Conversations of a JSONL file.
+
+    Args:
+        source: a .jsonl or .jsonl.gz file in the conversation format.
+        max_seq_len: tokens of a conversation.
+        use_labels: the labels of the assistant's turns stand in the prompt, Q'(y|a,x); else no
+            label shows, P(y|x).
+        train_on_input: train on all tokens, not only on the assistant's.
+        template: defaults to the extra_id template.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming every bad line (the first 10), or where no conversation is left.
+    """
+    return tokenize_conversations(
+        iter_conversations(source),
+        tokenizer,
+        template,
+        source,
+        max_seq_len=max_seq_len,
+        use_labels=use_labels,
+        train_on_input=train_on_input,
+    )
+
+
+def synthetic_dialogue_dataset(
+    tokenizer: Tokenizer,
+    *,
+    num_records: int,
+    responses_per_prompt: int,
+    max_seq_len: int,
+    use_labels: bool,
+    train_on_input: bool = False,
+    template: Template | None = None,
+    split: Literal["train", "validation"] = "train",
+    seed: int = 0,
+) -> DialogueDataset:
+    """The responses of `synthetic_dataset`, each a conversation labelled with what it has."""
+    return tokenize_conversations(
+        (
+            Conversation([*record.prompt_turns, _labelled(response)], record.system)
+            for record in synthetic_records(num_records, responses_per_prompt, seed, split=split)
+            for response in record.responses
+        ),
+        tokenizer,
+        template,
+        "the synthetic data set",
+        max_seq_len=max_seq_len,
+        use_labels=use_labels,
+        train_on_input=train_on_input,
+    )
+
+
+def tokenize_conversations(
+    conversations: Iterable[Conversation],
+    tokenizer: Tokenizer,
+    template: Template | None,
+    source: str,
+    *,
+    max_seq_len: int,
+    use_labels: bool,
+    train_on_input: bool,
+) -> DialogueDataset:
+    """See `DialogueDataset` for what is left out, and `dialogue_dataset` for the arguments.
+
+    Raises:
+        ValueError: where no conversation is left.
+    """
+    dataset = DialogueDataset()
+    for conversation in conversations:
+        turns = conversation.turns
+        if not use_labels:
+            turns = [dataclasses.replace(turn, label=None) for turn in turns]
+        ends = [i + 1 for i, turn in enumerate(turns) if turn.role == ASSISTANT]
+        while ends:
+            kept = turns[: ends[-1]]
+            dialogue = encode_dialogue(
+                template or extra_id_template(),
+                tokenizer,
+                conversation.system,
+                kept,
+                train_on_input=train_on_input,
+            )
+            if len(dialogue.tokens) <= max_seq_len:
+                break
+            ends.pop()
+        else:
+            dataset.num_dropped += 1
+            continue
+        dataset.num_shortened += any(turn.role == ASSISTANT for turn in turns[len(kept) :])
+        index = len(dataset.conversations)
+        dataset.conversations.append(Conversation(kept, conversation.system))
+        dataset.dialogues.append(dataclasses.replace(dialogue, index=index))
+    if not dataset.dialogues:
+        raise ValueError(
+            f"{source}: none of its {dataset.num_dropped} conversations has an assistant's turn "
+            f"that fits into max_seq_len={max_seq_len} tokens; raise max_seq_len"
+        )
+    return dataset
+
+
+def _labelled(response: Any) -> Turn:
+    values = {name: round(score) for name, score in (response.scores or {}).items()}
+    return Turn(ASSISTANT, response.value, encode_label(values))

@@ -1,0 +1,207 @@
+"""Dynamic batching: texts of different callers are scored together, in one packed forward.
+
+While the model is busy, what arrives waits; then all of it, up to a token budget, makes up the next
+row. An idle model starts at once: nothing waits for company.
+
+Texts mostly begin alike: with the same system prompt, or with the same conversation of which
+several answers are scored. What they share is computed once (`share_beginnings`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from steerlm2.data.packing import RewardGroup
+
+log = logging.getLogger(__name__)
+
+Text = list[int]
+"""The tokens of a text, up to the one where its scores are read."""
+Scores = list[float]
+"""A text's score for every attribute, in the order of the schema."""
+
+LARGEST_GROUP = 64
+"""At most so many texts share one beginning: it bounds the search for the best groups."""
+
+
+class QueueFullError(Exception):
+    """More texts than the queue has room for."""
+
+
+class ScoringError(Exception):
+    """The model failed on a text."""
+
+
+class Scorer(Protocol):
+    """What the batcher needs of an `AttributeModel`."""
+
+    def score(self, groups: Sequence[RewardGroup]) -> list[list[Scores]]: ...
+
+
+@dataclass
+class Waiting:
+    """A text in the queue."""
+
+    text: Text
+    scores: asyncio.Future[Scores]
+
+
+class Batcher:
+    """A queue of texts in front of a model, which runs in a thread of its own.
+
+    Args:
+        max_tokens: of a batch, what a text shares with the first one not counted. A longer text
+            is scored alone, so 1 switches batching off.
+        max_queue: texts that may wait.
+        on_batch: is told the number of texts of every batch.
+    """
+
+    def __init__(
+        self,
+        model: Scorer,
+        *,
+        max_tokens: int,
+        max_queue: int,
+        on_batch: Callable[[int], None] = lambda num_texts: None,
+    ) -> None:
+        self.model = model
+        self.max_tokens = max_tokens
+        self.max_queue = max_queue
+        self.on_batch = on_batch
+        self._waiting: deque[Waiting] = deque()
+        self._arrived = asyncio.Event()
+
+    def __len__(self) -> int:
+        """How many texts wait."""
+        return len(self._waiting)
+
+    async def score(self, texts: Sequence[Text]) -> list[Scores]:
+        """The scores of the texts, in their order. Cancelled, it withdraws those that still wait.
+
+        Raises:
+            QueueFullError: where there is no room for all of them; then none is scored.
+            ScoringError: where the model fails on one of them.
+        """
+        if len(self._waiting) + len(texts) > self.max_queue:
+            raise QueueFullError
+        loop = asyncio.get_running_loop()
+        mine = [Waiting(text, loop.create_future()) for text in texts]
+        self._waiting.extend(mine)
+        self._arrived.set()
+        try:
+            return await asyncio.gather(*(waiting.scores for waiting in mine))
+        except BaseException:
+            for waiting in mine:
+                waiting.scores.cancel()
+            self._waiting = deque(w for w in self._waiting if not w.scores.done())
+            raise
+
+    async def run(self) -> None:
+        """Score what arrives, batch after batch, until cancelled."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
+            while True:
+                await self._arrived.wait()
+                batch = self._take()
+                if not batch:
+                    self._arrived.clear()
+                    continue
+                self.on_batch(len(batch))
+                texts = [waiting.text for waiting in batch]
+                results = await loop.run_in_executor(thread, self._score, texts)
+                for waiting, result in zip(batch, results, strict=True):
+                    if waiting.scores.done():  # its caller has gone
+                        continue
+                    if isinstance(result, ScoringError):
+                        waiting.scores.set_exception(result)
+                    else:
+                        waiting.scores.set_result(result)
+
+    def _take(self) -> list[Waiting]:
+        """The texts of the next batch, from the head of the queue."""
+        batch: list[Waiting] = []
+        tokens = 0
+        while self._waiting:
+            text = self._waiting[0].text
+            tokens += len(text) - (num_shared(batch[0].text, text) if batch else 0)
+            if batch and tokens > self.max_tokens:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    def _score(self, texts: list[Text]) -> list[Scores | ScoringError]:
+        try:
+            return [_finite(scores) for scores in score_texts(self.model, texts)]
+        except Exception as error:
+            if len(texts) > 1:  # only the callers whose texts are at fault shall know
+                return [result for text in texts for result in self._score([text])]
+            log.exception("the model failed on a text of %d tokens", len(texts[0]))
+            return [ScoringError(f"the model failed: {type(error).__name__}")]
+
+
+def score_texts(model: Scorer, texts: Sequence[Text]) -> list[Scores]:
+    """The scores of the texts, in their order; what they share at their beginnings is run once."""
+    groups = share_beginnings(texts)
+    scores: list[Scores] = [[]] * len(texts)
+    for group, of_group in zip(groups, model.score(groups), strict=True):
+        for place, of_text in zip(group.responses_kept, of_group, strict=True):
+            scores[place] = of_text
+    return scores
+
+
+def share_beginnings(texts: Sequence[Text]) -> list[RewardGroup]:
+    """The texts as groups with as few tokens as possible: a group's prompt is what they share.
+
+    In sorted order the texts that share most are neighbours, so groups are runs of them. The best
+    runs of the first i texts follow from those of fewer: a run of n texts that share m tokens saves
+    (n - 1) * m of them.
+
+    Returns:
+        Groups whose `responses_kept` are the places of their texts in `texts`.
+    """
+    order = sorted(range(len(texts)), key=lambda place: texts[place])
+    ordered = [texts[place] for place in order]
+    common = [num_shared(*pair) for pair in itertools.pairwise(ordered)]
+    best = [(0, 0)]  # for the first i texts: the tokens saved, and where the last run starts
+    for stop in range(1, len(texts) + 1):
+        shared = len(ordered[stop - 1]) - 1  # the last token is read, so it is nobody's beginning
+        options = [(best[stop - 1][0], stop - 1)]
+        for start in range(stop - 2, max(-1, stop - 1 - LARGEST_GROUP), -1):
+            shared = min(shared, common[start], len(ordered[start]) - 1)
+            options.append((best[start][0] + (stop - start - 1) * shared, start))
+        best.append(max(options))
+    groups = []
+    stop = len(texts)
+    while stop > 0:
+        start = best[stop][1]
+        run = ordered[start:stop]
+        shared = min(num_shared(run[0], run[-1]), *(len(text) - 1 for text in run))
+        groups.append(
+            RewardGroup(
+                prompt=run[0][:shared],
+                responses=[text[shared:] for text in run],
+                responses_kept=order[start:stop],
+            )
+        )
+        stop = start
+    return groups
+
+
+def num_shared(one: Text, other: Text) -> int:
+    """The number of tokens with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _finite(scores: Scores) -> Scores:
+    if not all(map(math.isfinite, scores)):
+        raise FloatingPointError(f"the scores {scores} are not finite")
+    return scores

@@ -1,0 +1,175 @@
+"""Attribute scores from a vLLM server that pools: `vllm serve DIR --runner pooling`.
+
+DIR is what reward_distributed exports. POST /classify takes the token ids of a text, so that the
+server's own chat template and tokenizer have no part in it, and gives one score an attribute, which
+it calls `probs`: of a model with the problem type "regression" they are the raw scores.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before the first retry, which double with each further one, and their limit."""
+
+TOO_MANY_REQUESTS = 429
+
+
+class ClassifyClient:
+    """Asks a server from several threads. Connection errors, 429 and 5xx are tried again.
+
+    Args:
+        url: of the server, "http://127.0.0.1:8000".
+        attributes: the names that the scores are for, in their order.
+        model: the server's name for the model; none: its first one.
+        concurrency: requests at a time.
+        timeout: seconds for an answer.
+        retries: of a request, with pauses of 0.5 s, 1 s, 2 s, ... before them.
+
+    Raises:
+        ValueError: where the URL isn't one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        attributes: Sequence[str],
+        *,
+        model: str | None = None,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        retries: int = 5,
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.attributes = list(attributes)
+        self.model = model
+        self.concurrency = concurrency
+        self.retries = retries
+        self._check_url()
+        limits = httpx.Limits(max_connections=concurrency)
+        self._http = httpx.Client(timeout=timeout, limits=limits)
+        self._stop = threading.Event()
+
+    def connect(self, max_seq_len: int) -> None:
+        """Ask the server which models it has; `model` is then the name of one of them.
+
+        Raises:
+            ValueError: where it hasn't the model, or takes no texts of `max_seq_len` tokens.
+            ConnectionError: where it doesn't answer.
+        """
+        answer = self._request("GET", "/v1/models")
+        try:
+            models = {model["id"]: model for model in answer["data"]}
+        except (KeyError, TypeError) as error:
+            raise self._unknown_answer("/v1/models", answer) from error
+        if self.model is None:
+            self.model = next(iter(models), None)
+        if self.model not in models:
+            raise ValueError(
+                f"the server at {self.url} has no model {self.model}, only {', '.join(models)}"
+            )
+        limit = models[self.model].get("max_model_len")
+        if limit is not None and limit < max_seq_len:
+            raise ValueError(
+                f"the server at {self.url} takes texts of at most {limit} tokens: set "
+                f"max_seq_len={limit}, or start it with --max-model-len {max_seq_len}"
+            )
+
+    def classify(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """[text][attribute] scores of tokenised texts, in their order.
+
+        Raises:
+            ValueError: where the server refuses a text, or its model has other attributes.
+            ConnectionError: where it doesn't answer, all retries included.
+        """
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            return list(pool.map(self._scores, texts))
+        except BaseException:
+            self._stop.set()  # the other threads give up too
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._stop.clear()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _scores(self, text: Sequence[int]) -> list[float]:
+        body = {"model": self.model, "input": list(text), "use_activation": False}
+        answer = self._request("POST", "/classify", body)
+        try:
+            (result,) = answer["data"]
+            scores, label = [float(score) for score in result["probs"]], result.get("label")
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._unknown_answer("/classify", answer) from error
+        if len(scores) != len(self.attributes):
+            raise ValueError(
+                f"the model of {self.url} gives {len(scores)} scores, schema.names has "
+                f"{len(self.attributes)} attributes ({', '.join(self.attributes)}): they must be "
+                "the ones that it was trained for, in the same order"
+            )
+        # The server names the attribute of the highest score; LABEL_0 where it doesn't know.
+        ours = self.attributes[scores.index(max(scores))]
+        if label not in (None, ours) and not label.startswith("LABEL_"):
+            raise ValueError(
+                f"the model of {self.url} calls {label} what is {ours} in schema.names "
+                f"({', '.join(self.attributes)}): they must be the attributes that it was trained "
+                "for, in the same order"
+            )
+        return scores
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The decoded answer."""
+        problem = ""
+        for attempt in range(self.retries + 1):
+            pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) if attempt else 0.0
+            if self._stop.wait(pause):
+                break
+            try:
+                response = self._http.request(method, self.url + path, json=body)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if response.is_success:
+                return self._decoded(path, response)
+            problem = f"status {response.status_code}: {_reason(response)}"
+            if response.status_code < 500 and response.status_code != TOO_MANY_REQUESTS:
+                hint = " (is it started with --runner pooling?)" if path == "/classify" else ""
+                raise ValueError(f"{self.url}{path} refuses the request{hint}: {problem}")
+        raise ConnectionError(
+            f"the server at {self.url} doesn't answer, tried {self.retries + 1} times ({problem}). "
+            "Once it is up again, the same command continues where it stopped"
+        )
+
+    def _decoded(self, path: str, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError as error:
+            raise self._unknown_answer(path, response.text) from error
+
+    def _unknown_answer(self, path: str, answer: Any) -> ValueError:
+        return ValueError(
+            f"{self.url}{path} doesn't answer as a vLLM server does: {str(answer)[:200]}"
+        )
+
+    def _check_url(self) -> None:
+        try:
+            parts = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"server.url {self.url!r}: {error}") from error
+        if parts.scheme not in ("http", "https") or not parts.host:
+            raise ValueError(f"server.url must look like http://127.0.0.1:8000, got {self.url!r}")
+
+
+def _reason(response: httpx.Response) -> str:
+    """What the server says about a failure: vLLM's message, or the beginning of the body."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]
