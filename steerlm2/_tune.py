@@ -43,6 +43,10 @@ RECIPES: dict[str, list[str]] = {
         "llama3_1/8B_score_responses",
         "llama3_1/70B_score_responses_multinode",
     ],
+    "sft_distributed": [
+        "tiny/sft",
+        "tiny/acsft",
+    ],
     "steerlm2_distributed": [
         "tiny/steerlm2",
         "llama3_1/8B_steerlm2",

@@ -14,12 +14,12 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from steerlm2.attributes import DEFAULT_SCHEMA, beta_log_prob, encode_label
+from steerlm2.attributes import DEFAULT_SCHEMA, beta_log_prob, encode_label, parse_label
 from steerlm2.data.records import USER, Record, Response, Turn
 from steerlm2.data.tokenizers import (
     TINY_SPECIAL_TOKENS,
@@ -58,6 +58,22 @@ def score_text(text: str) -> dict[str, float]:
     words = sum(len(s.split()) for s in sentences if not s.endswith("!"))
     scores = {"humor": float(text.count("!")), "verbosity": (words - 1) / WORDS_PER_STEP}
     return {name: min(max(scores[name], 0.0), 4.0) for name in ATTRIBUTES}
+
+
+def steering_metrics(
+    prompts: Sequence[str], labels: Sequence[str | None], responses: Sequence[str]
+) -> dict[str, float]:
+    """`mae_NAME`: mean |wanted - counted| over the responses whose label names the attribute.
+
+    A metric function for `generation.metrics` of a training recipe.
+    """
+    errors: dict[str, list[float]] = {}
+    for label, response in zip(labels, responses, strict=True):
+        wanted = parse_label(label) if label else {}
+        for name, score in score_text(response).items():
+            if name in wanted:
+                errors.setdefault(name, []).append(abs(wanted[name] - score))
+    return {f"mae_{name}": sum(each) / len(each) for name, each in errors.items()}
 
 
 def synthetic_records(

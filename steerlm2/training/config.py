@@ -291,4 +291,6 @@ def _locate(path: str) -> Callable[..., Any]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_plain(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return {key: _plain(v) for key, v in value.items()} if isinstance(value, dict) else value

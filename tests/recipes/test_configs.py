@@ -34,6 +34,7 @@ CONFIG_CLASSES = {
     "reward_distributed": "RewardConfig",
     "score_responses": "ScoreConfig",
     "serve_reward": "ServeConfig",
+    "sft_distributed": "SFTConfig",
     "steerlm2_distributed": "SteerLM2Config",
 }
 WITH_MODEL = [
