@@ -49,7 +49,7 @@ from steerlm2.data.records import (
     json_line,
     parse_record,
 )
-from steerlm2.data.templates import encode_for_scoring
+from steerlm2.data.templates import groups_for_scoring
 from steerlm2.serving.client import ClassifyClient
 from steerlm2.training.attribute_model import load_attribute_model
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
@@ -314,19 +314,8 @@ class AnnotateRecipe:
         problems.raise_if_any()
 
     def _encode(self, question: Question) -> tuple[list[RewardGroup], int]:
-        """The responses as one group, or, where they don't fit, each as its own: what a text loses
-        must not depend on the length of the others. And how many texts lost their beginning."""
-        group, num_cut = self._encode_together(question)
-        if num_cut == 0:
-            return [group], 0
-        alone = [
-            self._encode_together(question._replace(responses=[response]))
-            for response in question.responses
-        ]
-        return [group for group, _ in alone], sum(cut for _, cut in alone)
-
-    def _encode_together(self, question: Question) -> tuple[RewardGroup, int]:
-        return encode_for_scoring(
+        """Its responses, and how many of them lost their beginning."""
+        return groups_for_scoring(
             self.template, self.tokenizer, *question, max_seq_len=self.cfg.max_seq_len
         )
 

@@ -2,12 +2,13 @@
 
     tune run score_responses --config tiny/score_responses input=groups.jsonl output=scored.jsonl
     tune run --nproc_per_node 8 score_responses --config llama3_1/8B_score_responses \\
-        input=groups.jsonl output=scored.jsonl quantities=[log_q]
+        input=groups.jsonl output=scored.jsonl
 
-One run uses one checkpoint. log P(y|x) belongs to the SFT model and its prompt has no label;
-log Q'(y|a,x) belongs to the attribute-conditioned model that sampled the responses; log P(a|x,y)
-follows from attribute scores that the records carry. A run fills the `quantities` it is asked for
-and keeps the rest, so two runs with two checkpoints complete a file.
+log P(y|x) belongs to the SFT model and its prompt has no label; log Q'(y|a,x) belongs to the
+attribute-conditioned model that sampled the responses; log P(a|x,y) belongs to the attribute model,
+or follows from attribute scores that the records carry. One run fills the `quantities` it is asked
+for and keeps the rest. Models are loaded in turn: each passes over the file and hands it to the
+next.
 
 The log-probs come from the trainer's own packed code path. A run that was stopped continues where
 it was, on any number of processes; the output is in input order.
@@ -16,12 +17,14 @@ it was, on any number of processes; the output is in input order.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from steerlm2.attributes import (
@@ -32,7 +35,10 @@ from steerlm2.attributes import (
 )
 from steerlm2.data.packing import Group
 from steerlm2.data.records import Record, Response, json_line, read_records, record_to_json
-from steerlm2.datasets import SteerLM2Dataset, tokenize_records
+from steerlm2.data.templates import groups_for_scoring
+from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.datasets import tokenize_records
+from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.training.checkpoint import (
     check_context,
     check_vocabulary,
@@ -45,6 +51,7 @@ from steerlm2.training.forward import score_groups
 from steerlm2.training.resumable import ResumableOutput
 
 Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
+QUANTITIES: tuple[Quantity, ...] = typing.get_args(Quantity)
 
 SETTINGS_THAT_CHANGE_SCORES = (
     "input",
@@ -53,6 +60,9 @@ SETTINGS_THAT_CHANGE_SCORES = (
     "template",
     "model",
     "checkpointer",
+    "log_p_response",
+    "log_q",
+    "log_p_attributes",
     "seed",
     "dtype",
     "max_seq_len",
@@ -60,6 +70,16 @@ SETTINGS_THAT_CHANGE_SCORES = (
     "bins",
     "schema",
 )
+
+
+@dataclass
+class ScorerOptions:
+    """What a quantity is scored with, as far as it isn't what the whole config says."""
+
+    checkpointer: Component | None = None
+    model: Component | None = None
+    tokenizer: Component | None = None
+    template: Component | None = None
 
 
 @dataclass
@@ -75,6 +95,9 @@ class ScoreConfig:
         default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
     )
     checkpointer: Component | None = None  # none: fresh weights from the seed
+    log_p_response: ScorerOptions | None = None  # the SFT model, where it isn't `checkpointer`
+    log_q: ScorerOptions | None = None  # the attribute-conditioned model likewise
+    log_p_attributes: ScorerOptions | None = None  # the attribute model; none: stored `scores`
     max_seq_len: int = 4096  # tokens of a prompt with one response; longer ones are left out
     max_tokens_per_microbatch: int = 4096
     records_per_write: int = 128  # a stopped run repeats at most so many
@@ -104,6 +127,14 @@ class ScoreConfig:
         if not self.quantities:
             found.append("'quantities' is empty: name at least one of log_p_attributes, "
                          "log_p_response, log_q")  # fmt: skip
+        sections = {name: getattr(self, name) for name in QUANTITIES}
+        found += [
+            f"'{name}' says how to score what 'quantities' doesn't ask for"
+            for name, section in sections.items()
+            if section is not None and name not in self.quantities
+        ]
+        if self.log_p_attributes is not None and self.log_p_attributes.checkpointer is None:
+            found.append("'log_p_attributes' needs a 'checkpointer': an attribute model's")
         if Path(self.input).absolute() == Path(self.output).absolute():
             found.append("'output' must be another file than 'input'")
         if Path(self.output).suffix == ".gz":
@@ -111,18 +142,20 @@ class ScoreConfig:
         return found
 
 
+class Stage(NamedTuple):
+    """A pass over the file with one model, or with none."""
+
+    quantities: list[Quantity]
+    scorer: ScorerOptions
+
+
 class ScoreRecipe:
-    """The run: setup -> score."""
+    """The run: one stage after the other, each from a file to a file."""
 
     def __init__(self, cfg: ScoreConfig) -> None:
         self.cfg = cfg
-        plain = to_plain(cfg)
-        self.output = ResumableOutput(
-            cfg.output,
-            input_file=cfg.input,
-            settings={key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES},
-            slice_size=cfg.records_per_write,
-        )
+        self.schema = as_schema(cfg.schema)
+        self.stages = stages_of(cfg)
         self.world = init_world(
             cfg.device,
             tensor_parallel_dim=cfg.tensor_parallel_dim,
@@ -131,85 +164,228 @@ class ScoreRecipe:
             needs_mesh=cfg.fsdp_cpu_offload,
         )
 
-    def setup(self) -> None:
-        cfg, world = self.cfg, self.world
-        world.on_main(self.output.check)
-        records = read_records(cfg.input, require=())
-        if "log_p_attributes" in cfg.quantities:
-            schema = as_schema(cfg.schema)
-            records = score_attributes(records, cfg.input, cfg.concentration, cfg.bins, schema)
-        tokenizer = instantiate(cfg.tokenizer)
-        template = instantiate(cfg.template)
-        self.data: SteerLM2Dataset = tokenize_records(
-            records, tokenizer, template, cfg.max_seq_len, cfg.input
-        )
-        self.done = world.from_main(world.on_main(lambda: self.output.begin(len(self.data))) or 0)
-        if self.done == len(self.data):
-            return
-
-        dtype = DTYPES[cfg.dtype]
-        with torch.device("meta"):
-            self.model = instantiate(cfg.model).to(dtype)
-        check_vocabulary(self.model, tokenizer)
-        check_context(self.model, self.data.longest())
-        checkpointer = world.on_main(
-            lambda: open_checkpointer(
-                cfg.checkpointer,
-                self.model,
-                tokenizer,
-                seed=cfg.seed,
-                output_dir="",
-            )
-        )
-        parallelize(
-            self.model,
-            world,
-            dtype=dtype,
-            compile=cfg.compile,
-            reshard_after_forward=cfg.fsdp_reshard_after_forward,
-            cpu_offload=cfg.fsdp_cpu_offload,
-        )
-        load_weights(
-            self.model, checkpointer, world, seed=cfg.seed, cpu_offload=cfg.fsdp_cpu_offload
-        )
-        self.model.eval()
-
     def score(self) -> None:
-        """Score and append a slice of the groups at a time; rename the file when it is complete."""
+        """Score all quantities; what the stages hand on is removed at the end."""
         cfg, world = self.cfg, self.world
-        groups = self.data.groups
+        *handed_on, last = [
+            f"{cfg.output}.{'+'.join(stage.quantities)}" for stage in self.stages[:-1]
+        ] + [cfg.output]
+        world.on_main(self._output(last).check)
+        source = cfg.input
+        for stage, target in zip(self.stages, [*handed_on, last], strict=True):
+            if target != last and world.from_main(Path(last).exists()):
+                continue  # the whole is there already
+            output = self._output(target)
+            world.on_main(output.check)
+            if "log_p_attributes" in stage.quantities and stage.scorer.checkpointer:
+                self._score_attributes(stage, source, output)
+            else:
+                self._score_log_probs(stage, source, output)
+            world.barrier()
+            source = target
+        if world.is_main:
+            for file in handed_on:
+                for path in (Path(file), Path(f"{file}.settings.json")):
+                    path.unlink(missing_ok=True)
+        close_world()
+
+    def _score_log_probs(self, stage: Stage, source: str, output: ResumableOutput) -> None:
+        """log P(y|x) and log Q'(y|a,x) of a model, and log P(a|x,y) from stored scores."""
+        cfg, world = self.cfg, self.world
+        records = read_records(source, require=())
+        if "log_p_attributes" in stage.quantities:
+            records = with_log_p_attributes(
+                records, source, cfg.concentration, cfg.bins, self.schema
+            )
+        tokenizer = instantiate(stage.scorer.tokenizer or cfg.tokenizer)
+        template = instantiate(stage.scorer.template or cfg.template)
+        data = tokenize_records(records, tokenizer, template, cfg.max_seq_len, source)
+        groups = data.groups
+        done = world.from_main(world.on_main(lambda: output.begin(len(groups))) or 0)
         inputs: dict[str, list[Group]] = {}
-        if "log_p_response" in cfg.quantities:
-            inputs["log_p_response"] = self.data.without_label()
-        if "log_q" in cfg.quantities:
+        if "log_p_response" in stage.quantities:
+            inputs["log_p_response"] = data.without_label()
+        if "log_q" in stage.quantities:
             inputs["log_q"] = groups
-        bar = tqdm(total=len(groups), initial=self.done, disable=not world.is_main, unit="group")
-        for start in range(self.done, len(groups), cfg.records_per_write):
+        model = None
+        if done < len(groups) and inputs:
+            model = self._language_model(stage.scorer, tokenizer, data.longest())
+
+        bar = self._bar(stage, len(groups), done)
+        for start in range(done, len(groups), cfg.records_per_write):
             chosen = slice(start, start + cfg.records_per_write)
             scores = {
                 name: score_groups(
-                    self.model,
+                    model,
                     prompts_and_responses[chosen],
                     world,
                     max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
                 )
                 for name, prompts_and_responses in inputs.items()
+                if model is not None
             }
             if world.is_main:
-                self.output.append(
-                    json_line(record_to_json(scored_record(self.data.records, group, new_values)))
+                output.append(
+                    json_line(record_to_json(scored_record(data.records, group, new_values)))
                     for i, group in enumerate(groups[chosen])
                     for new_values in [{name: values[i] for name, values in scores.items()}]
                 )
             bar.update(len(groups[chosen]))
         bar.close()
         if world.is_main:
-            self.output.finish()
-            tqdm.write(f"{cfg.output}: {self.data.summary()}")
-        close_world()
+            output.finish()
+            tqdm.write(f"{output.path}: {data.summary()}")
+
+    def _score_attributes(self, stage: Stage, source: str, output: ResumableOutput) -> None:
+        """`scores` of an attribute model, and log P(a|x,y) from them."""
+        cfg, world = self.cfg, self.world
+        records = read_records(source, require=())
+        check_labels(records, source, self.schema)
+        done = world.from_main(world.on_main(lambda: output.begin(len(records))) or 0)
+        num_cut = 0
+        model = self._attribute_model(stage.scorer) if done < len(records) else None
+        bar = self._bar(stage, len(records), done)
+        for start in range(done, len(records), cfg.records_per_write):
+            assert model is not None
+            chosen = records[start : start + cfg.records_per_write]
+            encoded = [
+                groups_for_scoring(
+                    model.template,
+                    model.tokenizer,
+                    record.system,
+                    record.prompt_turns,
+                    [response.value for response in record.responses],
+                    cfg.max_seq_len,
+                )
+                for record in chosen
+            ]
+            num_cut += sum(cut for _, cut in encoded)
+            scores = model.score([group for groups, _ in encoded for group in groups])
+            rows = (row for group in scores for row in group)
+            scored = [
+                dataclasses.replace(
+                    record,
+                    responses=[
+                        dataclasses.replace(
+                            response,
+                            scores=dict(zip(self.schema.names, next(rows), strict=True)),
+                        )
+                        for response in record.responses
+                    ],
+                )
+                for record in chosen
+            ]
+            scored = with_log_p_attributes(scored, source, cfg.concentration, cfg.bins, self.schema)
+            if world.is_main:
+                output.append(json_line(record_to_json(record)) for record in scored)
+            bar.update(len(chosen))
+        bar.close()
+        if world.is_main:
+            output.finish()
+            tqdm.write(
+                f"{output.path}: {len(records)} groups (texts cut at the beginning, being too "
+                f"long: {num_cut})"
+            )
+
+    # What follows is small print that the methods above call by name.
+
+    def _output(self, path: str) -> ResumableOutput:
+        plain = to_plain(self.cfg)
+        return ResumableOutput(
+            path,
+            input_file=self.cfg.input,
+            settings={key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES},
+            slice_size=self.cfg.records_per_write,
+        )
+
+    def _language_model(
+        self, scorer: ScorerOptions, tokenizer: Tokenizer, longest: int
+    ) -> TransformerDecoder:
+        cfg, world = self.cfg, self.world
+        dtype = DTYPES[cfg.dtype]
+        with torch.device("meta"):
+            model = instantiate(scorer.model or cfg.model).to(dtype)
+        check_vocabulary(model, tokenizer)
+        check_context(model, longest)
+        checkpointer = world.on_main(
+            lambda: open_checkpointer(
+                scorer.checkpointer or cfg.checkpointer,
+                model,
+                tokenizer,
+                seed=cfg.seed,
+                output_dir="",
+            )
+        )
+        parallelize(
+            model,
+            world,
+            dtype=dtype,
+            compile=cfg.compile,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+        load_weights(model, checkpointer, world, seed=cfg.seed, cpu_offload=cfg.fsdp_cpu_offload)
+        return model.eval()
+
+    def _attribute_model(self, scorer: ScorerOptions) -> AttributeModel:
+        cfg = self.cfg
+        return load_attribute_model(
+            scorer.model or cfg.model,
+            scorer.checkpointer,
+            instantiate(scorer.tokenizer or cfg.tokenizer),
+            instantiate(scorer.template or cfg.template),
+            self.schema,
+            self.world,
+            max_seq_len=cfg.max_seq_len,
+            max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
+            dtype=DTYPES[cfg.dtype],
+            seed=cfg.seed,
+            compile=cfg.compile,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+
+    def _bar(self, stage: Stage, total: int, done: int) -> tqdm:
+        return tqdm(
+            desc=", ".join(stage.quantities),
+            total=total,
+            initial=done,
+            disable=not self.world.is_main,
+            unit="group",
+        )
 
 
-def score_attributes(
+def stages_of(cfg: ScoreConfig) -> list[Stage]:
+    """The passes over the file: quantities of one model share one."""
+    stages: list[Stage] = []
+    for quantity in QUANTITIES:
+        if quantity not in cfg.quantities:
+            continue
+        scorer = getattr(cfg, quantity) or ScorerOptions()
+        if stages and stages[-1].scorer == scorer:
+            stages[-1].quantities.append(quantity)
+        else:
+            stages.append(Stage([quantity], scorer))
+    return stages
+
+
+def check_labels(records: Sequence[Record], source: str, schema: AttributeSchema) -> None:
+    """Raises:
+    ValueError: naming the records without a label, or with one that the schema doesn't have.
+    """
+    problems = []
+    for number, record in enumerate(records, start=1):
+        try:
+            if record.label is None:
+                raise ValueError("no label")
+            parse_label(record.label, schema)
+        except ValueError as error:
+            problems.append(f"{source}, record {number}: {error}")
+    if problems:
+        raise ValueError("log_p_attributes needs a label of the schema:\n" + first_of(problems))
+
+
+def with_log_p_attributes(
     records: Sequence[Record],
     source: str,
     concentration: float,
@@ -239,12 +415,16 @@ def score_attributes(
         ]
         scored.append(dataclasses.replace(record, responses=responses))
     if problems:
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise ValueError(
             "log_p_attributes needs a label, and `scores` of every response for its attributes:\n"
-            + "\n".join(problems[:10] + more)
+            + first_of(problems)
         )
     return scored
+
+
+def first_of(problems: list[str]) -> str:
+    more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "\n".join(problems[:10] + more)
 
 
 def scored_record(
@@ -263,9 +443,7 @@ def scored_record(
 
 @recipe_main(ScoreConfig)
 def main(cfg: ScoreConfig) -> None:
-    recipe = ScoreRecipe(cfg)
-    recipe.setup()
-    recipe.score()
+    ScoreRecipe(cfg).score()
 
 
 if __name__ == "__main__":

@@ -519,10 +519,9 @@ class SFTRecipe:
             for prompt, label, response in zip(prompts, labels, responses, strict=True):
                 sample = {"step": step, "label": label, "prompt": prompt, "response": response}
                 self.samples_file.append(sample)
-        metrics: dict[str, float] = {}
-        for component in wanted.metrics:
-            metrics |= instantiate(component, prompts, labels, responses)
-        return metrics
+        # On one rank: they may ask a server.
+        found = self.world.on_main(lambda: metrics_of(wanted.metrics, prompts, labels, responses))
+        return found or {}
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         return instantiate(self.cfg.lr_scheduler, optimizer, num_training_steps=self.total_steps)
@@ -586,6 +585,35 @@ class SFTRecipe:
     def _say(self, text: str) -> None:
         if self.world.is_main:
             tqdm.write(text)
+
+
+def metrics_of(
+    components: list[Component],
+    prompts: list[str],
+    labels: list[str | None],
+    responses: list[str],
+) -> dict[str, float]:
+    """What the config's metric functions say of the answers.
+
+    Raises:
+        ValueError: where one gives anything but numbers under names, or a name that is taken.
+    """
+    metrics: dict[str, float] = {}
+    for component in components:
+        found = instantiate(component, prompts, labels, responses)
+        try:
+            found = {str(name): float(value) for name, value in found.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{component['_component_']} must return a mapping from names to numbers ({error})"
+            ) from error
+        if taken := found.keys() & {"loss", *metrics}:
+            raise ValueError(
+                f"{component['_component_']} returns {', '.join(sorted(taken))}: the validation "
+                "loss or another metric function has that name"
+            )
+        metrics |= found
+    return metrics
 
 
 @recipe_main(SFTConfig)

@@ -222,10 +222,7 @@ def encode_prompt(
         ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
     """
     segments = template.prompt(system, turns, label)
-    ids = encode_segments(segments, tokenizer, template.control_tokens)
-    if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids.insert(0, tokenizer.bos_id)
-    return ids
+    return _with_bos(encode_segments(segments, tokenizer, template.control_tokens), tokenizer)
 
 
 def encode_response(template: Template, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -243,34 +240,49 @@ def encode_dialogue(
     system: str,
     turns: Sequence[Turn],
     *,
+    max_seq_len: int | None = None,
     train_on_input: bool = False,
-) -> Dialogue:
-    """A conversation up to its last assistant turn, and which of its tokens are trained on.
-
-    That are the tokens of every assistant turn's text, end-of-turn text and stop token, as in
+) -> tuple[Dialogue | None, int]:
+    """A conversation up to its last assistant turn that fits, and which of its tokens are trained
+    on: those of every assistant turn's text, end-of-turn text and stop token, as in
     `Template.response`; labels are not among them.
 
     Args:
+        max_seq_len: tokens that the conversation may have; None for any number.
         train_on_input: train on all tokens but the first.
 
+    Returns:
+        The dialogue and how many turns it has; (None, 0) where no turn is the assistant's, or not
+        even the first of them fits.
+
     Raises:
-        ValueError: where no turn is the assistant's; naming the control tokens that the tokenizer
-            lacks or takes for ordinary text.
+        ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
     """
-    answers = [i for i, turn in enumerate(turns) if turn.role == ASSISTANT]
-    if not answers:
-        raise ValueError("no turn is the assistant's: there is nothing to train on")
+    done: list[Segment] = []
     tokens: list[int] = []
     places: list[int] = []
-    for i in answers:
-        # Each prompt begins with what came before it, the stop token of the turn before included.
-        tokens = encode_prompt(template, tokenizer, system, turns[:i], turns[i].label)
-        response = encode_response(template, tokenizer, turns[i].value)
+    num_turns = 0
+    for i, turn in enumerate(turns):
+        if turn.role != ASSISTANT:
+            continue
+        prompt = template.prompt(system, turns[:i], turn.label)
+        assert prompt[: len(done)] == done, "a prompt goes on where the answer before it ended"
+        new = encode_segments(prompt[len(done) :], tokenizer, template.control_tokens)
+        if not done:
+            new = _with_bos(new, tokenizer)
+        response = encode_response(template, tokenizer, turn.value)
+        if max_seq_len is not None and len(tokens) + len(new) + len(response) > max_seq_len:
+            break
+        tokens += new
         places += range(len(tokens), len(tokens) + len(response))
         tokens += response
+        done = prompt + template.response(turn.value)
+        num_turns = i + 1
+    if not tokens:
+        return None, 0
     if train_on_input:
         places = list(range(1, len(tokens)))
-    return Dialogue(array("i", tokens), array("i", places))
+    return Dialogue(array("i", tokens), array("i", places)), num_turns
 
 
 def encode_for_scoring(
@@ -306,6 +318,32 @@ def encode_for_scoring(
         room = max_seq_len - max(map(len, texts)) - len(bos)
         prompt = bos + prompt[len(prompt) - room :]
     return RewardGroup(array("i", prompt), [array("i", text) for text in texts]), num_cut
+
+
+def groups_for_scoring(
+    template: Template,
+    tokenizer: Tokenizer,
+    system: str,
+    turns: Sequence[Turn],
+    responses: Sequence[str],
+    max_seq_len: int,
+) -> tuple[list[RewardGroup], int]:
+    """`encode_for_scoring`, but what a text loses doesn't depend on the length of the others: where
+    not all fit, each response is a group of its own. All responses, in their order."""
+    group, num_cut = encode_for_scoring(template, tokenizer, system, turns, responses, max_seq_len)
+    if num_cut == 0:
+        return [group], 0
+    alone = [
+        encode_for_scoring(template, tokenizer, system, turns, [response], max_seq_len)
+        for response in responses
+    ]
+    return [own for own, _ in alone], sum(cut for _, cut in alone)
+
+
+def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
+        return ids
+    return [tokenizer.bos_id, *ids]
 
 
 @functools.lru_cache(maxsize=64)
