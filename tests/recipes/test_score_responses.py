@@ -241,3 +241,121 @@ def test_two_ranks_give_the_same(
     expected = list(log_probs(scored))
     assert len(expected) == 3 * RESPONSES_KEPT
     assert list(log_probs(output)) == pytest.approx(expected, rel=0, abs=1e-4)
+
+
+# A model for each quantity, in one run
+
+
+@pytest.fixture(scope="module")
+def three_models(
+    tmp_path_factory: pytest.TempPathFactory, attribute_model: Path
+) -> dict[str, Path]:
+    """An exported folder for each quantity."""
+    folders = {"log_p_attributes": attribute_model}
+    for seed, name in enumerate(["log_p_response", "log_q"], start=7):
+        model = llama3(vocab_size=512, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=128,
+                       intermediate_dim=384, max_seq_len=2048, rope_base=10000)  # fmt: skip
+        folder = tmp_path_factory.mktemp(name)
+        checkpointer = ScratchCheckpointer(
+            model, tiny_tokenizer(), seed=seed, output_dir=str(folder)
+        )
+        checkpointer.save_checkpoint(checkpointer.load_checkpoint(), epoch=0)
+        folders[name] = folder / "epoch_0"
+    return folders
+
+
+@pytest.fixture(scope="module")
+def unscored(groups: Path) -> Path:
+    """The groups without `scores`, labelled with what the attribute model knows."""
+    path = groups.with_name("unscored.jsonl")
+    records = [
+        dataclasses.replace(
+            record, responses=[dataclasses.replace(r, scores=None) for r in record.responses]
+        )
+        for record in read_records(groups, require=())
+    ]
+    write_records(path, records)
+    return path
+
+
+def with_models(models: dict[str, Path], prefix: str = "{}.checkpointer") -> list[str]:
+    """Overrides that give every quantity its checkpoint."""
+    component = "steerlm2.training.hf_checkpoint.HFCheckpointer"
+    return [
+        override
+        for name, folder in models.items()
+        for key in [prefix.format(name)]
+        for override in (f"{key}._component_={component}", f"{key}.checkpoint_dir={folder}")
+    ]
+
+
+SCHEMA = ("schema.names=[humor,verbosity]",)
+
+
+@pytest.fixture(scope="module")
+def by_three_models(tune: Any, unscored: Path, three_models: dict[str, Path]) -> Path:
+    output = unscored.with_name("three.jsonl")
+    tune(*arguments(unscored, output, *SCHEMA, *with_models(three_models)))
+    return output
+
+
+def test_three_models_in_one_run_are_three_runs_with_one_each(
+    tune: Any, unscored: Path, three_models: dict[str, Path], by_three_models: Path, tmp_path: Path
+) -> None:
+    """annotate_attributes, then log P(y|x), then log Q': byte for byte the same."""
+    first, second, third = (tmp_path / f"{i}.jsonl" for i in (1, 2, 3))
+    attribute_model = {"log_p_attributes": three_models["log_p_attributes"]}
+    tune(
+        *("annotate_attributes", "--config", "tiny/annotate_attributes"),
+        *(f"input={unscored}", f"output={first}", "records_per_write=1", "max_seq_len=72"),
+        *with_models(attribute_model, "checkpointer"),
+    )
+    for source, target, name in ((first, second, "log_p_response"), (second, third, "log_q")):
+        checkpoint = with_models({name: three_models[name]}, "checkpointer")
+        tune(*arguments(source, target, f"quantities=[{name}]", *checkpoint))
+    assert by_three_models.read_bytes() == third.read_bytes()
+
+
+def test_nothing_is_left_of_what_the_models_handed_on(by_three_models: Path) -> None:
+    names = {path.name for path in by_three_models.parent.glob("three.jsonl*")}
+    assert names == {"three.jsonl", "three.jsonl.settings.json"}
+
+
+@pytest.mark.parametrize("stage", [".log_p_attributes", ""])
+def test_killed_under_any_model_equals_uninterrupted(
+    tune: Any,
+    unscored: Path,
+    three_models: dict[str, Path],
+    by_three_models: Path,
+    tmp_path: Path,
+    stage: str,
+) -> None:
+    output = tmp_path / "out.jsonl"
+    command = arguments(unscored, output, *SCHEMA, *with_models(three_models))
+    kill_after(tune.start(*command), tmp_path / f"out.jsonl{stage}.partial", lines=5)
+    tune(*command)
+    assert output.read_bytes() == by_three_models.read_bytes()
+
+
+def test_scores_are_enough_for_log_p_attributes(tune: Any, groups: Path, tmp_path: Path) -> None:
+    """No model is built: one that can't be doesn't matter."""
+    output = tmp_path / "out.jsonl"
+    command = arguments(groups, output, "quantities=[log_p_attributes]", "checkpointer=null")
+    tune(*command, "model.vocab_size=1")
+    assert len(read_records(output, require=("log_p_attributes",))) == GROUPS_KEPT
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("log_q.checkpointer=null", "'log_q' says how to score what 'quantities' doesn't ask for"),
+        ("log_p_attributes.model=null", "'log_p_attributes' needs a 'checkpointer'"),
+    ],
+)
+def test_sections_that_make_no_sense(
+    tune: Any, groups: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    quantities = "quantities=[log_p_attributes,log_p_response]"
+    result = tune(*arguments(groups, tmp_path / "out.jsonl", quantities, override), check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
