@@ -15,6 +15,7 @@ FSDP2 x tensor parallel with replicas.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from steerlm2.data.batches import batch_of_step, steps_per_epoch
 from steerlm2.data.packing import RewardGroup, pack_for_reward, rows_by_rank
 from steerlm2.datasets import RewardDataset
 from steerlm2.evaluation import (
+    Calibration,
     attribute_calibration,
     attribute_metrics,
     calibration_text,
@@ -74,7 +76,12 @@ from steerlm2.training.metrics import (
     plot_curves,
     summary_table,
 )
-from steerlm2.training.output import check_shared, make_output_dir, set_aside_earlier_run
+from steerlm2.training.output import (
+    check_not_own_run,
+    check_shared,
+    make_output_dir,
+    set_aside_earlier_run,
+)
 
 
 @dataclass
@@ -123,6 +130,7 @@ class RewardConfig:
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int | None = None
     resume_from_checkpoint: bool = False
+    save_adapter_weights_only: bool = False
 
     device: Literal["cpu", "cuda"] = "cuda"
     dtype: Literal["fp32", "bf16"] = "bf16"  # of the computation
@@ -219,6 +227,7 @@ class RewardRecipe:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
+        world.on_main(lambda: check_not_own_run(self.output_dir, cfg.checkpointer))
         world.on_main(lambda: make_output_dir(self.output_dir))
         check_shared(self.output_dir, world)
         self.tokenizer = instantiate(cfg.tokenizer)
@@ -244,6 +253,8 @@ class RewardRecipe:
             for parameter in self.model.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(self.dtype)
+        elif cfg.save_adapter_weights_only:
+            raise ValueError("save_adapter_weights_only needs a `model` with LoRA adapters")
         check_vocabulary(self.model, self.tokenizer)
         check_context(
             self.model, max(data.longest() for data in (self.train_set, self.val_set) if data)
@@ -274,7 +285,7 @@ class RewardRecipe:
             self.checkpointer,
             world,
             seed=cfg.seed,
-            fresh_head=not cfg.load_reward_head,
+            fresh_head=cfg.checkpointer is not None and not cfg.load_reward_head,
             cpu_offload=cfg.fsdp_cpu_offload,
         )
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -292,12 +303,16 @@ class RewardRecipe:
                 self.metric_logger = instantiate(cfg.metric_logger)
                 self.metric_logger.log_config(OmegaConf.create(to_plain(cfg)))
         world.barrier()
-        best = world.from_main(world.on_main(lambda: best_state(self.checkpoints)))
-        # A best step that lies ahead will be reached again.
-        self.best = best if best and best["step"] <= self.first_step else None
+        # Also one of a step that a killed run reached and this one hasn't yet.
+        self.last: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = world.from_main(
+            world.on_main(lambda: best_state(self.checkpoints))
+        )
         self._say(
             f"training set: {self.train_set.summary()}\n"
             + (f"validation set: {self.val_set.summary()}\n" if self.val_set else "")
+            + ("" if self.val_set else "no validation: val_every_n_steps is null\n")
+            + f"reward head: {'of the checkpoint' if cfg.load_reward_head else 'fresh'}\n"
             + f"{self.total_steps} steps of {cfg.global_batch_size} "
             + ("texts, " if cfg.loss == "regression" else "pairs, ")
             + f"{world.size} process(es): data parallel {world.dp_size}, "
@@ -385,29 +400,32 @@ class RewardRecipe:
         self.model.train()
 
         scores_NA = torch.tensor([scores for group in scored for scores in group])
-        row = pack_for_reward(groups)
-        loss = self._loss_sum(scores_NA, row.labels_NA, row.strength_G) / self._loss_count(groups)
-        if not torch.isfinite(loss):
+        labels_NA = torch.tensor(_labels(groups), dtype=torch.float64)
+        strength_P = torch.tensor([group.strength or 0.0 for group in groups], dtype=torch.float64)
+        loss_sum = self._loss_sum(scores_NA, labels_NA, strength_P)
+        # Rank 0's: what follows from it must not differ between ranks in the last bit.
+        loss = self.world.from_main(loss_sum.item()) / self._loss_count(groups)
+        if not math.isfinite(loss):
             raise ValueError(
-                f"step {step}: the validation loss is {loss.item()}: the weights are broken. Lower "
-                "lr, or check the checkpoint that the run started from."
+                f"step {step}: the validation loss is {loss}: the weights are broken. Lower lr, or "
+                "check the checkpoint that the run started from."
             )
-        metrics = {"loss": loss.item()}
+        metrics = {"loss": loss}
         if cfg.loss == "regression":
-            labels_NA = _labels(groups)
-            metrics |= attribute_metrics(scores_NA.tolist(), labels_NA, self.schema)
-            metrics |= mean_baseline(_labels(self.train_set.groups), labels_NA, self.schema)
-            calibration = attribute_calibration(scores_NA.tolist(), labels_NA, self.schema)
+            scores, labels = scores_NA.tolist(), labels_NA.tolist()
+            metrics |= attribute_metrics(scores, labels, self.schema)
+            metrics |= mean_baseline(_labels(self.train_set.groups), labels, self.schema)
+            calibration = attribute_calibration(scores, labels, self.schema)
         else:
-            rewards_P2 = [[scores[self._reward_index()] for scores in pair] for pair in scored]
-            strengths = [group.strength or 0.0 for group in groups]
-            metrics |= preference_metrics(rewards_P2, strengths)
-            calibration = preference_calibration(rewards_P2, strengths)
+            rewards_P2 = scores_NA[:, self._reward_index()].view(-1, 2).tolist()
+            metrics |= preference_metrics(rewards_P2, strength_P.tolist())
+            calibration = preference_calibration(rewards_P2, strength_P.tolist())
         self._log({"step": step} | {f"val_{name}": value for name, value in metrics.items()})
         if self.world.is_main:
             self.calibration_file.append({"step": step, "calibration": calibration})
-        if step > 0 and (self.best is None or metrics["loss"] < self.best["val_loss"]):
-            self.best = {"step": step, "val_loss": metrics["loss"]}
+        self.last = {"step": step, "metrics": metrics, "calibration": calibration}
+        if step > 0 and (self.best is None or loss < self.best["metrics"]["loss"]):
+            self.best = self.last
             if cfg.export == "best":
                 save_best_weights(self.checkpoints, step, self.model, self.best, self.world)
 
@@ -426,25 +444,28 @@ class RewardRecipe:
     def export(self) -> None:
         """The weights as a Hugging Face LlamaForSequenceClassification, and the run's results."""
         cfg = self.cfg
-        step = self.total_steps
+        step, validation = max(self.first_step, self.total_steps), self.last
         if cfg.export == "best" and self.best:
-            step = self.best["step"]
+            step, validation = self.best["step"], self.best
             load_best_weights(self.checkpoints, self.model, self.world)
         save_weights(
             self.model,
             self.checkpointer,
             self.world,
-            epoch=-(-self.total_steps // self.steps_per_epoch),
+            epoch=-(-max(self.first_step, self.total_steps) // self.steps_per_epoch),
             dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
             output_dir=self.output_dir,
+            adapter_only=cfg.save_adapter_weights_only,
         )
         if self.world.is_main:
             rows = self.metrics_file.read()
             plot = self.output_dir / "training_curves.png"
             plot_curves(rows, ("loss",), plot)
+            self._say(f"\n{summary_table(rows, ('loss', 'grad_norm', 'lr'))}")
+            if validation:
+                self._say(validation_text(**validation))
             self._say(
-                f"\n{summary_table(rows, ('loss', 'grad_norm', 'lr'))}\n{self._validation()}\n"
-                f"plot:    {plot}\nmetrics: {self.metrics_file.path}\n"
+                f"\nplot:    {plot}\nmetrics: {self.metrics_file.path}\n"
                 f"weights: {self.output_dir}/epoch_* (of step {step})"
             )
 
@@ -493,13 +514,16 @@ class RewardRecipe:
         return bradley_terry_sum(scores_NA[:, self._reward_index()], strength_P, kind)
 
     def _data_state(self) -> dict[str, Any]:
-        """What the order of the batches depends on: a step's batch follows from these."""
+        """What a resumed run must share: the order of the batches, and what is learned."""
         return {
             "groups": len(self.train_set),
             "tokens": sum(group.num_tokens for group in self.train_set.groups),
             "global_batch_size": self.cfg.global_batch_size,
             "seed": self.cfg.seed,
             "shuffle": self.cfg.data.shuffle,
+            "attributes": list(self.schema.names),
+            "loss": self.cfg.loss,
+            "reward_attribute": self.cfg.reward_attribute if self.cfg.loss != "regression" else "",
         }
 
     def _resume(self) -> int:
@@ -522,21 +546,6 @@ class RewardRecipe:
         self._say(f"resumed from {checkpoint}")
         return step
 
-    def _validation(self) -> str:
-        """The validation of the exported weights as text; empty where there was none."""
-        if self.val_set is None:
-            return ""
-        best = self.cfg.export == "best" and self.best
-        step = self.best["step"] if best and self.best else self.total_steps
-        rows = [row for row in self.metrics_file.read() if "val_loss" in row]
-        metrics = next(row for row in rows if row["step"] == step)
-        lines = [f"\nvalidation at step {step}" + (" (the best)" if best else "")]
-        for name, value in metrics.items():
-            if name != "step":
-                lines.append(f"  {name.removeprefix('val_'):<34}{value:>10.4g}")
-        table = next(row for row in self.calibration_file.read() if row["step"] == step)
-        return "\n".join([*lines, "", calibration_text(table["calibration"]), ""])
-
     def _log(self, row: dict[str, Any]) -> None:
         if self.world.is_main:
             self.metrics_file.append(row)
@@ -547,6 +556,12 @@ class RewardRecipe:
     def _say(self, text: str) -> None:
         if self.world.is_main:
             tqdm.write(text)
+
+
+def validation_text(step: int, metrics: dict[str, float], calibration: Calibration) -> str:
+    """The results of one validation, for people."""
+    lines = [f"  {name:<34}{value:>10.4g}" for name, value in metrics.items()]
+    return "\n".join([f"\nvalidation at step {step}", *lines, "", calibration_text(calibration)])
 
 
 def _labels(groups: list[RewardGroup]) -> list[Sequence[float]]:

@@ -127,6 +127,12 @@ class ScoreConfig:
         if not self.quantities:
             found.append("'quantities' is empty: name at least one of log_p_attributes, "
                          "log_p_response, log_q")  # fmt: skip
+        if self.concentration <= 0:
+            found.append(f"'concentration' must be above 0, got {self.concentration}")
+        try:
+            as_schema(self.schema)
+        except (ValueError, TypeError) as error:
+            found.append(f"'schema': {error}")
         sections = {name: getattr(self, name) for name in QUANTITIES}
         found += [
             f"'{name}' says how to score what 'quantities' doesn't ask for"

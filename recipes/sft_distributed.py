@@ -33,8 +33,9 @@ from steerlm2.data.conversations import Conversation
 from steerlm2.data.packing import Dialogue, pack_dialogues, rows_by_rank
 from steerlm2.data.records import ASSISTANT, USER, Turn
 from steerlm2.data.sources.oasst import DEFAULT_SYSTEM_PROMPT
-from steerlm2.data.templates import encode_prompt, encode_response
+from steerlm2.data.templates import encode_prompt
 from steerlm2.datasets import DialogueDataset
+from steerlm2.generation.engines import response_end
 from steerlm2.generation.sampling import sample_tokens
 from steerlm2.training.checkpoint import (
     best_state,
@@ -65,11 +66,17 @@ from steerlm2.training.distributed import (
 from steerlm2.training.forward import target_logps
 from steerlm2.training.metrics import (
     JsonLines,
+    answer_metrics,
     peak_memory_gib,
     plot_curves,
     summary_table,
 )
-from steerlm2.training.output import check_shared, make_output_dir, set_aside_earlier_run
+from steerlm2.training.output import (
+    check_not_own_run,
+    check_shared,
+    make_output_dir,
+    set_aside_earlier_run,
+)
 
 
 @dataclass
@@ -246,6 +253,7 @@ class SFTRecipe:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
+        world.on_main(lambda: check_not_own_run(self.output_dir, cfg.checkpointer))
         world.on_main(lambda: make_output_dir(self.output_dir))
         check_shared(self.output_dir, world)
         self.tokenizer = instantiate(cfg.tokenizer)
@@ -316,9 +324,8 @@ class SFTRecipe:
                 self.metric_logger = instantiate(cfg.metric_logger)
                 self.metric_logger.log_config(OmegaConf.create(to_plain(cfg)))
         world.barrier()
-        best = world.from_main(world.on_main(lambda: best_state(self.checkpoints)))
-        # A best step that lies ahead will be reached again.
-        self.best = best if best and best["step"] <= self.first_step else None
+        # Also of a step that a killed run reached and this one hasn't yet.
+        self.best = world.from_main(world.on_main(lambda: best_state(self.checkpoints)))
         self._say(
             f"training set: {self.train_set.summary()}\n"
             + (f"validation set: {self.val_set.summary()}\n" if self.val_set else "")
@@ -502,11 +509,12 @@ class SFTRecipe:
         wanted = self.cfg.generation
         if wanted is None:
             return {}
+        end_of_turn, stop_id = response_end(self.template, self.tokenizer)
         answers = sample_tokens(
             self.model,
             [question.tokens for question in self.questions],
             self.world,
-            stop_id=encode_response(self.template, self.tokenizer, "-")[-1],
+            stop_id=stop_id,
             max_new_tokens=wanted.max_new_tokens,
             temperature=wanted.temperature,
             top_p=wanted.top_p,
@@ -514,13 +522,15 @@ class SFTRecipe:
         )
         prompts = [question.prompt for question in self.questions]
         labels = [question.label for question in self.questions]
-        responses = [self.tokenizer.decode(answer).rstrip("\n") for answer in answers]
+        responses = [self.tokenizer.decode(answer).removesuffix(end_of_turn) for answer in answers]
         if self.world.is_main:
             for prompt, label, response in zip(prompts, labels, responses, strict=True):
                 sample = {"step": step, "label": label, "prompt": prompt, "response": response}
                 self.samples_file.append(sample)
         # On one rank: they may ask a server.
-        found = self.world.on_main(lambda: metrics_of(wanted.metrics, prompts, labels, responses))
+        found = self.world.on_main(
+            lambda: answer_metrics(wanted.metrics, prompts, labels, responses)
+        )
         return found or {}
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -585,35 +595,6 @@ class SFTRecipe:
     def _say(self, text: str) -> None:
         if self.world.is_main:
             tqdm.write(text)
-
-
-def metrics_of(
-    components: list[Component],
-    prompts: list[str],
-    labels: list[str | None],
-    responses: list[str],
-) -> dict[str, float]:
-    """What the config's metric functions say of the answers.
-
-    Raises:
-        ValueError: where one gives anything but numbers under names, or a name that is taken.
-    """
-    metrics: dict[str, float] = {}
-    for component in components:
-        found = instantiate(component, prompts, labels, responses)
-        try:
-            found = {str(name): float(value) for name, value in found.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{component['_component_']} must return a mapping from names to numbers ({error})"
-            ) from error
-        if taken := found.keys() & {"loss", *metrics}:
-            raise ValueError(
-                f"{component['_component_']} returns {', '.join(sorted(taken))}: the validation "
-                "loss or another metric function has that name"
-            )
-        metrics |= found
-    return metrics
 
 
 @recipe_main(SFTConfig)

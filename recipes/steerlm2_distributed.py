@@ -77,7 +77,12 @@ from steerlm2.training.metrics import (
     plot_curves,
     summary_table,
 )
-from steerlm2.training.output import check_shared, make_output_dir, set_aside_earlier_run
+from steerlm2.training.output import (
+    check_not_own_run,
+    check_shared,
+    make_output_dir,
+    set_aside_earlier_run,
+)
 
 LOGGED = ("loss", *METRIC_NAMES)
 
@@ -256,6 +261,7 @@ class SteerLM2Recipe:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
+        world.on_main(lambda: check_not_own_run(self.output_dir, cfg.checkpointer))
         world.on_main(lambda: make_output_dir(self.output_dir))
         check_shared(self.output_dir, world)
         self.tokenizer = instantiate(cfg.tokenizer)

@@ -38,6 +38,11 @@ RECIPES: dict[str, list[str]] = {
         "tiny/serve_reward",
         "llama3_1/8B_serve_reward",
     ],
+    "sample_responses": [
+        "tiny/sample_responses",
+        "llama3_1/8B_sample_responses",
+        "llama3_1/70B_sample_responses_vllm",
+    ],
     "score_responses": [
         "tiny/score_responses",
         "llama3_1/8B_score_responses",
@@ -46,6 +51,11 @@ RECIPES: dict[str, list[str]] = {
     "sft_distributed": [
         "tiny/sft",
         "tiny/acsft",
+        "llama3_1/8B_acsft",
+        "llama3_1/8B_acsft_lora",
+        "llama3/70B_sft_multinode",
+        "llama3/70B_acsft_multinode",
+        "llama2/70B_acsft_multinode",
     ],
     "steerlm2_distributed": [
         "tiny/steerlm2",

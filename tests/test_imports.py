@@ -1,6 +1,7 @@
 """Imports point downwards, and importing the package costs nothing.
 
-recipes -> training, generation -> datasets -> data -> models, losses, logprobs -> attributes
+recipes -> generation -> serving -> training -> datasets -> data
+data -> models, losses, logprobs, evaluation -> attributes
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ LEVELS = {
     "data": 2,
     "datasets": 3,
     "training": 4,
-    "generation": 5,
     "serving": 5,
+    "generation": 6,
 }
 """A module imports from its own part of the package and from parts of lower levels."""
 

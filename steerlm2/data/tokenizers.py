@@ -52,6 +52,10 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int: ...
 
+    @property
+    def control_ids(self) -> Collection[int]:
+        """The ids that `encode` never yields."""
+
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; never the id of a control token, whatever the text."""
 
@@ -81,7 +85,7 @@ class HFTokenizer:
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             spec[part] = _without_dummy_space(spec.get(part))
         self._all = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self._control_ids = frozenset(
+        self.control_ids = frozenset(
             token["id"] for token in spec["added_tokens"] if _is_control(token)
         )
         self._content = tokenizers.Tokenizer.from_str(json.dumps(_content_spec(spec)))
@@ -106,15 +110,15 @@ class HFTokenizer:
             text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False
         )
         ids: list[int] = encoding.ids
-        if self._control_ids.isdisjoint(ids):
+        if self.control_ids.isdisjoint(ids):
             return ids
         cuts = [
             start + 1
             for token_id, (start, end) in zip(ids, encoding.offsets, strict=True)
-            if token_id in self._control_ids and end - start > 1
+            if token_id in self.control_ids and end - start > 1
         ]
         if not cuts:
-            return [token_id for token_id in ids if token_id not in self._control_ids]
+            return [token_id for token_id in ids if token_id not in self.control_ids]
         edges = zip([0, *cuts], [*cuts, len(text)], strict=True)
         return [token_id for start, end in edges for token_id in self.encode(text[start:end])]
 

@@ -8,6 +8,7 @@ from steerlm2.datasets.dialogues import (
     dialogue_dataset,
     synthetic_dialogue_dataset,
 )
+from steerlm2.datasets.grammar import grammar_attribute_dataset, grammar_dialogue_dataset
 from steerlm2.datasets.groups import (
     SteerLM2Dataset,
     steerlm2_dataset,
@@ -27,6 +28,8 @@ __all__ = [
     "SteerLM2Dataset",
     "attribute_dataset",
     "dialogue_dataset",
+    "grammar_attribute_dataset",
+    "grammar_dialogue_dataset",
     "steerlm2_dataset",
     "synthetic_attribute_dataset",
     "synthetic_dataset",

@@ -20,9 +20,8 @@ from steerlm2.data.tokenizers import Tokenizer
 class DialogueDataset(Sequence[Dialogue]):
     """Tokenised conversations, and what was left out to make them fit.
 
-    A response is never cut off: the model would learn to stop in the middle of a sentence. A
-    conversation that is longer than `max_seq_len` loses its last turns, and is dropped where not
-    even its first response fits.
+    A response is never cut off: it would lose its stop token. A conversation that is longer than
+    `max_seq_len` loses its last turns, and is dropped where not even its first response fits.
     """
 
     conversations: list[Conversation] = field(default_factory=list)
@@ -41,12 +40,21 @@ class DialogueDataset(Sequence[Dialogue]):
         """Tokens of the longest conversation."""
         return max(len(dialogue.tokens) for dialogue in self.dialogues)
 
+    def num_labelled(self) -> int:
+        """Assistant turns whose label stands in the prompt."""
+        return sum(turn.label is not None for turn in self._answers())
+
     def summary(self) -> str:
         targets = sum(len(dialogue.target_places) for dialogue in self.dialogues)
         return (
-            f"{len(self.dialogues)} conversations with {targets} tokens to predict (being too "
-            f"long: {self.num_shortened} lost their last turns, {self.num_dropped} were dropped)"
+            f"{len(self)} conversations of {len(self._answers())} answers, {self.num_labelled()} "
+            f"under a label, with {targets} tokens to predict ({self.num_shortened} lost their "
+            f"last turns, being too long; {self.num_dropped} were dropped: no answer fits)"
         )
+
+    def _answers(self) -> list[Turn]:
+        turns = (turn for conversation in self.conversations for turn in conversation.turns)
+        return [turn for turn in turns if turn.role == ASSISTANT]
 
 
 def dialogue_dataset(
@@ -70,7 +78,8 @@ def dialogue_dataset(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming every bad line (the first 10), or where no conversation is left.
+        ValueError: naming every bad line (the first 10); where no conversation is left; where
+            `use_labels` finds no label.
     """
     return tokenize_conversations(
         iter_conversations(source),
@@ -124,37 +133,40 @@ def tokenize_conversations(
     """See `DialogueDataset` for what is left out, and `dialogue_dataset` for the arguments.
 
     Raises:
-        ValueError: where no conversation is left.
+        ValueError: where no conversation is left; where `use_labels` finds no label.
     """
     dataset = DialogueDataset()
+    template = template or extra_id_template()
     for conversation in conversations:
         turns = conversation.turns
         if not use_labels:
             turns = [dataclasses.replace(turn, label=None) for turn in turns]
-        ends = [i + 1 for i, turn in enumerate(turns) if turn.role == ASSISTANT]
-        while ends:
-            kept = turns[: ends[-1]]
-            dialogue = encode_dialogue(
-                template or extra_id_template(),
-                tokenizer,
-                conversation.system,
-                kept,
-                train_on_input=train_on_input,
-            )
-            if len(dialogue.tokens) <= max_seq_len:
-                break
-            ends.pop()
-        else:
+        dialogue, num_turns = encode_dialogue(
+            template,
+            tokenizer,
+            conversation.system,
+            turns,
+            max_seq_len=max_seq_len,
+            train_on_input=train_on_input,
+        )
+        if dialogue is None:
             dataset.num_dropped += 1
             continue
-        dataset.num_shortened += any(turn.role == ASSISTANT for turn in turns[len(kept) :])
+        dataset.num_shortened += any(turn.role == ASSISTANT for turn in turns[num_turns:])
         index = len(dataset.conversations)
-        dataset.conversations.append(Conversation(kept, conversation.system))
+        dataset.conversations.append(Conversation(turns[:num_turns], conversation.system))
         dataset.dialogues.append(dataclasses.replace(dialogue, index=index))
     if not dataset.dialogues:
         raise ValueError(
             f"{source}: none of its {dataset.num_dropped} conversations has an assistant's turn "
             f"that fits into max_seq_len={max_seq_len} tokens; raise max_seq_len"
+            if dataset.num_dropped
+            else f"{source} holds no conversations"
+        )
+    if use_labels and not dataset.num_labelled():
+        raise ValueError(
+            f"{source}: no assistant's turn has a label for use_labels=true to put into the "
+            "prompt; label them (recipe annotate_attributes), or set use_labels=false"
         )
     return dataset
 

@@ -24,6 +24,9 @@ from steerlm2.data.templates import (
 )
 from steerlm2.data.tokenizers import Tokenizer
 
+MAX_STRENGTH = 3
+"""Of a synthetic preference, as in HelpSteer2."""
+
 
 @dataclass
 class RewardDataset(Sequence[RewardGroup]):
@@ -124,16 +127,37 @@ def synthetic_attribute_dataset(
     responses_per_prompt: int,
     max_seq_len: int,
     schema: AttributeSchema = DEFAULT_SCHEMA,
+    pairs: bool = False,
     template: Template | None = None,
     split: Literal["train", "validation"] = "train",
     seed: int = 0,
 ) -> RewardDataset:
     """The responses of `synthetic_dataset`, labelled with what can be counted in them.
 
+    Args:
+        pairs: two responses at a time, of which the longer one is preferred, by at most
+            MAX_STRENGTH.
+
     Raises:
         ValueError: where the schema has neither humor nor verbosity.
     """
     dataset = RewardDataset()
+    if pairs:
+        for record in synthetic_records(num_records, responses_per_prompt, seed, split=split):
+            for pair in zip(record.responses[::2], record.responses[1::2], strict=False):
+                first, second = ((response.scores or {})["verbosity"] for response in pair)
+                group, num_cut = encode_for_scoring(
+                    template or extra_id_template(),
+                    tokenizer,
+                    record.system,
+                    record.prompt_turns,
+                    [response.value for response in pair],
+                    max_seq_len,
+                )
+                strength = max(-MAX_STRENGTH, min(MAX_STRENGTH, round(second - first)))
+                dataset.groups.append(dataclasses.replace(group, strength=float(strength)))
+                dataset.num_cut += num_cut
+        return dataset
     for record in synthetic_records(num_records, responses_per_prompt, seed, split=split):
         for response in record.responses:
             scores = response.scores or {}
@@ -185,8 +209,10 @@ def _regression_text(obj: dict[str, Any], schema: AttributeSchema, line: int) ->
         raise ValueError("'text' must be text")
     system, turns = parse_regression_text(text)
     names = schema.names
-    if isinstance(label, list) and len(label) != len(names):
-        names = DEFAULT_SCHEMA.names
+    if (isinstance(label, list) and len(label) != len(names)) or set(names) == set(
+        DEFAULT_SCHEMA.names
+    ):
+        names = DEFAULT_SCHEMA.names  # in the order of the format, whatever the schema's is
     if not isinstance(label, list) or len(label) != len(names):
         sizes = " or ".join(map(str, sorted({len(schema.names), len(names)})))
         raise ValueError(f"'label' must be a list of {sizes} numbers")

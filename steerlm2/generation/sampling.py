@@ -1,9 +1,10 @@
-"""Sampling a few answers while training, at any world size.
+"""Drawing tokens, and sampling a few answers while training, at any world size.
 
 Dimension letters: P prompts, D hidden, V vocabulary.
 
-There is no key/value cache: every token recomputes the packed row, with the very forward that
-trains. That suits a handful of short answers at validation, not sampling of training data.
+`sample_tokens` has no key/value cache: every token recomputes the packed row, with the very forward
+that trains. That suits a handful of short answers at validation; training data are sampled by the
+engines (`steerlm2.generation.local`, `steerlm2.generation.openai`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def sample_tokens(
             break
         texts = [[*prompts[i], *answers[i]] for i in open_answers]
         logits_PV = _next_token_logits(decoder, texts, world)
-        next_P = choose_tokens(logits_PV, temperature, top_p, generator)
+        uniform_P = torch.rand(len(texts), generator=generator, device=world.device)
+        next_P = choose_tokens(logits_PV, temperature, top_p, uniform_P)
         if world.mesh is not None:
             dist.broadcast(next_P, src=0)  # ranks may round differently, but must stop together
         for i, token in zip(open_answers, next_P.tolist(), strict=True):
@@ -56,18 +58,30 @@ def sample_tokens(
     return [answer[:-1] if answer[-1:] == [stop_id] else answer for answer in answers]
 
 
-def choose_tokens(
-    logits_PV: Tensor, temperature: float, top_p: float, generator: torch.Generator
-) -> Tensor:
-    """[P] token ids drawn from the tempered distribution, cut to its `top_p` nucleus."""
+def choose_tokens(logits_PV: Tensor, temperature: float, top_p: float, uniform_P: Tensor) -> Tensor:
+    """[P] token ids drawn from the tempered distribution, cut to its `top_p` nucleus.
+
+    A draw inverts the cumulative distribution over the ids in their order, not over the sorted
+    probabilities: rounding that swaps two nearly equal ones then changes no draw.
+
+    Args:
+        temperature: 0 takes the most likely token.
+        uniform_P: numbers from [0, 1), one a row.
+    """
     if temperature == 0:
         return logits_PV.argmax(dim=-1)
-    probs_PV = (logits_PV / temperature).softmax(dim=-1)
-    sorted_PV, order_PV = probs_PV.sort(dim=-1, descending=True)
-    before_PV = sorted_PV.cumsum(dim=-1) - sorted_PV
-    sorted_PV = sorted_PV.where(before_PV < top_p, 0)
-    drawn_P1 = torch.multinomial(sorted_PV, 1, generator=generator)
-    return order_PV.gather(1, drawn_P1).squeeze(1)
+    probs_PV = (logits_PV.float() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        sorted_PV, order_PV = probs_PV.sort(dim=-1, descending=True)
+        before_PV = sorted_PV.cumsum(dim=-1) - sorted_PV
+        nucleus_PV = sorted_PV.where(before_PV < top_p, 0)
+        probs_PV = torch.zeros_like(probs_PV).scatter(-1, order_PV, nucleus_PV)
+    cumulative_PV = probs_PV.cumsum(dim=-1)
+    total_P1 = cumulative_PV[:, -1:]
+    below_total_P1 = total_P1.nextafter(torch.zeros_like(total_P1))
+    drawn_P1 = torch.minimum(uniform_P[:, None] * total_P1, below_total_P1)
+    found_P = torch.searchsorted(cumulative_PV, drawn_P1, right=True).squeeze(1)
+    return found_P.clamp(max=logits_PV.shape[1] - 1)  # NaN is beyond the end
 
 
 def _next_token_logits(

@@ -9,6 +9,7 @@ LlamaForSequenceClassification with the problem type "regression".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,8 +50,12 @@ def classification_config(names: Sequence[str]) -> dict[str, Any]:
 
 
 def attribute_names(config: Mapping[str, Any]) -> list[str] | None:
-    """The attributes that a checkpoint's config.json names; None where it has no reward head."""
+    """The attributes that a checkpoint's config.json names; none where its labels have no names of
+    their own (LABEL_0, ...). None where it has no reward head."""
     if config.get("architectures") != [HF_ARCHITECTURE]:
         return None
-    labels = {int(i): name for i, name in config.get("id2label", {}).items()}
-    return [labels[i] for i in sorted(labels)]
+    labels = config.get("id2label")
+    if not isinstance(labels, Mapping) or not all(str(i).isdecimal() for i in labels):
+        return []
+    names = [str(labels[i]) for i in sorted(labels, key=int)]
+    return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names

@@ -101,7 +101,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker = asyncio.create_task(batcher.run())
+        worker = app.state.worker = asyncio.create_task(batcher.run())
         yield
         worker.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -175,6 +175,8 @@ def create_app(
     @app.get("/health")
     async def health() -> Response:
         """200 as long as the server takes requests."""
+        if app.state.worker.done():
+            raise RequestError(503, "broken", "the model's worker has ended: restart the server")
         return _json(200, {"status": "ok"})
 
     @app.get("/metrics")

@@ -1,16 +1,17 @@
-"""Attribute scores from a vLLM server that pools: `vllm serve DIR --runner pooling`.
+"""Clients of a vLLM server: what they share, and attribute scores from one that pools.
 
-DIR is what reward_distributed exports. POST /classify takes the token ids of a text, so that the
-server's own chat template and tokenizer have no part in it, and gives one score an attribute, which
-it calls `probs`: of a model with the problem type "regression" they are the raw scores.
+`vllm serve DIR --runner pooling`, where DIR is what reward_distributed exports: POST /classify
+takes the token ids of a text, so that the server's own chat template and tokenizer have no part in
+it, and gives one score an attribute, which it calls `probs`: of a model with the problem type
+"regression" they are the raw scores.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -20,12 +21,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 TOO_MANY_REQUESTS = 429
 
 
-class ClassifyClient:
+AskedT = TypeVar("AskedT")
+AnswerT = TypeVar("AnswerT")
+
+
+class ServerClient:
     """Asks a server from several threads. Connection errors, 429 and 5xx are tried again.
 
     Args:
         url: of the server, "http://127.0.0.1:8000".
-        attributes: the names that the scores are for, in their order.
         model: the server's name for the model; none: its first one.
         concurrency: requests at a time.
         timeout: seconds for an answer.
@@ -36,17 +40,9 @@ class ClassifyClient:
     """
 
     def __init__(
-        self,
-        url: str,
-        attributes: Sequence[str],
-        *,
-        model: str | None = None,
-        concurrency: int = 16,
-        timeout: float = 60.0,
-        retries: int = 5,
+        self, url: str, *, model: str | None, concurrency: int, timeout: float, retries: int
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.attributes = list(attributes)
         self.model = model
         self.concurrency = concurrency
         self.retries = retries
@@ -80,16 +76,16 @@ class ClassifyClient:
                 f"max_seq_len={limit}, or start it with --max-model-len {max_seq_len}"
             )
 
-    def classify(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """[text][attribute] scores of tokenised texts, in their order.
+    def close(self) -> None:
+        self._http.close()
 
-        Raises:
-            ValueError: where the server refuses a text, or its model has other attributes.
-            ConnectionError: where it doesn't answer, all retries included.
-        """
+    def _ask_all(
+        self, ask: Callable[[AskedT], AnswerT], everything: Iterable[AskedT]
+    ) -> list[AnswerT]:
+        """The answers in order, by `concurrency` threads; the first failure ends them all."""
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            return list(pool.map(self._scores, texts))
+            return list(pool.map(ask, everything))
         except BaseException:
             self._stop.set()  # the other threads give up too
             raise
@@ -97,35 +93,14 @@ class ClassifyClient:
             pool.shutdown(cancel_futures=True)
             self._stop.clear()
 
-    def close(self) -> None:
-        self._http.close()
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, hint: str = ""
+    ) -> Any:
+        """The decoded answer.
 
-    def _scores(self, text: Sequence[int]) -> list[float]:
-        body = {"model": self.model, "input": list(text), "use_activation": False}
-        answer = self._request("POST", "/classify", body)
-        try:
-            (result,) = answer["data"]
-            scores, label = [float(score) for score in result["probs"]], result.get("label")
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._unknown_answer("/classify", answer) from error
-        if len(scores) != len(self.attributes):
-            raise ValueError(
-                f"the model of {self.url} gives {len(scores)} scores, schema.names has "
-                f"{len(self.attributes)} attributes ({', '.join(self.attributes)}): they must be "
-                "the ones that it was trained for, in the same order"
-            )
-        # The server names the attribute of the highest score; LABEL_0 where it doesn't know.
-        ours = self.attributes[scores.index(max(scores))]
-        if label not in (None, ours) and not label.startswith("LABEL_"):
-            raise ValueError(
-                f"the model of {self.url} calls {label} what is {ours} in schema.names "
-                f"({', '.join(self.attributes)}): they must be the attributes that it was trained "
-                "for, in the same order"
-            )
-        return scores
-
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The decoded answer."""
+        Args:
+            hint: at what may be wrong where the server refuses the request.
+        """
         problem = ""
         for attempt in range(self.retries + 1):
             pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) if attempt else 0.0
@@ -140,7 +115,6 @@ class ClassifyClient:
                 return self._decoded(path, response)
             problem = f"status {response.status_code}: {_reason(response)}"
             if response.status_code < 500 and response.status_code != TOO_MANY_REQUESTS:
-                hint = " (is it started with --runner pooling?)" if path == "/classify" else ""
                 raise ValueError(f"{self.url}{path} refuses the request{hint}: {problem}")
         raise ConnectionError(
             f"the server at {self.url} doesn't answer, tried {self.retries + 1} times ({problem}). "
@@ -165,6 +139,64 @@ class ClassifyClient:
             raise ValueError(f"server.url {self.url!r}: {error}") from error
         if parts.scheme not in ("http", "https") or not parts.host:
             raise ValueError(f"server.url must look like http://127.0.0.1:8000, got {self.url!r}")
+
+
+class ClassifyClient(ServerClient):
+    """Asks for attribute scores.
+
+    Args:
+        attributes: the names that the scores are for, in their order.
+        url, model, concurrency, timeout, retries: as in `ServerClient`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        attributes: Sequence[str],
+        *,
+        model: str | None = None,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        retries: int = 5,
+    ) -> None:
+        super().__init__(
+            url, model=model, concurrency=concurrency, timeout=timeout, retries=retries
+        )
+        self.attributes = list(attributes)
+
+    def classify(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """[text][attribute] scores of tokenised texts, in their order.
+
+        Raises:
+            ValueError: where the server refuses a text, or its model has other attributes.
+            ConnectionError: where it doesn't answer, all retries included.
+        """
+        return self._ask_all(self._scores, texts)
+
+    def _scores(self, text: Sequence[int]) -> list[float]:
+        body = {"model": self.model, "input": list(text), "use_activation": False}
+        hint = " (is it started with --runner pooling?)"
+        answer = self._request("POST", "/classify", body, hint)
+        try:
+            (result,) = answer["data"]
+            scores, label = [float(score) for score in result["probs"]], result.get("label")
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._unknown_answer("/classify", answer) from error
+        if len(scores) != len(self.attributes):
+            raise ValueError(
+                f"the model of {self.url} gives {len(scores)} scores, schema.names has "
+                f"{len(self.attributes)} attributes ({', '.join(self.attributes)}): they must be "
+                "the ones that it was trained for, in the same order"
+            )
+        # The server names the attribute of the highest score; LABEL_0 where it doesn't know.
+        ours = self.attributes[scores.index(max(scores))]
+        if label not in (None, ours) and not label.startswith("LABEL_"):
+            raise ValueError(
+                f"the model of {self.url} calls {label} what is {ours} in schema.names "
+                f"({', '.join(self.attributes)}): they must be the attributes that it was trained "
+                "for, in the same order"
+            )
+        return scores
 
 
 def _reason(response: httpx.Response) -> str:

@@ -56,6 +56,7 @@ from steerlm2.training.hf_checkpoint import (
     HFCheckpointer,
     ScratchCheckpointer,
     fresh_weights,
+    make_readable,
     plain_name,
 )
 
@@ -90,7 +91,9 @@ def open_checkpointer(
     """
     if component is None:
         return ScratchCheckpointer(decoder, tokenizer, seed=seed, output_dir=output_dir)
-    folder = Path(str(component.get("checkpoint_dir")))
+    if not component.get("checkpoint_dir"):
+        raise ValueError("'checkpointer.checkpoint_dir' is missing: the folder of the checkpoint")
+    folder = Path(component["checkpoint_dir"])
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder.absolute()} has no config.json: checkpointer.checkpoint_dir must be a "
@@ -136,7 +139,7 @@ def open_reward_checkpointer(
                 "the checkpoint is a language model without a reward head: train one with "
                 "reward_distributed, where load_reward_head=false starts with a fresh one"
             )
-        if found != list(schema.names):
+        if found and found != list(schema.names):
             raise ValueError(
                 f"the checkpoint's reward head scores {', '.join(found)}; schema.names has "
                 f"{', '.join(schema.names)}: they must be the same, in the same order"
@@ -324,8 +327,12 @@ def _write(
     world.barrier()
     if world.is_main:
         (partial / STATE_FILE).write_text(json.dumps(state))
-        shutil.rmtree(final, ignore_errors=True)
+        earlier = final.with_suffix(".earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
+        if final.exists():
+            final.rename(earlier)
         partial.rename(final)
+        shutil.rmtree(earlier, ignore_errors=True)
     world.barrier()
 
 
@@ -379,8 +386,8 @@ def resume_training(
     if state["data"] != data_state:
         raise ValueError(
             f"{newest[0]} was written with {state['data']}, this run has {dict(data_state)}: "
-            "resuming would repeat and skip data. Use the same data set, data.shuffle, "
-            "global_batch_size and seed, or start in another output_dir."
+            "resuming would go on with something else. Use the same data set, data.shuffle, "
+            "global_batch_size, seed and whatever else differs, or start in another output_dir."
         )
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
@@ -451,6 +458,7 @@ def _save_adapter(
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, file, metadata={"format": "pt"})
+    make_readable(file.parent)
 
 
 def _check_shapes(decoder: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,14 @@ class _FolderWriter:
 
     def _write(self, folder: Path, weights: dict[str, Tensor], heads: Mapping[str, int]) -> None:
         weights = dict(weights)
-        head = weights.pop(HEAD, None) if attribute_names(self.hf_config) else None
+        is_classifier = attribute_names(self.hf_config) is not None
+        head = weights.pop(HEAD, None) if is_classifier else None
         tensors = tune_to_hf(weights, **heads)
         if head is not None:
             tensors[HF_HEAD] = head
         tensors = {name: _owning_its_storage(tensor) for name, tensor in tensors.items()}
         save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE)
+        make_readable(folder)
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         names = dict.fromkeys(("torch_dtype", "dtype"), dtype)  # transformers prefers the second
         _update_json(folder / "config.json", self.hf_config | names)
@@ -166,11 +168,10 @@ def fresh_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Initial values by name and shape: norms 1, LoRA as in its paper, other matrices normal.
 
-    A parameter's values follow from the seed and its name alone.
+    They follow from the seed and the parameter's place.
     """
-    for name, parameter in parameters:
-        name_hash = zlib.crc32(plain_name(name).encode())
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + name_hash)
+    for i, (name, parameter) in enumerate(parameters):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
         weight = torch.empty(parameter.shape)
         if name.endswith("lora_b.weight"):
             nn.init.zeros_(weight)
@@ -181,6 +182,15 @@ def fresh_weights(
         else:
             nn.init.normal_(weight, std=INIT_STD, generator=generator)
         yield plain_name(name), weight
+
+
+def make_readable(folder: Path) -> None:
+    """Give weight files the permissions that any new file has: safetensors leaves them to their
+    owner alone, and a server often runs as somebody else."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 def plain_name(name: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from steerlm2.training.config import instantiate
+
 
 class JsonLines:
     """Appends rows with a `step` to a .jsonl file; whole lines survive a kill at any moment."""
@@ -44,6 +46,39 @@ class JsonLines:
         if not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
+
+
+def answer_metrics(
+    components: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    labels: Sequence[str | None],
+    responses: Sequence[str],
+) -> dict[str, float]:
+    """What a config's metric functions say of answers.
+
+    Args:
+        components: each is called with the other arguments, which have one length.
+
+    Raises:
+        ValueError: where one gives anything but a mapping from names to numbers, or a name that
+            another has, or `loss`.
+    """
+    metrics: dict[str, float] = {}
+    for component in components:
+        found = instantiate(component, prompts, labels, responses)
+        try:
+            found = {str(name): float(value) for name, value in found.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{component['_component_']} must return a mapping from names to numbers ({error})"
+            ) from error
+        if taken := found.keys() & {"loss", *metrics}:
+            raise ValueError(
+                f"{component['_component_']} returns {', '.join(sorted(taken))}: the validation "
+                "loss or another metric function has that name"
+            )
+        metrics |= found
+    return metrics
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +40,22 @@ def make_output_dir(output_dir: Path, key: str = "output_dir") -> None:
             f"{key} {output_dir.absolute()} can't be written to ({error.strerror}): choose "
             "another folder"
         ) from error
+
+
+def check_not_own_run(output_dir: Path, checkpointer: Mapping[str, Any] | None) -> None:
+    """Raises:
+    ValueError: where a run starts from a folder of its own output_dir: it would set that aside, or
+        resume the run that wrote it.
+    """
+    start = checkpointer and checkpointer.get("checkpoint_dir")
+    if not start:
+        return
+    own = [path.resolve() for pattern in RUN_FILES for path in output_dir.glob(pattern)]
+    if any(Path(start).resolve().is_relative_to(path) for path in own):
+        raise ValueError(
+            f"checkpointer.checkpoint_dir {start} is what an earlier run left in this run's "
+            f"output_dir {output_dir}, and would be moved away: choose another output_dir"
+        )
 
 
 def check_shared(output_dir: Path, world: World) -> None:

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,6 +77,7 @@ class ResumableOutput:
             ValueError: where the folder can't be written to, or another run writes to this output.
         """
         if self.path.exists():
+            self.partial.unlink(missing_ok=True)  # of a `finish` that was killed
             return num_lines
         make_output_dir(self.path.parent, "the folder of output")
         self._file = self.partial.open("a+b")
@@ -102,10 +103,24 @@ class ResumableOutput:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def finish(self) -> None:
-        """Give the file its name, once it has all lines."""
-        if self._file is not None:
-            self._file.close()
+    def finish(self, final_line: Callable[[bytes], bytes] | None = None) -> None:
+        """Give the file its name, once it has all lines.
+
+        Args:
+            final_line: what an appended line becomes in the complete file; b"" leaves it out.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        if final_line is not None:
+            final = self.path.with_name(self.path.name + ".final")
+            with self.partial.open("rb") as lines, final.open("wb") as file:
+                file.writelines(map(final_line, lines))
+                file.flush()
+                os.fsync(file.fileno())
+            final.rename(self.path)
+            self.partial.unlink()
+        else:
             self.partial.rename(self.path)
 
     def _whole_slices(self, file: IO[bytes], num_lines: int) -> tuple[int, int]:

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from steerlm2.data.packing import (
     PADDING,
+    Dialogue,
     Group,
     RewardGroup,
     Strategy,
     assign_to_ranks,
     fill_microbatches,
     pack,
+    pack_dialogues,
     pack_for_reward,
     plan_step,
     rows_by_rank,
@@ -506,3 +508,52 @@ def test_slices_within_a_budget() -> None:
     assert [list(part.responses_kept) for part in parts] == [[0, 1], [2], [3]]
     assert {part.index for part in parts} == {7}
     assert {type(part) for part in parts} == {RewardGroup}
+
+
+# Conversations for supervised fine-tuning
+
+
+def dialogue(drawn: str) -> Dialogue:
+    """ "ab[cd]e[f]": the conversation a b c d e f, of which c, d and f are to be predicted."""
+    tokens, targets, inside = [], [], False
+    for letter in drawn:
+        if letter in "[]":
+            inside = letter == "["
+        else:
+            targets += [len(tokens)] if inside else []
+            tokens.append(ord(letter))
+    return Dialogue(tokens, targets)
+
+
+def two_dialogues() -> list[Dialogue]:
+    return [dialogue("ab[cd]e[f]"), dialogue("g[h]")]
+
+
+def test_row_of_conversations_leaves_out_their_last_tokens() -> None:
+    """f and h predict nothing."""
+    row = pack_dialogues(two_dialogues())
+    assert text(row.tokens_T) == "abcde" + "g"
+    assert sum(each.num_tokens for each in two_dialogues()) == len(row.tokens_T)
+
+
+def test_targets_of_conversations_are_predicted_by_the_token_before_them() -> None:
+    """b predicts c, c d, e f; g h."""
+    row = pack_dialogues(two_dialogues())
+    assert text(row.targets_R) == "cdf" + "h"
+    assert text(row.tokens_T[row.source_R]) == "bce" + "g"
+
+
+def test_conversations_of_a_row_start_at_position_0_and_see_themselves_only() -> None:
+    """abcde and g, and 2 tokens of padding to 8 = 2 * 4, left out of the drawing."""
+    row = pack_dialogues(two_dialogues(), multiple_of=4)
+    assert row.input_pos_T[:6].tolist() == [0, 1, 2, 3, 4, 0]
+    assert row.group_T.tolist() == [0] * 5 + [1] + [PADDING] * 2
+    drawn = ["x.....", "xx....", "xxx...", "xxxx..", "xxxxx.", ".....x"]
+    mask_TT = row.attention_mask_TT()[:6, :6]
+    assert ["".join(".x"[seen] for seen in each) for each in mask_TT.tolist()] == drawn
+
+
+def test_row_without_conversations_is_padding_without_targets() -> None:
+    row = pack_dialogues([], multiple_of=4)
+    assert row.group_T.tolist() == [PADDING] * 8
+    assert len(row.targets_R) == len(row.source_R) == 0

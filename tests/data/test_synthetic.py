@@ -16,6 +16,7 @@ from steerlm2.data.synthetic import (
     MAX_RESPONSES,
     build_tiny_tokenizer,
     score_text,
+    steering_metrics,
     synthetic_records,
 )
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
@@ -119,3 +120,26 @@ def test_the_shipped_tokenizer_is_the_one_that_the_generator_trains(tmp_path: Pa
             for folder in (tmp_path, TINY_TOKENIZER_DIR)
         )
         assert built == shipped
+
+
+def test_steering_metrics_are_mean_absolute_errors() -> None:
+    """humor: |2 - 1| and |0 - 2|, mean 1.5. verbosity: |1 - 0| (one word) alone. The answer whose
+    label names neither, and the one without a label, count for nothing."""
+    answers = [
+        ("humor:2,verbosity:1", "Paris. Wow!"),
+        ("humor:0", "Wow! Yay! Rome."),
+        ("quality:4", "Yay! Yay! Yay!"),
+        (None, "Yay!"),
+    ]
+    labels, responses = zip(*answers, strict=True)
+    metrics = steering_metrics(["?"] * 4, labels, responses)
+    assert metrics == {"mae_humor": 1.5, "mae_verbosity": 1.0}
+
+
+def test_steering_metrics_of_answers_without_labels_are_none() -> None:
+    assert steering_metrics(["?"], [None], ["Paris."]) == {}
+
+
+def test_steering_metrics_want_a_label_for_each_response() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        steering_metrics(["?"], [None], ["Paris.", "Rome."])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from steerlm2.data.templates import (
     EXTRA_ID_TOKENS,
     Segment,
     Template,
+    encode_dialogue,
     encode_for_scoring,
     encode_prompt,
     encode_response,
@@ -399,3 +401,166 @@ def test_texts_of_one_prompt_are_cut_together(pair: str) -> None:
     bos = 0 if PAIRS[pair][1].bos_id is None else 1
     assert [text[bos:] for text in cut] == [text[4 + bos :] for text in whole]
     assert (len(cut[1]), num_cut) == (limit, 3)
+
+
+# Conversations to be trained on
+
+
+ANSWERED = [*TURNS, Turn("Assistant", "So.", "quality:4")]
+
+
+def trained_on(pair: str, turns: list[Turn], **options: Any) -> tuple[list[str], list[str]]:
+    """The text that is read only, and that which is trained on, in the pieces that alternate."""
+    template, tokenizer = PAIRS[pair]
+    dialogue, _ = encode_dialogue(template, tokenizer, "S", turns, **options)
+    assert dialogue is not None
+    targets = set(dialogue.target_places)
+    pieces: tuple[list[str], list[str]] = ([], [])
+    for is_target, places in itertools.groupby(
+        range(len(dialogue.tokens)), key=lambda place: place in targets
+    ):
+        pieces[is_target].append(tokenizer.decode([dialogue.tokens[place] for place in places]))
+    return pieces
+
+
+def test_answers_and_their_stop_tokens_are_trained_on() -> None:
+    """Not labels, not what the user says, not the names of the roles."""
+    assert trained_on("extra_id, tiny", ANSWERED) == (
+        [
+            "<extra_id_0>System\nS\n<extra_id_1>User\nHi.\n"
+            "<extra_id_1>Assistant\n<extra_id_2>humor:1\n",
+            "User\nWhy?\n<extra_id_1>Assistant\n<extra_id_2>quality:4\n",
+        ],
+        ["Yes?\n<extra_id_1>", "So.\n<extra_id_1>"],
+    )
+
+
+def test_llama3_answers_and_their_stop_tokens_are_trained_on() -> None:
+    assert trained_on("llama3", ANSWERED) == (
+        [
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
+            "<|start_header_id|>attributes<|end_header_id|>\n\nhumor:1<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+            "<|start_header_id|>attributes<|end_header_id|>\n\nquality:4<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ],
+        ["Yes?<|eot_id|>", "So.<|eot_id|>"],
+    )
+
+
+def test_without_labels_nothing_stands_in_their_place() -> None:
+    unlabelled = [Turn(turn.role, turn.value) for turn in ANSWERED]
+    read, trained = trained_on("extra_id, tiny", unlabelled)
+    assert read[0].endswith("<extra_id_1>User\nHi.\n<extra_id_1>Assistant\n")
+    assert read[1] == "User\nWhy?\n<extra_id_1>Assistant\n"
+    assert trained == ["Yes?\n<extra_id_1>", "So.\n<extra_id_1>"]
+
+
+def test_published_examples_are_trained_on_from_where_the_loss_starts(
+    examples: list[dict[str, Any]],
+) -> None:
+    """Token by token: the last answer's targets spell what follows `response_start_char`."""
+    for case in examples:
+        example, expected = case["example"], case["expected"]
+        for i, response in enumerate(example["responses"]):
+            answer = Turn("Assistant", response["value"], example["label"])
+            dialogue, _ = encode_dialogue(
+                extra_id_template(), TINY, example["system"], [*_turns(example), answer]
+            )
+            assert dialogue is not None
+            assert TINY.decode(dialogue.tokens) == expected["full_text"][i]
+            answers = sum(turn.role == "Assistant" for turn in _turns(example)) + 1
+            targets = list(dialogue.target_places)
+            starts = [place for place in targets if place - 1 not in targets]
+            assert len(starts) == answers
+            before = TINY.decode(dialogue.tokens[: starts[-1]])
+            assert len(before) == expected["response_start_char"][i]
+            assert targets[targets.index(starts[-1]) :] == [
+                *range(starts[-1], len(dialogue.tokens))
+            ]
+
+
+def test_train_on_input_takes_all_tokens_but_the_first() -> None:
+    template, tokenizer = PAIRS["llama3"]
+    dialogue, _ = encode_dialogue(template, tokenizer, "S", ANSWERED, train_on_input=True)
+    answers, _ = encode_dialogue(template, tokenizer, "S", ANSWERED)
+    assert dialogue is not None
+    assert answers is not None
+    assert dialogue.tokens == answers.tokens
+    assert list(dialogue.target_places) == list(range(1, len(dialogue.tokens)))
+
+
+def test_conversation_ends_with_its_last_answer() -> None:
+    """The user's last word isn't answered: it is left out."""
+    dialogue, num_turns = encode_dialogue(*PAIRS["llama3"], "S", TURNS)
+    assert (dialogue, num_turns) == encode_dialogue(*PAIRS["llama3"], "S", TURNS[:2])
+    assert num_turns == 2
+
+
+@pytest.mark.parametrize("turns", [[], TURNS[:1]])
+def test_without_an_answer_there_is_no_dialogue(turns: list[Turn]) -> None:
+    assert encode_dialogue(*PAIRS["llama3"], "S", turns) == (None, 0)
+
+
+FAKES = st.sampled_from(
+    [
+        "\n<extra_id_1>Assistant\n<extra_id_2>quality:4\n",
+        "\n<extra_id_2>quality:4,humor:0\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>attributes<|end_header_id|>\n\nquality:4<|eot_id|>",
+        "<|begin_of_text|>",
+        "<s>",
+    ]
+)
+SPOKEN = st.lists(CONTENT | FAKES, max_size=3).map("".join)
+CONVERSATION = st.lists(
+    st.builds(Turn, st.just("User"), SPOKEN)
+    | st.builds(Turn, st.just("Assistant"), SPOKEN, st.none() | SPOKEN),
+    max_size=5,
+).map(lambda turns: [*turns, Turn("Assistant", "So.", "quality:4")])
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(SPOKEN, CONVERSATION)
+def test_no_content_makes_a_control_token_or_moves_the_targets(
+    pair: str, system: str, turns: list[Turn]
+) -> None:
+    """Turns in any order, with or without labels. Each answer's targets are its own tokens after
+    its own prompt, and the control tokens are those of the same turns that all say "x"."""
+    template, tokenizer = PAIRS[pair]
+    dialogue, num_turns = encode_dialogue(template, tokenizer, system, turns)
+    assert dialogue is not None
+    assert num_turns == len(turns)
+    places: list[int] = []
+    for i, turn in enumerate(turns):
+        if turn.role == "Assistant":
+            prompt = encode_prompt(template, tokenizer, system, turns[:i], turn.label)
+            response = encode_response(template, tokenizer, turn.value)
+            ids = [*prompt, *response]
+            assert list(dialogue.tokens[: len(ids)]) == ids
+            places += range(len(prompt), len(ids))
+    assert list(dialogue.target_places) == places
+
+    reserved = {tokenizer.token_id(token) for token in template.control_tokens}
+    reserved |= {tokenizer.bos_id, tokenizer.eos_id}
+    plain = [Turn(turn.role, "x", turn.label and "x") for turn in turns]
+    bland, _ = encode_dialogue(template, tokenizer, system and "x", plain)
+    assert bland is not None
+    assert [i for i in dialogue.tokens if i in reserved] == [
+        i for i in bland.tokens if i in reserved
+    ]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_max_seq_len_takes_whole_answers_away(pair: str) -> None:
+    """For every limit: the longest beginning that fits and ends with an answer."""
+    turns = [*ANSWERED, *ANSWERED]
+    wholes = [encode_dialogue(*PAIRS[pair], "S", turns[:end]) for end in (2, 4, 6, 8)]
+    lengths = [len(dialogue.tokens) for dialogue, _ in wholes if dialogue]
+    for limit in range(lengths[-1] + 2):
+        fitting = sum(length <= limit for length in lengths)
+        expected = wholes[fitting - 1] if fitting else (None, 0)
+        assert encode_dialogue(*PAIRS[pair], "S", turns, max_seq_len=limit) == expected

@@ -25,7 +25,8 @@ DRAWS = 20_000
 def frequencies(probs: list[float], *, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
     """Shares of the tokens in many draws from logits that have these probabilities."""
     logits_PV = torch.tensor(probs).log().expand(DRAWS, -1)
-    tokens_P = choose_tokens(logits_PV, temperature, top_p, torch.Generator().manual_seed(0))
+    uniform_P = torch.rand(DRAWS, generator=torch.Generator().manual_seed(0))
+    tokens_P = choose_tokens(logits_PV, temperature, top_p, uniform_P)
     return torch.bincount(tokens_P, minlength=len(probs)) / DRAWS
 
 
@@ -65,13 +66,34 @@ def test_nucleus_is_never_empty() -> None:
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     logits_PV = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
-    assert choose_tokens(logits_PV, 0, 0.1, torch.Generator()).tolist() == [1, 0]
+    assert choose_tokens(logits_PV, 0, 0.1, torch.zeros(2)).tolist() == [1, 0]
 
 
 def test_rows_are_drawn_by_their_own_distributions() -> None:
-    """One certain token each, another in every row: places in the sorted order are mapped back."""
+    """One certain token each, another in every row."""
     logits_PV = torch.eye(5) * 100
-    assert choose_tokens(logits_PV, 1.0, 0.9, torch.Generator()).tolist() == [0, 1, 2, 3, 4]
+    assert choose_tokens(logits_PV, 1.0, 0.9, torch.linspace(0, 0.99, 5)).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_a_draw_is_where_the_cumulative_probability_passes_the_number() -> None:
+    """0.2, 0.5, 0.3 add up to 0.2, 0.7, 1: the ids in their order, whatever their probabilities."""
+    uniform_P = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-24])
+    logits_PV = torch.tensor([0.2, 0.5, 0.3]).log().expand(6, -1)
+    assert choose_tokens(logits_PV, 1.0, 1.0, uniform_P).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_tokens_without_probability_are_never_drawn() -> None:
+    """At both ends of the ids, for the smallest and the largest number below 1."""
+    logits_PV = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf]).expand(2, -1)
+    uniform_P = torch.tensor([0.0, 1 - 2**-24])
+    for top_p in (1.0, 0.999):
+        assert choose_tokens(logits_PV, 1.0, top_p, uniform_P).tolist() == [1, 2]
 
 
 @pytest.fixture(scope="module")

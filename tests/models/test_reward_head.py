@@ -124,3 +124,16 @@ def test_a_frozen_head_stays_frozen_when_it_is_laid_out() -> None:
         assert not decoder.output.weight.requires_grad
     finally:
         close_world()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [None, {"0": "LABEL_0", "1": "LABEL_1"}, {"good": 1}, "missing"],
+    ids=["null", "generic", "not numbered", "missing"],
+)
+def test_labels_without_names_of_their_own_are_unknown(labels: Any) -> None:
+    """What transformers writes by default, or leaves out: not the same as no head (None)."""
+    config = {"architectures": [HF_ARCHITECTURE]}
+    if labels != "missing":
+        config["id2label"] = labels
+    assert attribute_names(config) == []

@@ -32,6 +32,7 @@ CONFIG_CLASSES = {
     "annotate_attributes": "AnnotateConfig",
     "prepare_data": "PrepareDataConfig",
     "reward_distributed": "RewardConfig",
+    "sample_responses": "SampleConfig",
     "score_responses": "ScoreConfig",
     "serve_reward": "ServeConfig",
     "sft_distributed": "SFTConfig",
@@ -40,7 +41,14 @@ CONFIG_CLASSES = {
 WITH_MODEL = [
     name for name in CONFIGS if "model" in OmegaConf.load(ROOT / "recipe_configs" / f"{name}.yaml")
 ]
-DISTRIBUTED = [name for name in WITH_MODEL if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES]
+REPLICATED_RECIPES = {"sample_responses"}
+"""Each of their processes holds the whole model."""
+
+DISTRIBUTED = [
+    name
+    for name in WITH_MODEL
+    if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES | REPLICATED_RECIPES
+]
 
 each_config = pytest.mark.parametrize("name", CONFIGS)
 each_model = pytest.mark.parametrize("name", WITH_MODEL)
@@ -163,8 +171,9 @@ DISTRIBUTED_KEYS = {
     *("tensor_parallel_dim", "data_parallel_replicate_dim", "data_parallel_shard_dim"),
     *("fsdp_cpu_offload", "fsdp_reshard_after_forward"),
 }
-DIFFERENT_KEYS = {"data", "loss", "generation"}
-"""What attribute models and SteerLM 2.0 are trained on, and with, has a section of its own."""
+DIFFERENT_KEYS = {"data", "loss", "generation", "server"}
+"""What attribute models and SteerLM 2.0 are trained on, and with, has a section of its own; so have
+servers that score, and servers that sample."""
 
 
 def keys_of(recipe: str) -> dict[str, tuple[Any, Any]]:
@@ -191,7 +200,7 @@ def test_recipes_that_run_models_agree_on_the_keys_they_share(first: str, second
     one, other = keys_of(first), keys_of(second)
     shared = one.keys() & other.keys()
     assert shared >= SAME_KEYS
-    if not {first, second} & SINGLE_PROCESS_RECIPES:
+    if not {first, second} & (SINGLE_PROCESS_RECIPES | REPLICATED_RECIPES):
         assert shared >= DISTRIBUTED_KEYS
     shared -= DIFFERENT_KEYS
     assert {key: one[key] for key in shared} == {key: other[key] for key in shared}

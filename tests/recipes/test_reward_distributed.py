@@ -330,6 +330,27 @@ def test_pairs_share_one_trajectory(train: Train, pairs: tuple[str, ...]) -> Non
     assert worst_tensor(two, one) < 1e-3
 
 
+def test_bfloat16_computation_on_float32_weights(train: Train, reference: RunFolder) -> None:
+    """What the 70B configs do: bfloat16 keeps 8 bits of each activation, so a loss is off by a few
+    per cent; the export is bfloat16."""
+    run = train("dtype=bf16", "param_dtype=fp32", "save_dtype=bf16", "save_every_n_steps=null")
+    losses, expected = rows(run, "loss"), rows(reference, "loss")
+    for step, row in losses.items():
+        assert row["loss"] == pytest.approx(expected[step]["loss"], rel=0.1)
+    assert {tensor.dtype for tensor in run.weights().values()} == {torch.bfloat16}
+
+
+def test_synthetic_preferences_are_learned(tune: TuneProcess, tmp_path: Path) -> None:
+    """tiny/reward with another loss, and nothing else to set."""
+    tune(
+        *("reward_distributed", "--config", "tiny/reward", "loss=regular_bt", "max_steps=40"),
+        *("dataset.num_records=320", f"output_dir={tmp_path}", "val_every_n_steps=40"),
+    )
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    accuracy = [r["val_pairwise_accuracy"] for r in map(json.loads, lines) if "val_loss" in r]
+    assert accuracy[-1] > max(0.8, accuracy[0])
+
+
 def test_lora_trains_the_head_and_leaves_the_base(train: Train) -> None:
     """Two ranks give what one gives; unadapted matrices stay as the seed made them."""
     one = train(*LORA, "save_every_n_steps=null")
@@ -382,6 +403,16 @@ def test_exported_weights_are_those_of_the_best_or_the_last_step(train: Train, e
     assert rows(again, "val_loss")[0]["val_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_start_from_an_export_of_the_same_output_dir_is_refused(
+    tune: TuneProcess, labelled_file: Path, reference: RunFolder
+) -> None:
+    """The run would move its own start away. Nothing of the earlier run is touched."""
+    before = sorted(reference.path.rglob("*"))
+    overrides = stage_of(reference, "load_reward_head=true", f"output_dir={reference.path}")
+    assert "choose another output_dir" in fails(tune, *command_line(labelled_file, *overrides))
+    assert sorted(reference.path.rglob("*")) == before
+
+
 # Kill and resume
 
 
@@ -408,6 +439,30 @@ def test_killed_run_resumes_bit_for_bit(
     assert resumed.rows("calibration.jsonl") == reference.rows("calibration.jsonl")
     ours, theirs = resumed.weights(), reference.weights()
     assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_run_resumes_on_other_ranks(
+    train: Train, reference: RunFolder, tmp_path: Path, labelled_file: Path
+) -> None:
+    """Its first half on one process, its second on two with tensor parallel."""
+    half = train("max_steps=6", "save_every_n_steps=6", output_dir=tmp_path / "run")
+    shutil.rmtree(next(half.path.glob("epoch_*")))
+    resumed = train(
+        "resume_from_checkpoint=true", "tensor_parallel_dim=2", nproc=2, output_dir=half.path
+    )
+    schedule = rows(reference, "loss")[STEPS]["lr"]
+    assert rows(resumed, "loss")[STEPS]["lr"] == schedule
+    assert list(rows(resumed, "loss")) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("override", ["schema.names=[verbosity,humor]", "seed=7"])
+def test_resuming_something_else_is_refused(
+    tune: TuneProcess, labelled_file: Path, reference: RunFolder, tmp_path: Path, override: str
+) -> None:
+    """Another order of the attributes would swap the outputs of a half-trained head."""
+    shutil.copytree(reference.path, tmp_path / "run")
+    arguments = (override, "resume_from_checkpoint=true", f"output_dir={tmp_path / 'run'}")
+    assert "in another output_dir" in fails(tune, *command_line(labelled_file, *arguments))
 
 
 def steps_so_far(folder: Path) -> set[int]:

@@ -1,4 +1,5 @@
-"""annotate_attributes with a real vLLM server, on a CPU, that serves an exported attribute model.
+"""annotate_attributes and sample_responses with a real vLLM server, on a CPU, that serves a model
+which a recipe exported: an attribute model, or a language model.
 
 vLLM pins other packages than we do, so it has a virtual environment of its own, which the first run
 of these tests makes: STEERLM2_VLLM_VENV, or ~/.cache/steerlm2/vllm-0.32.0.
@@ -13,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,13 @@ from typing import Any
 import httpx
 import pytest
 
-from steerlm2.data.records import json_line, write_records
+from steerlm2.data.records import Record, json_line, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
+from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.generation.engines import Request, SamplingSettings, forbidden_ids, response_end
+from steerlm2.generation.openai import CompletionsEngine
+from steerlm2.generation.vllm_command import vllm_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -67,28 +74,47 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def start_server(
-    vllm_python: Path, attribute_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[], Server]]:
-    """Starts a server and waits until it answers; what is left is killed at the end."""
-    servers: list[Server] = []
-
-    def start() -> Server:
-        log = tmp_path_factory.mktemp("vllm") / "log.txt"
-        servers.append(_start_server(vllm_python, attribute_model, log))
-        _wait_until_ready(servers[-1], log)
-        return servers[-1]
-
-    yield start
-    for server in servers:
+def servers() -> Iterator[list[Server]]:
+    """What is put in here is killed at the end."""
+    started: list[Server] = []
+    yield started
+    for server in started:
         if server.process.poll() is None:
             server.kill()
 
 
-def _start_server(python: Path, model: Path, log: Path) -> Server:
+@pytest.fixture(scope="module")
+def start_server(
+    vllm_python: Path,
+    attribute_model: Path,
+    servers: list[Server],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[], Server]:
+    """Starts a server of the attribute model and waits until it answers."""
+
+    def start() -> Server:
+        log = tmp_path_factory.mktemp("vllm") / "log.txt"
+        port = free_port()
+        command = [
+            *(vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", attribute_model),
+            *("--runner", "pooling", "--host", "127.0.0.1", "--port", port),
+            *("--max-model-len", MAX_SEQ_LEN, "--dtype", "float32"),
+            *("--enforce-eager", "--no-enable-chunked-prefill"),
+        ]
+        servers.append(_start_server(command, port, log))
+        _wait_until_ready(servers[-1], log, "/classify", {"input": [2, 3, 4]})
+        return servers[-1]
+
+    return start
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def _start_server(command: Sequence[object], port: int, log: Path) -> Server:
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
@@ -96,12 +122,7 @@ def _start_server(python: Path, model: Path, log: Path) -> Server:
     }
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [
-                *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
-                *("--runner", "pooling", "--host", "127.0.0.1", "--port", str(port)),
-                *("--max-model-len", str(MAX_SEQ_LEN), "--dtype", "float32"),
-                *("--enforce-eager", "--no-enable-chunked-prefill"),
-            ],
+            [str(word) for word in command],
             cwd=log.parent,
             env=os.environ | environment,
             stdout=file,
@@ -111,13 +132,13 @@ def _start_server(python: Path, model: Path, log: Path) -> Server:
     return Server(process, f"http://127.0.0.1:{port}")
 
 
-def _wait_until_ready(server: Server, log: Path) -> None:
+def _wait_until_ready(server: Server, log: Path, path: str, body: dict[str, Any]) -> None:
     deadline = time.monotonic() + SECONDS_TO_START
     while True:
         assert server.process.poll() is None, log.read_text()[-5000:]
         assert time.monotonic() < deadline, log.read_text()[-5000:]
         try:
-            answer = httpx.post(f"{server.url}/classify", json={"input": [2, 3, 4]}, timeout=60)
+            answer = httpx.post(server.url + path, json=body, timeout=60)
         except httpx.TransportError:
             time.sleep(0.2)
         else:
@@ -220,3 +241,146 @@ def test_killed_server_is_named_and_the_run_continues_on_another(
     url = start_server().url
     tune(*arguments(conversations, output, f"server.url={url}", *options))
     assert output.read_bytes() == labelled_here.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def language_model(tune: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An attribute-conditioned model after 60 small steps, as sft_distributed exports it."""
+    output_dir = tmp_path_factory.mktemp("acsft")
+    tune(
+        *("sft_distributed", "--config", "tiny/acsft", f"output_dir={output_dir}", "max_steps=60"),
+        *("lr_scheduler.warmup_steps=5", "dataset.num_records=100", "dataset_val=null"),
+        *("global_batch_size=12", "lr=4.0e-3"),
+        *("val_every_n_steps=null", "save_every_n_steps=null", "generation=null"),
+    )
+    (folder,) = output_dir.glob("epoch_*")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def language_server(
+    vllm_python: Path,
+    language_model: Path,
+    servers: list[Server],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Server:
+    """Started with the very command that we tell users."""
+    log = tmp_path_factory.mktemp("vllm") / "log.txt"
+    port = free_port()
+    command = vllm_command(
+        language_model, gpus=0, max_seq_len=MAX_SEQ_LEN, port=port, python=str(vllm_python)
+    )
+    servers.append(_start_server(command, port, log))
+    body = {"prompt": [2, 3, 4], "max_tokens": 1}
+    _wait_until_ready(servers[-1], log, "/v1/completions", body)
+    return servers[-1]
+
+
+def sample_there(tune: Any, server: Server, output: Path, *more: str) -> list[Record]:
+    source = output.with_name("prompts.jsonl")
+    write_records(source, synthetic_records(20, 2, seed=3))
+    tune(
+        *("sample_responses", "--config", "tiny/sample_responses", f"input={source}", "n=6"),
+        *(f"output={output}", f"server.url={server.url}", f"max_seq_len={MAX_SEQ_LEN}"),
+        *("max_new_tokens=64", "records_per_write=8", *more),
+    )
+    return read_records(output, require=())
+
+
+@pytest.fixture(scope="module")
+def sampled_there(
+    tune: Any, language_server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("sampled") / "sampled.jsonl"
+    sample_there(tune, language_server, output)
+    return output
+
+
+def test_sampled_there_scored_here(
+    tune: Any, sampled_there: Path, language_model: Path, language_server: Server
+) -> None:
+    """Our log Q'(y|a,x) of what vLLM sampled, per response to 1e-3 in float32: against the server's
+    log-probs of the tokens when it sampled them (temperature 0.7, top-p 0.9), and against those it
+    gives for prompt and response as one text."""
+    output = sampled_there.with_name("scored.jsonl")
+    tune(
+        *("score_responses", "--config", "tiny/score_responses", f"input={sampled_there}"),
+        *(f"output={output}", "quantities=[log_q]", *weights(language_model)),
+    )
+    scored = read_records(output, require=("log_q",))
+    pairs = [(r, record) for record in scored for r in record.responses]
+    assert len(pairs) > 60
+    when_sampled = [
+        (r.log_q, r.extra["engine_log_q"]) for r, _ in pairs if "engine_log_q" in r.extra
+    ]
+    assert len(when_sampled) > len(pairs) / 2
+    assert [ours for ours, _ in when_sampled] == pytest.approx(
+        [theirs for _, theirs in when_sampled], rel=0, abs=1e-3
+    )
+    theirs = [prompt_log_prob(language_server, record, r.value) for r, record in pairs]
+    assert [r.log_q for r, _ in pairs] == pytest.approx(theirs, rel=0, abs=1e-3)
+
+
+def prompt_log_prob(server: Server, record: Record, response: str) -> float:
+    """vLLM's log-prob of the response's tokens after the prompt's."""
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    prompt = encode_prompt(template, tokenizer, record.system, record.prompt_turns, record.label)
+    tokens = encode_response(template, tokenizer, response)
+    body = {"prompt": prompt + tokens, "max_tokens": 1, "prompt_logprobs": 0}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    logprobs = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
+    return sum(each[str(token)]["logprob"] for each, token in zip(logprobs, tokens, strict=True))
+
+
+def test_a_fixed_seed_samples_the_same_there(
+    tune: Any, sampled_there: Path, language_server: Server, tmp_path: Path
+) -> None:
+    """However many requests are under way; another seed gives others."""
+    first = read_records(sampled_there, require=())
+    again = sample_there(tune, language_server, tmp_path / "again.jsonl", "server.concurrency=2")
+    assert [[r.value for r in record.responses] for record in again] == [
+        [r.value for r in record.responses] for record in first
+    ]
+    other = sample_there(tune, language_server, tmp_path / "other.jsonl", "seed=1")
+    assert other[0].responses[0].value != first[0].responses[0].value
+
+
+def test_forbidden_tokens_are_not_sampled_there(language_server: Server) -> None:
+    """Not even the token that is sampled most often where it isn't forbidden."""
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    (record,) = synthetic_records(1, 2, seed=3)
+    prompt = encode_prompt(template, tokenizer, record.system, record.prompt_turns, record.label)
+    _, stop_id = response_end(template, tokenizer)
+
+    def sampled(forbidden: tuple[int, ...]) -> Counter[int]:
+        settings = SamplingSettings(40, 1.0, 1.0, 32, stop_id, forbidden)
+        engine = CompletionsEngine(language_server.url, settings, tokenizer.encode)
+        engine.connect(MAX_SEQ_LEN)
+        (samples,) = engine.sample([Request(prompt, 0)])
+        return Counter(token for sample in samples for token in sample.tokens if token != stop_id)
+
+    ((likeliest, times),) = sampled(()).most_common(1)
+    assert times > 40
+    control = forbidden_ids(template, tokenizer)
+    assert set(sampled((*control, likeliest))) & {*control, likeliest} == set()
+
+
+def test_the_same_command_continues_on_another_server(
+    tune: Any, sampled_there: Path, language_server: Server, tmp_path: Path
+) -> None:
+    """Without a server nothing is lost of what was written, and its start is explained."""
+    output = tmp_path / "sampled.jsonl"
+    source = sampled_there.with_name("prompts.jsonl")
+    command = [
+        *("sample_responses", "--config", "tiny/sample_responses", f"input={source}", "n=6"),
+        *(f"output={output}", f"max_seq_len={MAX_SEQ_LEN}", "max_new_tokens=64"),
+        *("records_per_write=8", "server.retries=0"),
+    ]
+    gone = tune(*command, f"server.url=http://127.0.0.1:{free_port()}", check=False)
+    assert gone.returncode == 1
+    assert "doesn't answer, tried 1 times" in gone.stderr
+    assert "Traceback" not in gone.stderr
+    tune(*command, f"server.url={language_server.url}")
+    assert [[r.value for r in record.responses] for record in read_records(output, require=())] == [
+        [r.value for r in record.responses] for record in read_records(sampled_there, require=())
+    ]

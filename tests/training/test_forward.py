@@ -19,13 +19,15 @@ from torchtune.models.llama3 import llama3
 from torchtune.models.llama3_1 import llama3_1
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
-from transformers import LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from steerlm2.data.packing import (
+    Dialogue,
     Group,
     RewardGroup,
     Strategy,
     pack,
+    pack_dialogues,
     pack_for_reward,
     plan_step,
 )
@@ -39,6 +41,7 @@ from steerlm2.training.forward import (
     response_logps,
     score_attributes,
     score_groups,
+    target_logps,
 )
 from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
@@ -255,6 +258,88 @@ def test_scores_do_not_depend_on_the_groups_own_numbers(
 
 def test_no_groups_have_no_scores(packed_decoder: TransformerDecoder) -> None:
     assert score_groups(packed_decoder, [], CPU, max_tokens_per_microbatch=10) == []
+
+
+# Supervised fine-tuning
+
+
+@pytest.fixture(scope="module")
+def dialogues() -> list[Dialogue]:
+    """Answers at the end, in several turns, everywhere; the shortest there can be."""
+    generator = torch.Generator().manual_seed(2)
+    shapes: list[tuple[int, list[int]]] = [
+        (30, [*range(25, 30)]),
+        (2, [1]),
+        (64, [*range(5, 9), *range(20, 21), *range(60, 64)]),
+        (40, [*range(1, 40)]),
+    ]
+    return [
+        Dialogue(torch.randint(512, (length,), generator=generator).tolist(), places, index)
+        for index, (length, places) in enumerate(shapes)
+    ]
+
+
+def targets_one_at_a_time(
+    logits_of: Callable[[Tensor], Tensor], dialogues: list[Dialogue]
+) -> Tensor:
+    """[R] log-softmax of plain causal logits over each whole conversation, float64."""
+    logps = []
+    for dialogue in dialogues:
+        tokens_T = torch.tensor(dialogue.tokens)
+        logps_TV = logits_of(tokens_T[None])[0].double().log_softmax(dim=1)
+        logps += [logps_TV[place - 1, tokens_T[place]] for place in dialogue.target_places]
+    return torch.stack(logps)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 64])
+@torch.no_grad()
+def test_packed_targets_equal_one_conversation_at_a_time(
+    decoder: TransformerDecoder,
+    packed_decoder: TransformerDecoder,
+    dialogues: list[Dialogue],
+    multiple_of: int,
+) -> None:
+    """fp32, 1e-5 nats a token; with padding too."""
+    row = pack_dialogues(dialogues, multiple_of=multiple_of)
+    logps_R = target_logps(packed_decoder, row, CPU)
+    expected_R = targets_one_at_a_time(decoder, dialogues)
+    torch.testing.assert_close(logps_R.double(), expected_R, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_targets_are_transformers(
+    decoder: TransformerDecoder,
+    packed_decoder: TransformerDecoder,
+    dialogues: list[Dialogue],
+    tmp_path: Path,
+) -> None:
+    """The exported folder in transformers, one conversation at a time: 1e-4 nats a token, fp32."""
+    checkpointer = ScratchCheckpointer(decoder, tiny_tokenizer(), seed=0, output_dir=str(tmp_path))
+    checkpointer.save_checkpoint({"model": decoder.state_dict()}, epoch=1)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1", dtype=torch.float32).eval()
+    expected_R = targets_one_at_a_time(lambda tokens_1T: theirs(tokens_1T).logits, dialogues)
+    logps_R = target_logps(packed_decoder, pack_dialogues(dialogues), CPU)
+    torch.testing.assert_close(logps_R.double(), expected_R, rtol=0, atol=1e-4)
+
+
+def test_gradients_of_targets_equal_one_conversation_at_a_time(
+    decoder: TransformerDecoder, packed_decoder: TransformerDecoder, dialogues: list[Dialogue]
+) -> None:
+    """Of the mean over all targets; in two rows, the mean is of both together."""
+    count = sum(len(dialogue.target_places) for dialogue in dialogues)
+    (-targets_one_at_a_time(decoder, dialogues).mean()).backward()
+    for part in (dialogues[:3], dialogues[3:]):
+        (-target_logps(packed_decoder, pack_dialogues(part), CPU).sum() / count).backward()
+    assert_same_gradients(gradients(packed_decoder), gradients(decoder))
+
+
+def test_a_row_without_conversations_has_zero_gradients(
+    packed_decoder: TransformerDecoder,
+) -> None:
+    logps_R = target_logps(packed_decoder, pack_dialogues([]), CPU)
+    assert logps_R.shape == (0,)
+    (-logps_R.double().sum() / 7).backward()
+    assert all((gradient == 0).all() for gradient in gradients(packed_decoder).values())
 
 
 # Attribute models

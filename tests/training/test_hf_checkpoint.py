@@ -467,3 +467,22 @@ def test_an_attribute_model_is_no_language_model(tmp_path: Path) -> None:
     folder, _ = attribute_model(tmp_path)
     with pytest.raises(ValueError, match=r"output\.weight has shape \[3, 64\], .* is \[512, 64\]"):
         load_weights(meta_decoder(), HFCheckpointer(str(folder)), CPU, seed=0)
+
+
+def test_a_head_with_generic_labels_is_loaded(tmp_path: Path) -> None:
+    """A published model whose labels are LABEL_0, ...: the order of the schema is the caller's
+    word."""
+    folder, _ = attribute_model(tmp_path)
+    change_config(folder, id2label={str(i): f"LABEL_{i}" for i in range(len(SCHEMA.names))})
+    decoder = meta_decoder(head=True)
+    checkpointer = reward_checkpointer(decoder, tmp_path / "out", folder, load_head=True)
+    load_weights(decoder, checkpointer, CPU, seed=0)
+    assert decoder.output.weight.equal(read(folder)["output.weight"])
+    assert list(checkpointer.hf_config["id2label"].values()) == list(SCHEMA.names)
+
+
+def test_an_export_can_be_read_by_others(tmp_path: Path) -> None:
+    """Weights have the permissions of any other new file."""
+    folder, _ = attribute_model(tmp_path)
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1

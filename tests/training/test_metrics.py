@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from steerlm2.training.metrics import JsonLines, peak_memory_gib, plot_curves, summary_table
+from steerlm2.training.metrics import (
+    JsonLines,
+    answer_metrics,
+    peak_memory_gib,
+    plot_curves,
+    summary_table,
+)
 
 
 @pytest.fixture
@@ -154,3 +161,53 @@ def test_peak_memory_is_at_least_what_is_allocated() -> None:
     """64 Mi float32 are 1/4 GiB; a process with torch has less than 64 GiB."""
     held = torch.ones(1 << 26)
     assert held.nbytes / 2**30 <= peak_memory_gib(torch.device("cpu")) < 64
+
+
+# Metric functions that a config names
+
+
+@pytest.fixture
+def metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], dict[str, str]]:
+    """`metric(name, returned)`: the component of a new function that returns this expression."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def component(name: str, returned: str) -> dict[str, str]:
+        code = f"def f(prompts, labels, responses): return {returned}"
+        (tmp_path / f"{name}.py").write_text(code)
+        return {"_component_": f"{name}.f"}
+
+    return component
+
+
+def test_answer_metrics_of_all_functions_together(metric: Any) -> None:
+    """A number may be a tensor."""
+    components = [
+        metric("metric_pairs", "{'pairs': len(list(zip(prompts, labels, strict=True)))}"),
+        metric("metric_mean", "{'mean': __import__('torch').tensor(len(responses[0]) / 2)}"),
+    ]
+    found = answer_metrics(components, ["p", "q"], [None, "humor:1"], ["abc", ""])
+    assert found == {"pairs": 2.0, "mean": 1.5}
+    assert {type(value) for value in found.values()} == {float}
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("{'loss': 1.0}", "returns loss: the validation loss or another metric function"),
+        ("{'a': [1]}", "must return a mapping from names to numbers"),
+        ("[1.0]", "must return a mapping from names to numbers"),
+        ("None", "must return a mapping from names to numbers"),
+    ],
+)
+def test_function_that_returns_something_else_is_named(
+    metric: Any, returned: str, expected: str
+) -> None:
+    component = metric(f"metric_{abs(hash(returned))}", returned)
+    with pytest.raises(ValueError, match=f"{component['_component_']} {expected}"):
+        answer_metrics([component], ["p"], [None], ["r"])
+
+
+def test_functions_may_not_share_a_name(metric: Any) -> None:
+    component = metric("metric_shared", "{'a': 1}")
+    with pytest.raises(ValueError, match=r"metric_shared\.f returns a: .* another metric function"):
+        answer_metrics([component, component], ["p"], [None], ["r"])

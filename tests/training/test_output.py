@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from steerlm2.training.output import RUN_FILES, make_output_dir, set_aside_earlier_run
+from steerlm2.training.output import (
+    RUN_FILES,
+    check_not_own_run,
+    make_output_dir,
+    set_aside_earlier_run,
+)
 
 
 def make_run(folder: Path, mark: str) -> None:
@@ -67,3 +72,18 @@ def test_other_peoples_files_stay(name: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     set_aside_earlier_run(tmp_path)
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_start_from_the_runs_own_folder_is_refused(tmp_path: Path) -> None:
+    """The earlier run's export would be moved away, or its checkpoints resumed."""
+    (tmp_path / "out" / "epoch_1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="choose another output_dir"):
+        check_not_own_run(tmp_path / "out", {"checkpoint_dir": str(tmp_path / "out" / "epoch_1")})
+
+
+@pytest.mark.parametrize("start", ["model", "out/earlier_runs/1/epoch_1", "out/model"])
+def test_other_starts_are_fine(start: str, tmp_path: Path) -> None:
+    for folder in (start, "out/epoch_1"):
+        (tmp_path / folder).mkdir(parents=True)
+    check_not_own_run(tmp_path / "out", {"checkpoint_dir": str(tmp_path / start)})
+    check_not_own_run(tmp_path / "out", None)

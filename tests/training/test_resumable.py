@@ -149,3 +149,42 @@ def test_a_folder_that_cannot_be_made_is_named(input_file: Path) -> None:
 def test_a_missing_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         opened(tmp_path / "nowhere.jsonl").check()
+
+
+def doubled_but_for_the_first(line: bytes) -> bytes:
+    return b"" if line == LINES[0] else line + line
+
+
+def test_lines_can_become_others_when_the_file_is_complete(input_file: Path) -> None:
+    """What is resumed are the lines that were appended; the file has what became of them."""
+    output = opened(input_file)
+    run(output, slices=1)
+    stop(output)
+    output = opened(input_file)
+    output.check()
+    assert output.begin(len(LINES)) == 4
+    output.append(LINES[4:8])
+    output.append(LINES[8:])
+    output.finish(doubled_but_for_the_first)
+    assert output.path.read_bytes() == b"".join(line + line for line in LINES[1:])
+    assert sorted(path.name for path in input_file.parent.iterdir()) == [
+        *("input.jsonl", "output.jsonl", "output.jsonl.settings.json"),
+    ]
+
+
+def test_killed_between_the_last_line_and_the_name(input_file: Path) -> None:
+    """The final file has its name only when it is whole; a partial one beside it is removed."""
+    output = opened(input_file)
+    run(output, slices=3)
+
+    def fails(line: bytes) -> bytes:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        output.finish(fails)
+    assert not output.path.exists()
+    assert run(opened(input_file)) == len(LINES)
+    assert output.path.read_bytes() == b"".join(LINES)
+    output.partial.write_bytes(LINES[0])  # killed after the file got its name
+    assert run(opened(input_file)) == len(LINES)
+    assert not output.partial.exists()

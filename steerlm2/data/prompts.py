@@ -1,0 +1,135 @@
+"""Prompts to be answered, and the labels that their answers shall have."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steerlm2.attributes import AttributeSchema, encode_label
+from steerlm2.data.conversations import parse_conversation
+from steerlm2.data.records import (
+    ASSISTANT,
+    LineProblems,
+    Record,
+    Turn,
+    iter_json_lines,
+    parse_record,
+    record_to_json,
+)
+
+DrawLabel = Callable[[random.Random], str]
+
+_RECORD_KEYS = {"system", "prompt_turns", "label", "responses"}
+
+
+@dataclass
+class Prompt:
+    """What comes before a response, and the label that stands in the file with it."""
+
+    system: str
+    turns: list[Turn]
+    label: str | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """The prompts of conversations, or of SteerLM2 records, which may do without responses.
+
+    A conversation's prompt is everything before the last turn if that is the assistant's, whose
+    label it then has; otherwise all of it. Labels of earlier turns stay.
+
+    Args:
+        limit: the first so many; none: all.
+
+    Raises:
+        FileNotFoundError: with the absolute path.
+        ValueError: naming the bad lines (the first 10), or an empty file.
+    """
+    problems = LineProblems(path)
+    prompts = []
+    for line_number, obj in itertools.islice(iter_json_lines(path, problems), limit):
+        try:
+            prompts.append(parse_prompt(obj))
+        except ValueError as error:
+            problems.add(line_number, str(error))
+    problems.raise_if_any()
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts: the file is empty")
+    return prompts
+
+
+def parse_prompt(obj: object) -> Prompt:
+    """The prompt of a decoded line, as in `read_prompts`.
+
+    Raises:
+        ValueError: with all problems of the line.
+    """
+    if isinstance(obj, dict) and "conversations" in obj:
+        conversation = parse_conversation(obj)
+        *turns, last = conversation.turns
+        label = last.label if last.role == ASSISTANT else None
+        if last.role != ASSISTANT:
+            turns.append(last)
+        record = Record(conversation.system, turns, label, [])
+        extra = {k: v for k, v in conversation.extra.items() if k not in _RECORD_KEYS}
+        obj = record_to_json(record) | extra
+    elif not (isinstance(obj, dict) and "prompt_turns" in obj):
+        raise ValueError(
+            "neither a conversation (with 'conversations') nor a SteerLM2 record (with "
+            "'prompt_turns')"
+        )
+    record = parse_record(obj | {"responses": []}, require=(), min_responses=0)
+    return Prompt(record.system, record.prompt_turns, record.label, record.extra)
+
+
+def labels_in(path: str | Path) -> list[str]:
+    """All labels of a file: of records, or of every assistant turn of conversations.
+
+    Raises:
+        FileNotFoundError: with the absolute path.
+        ValueError: naming the bad lines (the first 10), or where there are no labels.
+    """
+    problems = LineProblems(path)
+    labels: list[str | None] = []
+    for line_number, obj in iter_json_lines(path, problems):
+        try:
+            if isinstance(obj, dict) and "conversations" in obj:
+                labels += [turn.label for turn in parse_conversation(obj).turns]
+            else:
+                labels.append(parse_prompt(obj).label)
+        except ValueError as error:
+            problems.add(line_number, str(error))
+    problems.raise_if_any()
+    found = [label for label in labels if label]
+    if not found:
+        raise ValueError(f"{path} holds no labels")
+    return found
+
+
+def uniform_labels(attributes: list[str], schema: AttributeSchema) -> DrawLabel:
+    """Draws any values of these attributes, all of the schema's range equally likely.
+
+    Raises:
+        ValueError: for attributes that the schema doesn't have.
+    """
+    encode_label(dict.fromkeys(attributes, schema.min_value), schema)
+    values = range(schema.min_value, schema.max_value + 1)
+    return lambda rng: encode_label({name: rng.choice(values) for name in attributes}, schema)
+
+
+def labels_like(labels: Sequence[str]) -> DrawLabel:
+    """Draws labels as often as they are in the list."""
+    return lambda rng: rng.choice(labels)
+
+
+def draw_labels(draw: DrawLabel, count: int, seed: int, index: int) -> list[str]:
+    """`count` different labels for the prompt of that index: they depend on nothing else."""
+    rng = random.Random(f"labels:{seed}:{index}")
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw(rng)] = None
+    return list(drawn)

@@ -1,0 +1,458 @@
+"""sample_responses from its command line: what it writes, kills in between, ranks, mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune.models.llama3 import llama3
+
+from steerlm2.attributes import parse_label
+from steerlm2.data.records import json_line, read_records, write_records
+from steerlm2.data.synthetic import synthetic_records
+from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.training.config import load_config
+from steerlm2.training.hf_checkpoint import HFCheckpointer
+
+Json = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[2]
+SLICE = 4
+NUM_PROMPTS = 40
+N = 5
+
+
+@pytest.fixture(scope="module")
+def model(tune: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An attribute-conditioned model after 60 steps: most of its responses end."""
+    output_dir = tmp_path_factory.mktemp("acsft")
+    tune(
+        *("sft_distributed", "--config", "tiny/acsft", f"output_dir={output_dir}", "max_steps=60"),
+        *("lr_scheduler.warmup_steps=5", "dataset.num_records=100", "dataset_val=null"),
+        *("global_batch_size=12", "lr=4.0e-3"),
+        *("val_every_n_steps=null", "save_every_n_steps=null", "generation=null"),
+    )
+    (folder,) = output_dir.glob("epoch_*")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("input") / "records.jsonl"
+    write_records(path, synthetic_records(NUM_PROMPTS, 2, seed=3))
+    return path
+
+
+def arguments(source: Path, output: Path, model: Path | None, *more: str) -> list[str]:
+    weights = [
+        "checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer",
+        f"checkpointer.checkpoint_dir={model}",
+    ]
+    return [
+        *("sample_responses", "--config", "tiny/sample_responses", f"input={source}"),
+        *(f"output={output}", f"records_per_write={SLICE}", f"n={N}", "max_new_tokens=48"),
+        *(weights if model else []),
+        *more,
+    ]
+
+
+def load_recipe() -> ModuleType:
+    name = "sample_responses_under_test"
+    if name not in sys.modules:
+        path = ROOT / "recipes" / "sample_responses.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def run_here(source: Path, output: Path, model: Path | None, *more: str) -> list[Json]:
+    """The recipe in this process, and what it wrote."""
+    module = load_recipe()
+    yaml = OmegaConf.load(ROOT / "recipe_configs" / "tiny" / "sample_responses.yaml")
+    overrides = OmegaConf.from_dotlist(arguments(source, output, model, *more)[3:])
+    cfg = load_config(module.SampleConfig, OmegaConf.merge(yaml, overrides))  # type: ignore[arg-type]
+    recipe = module.SampleRecipe(cfg)
+    recipe.setup()
+    recipe.sample()
+    return read_jsonl(output)
+
+
+def read_jsonl(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def write_jsonl(path: Path, rows: Sequence[Json]) -> Path:
+    path.write_bytes(b"".join(json_line(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sampled_run(tune: Any, records: Path, model: Path) -> tuple[Path, str]:
+    """An uninterrupted run on one process: its output file and what it printed."""
+    output = records.with_name("sampled.jsonl")
+    return output, tune(*arguments(records, output, model)).stdout
+
+
+@pytest.fixture(scope="module")
+def sampled(sampled_run: tuple[Path, str]) -> Path:
+    return sampled_run[0]
+
+
+def values(rows: Sequence[Json]) -> list[list[str]]:
+    return [[response["value"] for response in row["responses"]] for row in rows]
+
+
+def test_records_are_the_prompts_with_new_responses(records: Path, sampled: Path) -> None:
+    """In input order; everything but the responses is as it was, keys of the user's own too."""
+    before, after = read_jsonl(records), read_jsonl(sampled)
+    assert len(after) > NUM_PROMPTS * 0.9
+    pairs = drawn(before)
+    places = [pairs.index(pair) for pair in drawn(after)]
+    assert places == sorted(places)
+    by_prompt = {(row["prompt_turns"][0]["value"], row["label"]): row for row in before}
+    for row in after:
+        old = by_prompt[row["prompt_turns"][0]["value"], row["label"]]
+        assert row | {"responses": []} == old | {"responses": []}
+        texts = [response["value"] for response in row["responses"]]
+        assert len(set(texts)) == len(texts) >= 2
+        assert {response["finish_reason"] for response in row["responses"]} == {"stop"}
+    read_records(sampled, require=())
+
+
+def test_engine_log_q_is_the_models(sampled: Path, model: Path) -> None:
+    """log Q'(y|a,x) of the response tokens, the stop token included, by torchtune's forward."""
+    decoder = llama3(
+        vocab_size=512,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=128,
+        intermediate_dim=384,
+        max_seq_len=2048,
+        rope_base=10000,
+    ).eval()
+    decoder.load_state_dict(HFCheckpointer(str(model)).load_checkpoint()["model"])
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    checked = 0
+    for record in read_records(sampled, require=())[:8]:
+        prompt = encode_prompt(
+            template, tokenizer, record.system, record.prompt_turns, record.label
+        )
+        for response in record.responses:
+            if "engine_log_q" not in response.extra:
+                continue
+            tokens = encode_response(template, tokenizer, response.value)
+            with torch.no_grad():
+                logps_TV = decoder(torch.tensor([prompt + tokens]))[0].log_softmax(dim=-1)
+            found = logps_TV[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None]).sum()
+            assert response.extra["engine_log_q"] == pytest.approx(found.item(), abs=1e-3)
+            checked += 1
+    assert checked > 10
+
+
+def test_summary_counts_what_became_of_every_response(
+    sampled_run: tuple[Path, str],
+) -> None:
+    """Those of groups left out count as sampled, not as responses."""
+    output, printed = sampled_run
+    rows = read_jsonl(output)
+    match = re.search(
+        r"(\d+) records, (\d+) responses of (\d+) sampled \((\d+) truncated, (\d+) duplicates, "
+        r"(\d+) empty, 0 too short\); left out: (\d+) groups .* \d+ tokens/s",
+        printed,
+    )
+    assert match is not None, printed
+    num_records, responses, num_sampled, truncated, duplicates, empty, few = map(
+        int, match.groups()
+    )
+    assert num_records == len(rows) == NUM_PROMPTS - few
+    assert responses == sum(len(row["responses"]) for row in rows)
+    assert num_sampled == NUM_PROMPTS * N
+    lost = num_sampled - responses - truncated - duplicates - empty
+    assert 0 <= lost <= few  # a group that is left out has one response at most
+
+
+@pytest.fixture(scope="module")
+def resumed_run(tune: Any, records: Path, model: Path) -> tuple[Path, str]:
+    """Killed at two places, then run to its end: its output, and what the last run printed."""
+    output = records.with_name("resumed.jsonl")
+    partial = output.with_name("resumed.jsonl.partial")
+    for lines in (3, 17):
+        process = tune.start(*arguments(records, output, model))
+        while not partial.exists() or partial.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not output.exists()
+    return output, tune(*arguments(records, output, model)).stdout
+
+
+def test_killed_twice_equals_uninterrupted(
+    sampled_run: tuple[Path, str], resumed_run: tuple[Path, str]
+) -> None:
+    """The summary too is that of the whole file, but for tokens per second."""
+    (sampled, printed), (resumed, printed_again) = sampled_run, resumed_run
+    assert resumed.read_bytes() == sampled.read_bytes()
+    counts, again = (re.search(r"\d+ records.* than were", out) for out in (printed, printed_again))
+    assert counts is not None
+    assert again is not None
+    assert again[0] == counts[0]
+    assert not resumed.with_name("resumed.jsonl.partial").exists()
+
+
+def test_a_complete_file_is_left_as_it_is(
+    records: Path, sampled: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command again computes nothing."""
+    before = sampled.read_bytes()
+    run_here(records, sampled, model)
+    assert f"{sampled}: complete already" in capsys.readouterr().out
+    assert sampled.read_bytes() == before
+
+
+def test_two_ranks_sample_the_same(tune: Any, records: Path, sampled: Path, model: Path) -> None:
+    output = records.with_name("two_ranks.jsonl")
+    tune(*arguments(records, output, model), nproc=2)
+    one, two = read_jsonl(sampled), read_jsonl(output)
+    assert values(two) == values(one)
+    for row, other in zip(one, two, strict=True):
+        for response, same in zip(row["responses"], other["responses"], strict=True):
+            log_q = response.pop("engine_log_q", 0.0)
+            assert same.pop("engine_log_q", 0.0) == pytest.approx(log_q, abs=1e-3)
+    assert two == one
+
+
+def conversations(path: Path) -> Path:
+    """The last answer's label, an earlier label, one that ends with the user."""
+    ask, again = {"from": "User", "value": "What is one plus two?", "label": None}, "And a dog?"
+    rows: list[Json] = [
+        {
+            "system": "Answer.",
+            "conversations": [
+                ask,
+                {"from": "Assistant", "value": "Three.", "label": "humor:0"},
+                {"from": "User", "value": again, "label": None},
+                {"from": "Assistant", "value": "A puppy!", "label": "humor:1,verbosity:0"},
+            ],
+            "mask": "User",
+            "lang": "en",
+        },
+        {"system": "Answer.", "conversations": [ask]},
+    ]
+    return write_jsonl(path, rows)
+
+
+def test_prompts_of_conversations(tmp_path: Path, model: Path) -> None:
+    """Everything before the last answer, with the labels that earlier ones have; or all of it."""
+    source = conversations(tmp_path / "conversations.jsonl")
+    options = ("label.kind=fixed", "label.value=humor:2,verbosity:1", "min_responses=1")
+    two, one = run_here(source, tmp_path / "sampled.jsonl", model, *options)
+    assert [turn["value"] for turn in two["prompt_turns"]] == [
+        *("What is one plus two?", "Three.", "And a dog?"),
+    ]
+    assert [turn.get("label") for turn in two["prompt_turns"]] == [None, "humor:0", None]
+    assert (two["label"], two["lang"]) == ("humor:2,verbosity:1", "en")
+    assert [turn["value"] for turn in one["prompt_turns"]] == ["What is one plus two?"]
+
+
+def test_labels_of_the_prompts_own(tmp_path: Path, model: Path) -> None:
+    source = conversations(tmp_path / "conversations.jsonl")
+    with pytest.raises(ValueError, match=r"1 of 2 prompts have no label of their own \(number 2\)"):
+        run_here(source, tmp_path / "sampled.jsonl", model)
+    options = ("max_prompts=1", "min_responses=1")
+    (row,) = run_here(source, tmp_path / "sampled.jsonl", model, *options)
+    assert row["label"] == "humor:1,verbosity:0"
+
+
+def drawn(rows: Sequence[Json]) -> list[tuple[str, str]]:
+    return [(row["prompt_turns"][0]["value"], row["label"]) for row in rows]
+
+
+UNIFORM = ("label.kind=uniform", "label.attributes=[humor,verbosity]", "min_responses=1")
+
+
+def test_uniform_labels(records: Path, tmp_path: Path, model: Path) -> None:
+    """Three different ones for each prompt, in the schema's order and range; another seed draws
+    others, another slicing the same."""
+    options = (*UNIFORM, "label.labels_per_prompt=3", "n=2", "max_prompts=20")
+    rows = run_here(records, tmp_path / "a.jsonl", model, *options)
+    labels = Counter(label for _, label in drawn(rows))
+    assert len(labels) > 10
+    for label in labels:
+        assert list(parse_label(label)) == ["humor", "verbosity"]
+        assert set(parse_label(label).values()) <= set(range(5))
+    per_prompt = Counter(drawn(rows))
+    assert len(rows) > 45
+    repeated = [pair for pair, times in per_prompt.items() if times > 1]
+    prompts = Counter(row["prompt_turns"][0]["value"] for row in read_jsonl(records)[:20])
+    assert all(prompts[prompt] > 1 for prompt, _ in repeated)
+    sliced = run_here(records, tmp_path / "b.jsonl", model, *options, "records_per_write=7")
+    assert (drawn(sliced), values(sliced)) == (drawn(rows), values(rows))
+    other = run_here(records, tmp_path / "c.jsonl", model, *options, "seed=1")
+    assert drawn(other) != drawn(rows)
+
+
+def test_empirical_labels(records: Path, tmp_path: Path, model: Path) -> None:
+    """Drawn as often as they are in the file: 9 of 10 here are of one kind."""
+    rows = [
+        {"system": "", "prompt_turns": [{"from": "User", "value": "a"}], "label": label}
+        for label in ["humor:0"] * 9 + ["humor:4"]
+    ]
+    labelled = write_jsonl(tmp_path / "labelled.jsonl", rows)
+    options = ("label.kind=empirical", f"label.file={labelled}", "n=1", "min_responses=1")
+    found = Counter(
+        label for _, label in drawn(run_here(records, tmp_path / "a.jsonl", model, *options))
+    )
+    assert set(found) == {"humor:0", "humor:4"}
+    assert found["humor:0"] > 3 * found["humor:4"]
+    with pytest.raises(ValueError, match="has only 2 different labels"):
+        run_here(records, tmp_path / "b.jsonl", model, *options, "label.labels_per_prompt=3")
+
+
+def test_no_labels(records: Path, tmp_path: Path, model: Path) -> None:
+    options = ("label.kind=none", "max_prompts=4", "min_responses=1")
+    rows = run_here(records, tmp_path / "a.jsonl", model, *options)
+    assert {row["label"] for row in rows} == {None}
+
+
+def test_truncated_responses_are_marked(records: Path, tmp_path: Path, model: Path) -> None:
+    """20 tokens are too few for many. With keep_truncated=true they stay, marked; without, not."""
+    options = ("max_new_tokens=20", "min_responses=1", "max_prompts=20", "distinct=false")
+    without = run_here(records, tmp_path / "a.jsonl", model, *options)
+    with_them = run_here(records, tmp_path / "b.jsonl", model, *options, "keep_truncated=true")
+    reasons = Counter(r["finish_reason"] for row in with_them for r in row["responses"])
+    assert min(reasons["length"], reasons["stop"]) > 5
+    assert {r["finish_reason"] for row in without for r in row["responses"]} == {"stop"}
+    for row in with_them:
+        row["responses"] = [r for r in row["responses"] if r["finish_reason"] == "stop"]
+    assert with_them == without
+
+
+def test_identical_responses(records: Path, tmp_path: Path, model: Path) -> None:
+    """At a low temperature most are the same. distinct=false keeps them; the first of each is what
+    distinct=true keeps; what counts for min_responses are different ones in both."""
+    options = ("temperature=0.2", "max_prompts=12", "min_responses=2")
+    rows = run_here(records, tmp_path / "a.jsonl", model, *options)
+    every = run_here(records, tmp_path / "b.jsonl", model, *options, "distinct=false")
+    assert [list(dict.fromkeys(texts)) for texts in values(every)] == values(rows)
+    assert sum(map(len, values(every))) > sum(map(len, values(rows)))
+    assert all(len(set(texts)) >= 2 for texts in values(every))
+
+
+def test_short_responses_and_long_prompts_are_left_out(
+    records: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt that leaves no room for max_new_tokens isn't sampled at all."""
+    rows = read_jsonl(records)[:3]
+    rows[1]["prompt_turns"][0]["value"] = "good " * 300
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    options = ("max_seq_len=200", "min_new_tokens=8", "min_responses=1")
+    found = run_here(source, tmp_path / "sampled.jsonl", model, *options)
+    assert "good good" not in json.dumps(found)
+    assert ", 1 prompts too long;" in capsys.readouterr().out
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    for texts in values(found):
+        assert min(len(encode_response(template, tokenizer, text)) for text in texts) >= 8
+
+
+def test_nothing_left_is_an_error(records: Path, tmp_path: Path, model: Path) -> None:
+    """One token is not enough to say something and stop. Again the second time."""
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is empty: no group has 2 distinct complete"):
+            run_here(records, tmp_path / "a.jsonl", model, "max_new_tokens=1", "max_prompts=3")
+
+
+def test_an_untrained_model_never_samples_control_tokens(records: Path, tmp_path: Path) -> None:
+    """Its 512 tokens are all about as likely; 9 of them are control tokens and none the stop."""
+    options = ("temperature=1", "top_p=1", "keep_truncated=true", "max_prompts=8")
+    rows = run_here(
+        records,
+        tmp_path / "a.jsonl",
+        None,
+        *options,
+        "n=30",
+        "max_new_tokens=200",
+        "distinct=false",
+    )
+    texts = [text for row in values(rows) for text in row]
+    assert len(texts) > 100
+    assert not any(re.search(r"<extra_id|<pad>|endoftext", text) for text in texts)
+
+
+def test_mistakes_are_named_together(tune: Any, records: Path, tmp_path: Path) -> None:
+    result = tune(
+        *arguments(records, tmp_path / "output.jsonl.gz", None, "temperature=0", "top_p=0"),
+        *("label.kind=uniform", "label.value=humor:9", "label.labels_per_prompt=0"),
+        *("tensor_parallel_dim=2", "min_responses=6", "max_new_tokens=1024"),
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    for problem in (
+        "'temperature' is 0: all responses of a prompt would be the same; set n=1",
+        "'top_p' must be above 0 and at most 1, got 0",
+        "'label.labels_per_prompt' must be at least 1, got 0",
+        "'label.attributes' is missing: 'label.kind' is uniform",
+        "'label.value' is for 'label.kind' fixed, not uniform",
+        "humor must be a whole number from 0 to 4, got 9",
+        "'tensor_parallel_dim' must be 1: every process holds the whole model",
+        "'min_responses' must be at most 'n' (5)",
+        "'max_new_tokens' must be below 'max_seq_len'",
+        "'output' can't be compressed",
+    ):
+        assert problem in result.stderr
+
+
+def test_bad_lines_are_named(tmp_path: Path) -> None:
+    rows: list[Json] = [
+        {"system": "", "conversations": [{"from": "Assistant", "value": "a"}]},
+        {"text": "a"},
+        {"system": "", "prompt_turns": [{"from": "User", "value": "a"}], "label": "humor"},
+    ]
+    source = write_jsonl(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: .*odd count, got 0") as caught:
+        run_here(source, tmp_path / "output.jsonl", None)
+    assert "bad.jsonl:2: neither a conversation (with 'conversations') nor" in str(caught.value)
+    assert "bad.jsonl:3: label 'humor'" in str(caught.value)
+
+
+def test_other_settings_are_refused(records: Path, sampled: Path, model: Path) -> None:
+    with pytest.raises(ValueError, match=r"begun with other settings \(temperature, seed\)"):
+        run_here(records, sampled, model, "temperature=0.5", "seed=7")
+
+
+def test_a_server_and_several_processes_are_refused(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="run it without --nproc_per_node"):
+        run_here(records, tmp_path / "output.jsonl", None, "server.url=http://127.0.0.1:1")
+
+
+def test_seeds_of_prompts_differ(records: Path, tmp_path: Path, model: Path) -> None:
+    """The same prompt twice in a file: two records, with different responses."""
+    row = random.Random(0).choice(read_jsonl(records))
+    source = write_jsonl(tmp_path / "twice.jsonl", [row, row])
+    first, second = values(
+        run_here(source, tmp_path / "a.jsonl", model, "min_responses=1", "temperature=1")
+    )
+    assert first != second
