@@ -456,6 +456,7 @@ class SFTRecipe:
             epoch=-(-self.total_steps // self.steps_per_epoch),
             dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
             output_dir=self.output_dir,
+            stop_id=response_end(self.template, self.tokenizer)[1],
             adapter_only=cfg.save_adapter_weights_only,
         )
         if self.world.is_main:

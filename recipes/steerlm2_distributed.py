@@ -42,8 +42,9 @@ from steerlm2.data.packing import (
 )
 from steerlm2.data.records import Turn
 from steerlm2.data.sources.oasst import DEFAULT_SYSTEM_PROMPT
-from steerlm2.data.templates import encode_prompt, encode_response
+from steerlm2.data.templates import encode_prompt
 from steerlm2.datasets import SteerLM2Dataset, with_log_probs
+from steerlm2.generation.engines import response_end
 from steerlm2.generation.sampling import sample_tokens
 from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.training.checkpoint import (
@@ -460,7 +461,7 @@ class SteerLM2Recipe:
                 self.model,
                 self.prompts,
                 world,
-                stop_id=encode_response(self.template, self.tokenizer, "-")[-1],
+                stop_id=response_end(self.template, self.tokenizer)[1],
                 max_new_tokens=cfg.generation.max_new_tokens,
                 temperature=cfg.generation.temperature,
                 top_p=cfg.generation.top_p,
@@ -494,6 +495,7 @@ class SteerLM2Recipe:
             epoch=-(-self.total_steps // self.steps_per_epoch),
             dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
             output_dir=self.output_dir,
+            stop_id=response_end(self.template, self.tokenizer)[1],
             adapter_only=cfg.save_adapter_weights_only,
         )
         if self.world.is_main:

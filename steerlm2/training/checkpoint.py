@@ -58,6 +58,7 @@ from steerlm2.training.hf_checkpoint import (
     fresh_weights,
     make_readable,
     plain_name,
+    update_json,
 )
 
 STATE_FILE = "state.json"
@@ -225,6 +226,7 @@ def save_weights(
     epoch: int,
     dtype: torch.dtype,
     output_dir: Path,
+    stop_id: int | None = None,
     adapter_only: bool = False,
 ) -> None:
     """Write the weights in `dtype` as `epoch_{epoch}`; the whole model passes through rank 0.
@@ -233,6 +235,8 @@ def save_weights(
     `output_dir/epoch_{epoch}/adapter`.
 
     Args:
+        stop_id: of a language model, the token that it was trained to end a response with. Servers
+            and transformers stop at it without being told.
         adapter_only: write the adapters alone, not the merged model.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -254,6 +258,8 @@ def save_weights(
         weights = get_merged_lora_ckpt(weights, rank=lora.rank, alpha=lora.alpha)
     if not (lora is not None and adapter_only):
         checkpointer.save_checkpoint({"model": weights}, epoch=epoch)
+        if stop_id is not None:
+            _stop_at(stop_id, output_dir / f"epoch_{epoch}")
 
 
 def save_training_state(
@@ -432,6 +438,17 @@ def load_training_state(
         if "cuda" in random_state and world.device.type == "cuda":
             torch.cuda.set_rng_state(random_state["cuda"], world.device)
     return json.loads((checkpoint / STATE_FILE).read_text())
+
+
+def _stop_at(stop_id: int, folder: Path) -> None:
+    """Make a token the first of those that end a generation."""
+    file = folder / "generation_config.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    config = json.loads((folder / "config.json").read_text())
+    ends = known.get("eos_token_id", config.get("eos_token_id"))
+    others = ends if isinstance(ends, list) else [ends]
+    ids = [stop_id, *(i for i in others if i not in (stop_id, None))]
+    update_json(file, {"eos_token_id": ids})
 
 
 def _save_adapter(

@@ -61,11 +61,11 @@ class _FolderWriter:
         make_readable(folder)
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         names = dict.fromkeys(("torch_dtype", "dtype"), dtype)  # transformers prefers the second
-        _update_json(folder / "config.json", self.hf_config | names)
+        update_json(folder / "config.json", self.hf_config | names)
         if self._pad_token is not None:
-            _update_json(folder / "tokenizer_config.json", {"pad_token": self._pad_token})
+            update_json(folder / "tokenizer_config.json", {"pad_token": self._pad_token})
             if (folder / "special_tokens_map.json").exists():  # transformers prefers it
-                _update_json(folder / "special_tokens_map.json", {"pad_token": self._pad_token})
+                update_json(folder / "special_tokens_map.json", {"pad_token": self._pad_token})
 
 
 class HFCheckpointer(_FolderWriter):
@@ -204,7 +204,7 @@ def _owning_its_storage(tensor: Tensor) -> Tensor:
     return tensor if whole else tensor.clone()
 
 
-def _update_json(file: Path, values: Mapping[str, Any]) -> None:
+def update_json(file: Path, values: Mapping[str, Any]) -> None:
     """Set keys of a JSON object in a file; the others stay."""
     known = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**known, **values}, indent=2) + "\n")

@@ -391,7 +391,7 @@ def test_stop_token_is_learned(trained: RunFolder) -> None:
 @torch.no_grad()
 def test_transformers_answers_as_the_validation_did(trained: RunFolder) -> None:
     """Greedily, with the exported folder's model and tokenizer: the same texts, ended by the stop
-    token and not by the limit."""
+    token and not by the limit, as the folder's generation_config.json says."""
     (folder,) = trained.path.glob("epoch_*")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -402,9 +402,7 @@ def test_transformers_answers_as_the_validation_did(trained: RunFolder) -> None:
     for record, sample in zip(questions, samples, strict=True):
         assert sample["prompt"] == record.prompt_turns[0].value
         prompt = encode_prompt(TEMPLATE, TOKENIZER, record.system, record.prompt_turns, None)
-        (ids,) = model.generate(
-            torch.tensor([prompt]), max_new_tokens=48, do_sample=False, eos_token_id=STOP
-        )
+        (ids,) = model.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False)
         answer = ids[len(prompt) :].tolist()
         assert answer[-1] == STOP
         assert tokenizer.decode(answer[:-1]) == sample["response"] + "\n"
