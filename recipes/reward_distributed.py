@@ -33,13 +33,13 @@ from steerlm2.data.batches import batch_of_step, steps_per_epoch
 from steerlm2.data.packing import RewardGroup, pack_for_reward, rows_by_rank
 from steerlm2.datasets import RewardDataset
 from steerlm2.evaluation import (
-    Calibration,
+    Table,
     attribute_calibration,
     attribute_metrics,
-    calibration_text,
     mean_baseline,
     preference_calibration,
     preference_metrics,
+    table_text,
 )
 from steerlm2.losses import bradley_terry_sum, num_labelled, squared_error_sum
 from steerlm2.models.reward_head import add_reward_head
@@ -558,10 +558,10 @@ class RewardRecipe:
             tqdm.write(text)
 
 
-def validation_text(step: int, metrics: dict[str, float], calibration: Calibration) -> str:
+def validation_text(step: int, metrics: dict[str, float], calibration: Table) -> str:
     """The results of one validation, for people."""
     lines = [f"  {name:<34}{value:>10.4g}" for name, value in metrics.items()]
-    return "\n".join([f"\nvalidation at step {step}", *lines, "", calibration_text(calibration)])
+    return "\n".join([f"\nvalidation at step {step}", *lines, "", table_text(calibration)])
 
 
 def _labels(groups: list[RewardGroup]) -> list[Sequence[float]]:

@@ -43,6 +43,9 @@ RECIPES: dict[str, list[str]] = {
         "llama3_1/8B_sample_responses",
         "llama3_1/70B_sample_responses_vllm",
     ],
+    "evaluate_steering": [
+        "tiny/evaluate_steering",
+    ],
     "score_responses": [
         "tiny/score_responses",
         "llama3_1/8B_score_responses",
@@ -67,7 +70,7 @@ RECIPES: dict[str, list[str]] = {
     ],
 }
 # `tune run` refuses torchrun's arguments for these.
-SINGLE_PROCESS_RECIPES = {"prepare_data", "serve_reward"}
+SINGLE_PROCESS_RECIPES = {"prepare_data", "serve_reward", "evaluate_steering"}
 
 
 def recipe_directories() -> tuple[Path, Path]:

@@ -1,4 +1,5 @@
-"""How well attribute scores agree with human labels and preferences.
+"""How well attribute scores agree with human labels and preferences, and answers with the labels
+that they were asked for.
 
 Dimension letters: N responses, A attributes, P pairs.
 """
@@ -16,8 +17,8 @@ from steerlm2.attributes import NOT_LABELLED, AttributeSchema
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Bins of the calibration of preferences: how sure the model is of the response it prefers."""
 
-Calibration = list[dict[str, float | int | str]]
-"""Rows of a table."""
+Table = list[dict[str, float | int | str]]
+"""Rows by column."""
 
 
 def attribute_metrics(
@@ -63,9 +64,9 @@ def attribute_calibration(
     scores_NA: Sequence[Sequence[float]],
     labels_NA: Sequence[Sequence[float]],
     schema: AttributeSchema,
-) -> Calibration:
+) -> Table:
     """Where the rounded score is k: how many responses, their mean score and their mean label."""
-    rows: Calibration = []
+    rows: Table = []
     for name, scores_N, labels_N in _labelled(scores_NA, labels_NA, schema):
         rounded_N = np.clip(np.rint(scores_N), schema.min_value, schema.max_value)
         for value in np.unique(rounded_N):
@@ -95,10 +96,10 @@ def preference_metrics(
 
 def preference_calibration(
     rewards_P2: Sequence[Sequence[float]], strength_P: Sequence[float]
-) -> Calibration:
+) -> Table:
     """Where the model is so sure of one response, sigmoid(|d|): how often people prefer it."""
     right_P, confidence_P = _decided(rewards_P2, strength_P)
-    rows: Calibration = []
+    rows: Table = []
     for low, high in itertools.pairwise(CONFIDENCE_EDGES):
         chosen_P = (confidence_P >= low) & ((confidence_P < high) | (high == 1))
         if chosen_P.any():
@@ -113,7 +114,90 @@ def preference_calibration(
     return rows
 
 
-def calibration_text(rows: Calibration) -> str:
+def steering_metrics(
+    scores_NA: Sequence[Sequence[float]],
+    requested_NA: Sequence[Sequence[float]],
+    schema: AttributeSchema,
+) -> dict[str, float]:
+    """How near answers come to what was asked for, by attribute and over all requested values.
+
+    `mae_NAME` is the mean |score - requested value|, `exact_NAME` the share of scores that round to
+    it, `pearson_NAME` their correlation; `steering_mae` and `steering_exact` are the means over all
+    values that were asked for.
+
+    Args:
+        scores_NA: of the answers, by the attribute model.
+        requested_NA: values of the answers' labels, NOT_LABELLED where a label doesn't name one.
+
+    Raises:
+        ValueError: where nothing was asked for.
+    """
+    metrics = {}
+    errors, hits = [], []
+    for name, scores_N, requested_N in _labelled(scores_NA, requested_NA, schema):
+        rounded_N = np.clip(np.rint(scores_N), schema.min_value, schema.max_value)
+        errors.append(np.abs(scores_N - requested_N))
+        hits.append(rounded_N == requested_N)
+        metrics[f"mae_{name}"] = float(errors[-1].mean())
+        metrics[f"exact_{name}"] = float(hits[-1].mean())
+        if np.ptp(scores_N) > 0 and np.ptp(requested_N) > 0:
+            metrics[f"pearson_{name}"] = float(pearsonr(scores_N, requested_N).statistic)
+    if not errors:
+        raise ValueError("no label names an attribute of the schema")
+    overall = {"steering_mae": errors, "steering_exact": hits}
+    means = {name: float(np.concatenate(each).mean()) for name, each in overall.items()}
+    return means | metrics
+
+
+def cross_talk(
+    scores_NA: Sequence[Sequence[float]],
+    requested_NA: Sequence[Sequence[float]],
+    schema: AttributeSchema,
+) -> dict[str, dict[str, float]]:
+    """[requested][obtained]: by how much an attribute's score rises with one more point of another.
+
+    The least-squares slopes over all requested attributes at once, so that labels which ask for two
+    things together don't count for both. Ideal is 1 for an attribute itself and 0 for the others.
+    Attributes that are asked for in every answer, with more than one value, take part.
+    """
+    scores = np.asarray(scores_NA, dtype=np.float64)
+    requested = np.asarray(requested_NA, dtype=np.float64)
+    varied = [
+        a
+        for a in range(len(schema.names))
+        if (requested[:, a] != NOT_LABELLED).all() and np.ptp(requested[:, a]) > 0
+    ]
+    design = np.column_stack([requested[:, varied], np.ones(len(requested))])
+    slopes, *_ = np.linalg.lstsq(design, scores, rcond=None)
+    return {
+        schema.names[a]: dict(zip(schema.names, slopes[row].tolist(), strict=True))
+        for row, a in enumerate(varied)
+    }
+
+
+def steering_curve(
+    scores_NA: Sequence[Sequence[float]],
+    requested_NA: Sequence[Sequence[float]],
+    schema: AttributeSchema,
+) -> Table:
+    """For every attribute and requested value: the number of answers, mean score and spread."""
+    rows: Table = []
+    for name, scores_N, requested_N in _labelled(scores_NA, requested_NA, schema):
+        for value in np.unique(requested_N):
+            chosen_N = scores_N[requested_N == value]
+            rows.append(
+                {
+                    "attribute": name,
+                    "requested": int(value),
+                    "answers": len(chosen_N),
+                    "mean_score": float(chosen_N.mean()),
+                    "std_score": float(chosen_N.std()),
+                }
+            )
+    return rows
+
+
+def table_text(rows: Table) -> str:
     """The table as text; empty where there are no rows."""
     if not rows:
         return ""

@@ -14,10 +14,13 @@ from steerlm2.evaluation import (
     CONFIDENCE_EDGES,
     attribute_calibration,
     attribute_metrics,
-    calibration_text,
+    cross_talk,
     mean_baseline,
     preference_calibration,
     preference_metrics,
+    steering_curve,
+    steering_metrics,
+    table_text,
 )
 
 NO = NOT_LABELLED
@@ -192,9 +195,62 @@ def test_every_decided_pair_is_in_one_bin(pairs: list[tuple[float, int]]) -> Non
 
 def test_calibration_as_text() -> None:
     rows = attribute_calibration([[0.25]], [[1.0]], ONE)
-    assert calibration_text(rows).splitlines() == [
+    assert table_text(rows).splitlines() == [
         "attribute  rounded_score  responses  mean_score  mean_label",
         "-" * 59,
         "    humor              0          1       0.250       1.000",
     ]
-    assert calibration_text([]) == ""
+    assert table_text([]) == ""
+
+
+# Steering: answers against the labels that they were asked for
+
+PAIR = AttributeSchema(("humor", "verbosity"))
+
+
+def test_steering_metrics_by_hand() -> None:
+    """humor: |1 - 0|, |3.4 - 3| = 1, 0.4; verbosity, asked for once: |2 - 4| = 2. Only 3.4 rounds
+    to what was asked for: 1 of 3 values."""
+    metrics = steering_metrics([[1, 9], [3.4, 2]], [[0, NOT_LABELLED], [3, 4]], PAIR)
+    assert metrics["mae_humor"] == pytest.approx(0.7)
+    assert metrics["mae_verbosity"] == pytest.approx(2.0)
+    assert metrics["steering_mae"] == pytest.approx(3.4 / 3)
+    assert (metrics["exact_humor"], metrics["exact_verbosity"]) == (0.5, 0.0)
+    assert metrics["steering_exact"] == pytest.approx(1 / 3)
+    assert metrics["pearson_humor"] == pytest.approx(1.0)
+    assert "pearson_verbosity" not in metrics
+
+
+def test_steering_needs_something_asked_for() -> None:
+    with pytest.raises(ValueError, match="no label names an attribute"):
+        steering_metrics([[1, 2]], [[NOT_LABELLED, NOT_LABELLED]], PAIR)
+
+
+def test_cross_talk_is_the_slope_with_the_other_attribute_held() -> None:
+    """score = asked humor + 0.5 asked verbosity for humor, 0.25 asked verbosity for verbosity, on a
+    grid in which both are asked for together."""
+    requested = [[float(h), float(v)] for h in range(5) for v in range(5) if abs(h - v) < 3]
+    scores = [[h + 0.5 * v, 0.25 * v + 1] for h, v in requested]
+    slopes = cross_talk(scores, requested, PAIR)
+    assert slopes["humor"] == pytest.approx({"humor": 1.0, "verbosity": 0.0}, abs=1e-9)
+    assert slopes["verbosity"] == pytest.approx({"humor": 0.5, "verbosity": 0.25}, abs=1e-9)
+
+
+def test_cross_talk_leaves_out_what_is_always_the_same() -> None:
+    requested = [[0.0, 2.0], [4.0, 2.0]]
+    assert list(cross_talk([[0, 1], [4, 1]], requested, PAIR)) == ["humor"]
+
+
+def test_steering_curve_has_a_row_a_requested_value() -> None:
+    rows = steering_curve([[1, 0], [3, 0], [4, 0]], [[2, 0], [2, 0], [4, 0]], PAIR)
+    assert rows[0] == {
+        "attribute": "humor",
+        "requested": 2,
+        "answers": 2,
+        "mean_score": 2.0,
+        "std_score": 1.0,
+    }
+    assert [(row["attribute"], row["requested"]) for row in rows[1:]] == [
+        ("humor", 4),
+        ("verbosity", 0),
+    ]

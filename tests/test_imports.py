@@ -24,6 +24,7 @@ LEVELS = {
     "logprobs": 1,
     "models": 1,
     "data": 2,
+    "report": 2,
     "datasets": 3,
     "training": 4,
     "serving": 5,

@@ -30,6 +30,7 @@ CONFIGS = sorted(
 RECIPE_OF = {config: recipe for recipe, configs in RECIPES.items() for config in configs}
 CONFIG_CLASSES = {
     "annotate_attributes": "AnnotateConfig",
+    "evaluate_steering": "EvaluateConfig",
     "prepare_data": "PrepareDataConfig",
     "reward_distributed": "RewardConfig",
     "sample_responses": "SampleConfig",
