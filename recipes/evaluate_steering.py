@@ -46,14 +46,11 @@ class EvaluateConfig:
 
     def problems(self) -> list[str]:
         """What is wrong between keys that are right by themselves."""
-        found = []
-        if not self.models:
-            found.append("'models' is empty: add models.NAME=FILE, its answers with `scores`")
         try:
             as_schema(self.schema)
         except (ValueError, TypeError) as error:
-            found.append(f"'schema': {error}")
-        return found
+            return [f"'schema': {error}"]
+        return []
 
 
 class EvaluateRecipe:
@@ -66,6 +63,8 @@ class EvaluateRecipe:
 
     def evaluate(self) -> dict[str, SteeringResult]:
         """The result of every model, in the order of the config."""
+        if not self.cfg.models:
+            raise ValueError("'models' is empty: add models.NAME=FILE, its answers with `scores`")
         return {
             name: self._result(file, read_records(file, require=(), min_responses=1))
             for name, file in self.cfg.models.items()
