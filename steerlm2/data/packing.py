@@ -15,6 +15,7 @@ its scores are read, so that one is an input too.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ PackableT = TypeVar("PackableT", bound=Packable)
 
 
 @dataclass(frozen=True)
-class PromptGroup:
+class PromptGroup(abc.ABC):
     """One prompt with its tokenised responses.
 
     `index` is the place of the record in its data set, `responses_kept` the places of the
@@ -54,9 +55,9 @@ class PromptGroup:
     responses_kept: Sequence[int] = ()
 
     @property
+    @abc.abstractmethod
     def num_tokens(self) -> int:
         """Tokens of the group in a packed row."""
-        raise NotImplementedError
 
     def slices(self, size: int) -> list[Self]:
         """The group as groups of at most `size` responses: prompt and responses only.
