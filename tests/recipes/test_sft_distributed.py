@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torchtune.models.llama3 import llama3
+from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules import TransformerDecoder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -290,7 +290,10 @@ def test_lora_trains_the_adapters_alone(train: Train) -> None:
     assert worst(two, one) < 1e-4
     assert worst_tensor(two, one) < 1e-3
     (folder,) = one.path.glob("epoch_*")
-    fresh = ScratchCheckpointer(llama3(**MODEL), TOKENIZER, seed=SEED, output_dir="").weights
+    adapters = {"lora_rank": 4, "lora_alpha": 8, "apply_lora_to_mlp": True}
+    decoder = lora_llama3(["q_proj", "v_proj", "output_proj"], **adapters, **MODEL)
+    start = ScratchCheckpointer(decoder, TOKENIZER, seed=SEED, output_dir="").weights
+    fresh = {name: weight for name, weight in start.items() if "lora_" not in name}
     merged = HFCheckpointer(str(folder)).load_checkpoint()["model"]
     changed = {name for name in fresh if not merged[name].equal(fresh[name])}
     adapted = ("q_proj", "v_proj", "attn.output_proj", "mlp.")
