@@ -27,7 +27,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
-from steerlm2.data.records import Record, Response, read_records
+from steerlm2.data.records import Record, Response, first_of, read_records
 from steerlm2.evaluation import cross_talk, steering_curve, steering_metrics
 from steerlm2.report import SteeringResult, html_page, markdown, markdown_table, metric_rows
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
@@ -99,8 +99,7 @@ class EvaluateRecipe:
             requested_NA += [requested] * len(scored)
             words += [len(response.value.split()) for response in record.responses]
         if problems:
-            more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-            raise ValueError("\n".join(problems[:10] + more))
+            raise ValueError("\n".join(first_of(problems)))
         lengths = {
             "mean": float(np.mean(words)),
             "median": float(np.median(words)),

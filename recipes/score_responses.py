@@ -34,7 +34,14 @@ from steerlm2.attributes import (
     parse_label,
 )
 from steerlm2.data.packing import Group
-from steerlm2.data.records import Record, Response, json_line, read_records, record_to_json
+from steerlm2.data.records import (
+    Record,
+    Response,
+    first_of,
+    json_line,
+    read_records,
+    record_to_json,
+)
 from steerlm2.data.templates import groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import tokenize_records
@@ -388,7 +395,9 @@ def check_labels(records: Sequence[Record], source: str, schema: AttributeSchema
         except ValueError as error:
             problems.append(f"{source}, record {number}: {error}")
     if problems:
-        raise ValueError("log_p_attributes needs a label of the schema:\n" + first_of(problems))
+        raise ValueError(
+            "log_p_attributes needs a label of the schema:\n" + "\n".join(first_of(problems))
+        )
 
 
 def with_log_p_attributes(
@@ -423,14 +432,9 @@ def with_log_p_attributes(
     if problems:
         raise ValueError(
             "log_p_attributes needs a label, and `scores` of every response for its attributes:\n"
-            + first_of(problems)
+            + "\n".join(first_of(problems))
         )
     return scored
-
-
-def first_of(problems: list[str]) -> str:
-    more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-    return "\n".join(problems[:10] + more)
 
 
 def scored_record(

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +28,7 @@ LOG_PROB_KEYS = {
 
 USER, ASSISTANT = "User", "Assistant"
 
-_MAX_REPORTED_LINES = 10
+_MAX_REPORTED = 10
 
 
 @dataclass
@@ -171,6 +171,12 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
     return count
 
 
+def first_of(problems: Sequence[str]) -> list[str]:
+    """The first 10 problems, and how many more there are."""
+    more = len(problems) - _MAX_REPORTED
+    return [*problems[:_MAX_REPORTED], *([f"... and {more} more"] if more > 0 else [])]
+
+
 class LineProblems:
     """Collects the bad lines of a file, so that one message can name them together."""
 
@@ -184,7 +190,7 @@ class LineProblems:
         path: of the file that the line is in, where that isn't `self.path`.
         """
         self.count += 1
-        if len(self._first) < _MAX_REPORTED_LINES:
+        if len(self._first) < _MAX_REPORTED:
             self._first.append(f"{path or self.path}:{line_number}: {problem}")
 
     def raise_if_any(self) -> None:

@@ -142,40 +142,32 @@ def synthetic_attribute_dataset(
         ValueError: where the schema has neither humor nor verbosity.
     """
     dataset = RewardDataset()
-    if pairs:
-        for record in synthetic_records(num_records, responses_per_prompt, seed, split=split):
-            for pair in zip(record.responses[::2], record.responses[1::2], strict=False):
-                first, second = ((response.scores or {})["verbosity"] for response in pair)
-                group, num_cut = encode_for_scoring(
-                    template or extra_id_template(),
-                    tokenizer,
-                    record.system,
-                    record.prompt_turns,
-                    [response.value for response in pair],
-                    max_seq_len,
-                )
-                strength = max(-MAX_STRENGTH, min(MAX_STRENGTH, round(second - first)))
-                dataset.groups.append(dataclasses.replace(group, strength=float(strength)))
-                dataset.num_cut += num_cut
-        return dataset
+    size = 2 if pairs else 1
     for record in synthetic_records(num_records, responses_per_prompt, seed, split=split):
-        for response in record.responses:
-            scores = response.scores or {}
-            labels = [[scores.get(name, NOT_LABELLED) for name in schema.names]]
-            if set(labels[0]) == {NOT_LABELLED}:
-                raise ValueError(
-                    f"the synthetic data is labelled with {', '.join(scores)}, none of which "
-                    "is in schema.names"
-                )
+        for start in range(0, len(record.responses) - size + 1, size):
+            responses = record.responses[start : start + size]
             group, num_cut = encode_for_scoring(
                 template or extra_id_template(),
                 tokenizer,
                 record.system,
                 record.prompt_turns,
-                [response.value],
+                [response.value for response in responses],
                 max_seq_len,
             )
-            dataset.groups.append(dataclasses.replace(group, labels=labels))
+            scores = [response.scores or {} for response in responses]
+            if pairs:
+                gap = round(scores[1]["verbosity"] - scores[0]["verbosity"])
+                strength = float(max(-MAX_STRENGTH, min(MAX_STRENGTH, gap)))
+                group = dataclasses.replace(group, strength=strength)
+            else:
+                labels = [scores[0].get(name, NOT_LABELLED) for name in schema.names]
+                if set(labels) == {NOT_LABELLED}:
+                    raise ValueError(
+                        f"the synthetic data is labelled with {', '.join(scores[0])}, none of "
+                        "which is in schema.names"
+                    )
+                group = dataclasses.replace(group, labels=[labels])
+            dataset.groups.append(group)
             dataset.num_cut += num_cut
     return dataset
 

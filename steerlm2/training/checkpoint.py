@@ -40,6 +40,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params, get_merged_lora_ckpt
 
 from steerlm2.attributes import AttributeSchema
+from steerlm2.data.records import first_of
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.models.llama import context_length, head_shape
@@ -488,10 +489,9 @@ def _check_shapes(decoder: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if expected[name] != weights[name].shape
     ]
     if problems:
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise ValueError(
             "the checkpoint doesn't fit the model in the config; check `model` and "
-            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(problems[:10] + more)
+            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(first_of(problems))
         )
 
 

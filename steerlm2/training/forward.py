@@ -48,14 +48,11 @@ def response_logps(decoder: TransformerDecoder, row: PackedRow, world: World) ->
 
     An empty row gives [0], with a gradient of zero for every parameter.
     """
-    hidden_TD = hidden_states(decoder, row)
-    logps_R = token_logps(
-        hidden_TD[row.source_R], output_weight(decoder), row.targets_R, tp_group=world.tp_group
-    )
+    logps_R = target_logps(decoder, row, world)
     return sum_by_response(logps_R, row.response_R, row.num_responses)
 
 
-def target_logps(decoder: TransformerDecoder, row: DialogueRow, world: World) -> Tensor:
+def target_logps(decoder: TransformerDecoder, row: PackedRow | DialogueRow, world: World) -> Tensor:
     """[R] log-probs of a row's targets, nats, float32.
 
     An empty row gives [0], with a gradient of zero for every parameter.
