@@ -19,11 +19,11 @@ import math
 import signal
 import socket
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from steerlm2.attributes import as_schema
 from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT
+from steerlm2.models.folders import resolve_checkpoint_dir
 from steerlm2.training.attribute_model import load_attribute_model
 from steerlm2.training.config import Component, instantiate, recipe_main
 from steerlm2.training.distributed import DTYPES, init_world
@@ -175,7 +175,8 @@ class ServeRecipe:
             return cfg.model_name
         if cfg.checkpointer is None:
             return "untrained"
-        return "/".join(Path(cfg.checkpointer["checkpoint_dir"]).absolute().parts[-2:])
+        folder = resolve_checkpoint_dir(cfg.checkpointer["checkpoint_dir"])
+        return "/".join(folder.absolute().parts[-2:])
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

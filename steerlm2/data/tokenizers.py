@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from steerlm2.data import TINY_TOKENIZER_DIR
+from steerlm2.models.folders import newest_export
 
 TINY_SPECIAL_TOKENS = ("<pad>", "<|endoftext|>", *(f"<extra_id_{i}>" for i in range(8)))
 TINY_VOCAB_SIZE = 512
@@ -172,13 +173,16 @@ def hf_tokenizer(path: str | Path) -> HFTokenizer:
 
     Args:
         path: a folder with tokenizer.json and, where present, tokenizer_config.json and
-            special_tokens_map.json (they name bos, eos and pad), or that tokenizer.json itself.
+            special_tokens_map.json (they name bos, eos and pad), or that tokenizer.json itself; or
+            the output_dir of a run, whose newest complete epoch_N folder is meant.
 
     Raises:
         FileNotFoundError: if there is no tokenizer.json.
         ValueError: if a file can't be read as what its name says.
     """
     path = Path(path).expanduser()
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        path = newest_export(path) or path
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(

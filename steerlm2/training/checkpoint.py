@@ -43,6 +43,7 @@ from steerlm2.attributes import AttributeSchema
 from steerlm2.data.records import first_of
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
+from steerlm2.models.folders import resolve_checkpoint_dir
 from steerlm2.models.llama import context_length, head_shape
 from steerlm2.models.reward_head import (
     HF_HEAD,
@@ -95,13 +96,9 @@ def open_checkpointer(
         return ScratchCheckpointer(decoder, tokenizer, seed=seed, output_dir=output_dir)
     if not component.get("checkpoint_dir"):
         raise ValueError("'checkpointer.checkpoint_dir' is missing: the folder of the checkpoint")
-    folder = Path(component["checkpoint_dir"])
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder.absolute()} has no config.json: checkpointer.checkpoint_dir must be a "
-            "downloaded Hugging Face checkpoint (`tune download NAME --output-dir DIR`)"
-        )
-    return instantiate({"output_dir": output_dir} | dict(component) if output_dir else component)
+    folder = resolve_checkpoint_dir(component["checkpoint_dir"], "checkpointer.checkpoint_dir")
+    arguments = {"output_dir": output_dir} if output_dir else {}
+    return instantiate(arguments | dict(component) | {"checkpoint_dir": str(folder)})
 
 
 def open_reward_checkpointer(

@@ -24,6 +24,7 @@ from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.models.folders import missing_weights, resolve_checkpoint_dir, weight_files
 from steerlm2.models.llama import head_shape, hf_config
 from steerlm2.models.reward_head import HF_HEAD, attribute_names
 
@@ -33,8 +34,6 @@ INIT_STD = 0.02
 HEAD = "output.weight"
 
 MAX_SHARD_SIZE = "5GB"
-
-INDEX_FILE = "model.safetensors.index.json"
 
 
 class _FolderWriter:
@@ -50,6 +49,7 @@ class _FolderWriter:
         self._pad_token = tokenizer.decode([token_id])
 
     def _write(self, folder: Path, weights: dict[str, Tensor], heads: Mapping[str, int]) -> None:
+        (folder / "config.json").unlink(missing_ok=True)
         weights = dict(weights)
         is_classifier = attribute_names(self.hf_config) is not None
         head = weights.pop(HEAD, None) if is_classifier else None
@@ -59,37 +59,35 @@ class _FolderWriter:
         tensors = {name: _owning_its_storage(tensor) for name, tensor in tensors.items()}
         save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE)
         make_readable(folder)
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        names = dict.fromkeys(("torch_dtype", "dtype"), dtype)  # transformers prefers the second
-        update_json(folder / "config.json", self.hf_config | names)
         if self._pad_token is not None:
             update_json(folder / "tokenizer_config.json", {"pad_token": self._pad_token})
             if (folder / "special_tokens_map.json").exists():  # transformers prefers it
                 update_json(folder / "special_tokens_map.json", {"pad_token": self._pad_token})
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        names = dict.fromkeys(("torch_dtype", "dtype"), dtype)  # transformers prefers the second
+        # The last file: an export with a config.json is complete (`is_complete`).
+        update_json(folder / "config.json", self.hf_config | names)
 
 
 class HFCheckpointer(_FolderWriter):
     """A downloaded or exported Hugging Face Llama, usable as `_component_`.
 
     Args:
-        checkpoint_dir: its folder: config.json, *.safetensors, the tokenizer's files.
+        checkpoint_dir: its folder: config.json, *.safetensors, the tokenizer's files; or the
+            output_dir of a run, whose newest complete `epoch_{n}` folder is meant. The attribute
+            `checkpoint_dir` is that folder.
         output_dir: where `epoch_{n}` folders go, with the same tokenizer's files; a recipe that
             only reads needs none.
 
     Raises:
-        FileNotFoundError: where there is no config.json.
+        FileNotFoundError: where there is no checkpoint.
     """
 
     def __init__(self, checkpoint_dir: str, output_dir: str = "") -> None:
-        self.checkpoint_dir = Path(checkpoint_dir)
+        self.checkpoint_dir = resolve_checkpoint_dir(checkpoint_dir)
         self.output_dir = Path(output_dir)
-        file = self.checkpoint_dir / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{self.checkpoint_dir.absolute()} has no config.json: checkpoint_dir must be a "
-                "Hugging Face checkpoint (`tune download NAME --output-dir DIR`) or an export"
-            )
-        self.hf_config: dict[str, Any] = json.loads(file.read_text())
+        config = (self.checkpoint_dir / "config.json").read_text()
+        self.hf_config: dict[str, Any] = json.loads(config)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Raises:
@@ -116,23 +114,17 @@ class HFCheckpointer(_FolderWriter):
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.checkpoint_dir.iterdir():
             weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf")
-            if file.is_file() and not weights and not file.name.endswith(".index.json"):
+            theirs = weights or file.name.endswith(".index.json") or file.name == "config.json"
+            if file.is_file() and not theirs:
                 shutil.copyfile(file, folder / file.name)
         self._write(folder, state_dict["model"], _heads_of(self.hf_config))
 
     def _files(self) -> list[Path]:
-        index = self.checkpoint_dir / INDEX_FILE
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = sorted(file.name for file in self.checkpoint_dir.glob("*.safetensors"))
-        missing = [name for name in names if not (self.checkpoint_dir / name).is_file()]
-        if missing or not names:
+        if missing := missing_weights(self.checkpoint_dir):
             raise FileNotFoundError(
-                f"{self.checkpoint_dir.absolute()} lacks {', '.join(missing) or '*.safetensors'}: "
-                "download it again"
+                f"{self.checkpoint_dir.absolute()} lacks {', '.join(missing)}: download it again"
             )
-        return [self.checkpoint_dir / name for name in names]
+        return [self.checkpoint_dir / name for name in weight_files(self.checkpoint_dir)]
 
 
 class ScratchCheckpointer(_FolderWriter):

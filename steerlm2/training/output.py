@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from steerlm2.models.folders import resolve_checkpoint_dir
 from steerlm2.training.distributed import World
 
 RUN_FILES = (
@@ -51,7 +52,8 @@ def check_not_own_run(output_dir: Path, checkpointer: Mapping[str, Any] | None) 
     if not start:
         return
     own = [path.resolve() for pattern in RUN_FILES for path in output_dir.glob(pattern)]
-    if any(Path(start).resolve().is_relative_to(path) for path in own):
+    folder = resolve_checkpoint_dir(start, missing_ok=True)
+    if any(folder.resolve().is_relative_to(path) for path in own):
         raise ValueError(
             f"checkpointer.checkpoint_dir {start} is what an earlier run left in this run's "
             f"output_dir {output_dir}, and would be moved away: choose another output_dir"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from steerlm2.models.folders import resolve_checkpoint_dir
 from steerlm2.training.output import make_output_dir
 
 
@@ -25,7 +26,8 @@ class ResumableOutput:
     Args:
         path: of the complete file.
         input_file: what it is made from; its digest is one of the settings.
-        settings: JSON values that the lines depend on.
+        settings: JSON values that the lines depend on. Where a "checkpoint_dir" in them is the
+            output_dir of a run, the export that it means now counts.
         slice_size: lines of an `append`; only the last one may have fewer.
     """
 
@@ -41,7 +43,7 @@ class ResumableOutput:
         self.input_file = Path(input_file)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.settings_file = self.path.with_name(self.path.name + ".settings.json")
-        self.settings = dict(settings)
+        self.settings = _with_resolved_checkpoints(settings)
         self.slice_size = slice_size
         self._file: IO[bytes] | None = None
 
@@ -133,3 +135,14 @@ class ResumableOutput:
             if whole and (number % self.slice_size == 0 or number == num_lines):
                 done, size = number, place
         return done, size
+
+
+def _with_resolved_checkpoints(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The run may export another epoch before a stopped run of ours continues."""
+    resolved = dict(settings)
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            resolved[key] = _with_resolved_checkpoints(value)
+        elif key == "checkpoint_dir" and value:
+            resolved[key] = str(resolve_checkpoint_dir(value, missing_ok=True))
+    return resolved

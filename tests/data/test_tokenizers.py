@@ -348,6 +348,19 @@ def test_missing_tokenizer_names_the_absolute_path(
     assert str(tmp_path / "model" / "tokenizer.json") in str(error.value)
 
 
+def test_of_a_run_the_newest_exports_tokenizer_is_meant(tmp_path: Path) -> None:
+    """Not that of an export that isn't complete; and a folder's own comes first."""
+    for epoch in (1, 2):
+        tiny_tokenizer().save(tmp_path / f"epoch_{epoch}")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "epoch_1" / name).write_text("{}")
+    (tmp_path / "epoch_2" / "tokenizer.json").write_text("cut off")
+    assert hf_tokenizer(tmp_path).encode("Hello!") == tiny_tokenizer().encode("Hello!")
+    (tmp_path / "tokenizer.json").write_text("my own")
+    with pytest.raises(ValueError, match="is no usable tokenizer"):
+        hf_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "not json"])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)

@@ -25,6 +25,7 @@ from transformers import (
 from steerlm2.attributes import AttributeSchema
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import hf_tokenizer, tiny_tokenizer
+from steerlm2.models.folders import INDEX_FILE
 from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training import hf_checkpoint
 from steerlm2.training.checkpoint import (
@@ -34,7 +35,7 @@ from steerlm2.training.checkpoint import (
     save_weights,
 )
 from steerlm2.training.distributed import World
-from steerlm2.training.hf_checkpoint import INDEX_FILE, HFCheckpointer, ScratchCheckpointer
+from steerlm2.training.hf_checkpoint import HFCheckpointer, ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
 COMPONENT = "steerlm2.training.hf_checkpoint.HFCheckpointer"
@@ -245,6 +246,51 @@ def test_another_architectures_tensor_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no config.json.*tune download"):
         HFCheckpointer(str(tmp_path))
+
+
+# The folder of a run
+
+
+def test_a_run_is_read_by_its_newest_export(tmp_path: Path) -> None:
+    """Of epochs 2 and 10 the second, here and through a recipe's config; by its tokenizer too."""
+    tensors = {}
+    for epoch, seed in ((10, 3), (2, 4)):
+        source = ScratchCheckpointer(
+            meta_decoder(), tiny_tokenizer(), seed=seed, output_dir=str(tmp_path)
+        )
+        source.save_checkpoint(source.load_checkpoint(), epoch=epoch)
+        tensors[epoch] = source.weights
+    run = HFCheckpointer(str(tmp_path))
+    assert run.checkpoint_dir == tmp_path / "epoch_10"
+    assert_same_bits(run.load_checkpoint()["model"], tensors[10])
+    opened = open_checkpointer(
+        {"_component_": COMPONENT, "checkpoint_dir": str(tmp_path)},
+        meta_decoder(),
+        hf_tokenizer(tmp_path),
+        seed=0,
+        output_dir=str(tmp_path / "out"),
+    )
+    opened.save_checkpoint(opened.load_checkpoint(), epoch=1)
+    assert_same_bits(read(tmp_path / "out"), tensors[10])
+
+
+def test_an_export_that_is_cut_short_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is killed while it exports over an older export: neither is read from then on."""
+    folder, _ = language_model(tmp_path / "start")
+    again = HFCheckpointer(str(folder), str(tmp_path / "run"))
+    again.save_checkpoint(again.load_checkpoint(), epoch=1)
+    again.save_checkpoint(again.load_checkpoint(), epoch=2)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf_checkpoint, "save_torch_state_dict", killed)
+    for epoch in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            again.save_checkpoint(again.load_checkpoint(), epoch=epoch)
+    assert HFCheckpointer(str(tmp_path / "run")).checkpoint_dir == tmp_path / "run" / "epoch_1"
 
 
 # Attribute models in the words of Hugging Face

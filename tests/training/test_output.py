@@ -44,6 +44,18 @@ def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_run_does_not_start_from_its_own_exports(tmp_path: Path) -> None:
+    """Neither by the export's folder nor by its output_dir, which means that export."""
+    folder = tmp_path / "epoch_1"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    for start in (folder, tmp_path):
+        with pytest.raises(ValueError, match=f"{start} is what an earlier run left in this run's"):
+            check_not_own_run(tmp_path, {"checkpoint_dir": str(start)})
+    check_not_own_run(tmp_path / "other", {"checkpoint_dir": str(tmp_path)})
+
+
 def test_an_empty_folder_stays_empty(tmp_path: Path) -> None:
     assert set_aside_earlier_run(tmp_path) is None
     assert list(tmp_path.iterdir()) == []

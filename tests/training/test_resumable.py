@@ -188,3 +188,28 @@ def test_killed_between_the_last_line_and_the_name(input_file: Path) -> None:
     output.partial.write_bytes(LINES[0])  # killed after the file got its name
     assert run(opened(input_file)) == len(LINES)
     assert not output.partial.exists()
+
+
+def test_another_export_of_the_same_run_is_another_setting(
+    input_file: Path, tmp_path: Path
+) -> None:
+    """checkpoint_dir is the output_dir of a run, which means epoch_1, later epoch_2."""
+
+    def export(epoch: int) -> None:
+        folder = tmp_path / "run" / f"epoch_{epoch}"
+        folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).touch()
+
+    def output() -> ResumableOutput:
+        model = {"checkpointer": {"checkpoint_dir": str(tmp_path / "run")}}
+        return opened(input_file, checkpointer=None, log_q=model)
+
+    export(1)
+    first = output()
+    run(first, slices=1)
+    stop(first)
+    output().check()
+    export(2)
+    with pytest.raises(ValueError, match=r"was begun with other settings \(log_q\)"):
+        output().check()

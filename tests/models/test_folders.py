@@ -1,0 +1,72 @@
+"""A path to a checkpoint is its folder, or a run whose newest complete export is meant."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steerlm2.models.folders import INDEX_FILE, newest_export, resolve_checkpoint_dir
+
+
+def export(folder: Path, *files: str) -> Path:
+    folder.mkdir(parents=True)
+    for name in files or ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_a_checkpoint_is_itself(tmp_path: Path) -> None:
+    """Also one that has epochs beside its config.json, or no weights: what reads it says that."""
+    folder = export(tmp_path / "model", "config.json")
+    export(folder / "epoch_3")
+    assert resolve_checkpoint_dir(str(folder)) == folder
+
+
+def test_of_a_run_the_highest_epoch_is_meant(tmp_path: Path) -> None:
+    """By number: 10 comes after 9. `epoch_best` and `epoch_11_old` are no epochs."""
+    for name in ("epoch_9", "epoch_10", "epoch_2", "epoch_best", "epoch_11_old"):
+        export(tmp_path / name)
+    assert resolve_checkpoint_dir(tmp_path) == tmp_path / "epoch_10"
+
+
+def sharded(folder: Path, *there: str) -> None:
+    names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    export(folder, "config.json", *there)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+
+
+def test_an_incomplete_export_is_passed_over(tmp_path: Path) -> None:
+    """Without config.json (it comes last), without weights, without one of two shards; adapters."""
+    export(tmp_path / "epoch_1")
+    export(tmp_path / "epoch_2", "model.safetensors")
+    export(tmp_path / "epoch_3", "config.json")
+    sharded(tmp_path / "epoch_4", "model-2.safetensors")
+    export(tmp_path / "epoch_5" / "adapter", "adapter_config.json")
+    assert newest_export(tmp_path) == tmp_path / "epoch_1"
+    sharded(tmp_path / "epoch_6", "model-1.safetensors", "model-2.safetensors")
+    assert newest_export(tmp_path) == tmp_path / "epoch_6"
+
+
+@pytest.mark.parametrize("name", ["empty", "missing"])
+def test_neither_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    folder = tmp_path / name
+    with pytest.raises(FileNotFoundError) as error:
+        resolve_checkpoint_dir(folder, "checkpointer.checkpoint_dir")
+    assert str(error.value) == (
+        f"{folder} has no config.json: checkpointer.checkpoint_dir must be a Hugging Face "
+        "checkpoint (`tune download NAME --output-dir DIR`), an export, or the output_dir of a run "
+        "that has a complete epoch_N folder"
+    )
+    assert resolve_checkpoint_dir(folder, missing_ok=True) == folder
+
+
+def test_import_loads_no_torch() -> None:
+    """Tokenizers look for their files with it."""
+    code = "import sys, steerlm2.models.folders; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr
