@@ -8,9 +8,16 @@
 What the input is, its first line tells:
 
     conversations     every Assistant turn with a "label" gets a new one, of all attributes: the
-                      scores, clipped to the range and rounded
+                      scores, clipped to the range and rounded, or (labels: sampled) values drawn
+                      from P(a|x,y), the Beta rule of the scores
     SteerLM2 records  every response gets its `scores`, as they are, and log P(a|x,y) by the Beta
-                      rule (HelpSteer2 paper, section 4.5) where the record has a label
+                      rule (HelpSteer2 paper, section 4.5) where the record has a label; no label
+                      is written, whatever `labels` says
+
+Fine-tuning on labels drawn from P(a|x,y) has just the P(y|a,x) for its target that SteerLM 2.0 aims
+at, P(y|x) P(a|x,y) / P(a|x); rounded labels have a sharper one. A drawn label follows from the
+seed, the place of its record and of its turn, and the scores: neither from slices nor from the
+number of processes.
 
 A response is scored in its conversation so far, in which no label shows. Nothing else of the input
 changes. The scores come from a checkpoint, on any number of processes, or from a vLLM server.
@@ -23,6 +30,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +42,7 @@ from tqdm import tqdm
 from steerlm2.attributes import (
     AttributeSchema,
     as_schema,
+    draw_label,
     label_log_probs,
     label_of_scores,
     parse_label,
@@ -58,6 +67,7 @@ from steerlm2.training.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_SCORES = (
     "turns",
+    "labels",
     "tokenizer",
     "template",
     "model",
@@ -97,10 +107,11 @@ class AnnotateConfig:
     server: ServerOptions | None = None  # scores instead of the checkpoint
     schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
     turns: Literal["with_label", "all"] = "with_label"  # Assistant turns to label
+    labels: Literal["rounded", "sampled"] = "rounded"  # scores rounded, or drawn from P(a|x,y)
     max_seq_len: int = 4096  # a longer text loses its beginning
     max_tokens_per_microbatch: int = 4096
     records_per_write: int = 128  # a stopped run repeats at most so many
-    concentration: float = 24.0  # of the Beta rule for log P(a|x,y)
+    concentration: float = 24.0  # of the Beta rule for P(a|x,y)
     bins: Literal["midpoint", "uniform"] = "midpoint"
 
     seed: int = 0
@@ -162,8 +173,12 @@ class Format(Protocol):
         ValueError: with all problems of the line.
         """
 
-    def annotate(self, obj: Any, scores_NA: list[list[float]]) -> None:
-        """Put the scores of all responses of its questions into the line."""
+    def annotate(self, obj: Any, scores_NA: list[list[float]], place: int) -> None:
+        """Put the scores of all responses of its questions into the line.
+
+        Args:
+            place: of the line among all records of the file, from 0.
+        """
 
 
 class AnnotateRecipe:
@@ -241,6 +256,7 @@ class AnnotateRecipe:
         cfg, world = self.cfg, self.world
         num_texts, num_cut = 0, 0
         lines = itertools.islice(self._lines(), self.done, None)
+        places = itertools.count(self.done)
         bar = tqdm(
             total=self.num_records, initial=self.done, disable=not world.is_main, unit="record"
         )
@@ -252,12 +268,13 @@ class AnnotateRecipe:
                 num_cut += sum(cut for _, cut in encoded)
             scores = iter(self._score([group for own in groups for group in own]))
             for (line_number, obj), own in zip(chosen, groups, strict=True):
+                place = next(places)
                 scores_NA = [row for _ in own for row in next(scores)]
                 if not all(math.isfinite(score) for row in scores_NA for score in row):
                     raise ValueError(
                         f"{cfg.input}:{line_number}: the model's scores are not finite: {scores_NA}"
                     )
-                self.format.annotate(obj, scores_NA)
+                self.format.annotate(obj, scores_NA, place)
                 num_texts += len(scores_NA)
             if world.is_main:
                 self.output.append(json_line(obj) for _, obj in chosen)
@@ -304,9 +321,12 @@ class AnnotateRecipe:
         return num_records, kind
 
     def _format(self, kind: str) -> Format:
+        cfg = self.cfg
         if kind == "conversations":
-            return ConversationFormat(self.schema, self.cfg.turns)
-        return GroupFormat(self.schema, self.cfg.concentration, self.cfg.bins)
+            return ConversationFormat(
+                self.schema, cfg.turns, cfg.labels, cfg.seed, cfg.concentration, cfg.bins
+            )
+        return GroupFormat(self.schema, cfg.concentration, cfg.bins)
 
     def _lines(self) -> Iterator[tuple[int, Any]]:
         problems = LineProblems(self.cfg.input)
@@ -348,6 +368,10 @@ class ConversationFormat:
 
     schema: AttributeSchema
     which: Literal["with_label", "all"]
+    labels: Literal["rounded", "sampled"]
+    seed: int
+    concentration: float
+    bins: Literal["midpoint", "uniform"]
 
     def questions(self, obj: Any) -> list[Question]:
         conversation = parse_conversation(self._without_labels(obj))
@@ -355,10 +379,17 @@ class ConversationFormat:
         turns = conversation.turns
         return [Question(conversation.system, turns[:i], [turns[i].value]) for i in places]
 
-    def annotate(self, obj: Any, scores_NA: list[list[float]]) -> None:
-        items = [item for item in obj["conversations"] if self._is_labelled(item)]
-        for item, scores in zip(items, scores_NA, strict=True):
-            item["label"] = label_of_scores(scores, self.schema)
+    def annotate(self, obj: Any, scores_NA: list[list[float]], place: int) -> None:
+        items = obj["conversations"]
+        places = [i for i, item in enumerate(items) if self._is_labelled(item)]
+        for i, scores in zip(places, scores_NA, strict=True):
+            items[i]["label"] = self._label(scores, f"labels:{self.seed}:{place}:{i}")
+
+    def _label(self, scores: list[float], seed: str) -> str:
+        if self.labels == "rounded":
+            return label_of_scores(scores, self.schema)
+        rng = random.Random(seed)
+        return draw_label(scores, rng, self.concentration, self.bins, self.schema)
 
     def _is_labelled(self, item: dict[str, Any]) -> bool:
         return item["from"] == ASSISTANT and (self.which == "all" or "label" in item)
@@ -392,7 +423,7 @@ class GroupFormat:
         responses = [response.value for response in record.responses]
         return [Question(record.system, record.prompt_turns, responses)]
 
-    def annotate(self, obj: Any, scores_NA: list[list[float]]) -> None:
+    def annotate(self, obj: Any, scores_NA: list[list[float]], place: int) -> None:
         scores = [dict(zip(self.schema.names, row, strict=True)) for row in scores_NA]
         for response, own in zip(obj["responses"], scores, strict=True):
             response["scores"] = own

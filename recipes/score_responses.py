@@ -10,6 +10,9 @@ or follows from attribute scores that the records carry. One run fills the `quan
 for and keeps the rest. Models are loaded in turn: each passes over the file and hands it to the
 next.
 
+Where responses carry the "engine_log_q" of what sampled them, the run ends with how far it lies
+from our log Q': a line, and OUTPUT.engine_log_q.json.
+
 The log-probs come from the trainer's own packed code path. A run that was stopped continues where
 it was, on any number of processes; the output is in input order.
 """
@@ -17,8 +20,9 @@ it was, on any number of processes; the output is in input order.
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -38,11 +42,12 @@ from steerlm2.data.records import (
     Record,
     Response,
     first_of,
+    iter_records,
     json_line,
     read_records,
     record_to_json,
 )
-from steerlm2.data.templates import groups_for_scoring
+from steerlm2.data.templates import encode_response, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import tokenize_records
 from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
@@ -59,6 +64,10 @@ from steerlm2.training.resumable import ResumableOutput
 
 Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
 QUANTITIES: tuple[Quantity, ...] = typing.get_args(Quantity)
+
+ENGINE_TOLERANCE = 0.05
+"""Mean difference of an engine's log Q' from ours, in nats a token, above which something is wrong:
+the default of the trainer's own check, steerlm2.log_q_tolerance."""
 
 SETTINGS_THAT_CHANGE_SCORES = (
     "input",
@@ -162,6 +171,13 @@ class Stage(NamedTuple):
     scorer: ScorerOptions
 
 
+class EngineGap(NamedTuple):
+    """How far an engine's log Q' of a response lies from ours."""
+
+    nats: float
+    tokens: int
+
+
 class ScoreRecipe:
     """The run: one stage after the other, each from a file to a file."""
 
@@ -200,6 +216,8 @@ class ScoreRecipe:
             for file in handed_on:
                 for path in (Path(file), Path(f"{file}.settings.json")):
                     path.unlink(missing_ok=True)
+            if "log_q" in cfg.quantities:
+                self._compare_with_engine()
         close_world()
 
     def _score_log_probs(self, stage: Stage, source: str, output: ResumableOutput) -> None:
@@ -300,6 +318,43 @@ class ScoreRecipe:
                 f"long: {num_cut})"
             )
 
+    def _compare_with_engine(self) -> None:
+        """Of the whole output, whichever run wrote it: `engine_log_q` against log Q'."""
+        cfg = self.cfg
+        scorer = cfg.log_q or ScorerOptions()
+        tokenizer = instantiate(scorer.tokenizer or cfg.tokenizer)
+        template = instantiate(scorer.template or cfg.template)
+        gaps = [
+            EngineGap(
+                abs(response.log_q - response.extra["engine_log_q"]),
+                len(encode_response(template, tokenizer, response.value)),
+            )
+            for record in iter_records(cfg.output, require=("log_q",), min_responses=1)
+            for response in record.responses
+            if response.log_q is not None
+            and isinstance(response.extra.get("engine_log_q"), int | float)
+        ]
+        if not gaps:
+            return
+        summary = summary_of(gaps)
+        file = Path(f"{cfg.output}.engine_log_q.json")
+        file.write_text(json.dumps(summary, indent=2) + "\n")
+        tqdm.write(
+            f"the engine's log Q' differs from ours, over {len(gaps)} responses, by "
+            + "; ".join(
+                ", ".join(f"{name} {value:.3g}" for name, value in summary[unit].items())
+                + f" nats a {unit.removeprefix('per_')}"
+                for unit in ("per_sequence", "per_token")
+            )
+            + f" ({file})"
+        )
+        if summary["per_token"]["mean"] > ENGINE_TOLERANCE:
+            tqdm.write(
+                f"WARNING: that is more than {ENGINE_TOLERANCE} nats a token: the engine had "
+                "another checkpoint, template or tokenizer, or gave tempered log-probs. Was "
+                f"{cfg.input} sampled from the model that scored log Q' here?"
+            )
+
     # What follows is small print that the methods above call by name.
 
     def _output(self, path: str) -> ResumableOutput:
@@ -380,6 +435,22 @@ def stages_of(cfg: ScoreConfig) -> list[Stage]:
         else:
             stages.append(Stage([quantity], scorer))
     return stages
+
+
+def summary_of(gaps: Sequence[EngineGap]) -> dict[str, Any]:
+    """The number of responses, and what is written of their gaps, a sequence and a token."""
+    return {
+        "responses": len(gaps),
+        "per_sequence": _spread(gap.nats for gap in gaps),
+        "per_token": _spread(gap.nats / gap.tokens for gap in gaps),
+    }
+
+
+def _spread(values: Iterable[float]) -> dict[str, float]:
+    values_N = torch.tensor(list(values), dtype=torch.float64)
+    median, p99 = (values_N.quantile(q).item() for q in (0.5, 0.99))
+    return {"mean": values_N.mean().item(), "median": median, "p99": p99,
+            "max": values_N.max().item()}  # fmt: skip
 
 
 def check_labels(records: Sequence[Record], source: str, schema: AttributeSchema) -> None:

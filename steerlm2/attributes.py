@@ -1,11 +1,12 @@
 """Attributes: which there are, how a label names their values, and how likely a value is.
 
-Dimension letters: N responses, A attributes.
+Dimension letters: N responses, A attributes, V values of an attribute.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,33 @@ def label_of_scores(scores: Sequence[float], schema: AttributeSchema = DEFAULT_S
         },
         schema,
     )
+
+
+def draw_label(
+    scores: Sequence[float],
+    rng: random.Random,
+    concentration: float = 24.0,
+    bins: str = "midpoint",
+    schema: AttributeSchema = DEFAULT_SCHEMA,
+) -> str:
+    """A label with all attributes of the schema, drawn from P(a|x,y): each value by the Beta rule.
+
+    Models trained on labels that are drawn so learn P(y|a,x) as Bayes' rule has it; rounded scores
+    leave the doubt about a label out, and make for a sharper one.
+
+    Args:
+        scores: one for each attribute, in the order of the schema.
+        rng: gives one random number for each attribute.
+
+    Raises:
+        ValueError: as `beta_log_prob`.
+    """
+    values = range(schema.min_value, schema.max_value + 1)
+    values_V1 = [[value] for value in values]
+    scores_VA = [list(scores)] * len(values)
+    p_VA = beta_log_prob(scores_VA, values_V1, concentration, bins, schema).exp()
+    drawn = [rng.choices(values, p_V)[0] for p_V in p_VA.t().tolist()]
+    return encode_label(dict(zip(schema.names, drawn, strict=True)), schema)
 
 
 def _value_problems(name: str, value: int | float, schema: AttributeSchema) -> list[str]:

@@ -354,6 +354,107 @@ GOOD_RECORD: Json = {
     "responses": [{"value": "a"}],
 }
 
+# Labels drawn from P(a|x,y)
+
+
+def server_labels(
+    fake: Any, source: Path, output: Path, *more: str, slice_size: int = SLICE
+) -> Path:
+    options = (f"server.url={fake.url}", "max_seq_len=512", "labels=sampled", "server.retries=1")
+    run_here(source, output, None, *options, f"records_per_write={slice_size}", *more)
+    return output
+
+
+def test_sampled_labels_have_the_probabilities_of_the_beta_rule() -> None:
+    """500 records of 4 answers with the scores 1.3 and 2.6: P(a|x,y) = P(h | 1.3) P(v | 2.6).
+
+    Labels of fewer than 5 expected draws are pooled, which leaves 7 cells (asserted). Chi-square of
+    6 degrees of freedom: 22.5 is exceeded once in 1,000 times.
+    """
+    module, rng = load_recipe(), random.Random(5)
+    schema = module.AttributeSchema(NAMES)
+    labelled = module.ConversationFormat(schema, "all", "sampled", 42, 24.0, "midpoint")
+    drawn: list[str] = []
+    for place in range(500):
+        obj = {"conversations": [TURN | {"value": words(rng, 3)} for _ in range(4)]}
+        labelled.annotate(obj, [[1.3, 2.6]] * 4, place)
+        drawn += [turn["label"] for turn in obj["conversations"]]
+    cells: dict[str, float] = {}
+    for h in range(5):
+        for v in range(5):
+            n = 2000 * beta_log_prob([[1.3, 2.6]], [[h, v]]).sum().exp().item()
+            cells[f"humor:{h},verbosity:{v}" if n >= 5 else "rare"] = n
+    cells["rare"] = 2000 - sum(n for label, n in cells.items() if label != "rare")
+    observed = {label: drawn.count(label) for label in cells}
+    observed["rare"] = 2000 - sum(observed.values())
+    assert len(cells) == 7
+    assert sum((observed[label] - n) ** 2 / n for label, n in cells.items()) < 22.5
+
+
+def test_sampled_labels_follow_from_the_seed_and_their_place(
+    conversations: Path, fake_vllm: Any, tmp_path: Path
+) -> None:
+    """In slices of another size the same file; with another seed another one. The same answer has
+    other labels elsewhere in the file, and a turn that gets a label of its own changes no other.
+    """
+    fake_vllm.scores = lambda ids: [1.5, 2.5]
+    rows = read_jsonl(conversations)[:40]
+    source = write_jsonl(tmp_path / "input.jsonl", rows + rows)
+    one = server_labels(fake_vllm, source, tmp_path / "one.jsonl")
+    other = server_labels(fake_vllm, source, tmp_path / "other.jsonl", slice_size=31)
+    assert one.read_bytes() == other.read_bytes()
+    again = server_labels(fake_vllm, source, tmp_path / "seed.jsonl", "seed=1")
+    labels, reseeded = (list(new_labels(rows + rows, read_jsonl(f))) for f in (one, again))
+    assert labels != reseeded
+    assert labels[: len(labels) // 2] != labels[len(labels) // 2 :]
+    every = server_labels(fake_vllm, source, tmp_path / "all.jsonl", "turns=all")
+    assert list(new_labels(rows + rows, read_jsonl(every))) == labels
+
+
+def test_sampled_labels_are_the_same_after_an_interruption(
+    conversations: Path, fake_vllm: Any, tmp_path: Path
+) -> None:
+    """The server dies half-way; blank lines are no records."""
+    source = tmp_path / "input.jsonl"
+    source.write_text("\n\n".join(conversations.read_text().splitlines()[:100]) + "\n")
+    expected = server_labels(fake_vllm, source, tmp_path / "uninterrupted.jsonl")
+    output = tmp_path / "labelled.jsonl"
+    num_texts = len(fake_vllm.texts)
+    fake_vllm.dies_after = num_texts + num_texts // 2
+    with pytest.raises(ConnectionError, match="doesn't answer"):
+        server_labels(fake_vllm, source, output)
+    assert 0 < whole_lines(output.with_name("labelled.jsonl.partial")) < 100
+    fake_vllm.dies_after = None
+    server_labels(fake_vllm, source, output)
+    assert output.read_bytes() == expected.read_bytes()
+
+
+def test_sampled_labels_of_two_ranks_are_those_of_one(
+    tune: Any, conversations: Path, attribute_model: Path, tmp_path: Path
+) -> None:
+    """Scores agree to 1e-4 between splits, so a draw can differ where it falls that close to the
+    edge of a value: none of these does."""
+    source = write_jsonl(tmp_path / "input.jsonl", read_jsonl(conversations)[:50])
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    run_here(source, one, attribute_model, "labels=sampled")
+    tune(*arguments(source, two, attribute_model, "labels=sampled"), nproc=2)
+    assert two.read_bytes() == one.read_bytes()
+
+
+def test_records_get_no_labels_whatever_labels_says(
+    groups: Path, scored: Path, attribute_model: Path, tmp_path: Path
+) -> None:
+    run_here(groups, tmp_path / "out.jsonl", attribute_model, "labels=sampled")
+    assert (tmp_path / "out.jsonl").read_bytes() == scored.read_bytes()
+
+
+def test_rounded_labels_do_not_continue_with_drawn_ones(
+    conversations: Path, labelled: Path, attribute_model: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"was begun with other settings \(labels\)"):
+        run_here(conversations, labelled, attribute_model, "labels=sampled")
+
+
 BAD_INPUTS = {
     "no JSON": ([GOOD_CONVERSATION, "{"], "input.jsonl:2: not valid JSON"),
     "another format later": (

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -149,6 +150,102 @@ def test_log_probs_are_the_models_own(scored: Path) -> None:
                 tokens = encode_response(template, tokenizer, response.value)
                 expected = plain_log_prob(model, prompt, tokens)
                 assert getattr(response, name) == pytest.approx(expected, abs=5e-4)
+
+
+# How far an engine's log-probs lie apart
+
+
+@pytest.fixture(scope="module")
+def with_engine(scored: Path) -> Path:
+    """The scored groups as an engine would have left them: every third response without its log Q',
+    the others off by 0.001, 0.002, ... nats, in turn upwards and downwards."""
+    path = scored.with_name("with_engine.jsonl")
+    records, number = [], 0
+    for record in read_records(scored):
+        responses = []
+        for i, response in enumerate(record.responses):
+            extra = {}
+            if i % 3 != 2:
+                number += 1
+                assert response.log_q is not None
+                gap = 0.001 * number * (-1) ** number
+                extra = {"engine_log_q": response.log_q + gap, "finish_reason": "stop"}
+            unknown = dict.fromkeys(LOG_PROB_KEYS)
+            responses.append(dataclasses.replace(response, extra=extra, **unknown))
+        records.append(dataclasses.replace(record, responses=responses))
+    write_records(path, records)
+    return path
+
+
+def compared(output: Path) -> Json:
+    return json.loads(output.with_name(f"{output.name}.engine_log_q.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared_run(tune: Any, with_engine: Path) -> tuple[Path, str]:
+    output = with_engine.with_name("compared.jsonl")
+    return output, tune(*arguments(with_engine, output)).stdout
+
+
+def test_says_how_far_the_engines_log_probs_lie_apart(compared_run: tuple[Path, str]) -> None:
+    """Gaps of 0.001 to 0.001 N nats a sequence: mean and median 0.001 (N + 1) / 2, the 99th
+    percentile 1 + 0.99 (N - 1) of them, the last one the largest. A token's are those through the
+    tokens of each response."""
+    output, stdout = compared_run
+    found = compared(output)
+    lengths = [
+        len(encode_response(extra_id_template(), tiny_tokenizer(), response.value))
+        for record in read_records(output)
+        for response in record.responses
+        if "engine_log_q" in response.extra
+    ]
+    count = len(lengths)
+    assert 80 < count < RESPONSES_KEPT
+    middle = 0.001 * (count + 1) / 2
+    expected = {"mean": middle, "median": middle, "p99": 0.001 * (1 + 0.99 * (count - 1)),
+                "max": 0.001 * count}  # fmt: skip
+    assert found["responses"] == count
+    assert found["per_sequence"] == pytest.approx(expected, abs=2e-5)
+    per_token = sorted(0.001 * (i + 1) / length for i, length in enumerate(lengths))
+    assert found["per_token"]["mean"] == pytest.approx(sum(per_token) / count, abs=2e-5)
+    assert found["per_token"]["median"] == pytest.approx(statistics.median(per_token), abs=2e-5)
+    assert found["per_token"]["max"] == pytest.approx(per_token[-1], abs=2e-5)
+    (line,) = [line for line in stdout.splitlines() if "the engine's log Q' differs" in line]
+    assert f"over {count} responses, by mean {middle:.3g}, median {middle:.3g}, p99" in line
+    assert "nats a sequence; mean" in line
+    assert "WARNING" not in stdout
+
+
+def test_a_run_that_finds_everything_done_says_the_same(
+    tune: Any, with_engine: Path, compared_run: tuple[Path, str]
+) -> None:
+    output, stdout = compared_run
+    first = compared(output)
+    output.with_name(f"{output.name}.engine_log_q.json").unlink()
+    again = tune(*arguments(with_engine, output)).stdout
+    assert compared(output) == first
+    line = next(line for line in stdout.splitlines() if "the engine's log Q' differs" in line)
+    assert line in again
+
+
+def test_an_engine_far_from_ours_is_warned_about(
+    tune: Any, with_engine: Path, tmp_path: Path
+) -> None:
+    """Another model: fresh weights of another seed, whose log-probs differ by more than 0.05 nats a
+    token."""
+    stdout = tune(*arguments(with_engine, tmp_path / "out.jsonl", "seed=7")).stdout
+    assert compared(tmp_path / "out.jsonl")["per_token"]["mean"] > 0.05
+    assert "WARNING: that is more than 0.05 nats a token: the engine had another" in stdout
+
+
+def test_nothing_is_compared_without_log_q_or_without_an_engine(
+    tune: Any, scored: Path, with_engine: Path, tmp_path: Path
+) -> None:
+    assert not scored.with_name("scored.jsonl.engine_log_q.json").exists()
+    quantities = "quantities=[log_p_attributes]"
+    stdout = tune(*arguments(with_engine, tmp_path / "out.jsonl", quantities)).stdout
+    assert "engine" not in stdout
+    assert not (tmp_path / "out.jsonl.engine_log_q.json").exists()
 
 
 def test_training_on_the_output_passes_a_strict_drift_check(
