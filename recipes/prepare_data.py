@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from steerlm2.attributes import AttributeSchema, as_schema
 from steerlm2.data.conversations import conversation_to_json, regression_records
 from steerlm2.data.records import Record, json_line, record_to_json
-from steerlm2.data.sources import Unit
+from steerlm2.data.sources import SplitRecord, Unit
 from steerlm2.data.spool import Spool, open_spool
 from steerlm2.training.config import Component, instantiate, recipe_main
 
@@ -97,11 +97,12 @@ def main(cfg: PrepareDataConfig) -> None:
                     train.extend(split.train)
         for split in splits:
             val.extend(split.val)
-        _write(output_dir, {"train": train, "val": val}, spool)
+        tallies = _write(output_dir, {"train": train, "val": val}, spool)
 
     if splits[0].kind is Record:
         train_file = (output_dir / "train.jsonl").absolute()
-        print(f"\nNext: run the recipe score_responses on {train_file}")
+        recipe = "score_responses" if tallies["train"].answers else "sample_responses"
+        print(f"\nNext: run the recipe {recipe} on {train_file}")
 
 
 class SpooledSplit(NamedTuple):
@@ -126,8 +127,8 @@ def _read(source: SourceConfig, spool: Spool, schema: AttributeSchema, seed: int
     kind: type = Record
     num_records = 0
     for item in instantiate(source.builder, source.source, **source.options()):
-        kind = type(item)
-        split = item.split if isinstance(item, Unit) else None
+        kind = Record if isinstance(item, Record) else type(item)
+        split = item.split if isinstance(item, Unit | SplitRecord) else None
         spooled = _render(item, schema)
         places[split].append(spool.add(tuple(spooled)))
         num_records += len(spooled.answers)
@@ -185,7 +186,7 @@ class _Tally:
         self.most = max(self.most, answers)
 
 
-def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> None:
+def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> dict[str, _Tally]:
     """Write the files, which appear when all of them are complete, and print what they hold."""
     output_dir.mkdir(parents=True, exist_ok=True)
     temporaries = {
@@ -213,6 +214,7 @@ def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> Non
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+    return tallies
 
 
 def _write_split(places: array[int], paths: dict[str, Path], spool: Spool) -> _Tally:

@@ -19,6 +19,9 @@ from typing import Any
 
 import pytest
 
+from steerlm2.attributes import parse_label
+from steerlm2.data.grammar import grammar_pairs
+from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import Record, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -489,6 +492,74 @@ def test_conversations_and_groups_do_not_mix(
     assert status == 1
     assert "can't be merged" in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_grammar_gives_conversations_with_labels_and_their_regression_files(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    """Held-out pairs are in the validation files only; a label is [humor, verbosity]."""
+    numbers = ("builder.num=60", "builder.num_val=30")
+    status, _, stderr = prepare(*config("grammar"), "output_dir=out", *numbers)
+    assert status == 0, stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    for name, split, count in (("train", "train", 60), ("val", "validation", 30)):
+        rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").open()]
+        pairs = [
+            (row["conversations"][0]["value"], row["conversations"][1]["label"]) for row in rows
+        ]
+        assert len(rows) == count
+        assert set(pairs) <= set(grammar_pairs(split))  # type: ignore[arg-type]
+        labels = [list(parse_label(label).values()) for _, label in pairs]
+        regression = [json.loads(line) for line in (tmp_path / "out" / f"{name}_reg.jsonl").open()]
+        assert [row["label"] for row in regression] == labels
+
+
+def test_unlabelled_answers_of_the_grammar_have_no_regression_files(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    options = ("source=all", "builder.labels=null", "builder.num=20", "builder.num_val=0")
+    assert prepare(*config("grammar"), "output_dir=out", *options)[0] == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]
+
+
+def test_prompts_of_the_grammar_repeat_pass_after_pass(tmp_path: Path, prepare: Prepare) -> None:
+    """400 training pairs three times, the 100 held-out ones once; a pair's place in the file, from
+    which sample_responses has its seed, is another one in every pass."""
+    status, stdout, _ = prepare(*config("grammar_prompts"), "output_dir=out", "repeat=3")
+    assert status == 0
+    for name, split, passes in (("train", "train", 3), ("val", "validation", 1)):
+        asked = read_prompts(tmp_path / "out" / f"{name}.jsonl")
+        pairs = [(prompt.turns[-1].value, prompt.label) for prompt in asked]
+        assert pairs == grammar_pairs(split) * passes  # type: ignore[arg-type]
+    rows = [line.split() for line in stdout.splitlines()]
+    assert ["train.jsonl", "1200", "0", "0", "to", "0"] in rows
+    assert "Next: run the recipe sample_responses on" in stdout
+
+
+def test_best_of_gives_conversations_to_fine_tune_on(tmp_path: Path, prepare: Prepare) -> None:
+    """4 records, of which one has no response near humor:4; two are kept of each other."""
+
+    def scored_response(text: str, humor: float) -> dict[str, Any]:
+        return {"from": "Assistant", "value": text, "scores": {"humor": humor}}
+
+    turns = [{"from": "User", "value": "Q"}]
+    records = [
+        {"system": "", "prompt_turns": turns, "label": "humor:4"}
+        | {"responses": [scored_response(f"{i}{j}", humor) for j, humor in enumerate(scores)]}
+        for i, scores in enumerate([(3.6, 1, 4), (2, 3), (4, 4), (3.9, 4.2, 4)])
+    ]
+    write_lines(tmp_path / "scored.jsonl", records)
+    options = ("source=scored.jsonl", "output_dir=out", "train_fraction=null", "builder.keep=2")
+    status, stdout, stderr = prepare(*config("best_of"), *options)
+    assert status == 0, stderr
+    rows = [json.loads(line)["conversations"] for line in (tmp_path / "out/train.jsonl").open()]
+    assert [turns[-1]["value"] for turns in rows] == ["02", "00", "20", "21", "31", "32"]
+    assert {turns[-1]["label"] for turns in rows} == {"humor:4"}
+    assert ["train.jsonl", "6", "6", "1", "to", "1"] in [
+        line.split() for line in stdout.split("\n")
+    ]
+    status, _, stderr = prepare(*config("best_of"), *options, "builder.max_distance=-1")
+    assert (status, "max_distance at least 0" in stderr) == (1, True)
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, prepare: Prepare) -> None:

@@ -1,7 +1,8 @@
 """Sources: where data comes from. Each is a module of its own with one or two functions.
 
     NAME_groups(source, *, system_prompt=..., ...) -> Iterator[Record]
-        SteerLM2 groups: prompts with several responses whose log P(a|x,y) is known
+        SteerLM2 groups: prompts with several responses whose log P(a|x,y) is known (a `SplitRecord`
+        where the source says which are for validation)
     NAME_conversations(source, *, system_prompt=..., ...) -> Iterator[Unit]
         labelled conversations, for supervised fine-tuning and the attribute model
 
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from steerlm2.data.records import Record
 
 if TYPE_CHECKING:
     from steerlm2.data.conversations import Conversation
@@ -34,3 +37,10 @@ class Unit:
     conversations: list[Conversation]
     split: Split | None = None
     """Where the source has it, if the source has splits."""
+
+
+@dataclass
+class SplitRecord(Record):
+    """A SteerLM2 record of a source that has splits."""
+
+    split: Split | None = None

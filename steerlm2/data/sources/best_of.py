@@ -1,0 +1,136 @@
+"""Bootstrapping: of sampled and scored answers, those that have what was asked for.
+
+The last step of SteerLM (Dong et al. 2023, https://arxiv.org/abs/2310.05344, step 4): a model's own
+answers to the labels that one wants, kept where the attribute model agrees, are fine-tuned on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from steerlm2.attributes import AttributeSchema, as_schema, label_of_scores, parse_label
+from steerlm2.data.conversations import Conversation
+from steerlm2.data.records import ASSISTANT, LineProblems, Record, Response, Turn, parse_record
+from steerlm2.data.sources import Unit
+from steerlm2.data.sources.rows import iter_rows
+
+_CUT_OFF = "length"
+"""The finish_reason of a response that sample_responses kept though it has no end."""
+
+_CONVERSATION_KEYS = {"conversations", "system", "mask", "type"}
+
+_log = logging.getLogger(__name__)
+
+
+def best_of_responses(
+    source: str | Path,
+    *,
+    keep: int = 1,
+    max_distance: float = 0.5,
+    schema: AttributeSchema | Mapping[str, Any] | None = None,
+) -> Iterator[Unit]:
+    """The responses of each SteerLM2 record that are nearest to its label, as conversations.
+
+    A response's distance is the mean of |score - wanted value| over the label's attributes, scores
+    clipped to the schema's range. Responses that were cut off don't count. A response's turn is
+    labelled with its own scores, rounded: those of all attributes of the schema that it has. The
+    log says how many records were left out.
+
+    Args:
+        source: SteerLM2 records with `scores` (sample_responses, then annotate_attributes): a file,
+            or a folder of train.jsonl and val.jsonl (`iter_rows`).
+        keep: responses of a record, at most.
+        max_distance: a response further from its label is left out.
+        schema: the attributes and their range (a mapping in a config).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for options that make no sense; after the last record, naming the lines that
+            aren't scored records with a label, or where no response is near enough.
+    """
+    if keep < 1 or not max_distance >= 0:
+        raise ValueError(
+            f"keep must be at least 1 and max_distance at least 0, got {keep} and {max_distance}"
+        )
+    return _units(source, keep, max_distance, as_schema(schema))
+
+
+def _units(
+    source: str | Path, keep: int, max_distance: float, schema: AttributeSchema
+) -> Iterator[Unit]:
+    problems = LineProblems(source)
+    num_records, num_left_out = 0, 0
+    nearest = math.inf
+    for row in iter_rows(source, problems):
+        num_records += 1
+        try:
+            record = parse_record(row.value, require=(), schema=schema, min_responses=1)
+            ranked = _by_distance(record, schema)
+        except ValueError as error:
+            problems.add(row.number, str(error), row.path)
+            continue
+        nearest = min([nearest, *(distance for distance, _ in ranked)])
+        chosen = [response for distance, response in ranked[:keep] if distance <= max_distance]
+        if chosen:
+            yield Unit([_conversation(record, each, schema) for each in chosen], row.split)
+        else:
+            num_left_out += 1
+    problems.raise_if_any()
+    if num_records and num_left_out == num_records:
+        if nearest == math.inf:
+            raise ValueError(f"{source}: all responses of its {num_records} records were cut off")
+        raise ValueError(
+            f"{source}: no response of its {num_records} records is within max_distance="
+            f"{max_distance:g} of its label; the nearest is {nearest:.2f} away. Raise "
+            "max_distance, or sample more responses"
+        )
+    if num_left_out:
+        _log.warning(
+            "%s: left out %d of %d records, none of whose responses is within %g of the label",
+            source,
+            num_left_out,
+            num_records,
+            max_distance,
+        )
+
+
+def _by_distance(record: Record, schema: AttributeSchema) -> list[tuple[float, Response]]:
+    """The complete responses with their distances, the nearest first, then as they stand.
+
+    Raises:
+        ValueError: without a label, or without the scores of its attributes.
+    """
+    if record.label is None:
+        raise ValueError("no label, so no response can be near it")
+    wanted = parse_label(record.label)
+    lacking = sorted(
+        {name for r in record.responses for name in wanted if name not in (r.scores or {})}
+    )
+    if lacking:
+        raise ValueError(f"no score for {', '.join(lacking)} (recipe annotate_attributes adds it)")
+    complete = [r for r in record.responses if r.extra.get("finish_reason") != _CUT_OFF]
+    distances = [
+        sum(abs(_clipped(r, name, schema) - value) for name, value in wanted.items()) / len(wanted)
+        for r in complete
+    ]
+    return sorted(zip(distances, complete, strict=True), key=lambda pair: pair[0])
+
+
+def _clipped(response: Response, name: str, schema: AttributeSchema) -> float:
+    assert response.scores is not None
+    return min(max(response.scores[name], schema.min_value), schema.max_value)
+
+
+def _conversation(record: Record, response: Response, schema: AttributeSchema) -> Conversation:
+    scores = response.scores or {}
+    names = tuple(name for name in schema.names if name in scores)
+    own_schema = dataclasses.replace(schema, names=names)
+    label = label_of_scores([scores[name] for name in names], own_schema)
+    extra = {key: value for key, value in record.extra.items() if key not in _CONVERSATION_KEYS}
+    turns = [*record.prompt_turns, Turn(ASSISTANT, response.value, label)]
+    return Conversation(turns, record.system, extra)
