@@ -1,37 +1,129 @@
 """Requested against obtained attributes, for one model or several side by side.
 
-    tune run sample_responses --config tiny/sample_responses label.kind=uniform \\
-        label.attributes=[humor,verbosity] label.labels_per_prompt=5 \\
-        input=prompts.jsonl output=answers.jsonl
-    tune run annotate_attributes --config tiny/annotate_attributes \\
-        input=answers.jsonl output=scored.jsonl
-    tune run evaluate_steering --config tiny/evaluate_steering \\
-        models.acsft=scored.jsonl models.steerlm2=other_scored.jsonl output_dir=steering
+    tune run evaluate_steering --config tiny/evaluate_steering prompts=prompts.jsonl \\
+        label.kind=uniform label.attributes=[humor,verbosity] label.labels_per_prompt=5 \\
+        models.acsft.checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer \\
+        models.acsft.checkpointer.checkpoint_dir=steerlm2_outputs/tiny_acsft/epoch_1
+    tune run evaluate_steering --config tiny/evaluate_steering models.acsft.answers=answers.jsonl
 
-A model's answers are a file of SteerLM2 records: sample_responses makes them for a grid of labels,
-annotate_attributes gives them the `scores` of an attribute model. Where an attribute can be
-computed from the text, `exact_scorer` does that instead.
+Every model answers the same prompts with the same labels and random numbers: a checkpoint, here, on
+any number of processes that each hold the whole model, or a vLLM server. A model without labels
+(use_labels: false) is asked without them, and compared with them all the same. Answers that there
+are already, SteerLM2 records, may stand beside.
 
-Into output_dir go steering.json, steering.md and steering.html.
+What was obtained says an attribute model, or a function where an attribute can be computed from the
+text; otherwise the `scores` in the file do. Where the true P(y|a,x) is known, `exact_kl` compares
+each checkpoint with it.
+
+Into output_dir go steering.json, steering.md and steering.html, and the answers: answers/NAME.jsonl
+as they were sampled, scored/NAME.jsonl with `scores`. No sampled answer is left out unless it is
+empty: those that were cut off are scored as they are, and counted. A run that was stopped continues
+where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import functools
+import gc
+import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
+from torchtune.modules import TransformerDecoder
+from torchtune.training.metric_logging import WandBLogger
+from tqdm import tqdm
 
 from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
-from steerlm2.data.records import Record, Response, first_of, read_records
-from steerlm2.evaluation import cross_talk, steering_curve, steering_metrics
-from steerlm2.report import SteeringResult, html_page, markdown, markdown_table, metric_rows
+from steerlm2.data.prompts import read_prompts
+from steerlm2.data.records import (
+    Record,
+    first_of,
+    json_line,
+    read_records,
+    record_to_json,
+    write_records,
+)
+from steerlm2.data.templates import Template, groups_for_scoring
+from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.evaluation import (
+    cross_talk,
+    errors_by_request,
+    standard_error,
+    steering_curve,
+    steering_metrics,
+)
+from steerlm2.generation.answers import (
+    Item,
+    answer_of,
+    file_digest,
+    load_whole_decoder,
+    open_server,
+    sample_everywhere,
+    sampling_settings,
+    weights_digest,
+    with_labels,
+)
+from steerlm2.generation.engines import STOP, Engine, Request, Sample
+from steerlm2.generation.local import LocalEngine
+from steerlm2.generation.options import LabelOptions, ServerOptions, sampling_problems
+from steerlm2.report import (
+    SteeringResult,
+    log_to_wandb,
+    markdown_table,
+    metric_rows,
+    write_report,
+)
+from steerlm2.serving.client import ClassifyClient
+from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.output import make_output_dir
+from steerlm2.training.distributed import DTYPES, close_world, init_world
+from steerlm2.training.exact_kl import model_scorer
+from steerlm2.training.output import check_shared, make_output_dir
+from steerlm2.training.resumable import ResumableOutput
+
+SETTINGS_THAT_CHANGE_ANSWERS = (
+    *("label", "max_prompts", "n", "temperature", "top_p", "max_new_tokens", "max_seq_len"),
+    *("schema", "seed", "dtype"),
+)
+SETTINGS_THAT_CHANGE_SCORES = ("schema", "max_seq_len", "dtype")
+
+STANDARD_ERROR = "steering_mae_se"
+NOT_COMPARED = {STANDARD_ERROR, "answers", "left_out", "exact_least_steering_mae"}
+
+EMPTY, TOO_LONG = "empty_answers", "prompt_too_long"
+"""Keys of a record in answers/: how many answers it lacks, and whether it could not be asked."""
+
+
+@dataclass
+class ModelOptions:
+    """A model under `models:`. It has one of the first three keys."""
+
+    checkpointer: Component | None = None  # samples here
+    server: ServerOptions | None = None  # a vLLM server samples
+    answers: str | None = None  # SteerLM2 records with its answers
+    use_labels: bool = True  # false: it is asked without the label
+    model: Component | None = None  # this and the following: null, what the whole config says
+    tokenizer: Component | None = None
+    template: Component | None = None
+
+
+@dataclass
+class AttributeModelOptions:
+    """The `attribute_model:` section. It has one of the first two keys."""
+
+    checkpointer: Component | None = None
+    server: ServerOptions | None = None  # started with --runner pooling
+    model: Component | None = None  # this and the following: null, what the whole config says
+    tokenizer: Component | None = None
+    template: Component | None = None
 
 
 @dataclass
@@ -39,97 +131,591 @@ class EvaluateConfig:
     """Every key of the recipe, with its default."""
 
     output_dir: str
-    models: dict[str, str] = field(default_factory=dict)  # NAME: its answers, SteerLM2 records
+    tokenizer: Component
+    model: Component
+    template: Component = field(
+        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+    )
+    models: dict[str, ModelOptions] = field(default_factory=dict)  # by the names of the report
+    baseline: str | None = None  # the model that the others are compared with
     schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
-    exact_scorer: Component | None = None  # text -> {attribute: score}; none: stored `scores`
+
+    prompts: str | None = None  # for models that are sampled: conversations or SteerLM2 records
+    label: LabelOptions = field(default_factory=LabelOptions)
+    max_prompts: int | None = None  # the first so many; none: all
+    n: int = 10  # answers to a prompt with a label
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 1024  # the stop token among them; a longer answer is cut off
+
+    exact_scorer: Component | None = None  # text -> {attribute: score}
+    attribute_model: AttributeModelOptions | None = None  # where neither is given: stored `scores`
+    exact_kl: Component | None = None  # e.g. steerlm2.training.exact_kl.grammar_metrics
     metric_logger: Component | None = None
+
+    max_seq_len: int = 4096  # a prompt that leaves no room for max_new_tokens isn't asked
+    max_cache_tokens: int = 65536  # prompts with all their answers that are sampled together
+    max_tokens_per_microbatch: int = 4096  # of the attribute model, and of exact_kl
+    records_per_write: int = 128  # a stopped run repeats at most so many
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cuda"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+
+    def sampled(self) -> dict[str, ModelOptions]:
+        """The models that answer now."""
+        return {name: model for name, model in self.models.items() if model.answers is None}
 
     def problems(self) -> list[str]:
         """What is wrong between keys that are right by themselves."""
+        found = [
+            f"'{name}' must be at least 1, got {getattr(self, name)}"
+            for name in (
+                *("max_prompts", "n", "max_new_tokens", "max_seq_len", "max_cache_tokens"),
+                *("max_tokens_per_microbatch", "records_per_write"),
+            )
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if self.baseline is not None and self.baseline not in self.models:
+            found.append(f"'baseline' must be one of 'models' ({', '.join(self.models)}), got "
+                         f"{self.baseline}")  # fmt: skip
+        found += self._model_problems()
+        found += self._scorer_problems()
         try:
-            as_schema(self.schema)
+            schema = as_schema(self.schema)
         except (ValueError, TypeError) as error:
-            return [f"'schema': {error}"]
-        return []
+            return [*found, f"'schema': {error}"]
+        if self.sampled():
+            if self.prompts is None:
+                found.append("'prompts' is missing: the file of what the models are asked")
+            if self.label.kind == "none":
+                found.append("'label.kind' none asks for nothing; a model without labels has "
+                             "use_labels=false")  # fmt: skip
+            found += self.label.problems(schema)
+            found += sampling_problems(
+                n=self.n,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                max_new_tokens=self.max_new_tokens,
+                max_seq_len=self.max_seq_len,
+            )
+        return found
+
+    def _model_problems(self) -> Iterator[str]:
+        for name, options in self.models.items():
+            if re.fullmatch(r"[\w-][\w.-]*", name) is None:
+                yield f"'models.{name}': letters, digits, '_', '-' and '.' make a name"
+            if one := _not_one_of(options, "checkpointer", "server", "answers"):
+                yield f"'models.{name}' {one}"
+            if options.server is not None:
+                yield from options.server.problems(f"models.{name}.server")
+
+    def _scorer_problems(self) -> Iterator[str]:
+        scorer = self.attribute_model
+        if scorer is not None and self.exact_scorer is not None:
+            yield "'exact_scorer' and 'attribute_model' are both given: set one of them to null"
+        if scorer is not None and (one := _not_one_of(scorer, "checkpointer", "server")):
+            yield f"'attribute_model' {one}"
+        if scorer is not None and scorer.server is not None:
+            yield from scorer.server.problems("attribute_model.server")
+        if scorer is None and self.exact_scorer is None and self.sampled():
+            yield (
+                f"nothing scores the answers of {', '.join(self.sampled())}: add "
+                "'attribute_model' or 'exact_scorer'"
+            )
+        if self.exact_kl is not None and not any(m.checkpointer for m in self.models.values()):
+            yield "'exact_kl' is of models with a 'checkpointer': there is none"
+
+
+def _not_one_of(options: object, *keys: str) -> str | None:
+    given = [key for key in keys if getattr(options, key) is not None]
+    if len(given) == 1:
+        return None
+    return f"needs one of {', '.join(keys)}, got {' and '.join(given) or 'none'}"
 
 
 class EvaluateRecipe:
-    """The run: evaluate -> report."""
+    """The run: setup -> sample -> score -> report."""
 
     def __init__(self, cfg: EvaluateConfig) -> None:
+        if not cfg.models:
+            raise ValueError(
+                "'models' is empty: add models.NAME.checkpointer, models.NAME.server.url or "
+                "models.NAME.answers=FILE"
+            )
         self.cfg = cfg
         self.schema = as_schema(cfg.schema)
         self.output_dir = Path(cfg.output_dir)
+        checkpointers = [model.checkpointer for model in cfg.models.values()]
+        if cfg.attribute_model is not None:
+            checkpointers.append(cfg.attribute_model.checkpointer)
+        self.world = init_world(cfg.device if any(checkpointers) else "cpu")
+        self.exact_metrics: dict[str, dict[str, float]] = {}
 
-    def evaluate(self) -> dict[str, SteeringResult]:
-        """The result of every model, in the order of the config."""
-        if not self.cfg.models:
-            raise ValueError("'models' is empty: add models.NAME=FILE, its answers with `scores`")
-        return {
-            name: self._result(file, read_records(file, require=(), min_responses=1))
-            for name, file in self.cfg.models.items()
+    def setup(self) -> None:
+        """Find out now what could be wrong after hours."""
+        cfg, world = self.cfg, self.world
+        world.on_main(lambda: make_output_dir(self.output_dir))
+        check_shared(self.output_dir, world)
+        self.logger = world.on_main(lambda: cfg.metric_logger and instantiate(cfg.metric_logger))
+        self.files = {
+            name: Path(model.answers or self.output_dir / "answers" / f"{name}.jsonl")
+            for name, model in cfg.models.items()
         }
+        self.items = self._items(cfg.prompts) if cfg.prompts and cfg.sampled() else []
+        self.outputs = {name: self._answers_output(name) for name in cfg.sampled()}
+        for output in self.outputs.values():
+            world.on_main(output.check)
+        world.on_main(lambda: [self._records(file) for file in self._given_answers()])
 
-    def report(self, results: dict[str, SteeringResult]) -> None:
-        make_output_dir(self.output_dir)
-        plain = {name: dataclasses.asdict(result) for name, result in results.items()}
-        (self.output_dir / "steering.json").write_text(json.dumps(plain, indent=2) + "\n")
-        (self.output_dir / "steering.md").write_text(markdown(results))
-        (self.output_dir / "steering.html").write_text(html_page(results))
-        print(f"{markdown_table(metric_rows(results))}\n\nreport: {self.output_dir}/steering.html")
-        if self.cfg.metric_logger:
-            logger = instantiate(self.cfg.metric_logger)
-            logger.log_config(OmegaConf.create(to_plain(self.cfg)))
-            for name, result in results.items():
-                logger.log_dict({f"{name}/{k}": v for k, v in result.metrics.items()}, step=0)
-            logger.close()
+    def sample(self) -> None:
+        """Let the models answer, one after the other."""
+        for name, options in self.cfg.sampled().items():
+            self._sample(name, options)
+            free_memory()
 
-    def _result(self, file: str, records: list[Record]) -> SteeringResult:
-        requested_NA, scores_NA, words = [], [], []
+    def _sample(self, name: str, options: ModelOptions) -> None:
+        cfg, world, output = self.cfg, self.world, self.outputs[name]
+        done = world.from_main(world.on_main(lambda: output.begin(len(self.items))) or 0)
+        tokenizer = instantiate(options.tokenizer or cfg.tokenizer)
+        template = instantiate(options.template or cfg.template)
+        decoder = None
+        if options.checkpointer and (cfg.exact_kl or done < len(self.items)):
+            decoder = self._decoder(name, options, tokenizer)
+            if cfg.exact_kl:
+                self.exact_metrics[name] = instantiate(
+                    cfg.exact_kl,
+                    model_scorer(
+                        decoder, world, max_tokens_per_microbatch=cfg.max_tokens_per_microbatch
+                    ),
+                    tokenizer,
+                    template,
+                    show_labels=options.use_labels,
+                )
+        if done == len(self.items):
+            return
+        engine = self._engine(name, options, decoder, tokenizer, template)
+        bar = self._bar(f"{name} answers", len(self.items), done)
+        for start in range(done, len(self.items), cfg.records_per_write):
+            chosen = self.items[start : start + cfg.records_per_write]
+            requests = {
+                place: Request(prompt, item.seed)
+                for place, item in enumerate(chosen)
+                for prompt in [item.encode(template, tokenizer, show_labels=options.use_labels)]
+                if len(prompt) + cfg.max_new_tokens <= cfg.max_seq_len
+            }
+            samples = sample_everywhere(engine, requests, world)
+            if world.is_main:
+                output.append(
+                    json_line(record_to_json(answered(item, samples.get(i), template, tokenizer)))
+                    for i, item in enumerate(chosen)
+                )
+            bar.update(len(chosen))
+        bar.close()
+        engine.close()
+        world.on_main(output.finish)
+
+    def score(self) -> None:
+        """Give the answers of all models their `scores`, if they aren't to have them already."""
+        cfg, world = self.cfg, self.world
+        world.barrier()  # the files of answers are there
+        for name, file in self.files.items():
+            if cfg.exact_scorer is not None:
+                # Never taken over from an earlier run: a function of one's own is soon edited.
+                self.files[name] = self.output_dir / "scored_exactly" / f"{name}.jsonl"
+                world.on_main(functools.partial(self._count, file, self.files[name]))
+            elif cfg.attribute_model is not None:
+                self.files[name] = self.output_dir / "scored" / f"{name}.jsonl"
+                self._score(name, file, cfg.attribute_model)
+
+    def _score(self, name: str, file: Path, options: AttributeModelOptions) -> None:
+        cfg, world = self.cfg, self.world
+        output = self._scores_output(name, file, options)
+        world.on_main(output.check)
+        records = self._records(file)
+        done = world.from_main(world.on_main(lambda: output.begin(len(records))) or 0)
+        bar = self._bar(f"{name} scores", len(records), done)
+        for start in range(done, len(records), cfg.records_per_write):
+            chosen = records[start : start + cfg.records_per_write]
+            scored = self._scored(chosen)
+            if world.is_main:
+                output.append(json_line(record_to_json(record)) for record in scored)
+            bar.update(len(chosen))
+        bar.close()
+        world.on_main(output.finish)
+
+    def report(self) -> None:
+        """Write the report; print its first table."""
+        if self.world.is_main:
+            results = self._results()
+            write_report(results, self.output_dir)
+            tqdm.write(f"{markdown_table(metric_rows(results))}\n")
+            tqdm.write(f"report: {self.output_dir}/steering.html")
+            if self.logger:
+                self.logger.log_config(OmegaConf.create(to_plain(self.cfg)))
+                for name, result in results.items():
+                    metrics = {f"{name}/{key}": value for key, value in result.metrics.items()}
+                    self.logger.log_dict(metrics, step=0)
+                if isinstance(self.logger, WandBLogger):
+                    log_to_wandb(results)
+                self.logger.close()
+        close_world()
+
+    # What follows is small print that the methods above call by name.
+
+    def _items(self, source: str) -> list[Item]:
+        """The prompts with the labels that are asked for.
+
+        Raises:
+            ValueError: naming the labels that the schema doesn't have.
+        """
+        cfg = self.cfg
+        prompts = read_prompts(source, cfg.max_prompts)
+        items = with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=source)
+        problems: dict[str, None] = {}
+        for item in items:
+            try:
+                parse_label(str(item.label), self.schema)
+            except ValueError as error:
+                problems[f"{source}: {error}"] = None
+        if problems:
+            raise ValueError("\n".join(first_of(list(problems))))
+        return items
+
+    def _given_answers(self) -> list[Path]:
+        return [Path(m.answers) for m in self.cfg.models.values() if m.answers is not None]
+
+    def _answers_output(self, name: str) -> ResumableOutput:
+        cfg, options = self.cfg, self.cfg.models[name]
+        plain = to_plain(cfg)
+        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_ANSWERS}
+        settings |= self._model_settings(f"models.{name}", options)
+        settings["use_labels"] = options.use_labels
+        if cfg.label.file is not None:
+            settings["labels_sha256"] = file_digest(cfg.label.file)
+        return ResumableOutput(
+            self.files[name],
+            input_file=str(cfg.prompts),
+            settings=settings,
+            slice_size=cfg.records_per_write,
+        )
+
+    def _scores_output(
+        self, name: str, answers: Path, options: AttributeModelOptions
+    ) -> ResumableOutput:
+        plain = to_plain(self.cfg)
+        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
+        return ResumableOutput(
+            self.files[name],
+            input_file=answers,
+            settings=settings | self._model_settings("attribute_model", options),
+            slice_size=self.cfg.records_per_write,
+        )
+
+    def _model_settings(
+        self, where: str, options: ModelOptions | AttributeModelOptions
+    ) -> dict[str, Any]:
+        """Another model's lines don't get into one file, nor those of one that has been trained
+        again; the same model may be served elsewhere when a stopped run continues."""
+        cfg = self.cfg
+        settings: dict[str, Any] = {
+            "model": options.model or cfg.model,
+            "tokenizer": options.tokenizer or cfg.tokenizer,
+            "template": options.template or cfg.template,
+            "server": options.server and {"model": options.server.model},
+            "checkpointer": options.checkpointer,
+        }
+        if options.checkpointer is not None and "checkpoint_dir" in options.checkpointer:
+            folder = options.checkpointer["checkpoint_dir"]
+            with said_of(where):
+                digest = self.world.on_main(lambda: weights_digest(folder))
+            settings["weights"] = self.world.from_main(digest)
+        return settings
+
+    def _decoder(
+        self, name: str, options: ModelOptions, tokenizer: Tokenizer
+    ) -> TransformerDecoder:
+        cfg = self.cfg
+        with said_of(f"models.{name}"):
+            return load_whole_decoder(
+                options.model or cfg.model,
+                options.checkpointer,
+                tokenizer,
+                self.world,
+                dtype=DTYPES[cfg.dtype],
+                max_seq_len=cfg.max_seq_len,
+                seed=cfg.seed,
+                compile=cfg.compile,
+            )
+
+    def _engine(
+        self,
+        name: str,
+        options: ModelOptions,
+        decoder: TransformerDecoder | None,
+        tokenizer: Tokenizer,
+        template: Template,
+    ) -> Engine:
+        cfg = self.cfg
+        settings = sampling_settings(
+            template,
+            tokenizer,
+            decoder.tok_embeddings.num_embeddings if decoder is not None else 0,
+            n=cfg.n,
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            max_new_tokens=cfg.max_new_tokens,
+        )
+        if decoder is not None:
+            return LocalEngine(decoder, settings, max_cache_tokens=cfg.max_cache_tokens)
+        assert options.server is not None
+        # Every process asks for its share.
+        concurrency = max(1, options.server.concurrency // self.world.size)
+        server = dataclasses.replace(options.server, concurrency=concurrency)
+        with said_of(f"models.{name}"):
+            return open_server(server, settings, tokenizer, cfg.max_seq_len)
+
+    def _records(self, file: Path) -> list[Record]:
+        """A file of answers.
+
+        Raises:
+            ValueError: naming the records whose labels don't ask for attributes of the schema, or
+                whose answers lack scores where nothing else scores them.
+        """
+        cfg = self.cfg
+        records = read_records(file, require=(), min_responses=0)
+        stored = cfg.exact_scorer is None and cfg.attribute_model is None
         problems = []
         for number, record in enumerate(records, start=1):
             try:
-                wanted = parse_label(record.label or "", self.schema)
-                requested = [float(wanted.get(name, NOT_LABELLED)) for name in self.schema.names]
-                scored = [self._scores(response) for response in record.responses]
+                parse_label(record.label or "", self.schema)
+                for response in record.responses if stored else []:
+                    self._check_scores(response.scores or {})
             except ValueError as error:
                 problems.append(f"{file}, record {number}: {error}")
-                continue
-            scores_NA += scored
-            requested_NA += [requested] * len(scored)
-            words += [len(response.value.split()) for response in record.responses]
         if problems:
             raise ValueError("\n".join(first_of(problems)))
-        lengths = {
-            "mean": float(np.mean(words)),
-            "median": float(np.median(words)),
-            "90th percentile": float(np.percentile(words, 90)),
-        }
-        return SteeringResult(
-            steering_metrics(scores_NA, requested_NA, self.schema),
-            steering_curve(scores_NA, requested_NA, self.schema),
-            cross_talk(scores_NA, requested_NA, self.schema),
-            lengths,
-            len(words),
-        )
+        if not any(record.responses for record in records):
+            raise ValueError(f"{file} has no answers")
+        return records
 
-    def _scores(self, response: Response) -> list[float]:
-        """Of all attributes, in the order of the schema."""
-        scores = response.scores or {}
-        if self.cfg.exact_scorer:
-            scores = instantiate(self.cfg.exact_scorer, response.value)
+    def _check_scores(self, scores: dict[str, float]) -> None:
         if lacking := [name for name in self.schema.names if name not in scores]:
             raise ValueError(
-                f"a response has no score for {', '.join(lacking)}: annotate_attributes adds them, "
-                "or set schema.names"
+                f"a response has no score for {', '.join(lacking)}: give an attribute_model or an "
+                "exact_scorer, or set schema.names"
             )
-        return [float(scores[name]) for name in self.schema.names]
+        if not all(math.isfinite(scores[name]) for name in self.schema.names):
+            raise ValueError(f"the scores of a response are not finite: {scores}")
+
+    def _count(self, answers: Path, scored: Path) -> None:
+        """A file of answers with the exact scorer's `scores`."""
+        scorer, found = self.cfg.exact_scorer, []
+        assert scorer is not None
+        for record in self._records(answers):
+            scores = [instantiate(scorer, answer.value) for answer in record.responses]
+            for own in scores:
+                self._check_scores(own)
+            found.append(with_scores(record, scores))
+        write_records(scored, found)
+
+    def _scored(self, records: Sequence[Record]) -> list[Record]:
+        """The records with scores of the attribute model."""
+        tokenizer, template = self._attribute_tokens
+        texts = [[answer.value for answer in record.responses] for record in records]
+        groups = [
+            group
+            for record, own in zip(records, texts, strict=True)
+            if own
+            for group in groups_for_scoring(
+                template,
+                tokenizer,
+                record.system,
+                record.prompt_turns,
+                own,
+                max_seq_len=self.cfg.max_seq_len,
+            )[0]
+        ]
+        model = self._attribute_model
+        if isinstance(model, ClassifyClient):
+            tokens = [[*group.prompt, *text] for group in groups for text in group.responses]
+            rows = iter(self.world.on_main(lambda: model.classify(tokens)) or [])
+            if not self.world.is_main:
+                return []
+        else:
+            rows = (row for group in model.score(groups) for row in group)
+        scored = []
+        for record, own in zip(records, texts, strict=True):
+            scores = [dict(zip(self.schema.names, next(rows), strict=True)) for _ in own]
+            for each in scores:
+                self._check_scores(each)
+            scored.append(with_scores(record, scores))
+        return scored
+
+    @functools.cached_property
+    def _attribute_tokens(self) -> tuple[Tokenizer, Template]:
+        cfg, options = self.cfg, self.cfg.attribute_model
+        assert options is not None
+        tokenizer = instantiate(options.tokenizer or cfg.tokenizer)
+        return tokenizer, instantiate(options.template or cfg.template)
+
+    @functools.cached_property
+    def _attribute_model(self) -> AttributeModel | ClassifyClient:
+        """Loaded, or connected, when the first answer is scored."""
+        cfg, options = self.cfg, self.cfg.attribute_model
+        assert options is not None
+        tokenizer, template = self._attribute_tokens
+        with said_of("attribute_model"):
+            if options.server is not None:
+                more = dataclasses.asdict(options.server)
+                client = ClassifyClient(more.pop("url"), self.schema.names, **more)
+                self.world.on_main(lambda: client.connect(cfg.max_seq_len))
+                return client
+            return load_attribute_model(
+                options.model or cfg.model,
+                options.checkpointer,
+                tokenizer,
+                template,
+                self.schema,
+                self.world,
+                max_seq_len=cfg.max_seq_len,
+                max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
+                dtype=DTYPES[cfg.dtype],
+                seed=cfg.seed,
+                compile=cfg.compile,
+            )
+
+    def _results(self) -> dict[str, SteeringResult]:
+        """Of every model, in the order of the config, each compared with the baseline."""
+        cfg = self.cfg
+        records = {name: self._records(file) for name, file in self.files.items()}
+        results = {name: self._result(name, own) for name, own in records.items()}
+        if cfg.baseline is None:
+            return results
+        theirs = results[cfg.baseline].metrics
+        for name, result in results.items():
+            if name == cfg.baseline:
+                continue
+            result.baseline = cfg.baseline
+            result.change = {
+                key: value - theirs[key]
+                for key, value in result.metrics.items()
+                if key in theirs and key not in NOT_COMPARED
+            }
+            # Of the same requests the differences vary less than either.
+            if requests_of(records[name]) == requests_of(records[cfg.baseline]):
+                ours, base = self._errors(records[name]), self._errors(records[cfg.baseline])
+                both = [ours[i] - base[i] for i in ours.keys() & base.keys()]
+                if len(both) > 1:
+                    change = {"steering_mae": result.change.pop("steering_mae")}
+                    result.change = change | {STANDARD_ERROR: standard_error(both)} | result.change
+        return results
+
+    def _result(self, name: str, records: list[Record]) -> SteeringResult:
+        answers = [answer for record in records for answer in record.responses]
+        words = [len(answer.value.split()) for answer in answers]
+        scores_NA, requested_NA, _ = self._scores_and_requests(records)
+        metrics = steering_metrics(scores_NA, requested_NA, self.schema)
+        errors = list(self._errors(records).values())
+        if len(errors) > 1:
+            error = {"steering_mae": metrics.pop("steering_mae")}
+            metrics = error | {STANDARD_ERROR: standard_error(errors)} | metrics
+        metrics |= self.exact_metrics.get(name, {})
+        metrics |= {
+            "words_mean": float(np.mean(words)),
+            "words_median": float(np.median(words)),
+            "words_p90": float(np.percentile(words, 90)),
+            "answers": len(answers),
+        }
+        reasons = [a.extra["finish_reason"] for a in answers if "finish_reason" in a.extra]
+        if reasons:
+            empty = sum(record.extra.get(EMPTY, 0) for record in records)
+            metrics["truncated"] = sum(reason != STOP for reason in reasons) / len(reasons)
+            metrics["empty"] = empty / (len(answers) + empty)
+        if left_out := sum(record.extra.get(TOO_LONG, False) for record in records):
+            metrics["left_out"] = left_out
+        return SteeringResult(
+            metrics,
+            steering_curve(scores_NA, requested_NA, self.schema),
+            cross_talk(scores_NA, requested_NA, self.schema),
+        )
+
+    def _errors(self, records: list[Record]) -> dict[int, float]:
+        return errors_by_request(*self._scores_and_requests(records))
+
+    def _scores_and_requests(
+        self, records: list[Record]
+    ) -> tuple[list[list[float]], list[list[float]], list[int]]:
+        """Of every answer its scores, what was asked for, and the place of its record."""
+        names = self.schema.names
+        scores_NA, requested_NA, place_N = [], [], []
+        for place, record in enumerate(records):
+            wanted = parse_label(str(record.label), self.schema)
+            for answer in record.responses:
+                scores = answer.scores or {}
+                scores_NA.append([float(scores[name]) for name in names])
+                requested_NA.append([float(wanted.get(name, NOT_LABELLED)) for name in names])
+                place_N.append(place)
+        return scores_NA, requested_NA, place_N
+
+    def _bar(self, text: str, total: int, done: int) -> tqdm:
+        hidden = not self.world.is_main
+        return tqdm(desc=text, total=total, initial=done, disable=hidden, unit="group")
+
+
+def answered(
+    item: Item, samples: Sequence[Sample] | None, template: Template, tokenizer: Tokenizer
+) -> Record:
+    """All answers but those without text; None: the prompt was too long."""
+    extra = dict(item.prompt.extra)
+    answers = [answer_of(sample, template, tokenizer)[0] for sample in samples or []]
+    if samples is None:
+        extra[TOO_LONG] = True
+    if empty := sum(not answer.value.strip() for answer in answers):
+        extra[EMPTY] = empty
+    kept = [answer for answer in answers if answer.value.strip()]
+    return Record(item.prompt.system, item.prompt.turns, item.label, kept, extra)
+
+
+def with_scores(record: Record, scores: Sequence[dict[str, float]]) -> Record:
+    answers = [
+        dataclasses.replace(answer, scores=own)
+        for answer, own in zip(record.responses, scores, strict=True)
+    ]
+    return dataclasses.replace(record, responses=answers)
+
+
+def requests_of(records: Sequence[Record]) -> list[tuple[Any, ...]]:
+    """What was asked, record by record."""
+    return [
+        (r.system, [(turn.role, turn.value) for turn in r.prompt_turns], r.label) for r in records
+    ]
+
+
+@contextlib.contextmanager
+def said_of(where: str) -> Iterator[None]:
+    """Say in an error's message what part of the config it comes from."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def free_memory() -> None:
+    """A decoder refers to itself, so that it outlives its last use until the garbage is collected;
+    the next model needs its room on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @recipe_main(EvaluateConfig)
 def main(cfg: EvaluateConfig) -> None:
     recipe = EvaluateRecipe(cfg)
-    recipe.report(recipe.evaluate())
+    recipe.setup()
+    recipe.sample()
+    recipe.score()
+    recipe.report()
 
 
 if __name__ == "__main__":

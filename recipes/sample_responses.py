@@ -22,50 +22,33 @@ that was stopped continues where it was; the output is in input order.
 from __future__ import annotations
 
 import collections
-import hashlib
 import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from steerlm2.attributes import as_schema, encode_label, parse_label
-from steerlm2.data.prompts import (
-    DrawLabel,
-    Prompt,
-    draw_labels,
-    labels_in,
-    labels_like,
-    read_prompts,
-    uniform_labels,
-)
+from steerlm2.attributes import as_schema
+from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import Record, Response, json_line, record_to_json
-from steerlm2.data.templates import encode_prompt, encode_response
-from steerlm2.generation.engines import (
-    STOP,
-    Engine,
-    Request,
-    Sample,
-    SamplingSettings,
-    forbidden_ids,
-    request_seed,
-    response_end,
+from steerlm2.generation.answers import (
+    Item,
+    answer_of,
+    file_digest,
+    load_whole_decoder,
+    open_server,
+    sample_everywhere,
+    sampling_settings,
+    with_labels,
 )
+from steerlm2.generation.engines import STOP, Engine, Request, Sample, SamplingSettings
 from steerlm2.generation.local import LocalEngine
-from steerlm2.generation.openai import CompletionsEngine
-from steerlm2.models.llama import unsupported_parts
-from steerlm2.training.checkpoint import (
-    check_context,
-    check_vocabulary,
-    load_weights,
-    open_checkpointer,
-)
+from steerlm2.generation.options import LabelOptions, ServerOptions, sampling_problems
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
 from steerlm2.training.distributed import DTYPES, World, close_world, init_world
 from steerlm2.training.resumable import ResumableOutput
@@ -90,28 +73,6 @@ SETTINGS_THAT_CHANGE_RESPONSES = (
     "seed",
     "dtype",
 )
-
-
-@dataclass
-class LabelOptions:
-    """The `label:` section."""
-
-    kind: Literal["record", "fixed", "uniform", "empirical", "none"] = "record"
-    value: str | None = None  # of kind fixed
-    attributes: list[str] | None = None  # of kind uniform
-    file: str | None = None  # of kind empirical: conversations or SteerLM2 records
-    labels_per_prompt: int = 1  # of kinds uniform and empirical, all different
-
-
-@dataclass
-class ServerOptions:
-    """The `server:` section."""
-
-    url: str
-    model: str | None = None  # as the server names it; none: its first one
-    concurrency: int = 64  # requests at a time, each of n responses
-    timeout: float = 600.0  # seconds for an answer
-    retries: int = 5  # of a request, with pauses of 0.5 s, 1 s, 2 s, ...
 
 
 @dataclass
@@ -158,28 +119,22 @@ class SampleConfig:
                 *("max_seq_len", "max_cache_tokens", "records_per_write"),
             )
         }
-        positive["label.labels_per_prompt"] = self.label.labels_per_prompt
-        if self.server is not None:
-            positive["server.concurrency"] = self.server.concurrency
         found = [
             f"'{name}' must be at least 1, got {value}"
             for name, value in positive.items()
             if value is not None and value < 1
         ]
-        if self.server is not None and self.server.retries < 0:
-            found.append(f"'server.retries' must be at least 0, got {self.server.retries}")
-        if self.server is not None and self.server.timeout <= 0:
-            found.append(f"'server.timeout' must be above 0, got {self.server.timeout}")
-        if self.temperature < 0:
-            found.append(f"'temperature' must be at least 0, got {self.temperature}")
-        if self.temperature == 0 and self.n > 1:
-            found.append("'temperature' is 0: all responses of a prompt would be the same; set n=1")
-        if not 0 < self.top_p <= 1:
-            found.append(f"'top_p' must be above 0 and at most 1, got {self.top_p}")
+        if self.server is not None:
+            found += self.server.problems()
+        found += sampling_problems(
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+            max_seq_len=self.max_seq_len,
+        )
         if self.min_new_tokens > self.max_new_tokens:
             found.append("'min_new_tokens' must be at most 'max_new_tokens'")
-        if self.max_new_tokens >= self.max_seq_len:
-            found.append("'max_new_tokens' must be below 'max_seq_len': a prompt has tokens too")
         if self.min_responses > self.n:
             found.append(f"'min_responses' must be at most 'n' ({self.n})")
         if self.tensor_parallel_dim != 1:
@@ -187,49 +142,15 @@ class SampleConfig:
                 "'tensor_parallel_dim' must be 1: every process holds the whole model; for a "
                 "larger one start a vLLM server and give server.url"
             )
-        found += self._label_problems()
+        try:
+            found += self.label.problems(as_schema(self.schema))
+        except (ValueError, TypeError) as error:
+            found.append(f"'schema': {error}")
         if Path(self.input).absolute() == Path(self.output).absolute():
             found.append("'output' must be another file than 'input'")
         if Path(self.output).suffix == ".gz":
             found.append("'output' can't be compressed: it is appended to; give a .jsonl name")
         return found
-
-    def _label_problems(self) -> list[str]:
-        label = self.label
-        try:
-            schema = as_schema(self.schema)
-        except (ValueError, TypeError) as error:
-            return [f"'schema': {error}"]
-        found = []
-        for kind, key in (("fixed", "value"), ("uniform", "attributes"), ("empirical", "file")):
-            given = getattr(label, key)
-            if label.kind == kind and not given:
-                found.append(f"'label.{key}' is missing: 'label.kind' is {kind}")
-            if label.kind != kind and given:
-                found.append(f"'label.{key}' is for 'label.kind' {kind}, not {label.kind}")
-        if label.labels_per_prompt > 1 and label.kind not in ("uniform", "empirical"):
-            found.append(f"'label.kind' {label.kind} has one label a prompt: set "
-                         "label.labels_per_prompt=1")  # fmt: skip
-        try:
-            if label.value:
-                parse_label(label.value, schema)
-            if label.attributes:
-                encode_label(dict.fromkeys(label.attributes, schema.min_value), schema)
-        except ValueError as error:
-            found.append(f"'label': {error}")
-        if label.kind == "uniform" and label.attributes:
-            grid = (schema.max_value - schema.min_value + 1) ** len(set(label.attributes))
-            if label.labels_per_prompt > grid:
-                found.append(f"'label.labels_per_prompt': there are only {grid} labels")
-        return found
-
-
-class Item(NamedTuple):
-    """A prompt with one of its labels: a record of the output."""
-
-    prompt: Prompt
-    label: str | None
-    seed: int
 
 
 class SampleRecipe:
@@ -250,7 +171,7 @@ class SampleRecipe:
         settings["server"] = cfg.server and {"model": cfg.server.model}
         if cfg.label.file is not None:
             settings["labels_sha256"] = self.world.from_main(
-                self.world.on_main(lambda: digest(cfg.label.file))
+                self.world.on_main(lambda: file_digest(str(cfg.label.file)))
             )
         self.output = ResumableOutput(
             cfg.output,
@@ -262,14 +183,14 @@ class SampleRecipe:
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
         world.on_main(self.output.check)
-        self.items = self._items(read_prompts(cfg.input, cfg.max_prompts))
+        prompts = read_prompts(cfg.input, cfg.max_prompts)
+        self.items = with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=cfg.input)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
-        self.end_of_turn, stop_id = response_end(self.template, self.tokenizer)
         num_items = len(self.items)
         self.done = world.from_main(world.on_main(lambda: self.output.begin(num_items)) or 0)
         if self.done < num_items:
-            self.engine = self._server(stop_id) if cfg.server else self._local(stop_id)
+            self.engine = self._server(cfg.server) if cfg.server else self._local()
 
     def sample(self) -> None:
         """Sample and append a slice of the items at a time; at the end the file gets its name."""
@@ -283,10 +204,10 @@ class SampleRecipe:
             requests = {
                 place: Request(prompt, item.seed)
                 for place, item in enumerate(chosen)
-                for prompt in [self._encode(item)]
+                for prompt in [item.encode(self.template, self.tokenizer)]
                 if len(prompt) + cfg.max_new_tokens <= cfg.max_seq_len
             }
-            samples = self._sample(requests)
+            samples = sample_everywhere(self.engine, requests, world)
             num_tokens += sum(len(sample.tokens) for own in samples.values() for sample in own)
             if world.is_main:
                 self.output.append(
@@ -303,98 +224,35 @@ class SampleRecipe:
 
     # What follows is small print that the methods above call by name.
 
-    def _items(self, prompts: Sequence[Prompt]) -> list[Item]:
-        """Every prompt with its labels.
-
-        Raises:
-            ValueError: where prompts have no label of their own, though they should, or the labels
-                to draw from are too few or none of the schema's.
-        """
-        cfg, options = self.cfg, self.cfg.label
-        draw: DrawLabel | None = None
-        if options.kind == "uniform":
-            draw = uniform_labels(options.attributes or [], self.schema)
-        elif options.kind == "empirical":
-            known = labels_in(str(options.file))
-            if len(set(known)) < options.labels_per_prompt:
-                raise ValueError(
-                    f"label.labels_per_prompt is {options.labels_per_prompt}, but {options.file} "
-                    f"has only {len(set(known))} different labels"
-                )
-            draw = labels_like(known)
-        lacking = [i for i, prompt in enumerate(prompts, start=1) if prompt.label is None]
-        if options.kind == "record" and lacking:
-            more = ", ..." if len(lacking) > 10 else ""
-            raise ValueError(
-                f"{cfg.input}: {len(lacking)} of {len(prompts)} prompts have no label of their own "
-                f"(number {', '.join(map(str, lacking[:10]))}{more}): choose another label.kind, "
-                "or label them with annotate_attributes"
-            )
-        items = []
-        for index, prompt in enumerate(prompts):
-            own: Sequence[str | None] = [prompt.label]
-            if draw is not None:
-                own = draw_labels(draw, options.labels_per_prompt, cfg.seed, index)
-            elif options.kind != "record":
-                own = [options.value]
-            items += [
-                Item(prompt, label, request_seed(cfg.seed, index, i)) for i, label in enumerate(own)
-            ]
-        return items
-
-    def _local(self, stop_id: int) -> Engine:
-        """The whole model, on every rank."""
-        cfg, world = self.cfg, self.world
-        with torch.device("meta"):
-            model = instantiate(cfg.model).to(DTYPES[cfg.dtype])
-        if problems := list(unsupported_parts(model)):
-            raise ValueError("; ".join(problems))
-        check_vocabulary(model, self.tokenizer)
-        check_context(model, cfg.max_seq_len)
-        checkpointer = world.on_main(
-            lambda: open_checkpointer(
-                cfg.checkpointer, model, self.tokenizer, seed=cfg.seed, output_dir=""
-            )
-        )
-        load_weights(model, checkpointer, world, seed=cfg.seed)
-        if cfg.compile:
-            for layer in model.layers:
-                layer.mlp.compile()
-        settings = self._settings(stop_id, model.tok_embeddings.num_embeddings)
-        return LocalEngine(model, settings, max_cache_tokens=cfg.max_cache_tokens)
-
-    def _server(self, stop_id: int) -> Engine:
-        assert self.cfg.server is not None
-        options = to_plain(self.cfg.server)
-        engine = CompletionsEngine(
-            options.pop("url"), self._settings(stop_id), self.tokenizer.encode, **options
-        )
-        engine.connect(self.cfg.max_seq_len)
-        return engine
-
-    def _settings(self, stop_id: int, num_embeddings: int = 0) -> SamplingSettings:
+    def _local(self) -> Engine:
         cfg = self.cfg
-        forbidden = forbidden_ids(self.template, self.tokenizer, num_embeddings)
-        return SamplingSettings(
-            cfg.n, cfg.temperature, cfg.top_p, cfg.max_new_tokens, stop_id, forbidden
+        decoder = load_whole_decoder(
+            cfg.model,
+            cfg.checkpointer,
+            self.tokenizer,
+            self.world,
+            dtype=DTYPES[cfg.dtype],
+            max_seq_len=cfg.max_seq_len,
+            seed=cfg.seed,
+            compile=cfg.compile,
         )
+        settings = self._settings(decoder.tok_embeddings.num_embeddings)
+        return LocalEngine(decoder, settings, max_cache_tokens=cfg.max_cache_tokens)
 
-    def _encode(self, item: Item) -> list[int]:
-        prompt = item.prompt
-        return encode_prompt(self.template, self.tokenizer, prompt.system, prompt.turns, item.label)
+    def _server(self, options: ServerOptions) -> Engine:
+        return open_server(options, self._settings(), self.tokenizer, self.cfg.max_seq_len)
 
-    def _sample(self, requests: dict[int, Request]) -> dict[int, list[Sample]]:
-        """The samples of all requests, on every rank; long and short prompts go to all ranks."""
-        world = self.world
-        order = sorted(requests, key=lambda place: len(requests[place].prompt))
-        mine = order[world.rank :: world.size]
-        own = self.engine.sample([requests[place] for place in mine])
-        samples = dict(zip(mine, own, strict=True))
-        if world.mesh is None:
-            return samples
-        everyones: list[dict[int, list[Sample]]] = [{}] * world.size
-        dist.all_gather_object(everyones, samples)
-        return {place: own for part in everyones for place, own in part.items()}
+    def _settings(self, num_embeddings: int = 0) -> SamplingSettings:
+        cfg = self.cfg
+        return sampling_settings(
+            self.template,
+            self.tokenizer,
+            num_embeddings,
+            n=cfg.n,
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            max_new_tokens=cfg.max_new_tokens,
+        )
 
     def _line(self, item: Item, samples: list[Sample] | None) -> bytes:
         """What becomes of an item: its record, if there is one, and what was counted."""
@@ -427,26 +285,19 @@ class SampleRecipe:
             counts["truncated"] += not complete
             if not complete and not cfg.keep_truncated:
                 continue
-            text = self.tokenizer.decode(sample.tokens[: -1 if complete else None])
-            if complete:
-                text = text.removesuffix(self.end_of_turn)
-            if not text.strip():
+            response, encoded_otherwise = answer_of(sample, self.template, self.tokenizer)
+            if not response.value.strip():
                 counts["empty"] += 1
                 continue
             if len(sample.tokens) < cfg.min_new_tokens:
                 counts["too_short"] += 1
                 continue
-            extra: dict[str, Any] = {"finish_reason": sample.finish_reason}
-            key = (text, sample.finish_reason, None if cfg.distinct else number)
+            key = (response.value, sample.finish_reason, None if cfg.distinct else number)
             if key in kept:
                 counts["duplicates"] += 1
                 continue
-            if complete:
-                same = encode_response(self.template, self.tokenizer, text) == sample.tokens
-                counts["encoded_otherwise"] += not same
-                if same and sample.log_prob is not None:
-                    extra["engine_log_q"] = sample.log_prob
-            kept[key] = Response(text, extra=extra)
+            counts["encoded_otherwise"] += encoded_otherwise
+            kept[key] = response
         return list(kept.values())
 
     def _finish(self, tokens_per_second: float | None) -> None:
@@ -482,13 +333,6 @@ class SampleRecipe:
                 "responses. Is it the model that was trained with this template, and is "
                 "max_new_tokens large enough? Remove the file to try again"
             )
-
-
-def digest(path: str | None) -> str:
-    """Of a file's content."""
-    assert path is not None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @recipe_main(SampleConfig)

@@ -119,11 +119,11 @@ def steering_metrics(
     requested_NA: Sequence[Sequence[float]],
     schema: AttributeSchema,
 ) -> dict[str, float]:
-    """How near answers come to what was asked for, by attribute and over all requested values.
+    """How near answers come to what was asked for, by attribute and over all of them.
 
-    `mae_NAME` is the mean |score - requested value|, `exact_NAME` the share of scores that round to
-    it, `pearson_NAME` their correlation; `steering_mae` and `steering_exact` are the means over all
-    values that were asked for.
+    `mae_NAME` is the mean |score - requested value|, `exact_match_NAME` the share of scores that
+    round to it, `pearson_NAME` their correlation; `steering_mae` and `steering_exact_match` are the
+    means over the attributes that were asked for.
 
     Args:
         scores_NA: of the answers, by the attribute model.
@@ -136,17 +136,41 @@ def steering_metrics(
     errors, hits = [], []
     for name, scores_N, requested_N in _labelled(scores_NA, requested_NA, schema):
         rounded_N = np.clip(np.rint(scores_N), schema.min_value, schema.max_value)
-        errors.append(np.abs(scores_N - requested_N))
-        hits.append(rounded_N == requested_N)
-        metrics[f"mae_{name}"] = float(errors[-1].mean())
-        metrics[f"exact_{name}"] = float(hits[-1].mean())
+        errors.append(float(np.abs(scores_N - requested_N).mean()))
+        hits.append(float((rounded_N == requested_N).mean()))
+        metrics[f"mae_{name}"] = errors[-1]
+        metrics[f"exact_match_{name}"] = hits[-1]
         if np.ptp(scores_N) > 0 and np.ptp(requested_N) > 0:
             metrics[f"pearson_{name}"] = float(pearsonr(scores_N, requested_N).statistic)
     if not errors:
         raise ValueError("no label names an attribute of the schema")
-    overall = {"steering_mae": errors, "steering_exact": hits}
-    means = {name: float(np.concatenate(each).mean()) for name, each in overall.items()}
-    return means | metrics
+    means = {"steering_mae": np.mean(errors), "steering_exact_match": np.mean(hits)}
+    return {name: float(mean) for name, mean in means.items()} | metrics
+
+
+def errors_by_request(
+    scores_NA: Sequence[Sequence[float]],
+    requested_NA: Sequence[Sequence[float]],
+    request_N: Sequence[int],
+) -> dict[int, float]:
+    """For every request, the mean |score - requested value| of its answers and attributes.
+
+    Args:
+        request_N: which request an answer belongs to; answers of one request are not independent.
+    """
+    requested = np.asarray(requested_NA, dtype=np.float64)
+    error_NA = np.abs(np.asarray(scores_NA, dtype=np.float64) - requested)
+    error_NA[requested == NOT_LABELLED] = np.nan
+    requests_N = np.asarray(request_N)
+    return {
+        int(request): float(np.nanmean(error_NA[requests_N == request]))
+        for request in np.unique(requests_N)
+    }
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; NaN of fewer than two."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def cross_talk(

@@ -15,9 +15,11 @@ from steerlm2.evaluation import (
     attribute_calibration,
     attribute_metrics,
     cross_talk,
+    errors_by_request,
     mean_baseline,
     preference_calibration,
     preference_metrics,
+    standard_error,
     steering_curve,
     steering_metrics,
     table_text,
@@ -210,13 +212,13 @@ PAIR = AttributeSchema(("humor", "verbosity"))
 
 def test_steering_metrics_by_hand() -> None:
     """humor: |1 - 0|, |3.4 - 3| = 1, 0.4; verbosity, asked for once: |2 - 4| = 2. Only 3.4 rounds
-    to what was asked for: 1 of 3 values."""
+    to what was asked for: half of humor, none of verbosity. Both attributes count the same."""
     metrics = steering_metrics([[1, 9], [3.4, 2]], [[0, NOT_LABELLED], [3, 4]], PAIR)
     assert metrics["mae_humor"] == pytest.approx(0.7)
     assert metrics["mae_verbosity"] == pytest.approx(2.0)
-    assert metrics["steering_mae"] == pytest.approx(3.4 / 3)
-    assert (metrics["exact_humor"], metrics["exact_verbosity"]) == (0.5, 0.0)
-    assert metrics["steering_exact"] == pytest.approx(1 / 3)
+    assert metrics["steering_mae"] == pytest.approx((0.7 + 2.0) / 2)
+    assert (metrics["exact_match_humor"], metrics["exact_match_verbosity"]) == (0.5, 0.0)
+    assert metrics["steering_exact_match"] == pytest.approx(0.25)
     assert metrics["pearson_humor"] == pytest.approx(1.0)
     assert "pearson_verbosity" not in metrics
 
@@ -224,6 +226,18 @@ def test_steering_metrics_by_hand() -> None:
 def test_steering_needs_something_asked_for() -> None:
     with pytest.raises(ValueError, match="no label names an attribute"):
         steering_metrics([[1, 2]], [[NOT_LABELLED, NOT_LABELLED]], PAIR)
+
+
+def test_errors_by_request_by_hand() -> None:
+    """Request 3: |1 - 0|, |2 - 4| and |3 - 3| (verbosity isn't asked for): 1; request 5: 0.5, 0."""
+    scores, requested = [[1, 2], [3, 9], [0.5, 4]], [[0, 4], [3, NOT_LABELLED], [0, 4]]
+    assert errors_by_request(scores, requested, [3, 3, 5]) == pytest.approx({3: 1.0, 5: 0.25})
+
+
+def test_standard_error_by_hand() -> None:
+    """Of 1, 2, 3: standard deviation 1, over the root of 3. One value has none."""
+    assert standard_error([1, 2, 3]) == pytest.approx(1 / math.sqrt(3))
+    assert math.isnan(standard_error([1]))
 
 
 def test_cross_talk_is_the_slope_with_the_other_attribute_held() -> None:

@@ -18,7 +18,15 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.attributes import parse_label
-from steerlm2.data.grammar import ATTRIBUTES, LABELS, SYSTEM_PROMPT, Pair, answers
+from steerlm2.data.grammar import (
+    ATTRIBUTES,
+    LABELS,
+    SYSTEM_PROMPT,
+    Pair,
+    Split,
+    answers,
+    grammar_pairs,
+)
 from steerlm2.data.packing import Group
 from steerlm2.data.records import USER, Turn
 from steerlm2.data.templates import Template, encode_prompt, encode_response
@@ -157,6 +165,20 @@ def exact_response_kl(
     kl = [_kl(answers(p).log_p_N, log_q_N) for p, log_q_N in zip(prompts, log_q, strict=True)]
     mass = [log_q_N.exp().sum() for log_q_N in log_q]
     return ExactResponseKL(list(prompts), torch.stack(kl), torch.stack(mass))
+
+
+def grammar_metrics(
+    score: Scorer,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    show_labels: bool = True,
+    split: Split = "validation",
+) -> dict[str, float]:
+    """`exact_kl` over a split's pairs, as metrics whose names begin with `exact_`: what
+    `exact_kl` of evaluate_steering asks for. Arguments as there."""
+    found = exact_kl(score, tokenizer, template, grammar_pairs(split), show_labels=show_labels)
+    return {f"exact_{name.removeprefix('exact_')}": v for name, v in found.summary().items()}
 
 
 def _kl(log_p_N: Tensor, log_q_N: Tensor) -> Tensor:
