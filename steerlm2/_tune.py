@@ -14,6 +14,11 @@ from types import ModuleType
 
 # Recipe NAME is the file recipes/NAME.py, config NAME is recipe_configs/NAME.yaml.
 RECIPES: dict[str, list[str]] = {
+    "steerlm2_pipeline": [
+        "tiny/quickstart",
+        "tiny/oasst_pipeline",
+        "llama3_1/70B_pipeline",
+    ],
     "prepare_data": [
         "data/oasst",
         "data/helpsteer",
@@ -22,6 +27,9 @@ RECIPES: dict[str, list[str]] = {
         "data/oasst_helpsteer",
         "data/conversations",
         "data/oasst_groups",
+        "data/best_of",
+        "data/grammar",
+        "data/grammar_prompts",
     ],
     "reward_distributed": [
         "tiny/reward",
@@ -45,6 +53,7 @@ RECIPES: dict[str, list[str]] = {
     ],
     "evaluate_steering": [
         "tiny/evaluate_steering",
+        "llama3_1/8B_evaluate_steering",
     ],
     "score_responses": [
         "tiny/score_responses",
@@ -70,7 +79,7 @@ RECIPES: dict[str, list[str]] = {
     ],
 }
 # `tune run` refuses torchrun's arguments for these.
-SINGLE_PROCESS_RECIPES = {"prepare_data", "serve_reward", "evaluate_steering"}
+SINGLE_PROCESS_RECIPES = {"prepare_data", "serve_reward", "steerlm2_pipeline"}
 
 
 def recipe_directories() -> tuple[Path, Path]:

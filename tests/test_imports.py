@@ -28,6 +28,7 @@ LEVELS = {
     "datasets": 3,
     "training": 4,
     "serving": 5,
+    "pipeline": 5,
     "generation": 6,
 }
 """A module imports from its own part of the package and from parts of lower levels."""

@@ -30,6 +30,8 @@ ConfigT = TypeVar("ConfigT")
 
 TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
 SECONDS_FOR_RANK_0 = 5.0
+CONFIG_CLASS = "config_class"
+"""Attribute of a recipe's `main`."""
 
 
 class Component(dict[str, Any]):
@@ -58,13 +60,17 @@ def load_config(
             values = typing.cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
         except OmegaConfBaseException as error:
             raise ValueError(f"the config has a broken interpolation: {error}") from error
-    problems: list[str] = []
-    config = _build_dataclass(config_class, dict(values), "", problems, namespace)
-    if not problems and hasattr(config, "problems"):
-        problems = config.problems()
+    config, problems = _checked(config_class, values, namespace)
     if problems:
         raise ValueError("the config has problems:\n  - " + "\n  - ".join(problems))
     return typing.cast(ConfigT, config)
+
+
+def config_problems(main: Callable[[], None], values: Mapping[str, Any]) -> list[str]:
+    """What `load_config` would say to the values of a recipe, given by its `main`; nothing where
+    that isn't made by `recipe_main`."""
+    config_class = getattr(main, CONFIG_CLASS, None)
+    return _checked(config_class, values, None)[1] if config_class is not None else []
 
 
 def instantiate(component: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +105,7 @@ def as_yaml(config: Any) -> str:
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as nested plain dicts (components included)."""
     return {
-        field.name: _plain(value)
+        _key(field): _plain(value)
         for field in dataclasses.fields(config)
         for value in [getattr(config, field.name)]
     }
@@ -129,6 +135,7 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                 print(_error_message(error), file=sys.stderr, flush=True)
                 sys.exit(1)
 
+        setattr(entry, CONFIG_CLASS, config_class)
         return entry
 
     return decorate
@@ -154,6 +161,16 @@ def _raised_by_us(error: BaseException) -> bool:
     return frame.f_globals["__name__"].split(".")[0] in ("steerlm2", "__main__")
 
 
+def _checked(
+    config_class: type, values: Mapping[str, Any], namespace: dict[str, Any] | None
+) -> tuple[Any, list[str]]:
+    problems: list[str] = []
+    config = _build_dataclass(config_class, dict(values), "", problems, namespace)
+    if not problems and hasattr(config, "problems"):
+        problems = config.problems()
+    return config, problems
+
+
 def _build_dataclass(
     cls: type,
     values: dict[str, Any],
@@ -162,20 +179,25 @@ def _build_dataclass(
     namespace: dict[str, Any] | None,
 ) -> Any:
     hints = typing.get_type_hints(cls, namespace if cls.__module__ == "__main__" else None)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {_key(field): field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
             problems.append(_unknown_key(where + str(key), str(key), list(fields)))
     arguments: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in values and values[name] != MISSING:
-            arguments[name] = _convert(values[name], hints[name], where + name, problems, namespace)
-        elif name in values or _is_required(field):
-            problems.append(
-                f"'{where}{name}' is missing: add {where}{name}=... to the command line"
+    for key, field in fields.items():
+        if key in values and values[key] != MISSING:
+            arguments[field.name] = _convert(
+                values[key], hints[field.name], where + key, problems, namespace
             )
-            arguments[name] = None
+        elif key in values or _is_required(field):
+            problems.append(f"'{where}{key}' is missing: add {where}{key}=... to the command line")
+            arguments[field.name] = None
     return cls(**arguments)
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    """A field's YAML key: its name, or its metadata's "key" where Python reserves the word."""
+    return str(field.metadata.get("key", field.name))
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

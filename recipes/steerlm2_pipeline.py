@@ -1,0 +1,324 @@
+"""The whole of SteerLM 2.0 in one command: every stage a `tune run` of its own recipe.
+
+    tune run steerlm2_pipeline --config tiny/quickstart
+    tune run steerlm2_pipeline --config llama3_1/70B_pipeline dry_run=true
+
+    prepare -> reward -> annotate -> SFT -> AC-SFT -> [sample -> score -> steerlm2] x iterations
+            -> evaluate
+
+The config names the stages, their recipes and configs, and what of these configs is set otherwise.
+In iteration k the answers are sampled from the model of iteration k-1, the first ones from the
+attribute-conditioned model.
+
+A stage writes into output_dir/STAGE, and what it prints into output_dir/logs/STAGE.log. A rerun
+skips what is complete; a stage that was stopped goes on; one whose config or input has changed is
+done again, and its earlier folder goes to output_dir/earlier. `only=` and `from=` choose stages,
+`dry_run=true` prints the commands, one a line, that a rerun would run.
+
+At the end output_dir has summary.json (every metric of the evaluation, model by model) and
+report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from torchtune.config._utils import _merge_yaml_and_cli_args
+
+from steerlm2.pipeline.plan import (
+    Stage,
+    StageOptions,
+    config_file,
+    find_recipe,
+    plan_stages,
+    recipe_file,
+    select,
+)
+from steerlm2.pipeline.state import (
+    PipelineState,
+    StageRecord,
+    files_in,
+    fingerprint,
+    inputs_of,
+    set_aside,
+)
+from steerlm2.report import html_page, markdown_table, read_report
+from steerlm2.training.config import as_yaml, config_problems, recipe_main
+from steerlm2.training.output import make_output_dir
+
+LAST_LINES = 20
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class PipelineConfig:
+    """Every key of the recipe, with its default."""
+
+    output_dir: str
+    stages: dict[str, StageOptions]  # in this order
+    proposal: list[str] = field(default_factory=list)  # stages that train what is sampled from
+    iterations: int = 2
+    bootstrap: bool = False  # for `when` of the stages that are for it
+    names: dict[str, Any] = field(default_factory=dict)  # values that stages share: ${names.NAME}
+    torchrun: str = ""  # arguments, e.g. --nproc_per_node 8; for recipes that can use them
+    launch: str = ""  # what stands before `tune run` where there are such arguments, e.g. srun
+    only: str | list[str] | None = None
+    from_stage: str | None = field(default=None, metadata={"key": "from"})
+    dry_run: bool = False
+    show_output: bool = False  # of the stages, here instead of in their logs
+
+    def problems(self) -> list[str]:
+        """What is wrong between keys that are right by themselves."""
+        found = []
+        if self.iterations < 0:
+            found.append(f"'iterations' must be at least 0, got {self.iterations}")
+        if unknown := [name for name in self.proposal if name not in self.stages]:
+            found.append(f"'proposal' names {', '.join(unknown)}, which 'stages' doesn't have")
+        return found
+
+
+class PipelineRecipe:
+    """The run: setup -> run -> report, or dry_run."""
+
+    def __init__(self, cfg: PipelineConfig) -> None:
+        self.cfg = cfg
+        self.output_dir = Path(cfg.output_dir)
+        self.state = PipelineState(self.output_dir)
+
+    def setup(self) -> None:
+        """Plan all stages and check their configs, before the first one takes time.
+
+        Raises:
+            ValueError: naming all problems of all stages.
+        """
+        cfg = self.cfg
+        self.plan = plan_stages(
+            cfg.stages,
+            output_dir=str(self.output_dir),
+            iterations=cfg.iterations,
+            proposal=cfg.proposal,
+            torchrun=cfg.torchrun,
+            launch=cfg.launch,
+        )
+        self.selected = select(self.plan, cfg.only, cfg.from_stage)
+        self.values: dict[str, dict[str, Any]] = {}
+        problems = []
+        for stage in self.plan:
+            try:
+                values = self.values[stage.name] = stage_values(stage)
+                problems += [f"{stage.name}: {found}" for found in stage_problems(stage, values)]
+            except (ValueError, OSError) as error:
+                problems.append(f"{stage.name}: {error}")
+        if problems:
+            raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
+
+    def dry_run(self) -> None:
+        """Print the commands that `run` would run now."""
+        changed: set[str] = set()  # stages that will have run
+        for stage in self.selected:
+            if changed.isdisjoint(stage.needs) and self._is_complete(stage):
+                print(f"# {stage.name} is complete")
+            else:
+                changed.add(stage.name)
+                print(stage.command)
+
+    def run(self) -> None:
+        make_output_dir(self.output_dir)
+        with self.state.lock() as lock:
+            (self.output_dir / "config.yaml").write_text(as_yaml(self.cfg))
+            for stage in self.selected:
+                number = f"[{self.plan.index(stage) + 1:2}/{len(self.plan)}] {stage.name:<16}"
+                if self._is_complete(stage):
+                    print(f"{number} complete", flush=True)
+                    continue
+                self._check_needs(stage)
+                print(number, end=" ", flush=True)
+                print(f"{self._run_stage(stage, lock):.0f} s", flush=True)
+
+    def report(self) -> None:
+        """Write summary.json and report.html, if the evaluation is complete."""
+        evaluations = [s for s in self.plan if s.recipe == "evaluate_steering"]
+        if not evaluations or not self._is_complete(evaluations[-1]):
+            return
+        results = read_report(evaluations[-1].folder / "steering.json")
+        metrics = dict.fromkeys(name for result in results.values() for name in result.metrics)
+        summary = {
+            metric: {
+                model: result.metrics[metric]
+                for model, result in results.items()
+                if metric in result.metrics
+            }
+            for metric in metrics
+        }
+        records = {stage.name: self.state.read(stage.name) for stage in self.plan}
+        stages: list[dict[str, Any]] = [
+            {"stage": name, "seconds": round(record.seconds), "command": record.command}
+            for name, record in records.items()
+            if record is not None
+        ]
+        (self.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.output_dir / "report.html").write_text(html_page(results, {"Stages": stages}))
+        shown = [metric for metric in ("exact_kl", "steering_mae") if metric in summary]
+        rows: list[dict[str, Any]] = [
+            {"model": model, **{metric: summary[metric].get(model) for metric in shown}}
+            for model in results
+        ]
+        print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir}/report.html")
+
+    # What follows is small print that the methods above call by name.
+
+    def _is_complete(self, stage: Stage) -> bool:
+        record = self.state.read(stage.name)
+        if record is None or not record.complete or record.fingerprint != self._fingerprint(stage):
+            return False
+        return all((stage.folder / name).exists() for name in record.files)
+
+    def _fingerprint(self, stage: Stage) -> str:
+        values = self.values[stage.name]
+        return fingerprint(
+            OmegaConf.to_container(OmegaConf.load(config_file(stage.recipe, stage.config))),
+            stage.arguments,
+            None if find_recipe(stage.recipe) else recipe_file(stage.recipe),
+            str(self.output_dir),
+            inputs_of(values, stage.folder, self.output_dir),
+        )
+
+    def _check_needs(self, stage: Stage) -> None:
+        """Raises:
+        ValueError: where a stage that this one reads from isn't complete: it was left out.
+        """
+        by_name = {each.name: each for each in self.plan}
+        lacking = [name for name in stage.needs if not self._is_complete(by_name[name])]
+        if lacking:
+            raise ValueError(
+                f"stage {stage.name} reads what {', '.join(lacking)} writes, which is not complete "
+                f"or has changed: run it too, from={lacking[0]}"
+            )
+
+    def _run_stage(self, stage: Stage, lock: int) -> float:
+        """Run the command to its end; seconds.
+
+        Raises:
+            ValueError: where it fails.
+        """
+        now = self._fingerprint(stage)
+        record = self.state.read(stage.name)
+        if record is None or record.fingerprint != now:
+            if stage.folder.exists() and any(stage.folder.iterdir()):
+                print(f"(earlier one: {set_aside(stage.folder)})", end=" ", flush=True)
+            record = StageRecord(now, stage.command)
+        record = dataclasses.replace(record, complete=False, runs=record.runs + 1)
+        self.state.write(stage.name, record)
+
+        log = None if self.cfg.show_output else self.output_dir / "logs" / f"{stage.name}.log"
+        (self.output_dir / "logs").mkdir(exist_ok=True)
+        started = time.monotonic()
+        status = run_command(stage.command, log, lock)
+        record.seconds += time.monotonic() - started
+        if status != 0:
+            self.state.write(stage.name, record)
+            raise ValueError(failure(stage, status, log))
+        record.complete, record.files = True, files_in(stage.folder)
+        self.state.write(stage.name, record)
+        return record.seconds
+
+
+def stage_values(stage: Stage) -> dict[str, Any]:
+    """The values of a stage's config with its arguments, as `tune run` merges them.
+
+    Raises:
+        ValueError: for arguments that can't be merged.
+        FileNotFoundError: where there is no such config.
+    """
+    file = config_file(stage.recipe, stage.config)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no config {stage.config} (`tune ls` lists them)")
+    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file), resolve=False))
+    merged = _merge_yaml_and_cli_args(argparse.Namespace(**plain), list(stage.arguments))
+    return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+
+
+def stage_problems(stage: Stage, values: dict[str, Any]) -> list[str]:
+    """What a recipe of ours would say to its config; nothing of other recipes."""
+    file = recipe_file(stage.recipe)
+    if not file.is_file():
+        return [f"there is no recipe {stage.recipe} (`tune ls` lists them)"]
+    spec = importlib.util.spec_from_file_location(f"_recipe_of_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "main"):
+        spec.loader.exec_module(module)
+    return config_problems(module.main, values)
+
+
+def run_command(command: str, log: Path | None, lock: int) -> int:
+    """Run a line in a shell; its exit status. It ends when this process ends, however it does."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    with open(log or os.devnull, "ab") as output:
+        output.write(f"\n$ {command}\n".encode())
+        output.flush()
+        process = subprocess.Popen(
+            ["bash", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=None if log is None else output,
+            stderr=None if log is None else subprocess.STDOUT,
+            env=environment,
+            pass_fds=(lock,),
+            preexec_fn=end_with_parent,
+        )
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def failure(stage: Stage, status: int, log: Path | None) -> str:
+    """What to say of a stage that failed."""
+    text = f"stage {stage.name} failed with exit status {status}"
+    if log is not None:
+        lines = [line.rsplit("\r", 1)[-1] for line in log.read_text(errors="replace").splitlines()]
+        text += f"; the end of {log}:\n\n" + "\n".join(lines[-LAST_LINES:]) + "\n"
+    return f"{text}\nOnce that is mended, the same command continues with this stage"
+
+
+@recipe_main(PipelineConfig)
+def main(cfg: PipelineConfig) -> None:
+    recipe = PipelineRecipe(cfg)
+    recipe.setup()
+    if cfg.dry_run:
+        recipe.dry_run()
+        return
+    try:
+        recipe.run()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command continues")
+    recipe.report()
+
+
+if __name__ == "__main__":
+    main()

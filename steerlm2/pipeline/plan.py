@@ -1,0 +1,263 @@
+"""What a pipeline runs: its stages in order, each a `tune run` command with a folder of its own.
+
+Overrides of a stage may name places, which `plan_stages` fills in:
+
+    {here}         the stage's own folder
+    {NAME}         the folder of stage NAME; inside the loop and after it, the latest iteration's
+    {proposal}     the model to sample from: the last one before this stage
+    {iteration}    in the loop: 1, 2, ...
+    {output_dir}   the pipeline's
+
+After the loop, an override whose key has {iteration} in it is given once for each iteration.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torchtune
+from torchtune._recipe_registry import Recipe, get_all_recipes
+
+PLACE = re.compile(r"\{(\w+)\}")
+TORCHTUNE = Path(torchtune.__file__).parents[1]
+"""What paths of its registry are relative to; ours are absolute."""
+
+RESERVED_NAMES = {"here", "proposal", "iteration", "output_dir"}
+
+
+@dataclass
+class StageOptions:
+    """One entry of the `stages:` section."""
+
+    recipe: str
+    config: str
+    overrides: dict[str, Any] = field(default_factory=dict)  # of the config; nested or dotted
+    remove: list[str] = field(default_factory=list)  # keys of the config that don't apply
+    each_iteration: bool = False
+    when: bool = True
+    torchrun: str | None = None  # its arguments; none: the pipeline's, where the recipe can
+    launch: str | None = None  # what stands before `tune run`; none: the pipeline's, with torchrun
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the plan."""
+
+    name: str
+    folder: Path
+    recipe: str
+    config: str
+    arguments: tuple[str, ...]
+    """Of the recipe: key=value and ~key."""
+    needs: tuple[str, ...]
+    """The stages whose folders it reads."""
+    command: str
+    """For a shell."""
+
+
+def plan_stages(
+    options: Mapping[str, StageOptions],
+    *,
+    output_dir: str,
+    iterations: int,
+    proposal: Sequence[str] = (),
+    torchrun: str = "",
+    launch: str = "",
+) -> list[Stage]:
+    """The stages in the order of `options`; those with `each_iteration` are a loop.
+
+    Args:
+        output_dir: of the pipeline: stage NAME gets the folder output_dir/NAME, and in iteration k
+            of the loop output_dir/NAME_iterk.
+        iterations: of the loop.
+        proposal: stages that train a model to sample from.
+        torchrun: arguments for recipes that can run on several processes.
+        launch: stands before `tune run` in commands that have torchrun arguments.
+
+    Raises:
+        ValueError: naming all problems.
+    """
+    chosen = {name: stage for name, stage in options.items() if stage.when}
+    problems = list(_order_problems(chosen))
+    if problems:
+        raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
+
+    planned: list[Stage] = []
+    places: dict[str, Stage] = {}  # the latest stage of each name
+    of_iteration: dict[int, dict[str, Stage]] = {}
+
+    def add(name: str, iteration: int | None) -> None:
+        own = options[name]
+        full_name = name if iteration is None else f"{name}_iter{iteration}"
+        filler = _Filler(full_name, output_dir, iteration, places)
+        arguments = [f"~{key}" for key in own.remove]
+        for key, value in _flat(own.overrides):
+            if "{iteration}" in key and iteration is None:
+                for k, stages in of_iteration.items():
+                    once = _Filler(full_name, output_dir, k, stages)
+                    arguments.append(f"{once.fill(key)}={once.fill(as_argument(value))}")
+                    filler.needs += once.needs
+                    filler.problems += once.problems
+            else:
+                arguments.append(f"{filler.fill(key)}={filler.fill(as_argument(value))}")
+        start = filler.fill(_start(own, torchrun, launch))
+        problems.extend(filler.problems)
+        words = [own.recipe, "--config", own.config, *arguments]
+        stage = Stage(
+            full_name,
+            Path(output_dir) / full_name,
+            own.recipe,
+            own.config,
+            tuple(arguments),
+            tuple(dict.fromkeys(filler.needs)),
+            f"{start} {shlex.join(words)}",
+        )
+        planned.append(stage)
+        places[name] = stage
+        if name in proposal:
+            places["proposal"] = stage
+
+    loop = [name for name, stage in chosen.items() if stage.each_iteration]
+    names = list(chosen)
+    first, end = (names.index(loop[0]), names.index(loop[-1]) + 1) if loop else (len(names),) * 2
+    for name in names[:first]:
+        add(name, None)
+    for k in range(1, iterations + 1):
+        for name in loop:
+            add(name, k)
+        of_iteration[k] = dict(places)
+    for name in names[end:]:
+        add(name, None)
+    if problems:
+        raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
+    return planned
+
+
+def select(
+    plan: Sequence[Stage], only: str | Sequence[str] | None, first: str | None
+) -> list[Stage]:
+    """The stages of these names, or from this one on; a name without its iteration means all.
+
+    Raises:
+        ValueError: for a name that no stage has.
+    """
+    wanted = [only] if isinstance(only, str) else list(only or [])
+    known = {stage.name for stage in plan} | {_base(stage.name) for stage in plan}
+    if unknown := [name for name in [*wanted, *([first] if first else [])] if name not in known]:
+        raise ValueError(
+            f"there is no stage {', '.join(unknown)}; the plan has "
+            f"{', '.join(stage.name for stage in plan)}"
+        )
+    if first is not None:
+        start = next(i for i, s in enumerate(plan) if first in (s.name, _base(s.name)))
+        plan = plan[start:]
+    if wanted:
+        plan = [s for s in plan if s.name in wanted or _base(s.name) in wanted]
+    return list(plan)
+
+
+def find_recipe(name: str) -> Recipe | None:
+    """As `tune` knows it; None for a path."""
+    return next((recipe for recipe in get_all_recipes() if recipe.name == name), None)
+
+
+def config_file(recipe: str, config: str) -> Path:
+    """Where the YAML of a config is that `tune run RECIPE --config CONFIG` would take."""
+    own = find_recipe(recipe)
+    for known in [*([own] if own else []), *get_all_recipes()]:
+        for entry in known.configs:
+            if entry.name == config:
+                return TORCHTUNE / "recipes" / "configs" / entry.file_path
+    return Path(config)
+
+
+def recipe_file(name: str) -> Path:
+    """Where the Python file of a recipe is, known by name or given as a path."""
+    recipe = find_recipe(name)
+    if recipe is None:
+        return Path(name).with_suffix(".py")
+    return TORCHTUNE / "recipes" / recipe.file_path
+
+
+def as_argument(value: Any) -> str:
+    """A YAML value as torchtune's command line reads it: text, or JSON (which is YAML)."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _base(name: str) -> str:
+    return re.sub(r"_iter\d+$", "", name)
+
+
+def _start(stage: StageOptions, torchrun: str, launch: str) -> str:
+    """The command up to the recipe."""
+    recipe = find_recipe(stage.recipe)
+    can = recipe is None or recipe.supports_distributed
+    arguments = stage.torchrun if stage.torchrun is not None else torchrun if can else ""
+    before = stage.launch if stage.launch is not None else launch if arguments else ""
+    return " ".join(part for part in (before, "tune run", arguments) if part)
+
+
+def _flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _order_problems(chosen: Mapping[str, StageOptions]) -> Iterator[str]:
+    if not chosen:
+        yield "there are none"
+    for name, stage in chosen.items():
+        if not re.fullmatch(r"[a-z]\w*", name) or name in RESERVED_NAMES or _base(name) != name:
+            yield (
+                f"'{name}' can't be a stage's name: letters, digits and _, not ending in _iterN, "
+                f"and none of {', '.join(sorted(RESERVED_NAMES))}"
+            )
+        recipe = find_recipe(stage.recipe)
+        if stage.torchrun and recipe is not None and not recipe.supports_distributed:
+            yield f"'{name}': {stage.recipe} runs in one process and can't have 'torchrun'"
+    loop = [stage.each_iteration for stage in chosen.values()]
+    if any(loop) and not all(loop[loop.index(True) : len(loop) - loop[::-1].index(True)]):
+        yield "the stages with 'each_iteration' must follow each other"
+
+
+class _Filler:
+    """Fills in the places of one stage's texts, and notes which stages they are of."""
+
+    def __init__(
+        self,
+        name: str,
+        output_dir: str,
+        iteration: int | None,
+        stages: Mapping[str, Stage],
+    ) -> None:
+        self.name = name
+        self.stages = stages
+        self.needs: list[str] = []
+        self.problems: list[str] = []
+        self.own = {"here": str(Path(output_dir) / name), "output_dir": output_dir}
+        if iteration is not None:
+            self.own["iteration"] = str(iteration)
+
+    def fill(self, text: str) -> str:
+        return PLACE.sub(self._place, text)
+
+    def _place(self, match: re.Match[str]) -> str:
+        name = match[1]
+        if name in self.own:
+            return self.own[name]
+        if name in self.stages:
+            self.needs.append(self.stages[name].name)
+            return str(self.stages[name].folder)
+        known = ", ".join(f"{{{place}}}" for place in [*self.own, *self.stages])
+        self.problems.append(
+            f"'{self.name}' names {match[0]}, which isn't there; it can be {known}"
+        )
+        return match[0]

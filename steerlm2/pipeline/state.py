@@ -1,0 +1,186 @@
+"""What a pipeline has done, on disk: so that a rerun does what is left and nothing twice.
+
+A stage is complete when its command has ended well. It stays so as long as its config and the
+content of its inputs are the same, and its files are there. `output_dir/state/STAGE.json` holds
+that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steerlm2.models.folders import resolve_checkpoint_dir
+
+LARGE_FILE = 2**30
+"""Bytes; the digest of a larger one is of its size and modification time, not of its content."""
+
+RESUME_FILES = {"checkpoints", "earlier_runs"}
+"""In a stage's folder: not what it was run for."""
+
+SECONDS_FOR_STRAY_STAGE = 60
+
+
+@dataclass
+class StageRecord:
+    """What is known of a stage."""
+
+    fingerprint: str
+    command: str
+    complete: bool = False
+    runs: int = 0
+    """How often its command was started."""
+    seconds: float = 0.0
+    """Of all runs that ended."""
+    files: list[str] = field(default_factory=list)
+    """What it left in its folder, by relative path."""
+
+
+class PipelineState:
+    """The records of all stages, and the lock that keeps two pipelines apart.
+
+    Args:
+        output_dir: of the pipeline.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir / "state"
+
+    def read(self, stage: str) -> StageRecord | None:
+        file = self.folder / f"{stage}.json"
+        return StageRecord(**json.loads(file.read_text())) if file.exists() else None
+
+    def write(self, stage: str, record: StageRecord) -> None:
+        """Whole or not at all, whenever the process is killed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{stage}.tmp"
+        with temporary.open("w") as file:
+            json.dump(asdict(record), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self.folder / f"{stage}.json")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[int]:
+        """The lock's file descriptor: a stage that inherits it holds the lock with us, so that one
+        that outlives a killed pipeline isn't joined by a second.
+
+        Raises:
+            ValueError: where another pipeline, or a stage of it, goes on running.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            deadline = time.monotonic() + SECONDS_FOR_STRAY_STAGE
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise ValueError(
+                            f"another pipeline, or a stage that one left behind, works in "
+                            f"{self.folder.parent}: wait for it, or end it"
+                        ) from error
+                    time.sleep(0.5)
+                except OSError:
+                    break  # a file system without locks
+            yield file.fileno()
+
+
+def fingerprint(
+    config: Any, arguments: tuple[str, ...], code: Path | None, output_dir: str, inputs: list[Path]
+) -> str:
+    """Of all that a stage's result depends on.
+
+    Args:
+        config: the values of its YAML.
+        arguments: of the command line; the pipeline's folder may be moved.
+        code: the recipe's file, where it is the user's own.
+        inputs: files and folders that it reads.
+    """
+    own_paths = re.compile(rf"(?<![\w./-]){re.escape(output_dir)}(?=/|$)")
+    parts = {
+        "config": config,
+        "arguments": [own_paths.sub("{output_dir}", argument) for argument in arguments],
+        "code": digest(code) if code is not None else None,
+        "inputs": [digest(path) for path in inputs],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def inputs_of(config: Any, folder: Path, output_dir: Path) -> list[Path]:
+    """The existing files and folders that the values of a stage's whole config name.
+
+    Args:
+        config: with the command line's values.
+        folder: the stage's own, which isn't an input.
+        output_dir: the pipeline's: no folder around it is one.
+    """
+    found = []
+    for text in _texts(config):
+        try:
+            path = Path(text).resolve() if text and Path(text).exists() else None
+        except OSError:  # too long a name
+            continue
+        if path is None or path.is_relative_to(folder.resolve()):
+            continue
+        if not output_dir.resolve().is_relative_to(path):
+            found.append(Path(text))
+    return list(dict.fromkeys(found))
+
+
+def digest(path: Path) -> str:
+    """Of a file, or of all files of a folder; of a training run's folder, its last export's."""
+    if not path.is_dir():
+        return _file_digest(path)
+    folder = resolve_checkpoint_dir(path, missing_ok=True)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_file_digest, files))
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return hashlib.sha256(json.dumps([*zip(names, digests, strict=True)]).encode()).hexdigest()
+
+
+def files_in(folder: Path) -> list[str]:
+    """What a stage left in its folder, by relative path, without what is for resuming only."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [name.as_posix() for name in names if name.parts[0] not in RESUME_FILES]
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a stage's folder out of the way of a new one; returns where it is now."""
+    earlier = folder.parent / "earlier"
+    earlier.mkdir(exist_ok=True)
+    number = 1
+    while (target := earlier / f"{folder.name}_{number}").exists():
+        number += 1
+    return folder.rename(target)
+
+
+def _file_digest(path: Path) -> str:
+    size = path.stat().st_size
+    if size > LARGE_FILE:
+        return f"{size} bytes of {path.stat().st_mtime_ns}"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

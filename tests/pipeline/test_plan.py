@@ -1,0 +1,136 @@
+"""The plan: which commands, in which order, reading from where."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+
+from steerlm2.pipeline.plan import StageOptions, plan_stages, select
+
+
+def stage(overrides: dict[str, Any] | None = None, **options: Any) -> StageOptions:
+    return StageOptions(
+        **{"recipe": "score_responses", "config": "tiny/score_responses"} | options,
+        overrides=overrides or {},
+    )
+
+
+TRAIN = {"input": "{sample}/groups.jsonl", "start": "{proposal}"}
+LOOP = {
+    "acsft": stage(),
+    "sample": stage({"model": "{proposal}", "seed": "{iteration}"}, each_iteration=True),
+    "steerlm2": stage(TRAIN, each_iteration=True),
+}
+
+
+def arguments(options: dict[str, StageOptions], **settings: Any) -> dict[str, tuple[str, ...]]:
+    settings = {"output_dir": "out", "iterations": 2, "proposal": ["acsft", "steerlm2"]} | settings
+    return {each.name: each.arguments for each in plan_stages(options, **settings)}
+
+
+def test_an_iteration_samples_from_the_model_of_the_one_before() -> None:
+    assert arguments(LOOP) == {
+        "acsft": (),
+        "sample_iter1": ("model=out/acsft", "seed=1"),
+        "steerlm2_iter1": ("input=out/sample_iter1/groups.jsonl", "start=out/acsft"),
+        "sample_iter2": ("model=out/steerlm2_iter1", "seed=2"),
+        "steerlm2_iter2": ("input=out/sample_iter2/groups.jsonl", "start=out/steerlm2_iter1"),
+    }
+
+
+def test_a_stage_knows_whose_folders_it_reads() -> None:
+    needs = {each.name: each.needs for each in plan_stages(LOOP, output_dir="out", iterations=1,
+                                                           proposal=["acsft"])}  # fmt: skip
+    assert needs == {
+        "acsft": (),
+        "sample_iter1": ("acsft",),
+        "steerlm2_iter1": ("sample_iter1", "acsft"),
+    }
+
+
+def test_the_evaluation_names_every_iteration() -> None:
+    """A key with {iteration} is given once for each, with that iteration's folders."""
+    evaluate = stage({"models": {"acsft": "{acsft}", "steerlm2_iter{iteration}": "{steerlm2}/x"}})
+    assert arguments(LOOP | {"evaluate": evaluate})["evaluate"] == (
+        "models.acsft=out/acsft",
+        "models.steerlm2_iter1=out/steerlm2_iter1/x",
+        "models.steerlm2_iter2=out/steerlm2_iter2/x",
+    )
+
+
+def test_an_optional_stage_takes_its_place_as_proposal() -> None:
+    """Bootstrapping trains the model that the first iteration samples from."""
+    for when, model in ((False, "out/acsft"), (True, "out/best")):
+        options = {"acsft": LOOP["acsft"], "best": stage(when=when), "sample": LOOP["sample"]}
+        planned = arguments(options, proposal=["acsft", "best"])
+        assert planned["sample_iter1"][0] == f"model={model}"
+        assert ("best" in planned) == when
+
+
+def test_values_are_written_as_the_command_line_reads_them() -> None:
+    overrides = {"a": {"b": True, "c": [1, "x y"]}, "a.d": None, "e": "two words", "f": 1e-4}
+    (planned,) = plan_stages(
+        {"score": stage(overrides, remove=["g.h"])}, output_dir="out", iterations=0
+    )
+    assert shlex.split(planned.command) == [
+        *("tune", "run", "score_responses", "--config", "tiny/score_responses", "~g.h"),
+        *("a.b=true", 'a.c=[1, "x y"]', "a.d=null", "e=two words", "f=0.0001"),
+    ]
+
+
+def test_torchrun_and_launch_are_for_recipes_that_can_use_them() -> None:
+    """prepare_data runs in one process; a stage can have its own."""
+    options = {
+        "prepare": stage(recipe="prepare_data"),
+        "score": stage(),
+        "alone": stage(torchrun=""),
+        "serve": stage(torchrun="", launch="serve {here} --"),
+    }
+    planned = plan_stages(
+        options, output_dir="out", iterations=0, torchrun="--nnodes 2", launch="srun"
+    )
+    assert [each.command.partition(" --config")[0] for each in planned] == [
+        "tune run prepare_data",
+        "srun tune run --nnodes 2 score_responses",
+        "tune run score_responses",
+        "serve out/serve -- tune run score_responses",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "there are none"),
+        ({"here": stage()}, "'here' can't be a stage's name"),
+        ({"a_iter1": stage()}, "'a_iter1' can't be a stage's name"),
+        ({"a": stage({"x": "{b}"})}, r"'a' names \{b\}, which isn't there"),
+        ({"a": stage(recipe="prepare_data", torchrun="--nnodes 2")}, "runs in one process"),
+        (
+            {"a": stage(each_iteration=True), "b": stage(), "c": stage(each_iteration=True)},
+            "must follow each other",
+        ),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(
+    options: dict[str, StageOptions], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_stages(options, output_dir="out", iterations=1)
+
+
+def test_select() -> None:
+    """By name, of all iterations or of one; or from a stage on."""
+    plan = plan_stages(LOOP, output_dir="out", iterations=2, proposal=["acsft"])
+
+    def chosen(only: str | list[str] | None, first: str | None = None) -> list[str]:
+        return [each.name for each in select(plan, only, first)]
+
+    assert chosen(None) == [each.name for each in plan]
+    assert chosen("sample") == ["sample_iter1", "sample_iter2"]
+    assert chosen(["acsft", "sample_iter2"]) == ["acsft", "sample_iter2"]
+    assert chosen(None, "sample_iter2") == ["sample_iter2", "steerlm2_iter2"]
+    assert chosen(None, "steerlm2") == ["steerlm2_iter1", "sample_iter2", "steerlm2_iter2"]
+    with pytest.raises(ValueError, match="there is no stage sft; the plan has acsft, sample_iter1"):
+        chosen("sft")

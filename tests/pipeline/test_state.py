@@ -1,0 +1,134 @@
+"""When a stage counts as done: the same config and inputs, and its files still there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steerlm2.pipeline import state as state_module
+from steerlm2.pipeline.state import (
+    PipelineState,
+    StageRecord,
+    digest,
+    files_in,
+    fingerprint,
+    inputs_of,
+    set_aside,
+)
+
+
+def print_of(config: object, output_dir: str, inputs: list[Path], seed: int = 1) -> str:
+    arguments = (f"output={output_dir}/a/x", f"seed={seed}")
+    return fingerprint(config, arguments, None, output_dir, inputs)
+
+
+def test_fingerprint_follows_config_arguments_and_inputs(tmp_path: Path) -> None:
+    source = tmp_path / "data.jsonl"
+    source.write_text("one")
+    first = print_of({"lr": 1}, "out", [source])
+    assert print_of({"lr": 1}, "out", [source]) == first
+    assert print_of({"lr": 2}, "out", [source]) != first
+    assert print_of({"lr": 1}, "out", [source], seed=2) != first
+    source.write_text("two")
+    assert print_of({"lr": 1}, "out", [source]) != first
+
+
+def test_fingerprint_stays_where_the_folder_is_moved(tmp_path: Path) -> None:
+    assert print_of({}, "out", []) == print_of({}, str(tmp_path), [])
+
+
+def test_fingerprint_follows_a_recipe_of_the_users_own(tmp_path: Path) -> None:
+    code = tmp_path / "my_recipe.py"
+    code.write_text("1")
+    first = fingerprint({}, (), code, "out", [])
+    code.write_text("2")
+    assert fingerprint({}, (), code, "out", []) != first
+
+
+def test_digest_of_a_run_is_that_of_its_last_export(tmp_path: Path) -> None:
+    """Not of what is for resuming, which is ten times as large."""
+    for epoch in (2, 10):
+        (tmp_path / f"epoch_{epoch}").mkdir()
+        (tmp_path / f"epoch_{epoch}" / "config.json").write_text(f"{{{epoch}}}")
+        (tmp_path / f"epoch_{epoch}" / "model.safetensors").touch()
+    (tmp_path / "metrics.jsonl").write_text("1")
+    assert digest(tmp_path) == digest(tmp_path / "epoch_10")
+    (tmp_path / "metrics.jsonl").write_text("2")
+    assert digest(tmp_path) == digest(tmp_path / "epoch_10")
+
+
+def test_digest_of_a_large_file_takes_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "LARGE_FILE", 3)
+    file = tmp_path / "weights"
+    file.write_text("1234")
+    os.utime(file, ns=(5, 5))
+    first = digest(file)
+    file.write_text("4321")
+    os.utime(file, ns=(5, 5))
+    assert digest(file) == first
+    os.utime(file, ns=(6, 6))
+    assert digest(file) != first
+
+
+def test_inputs_are_the_paths_of_the_config_that_exist(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    own, other = out / "own", out / "other"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / "x").touch()
+    config = {
+        "output_dir": str(own),
+        "output": str(own / "x"),
+        "section": {"source": str(other / "x"), "lists": [str(other), "cpu", ""]},
+        "missing": str(tmp_path / "y"),
+        "around": str(tmp_path),
+        "long": "a" * 5000,
+    }
+    assert inputs_of(config, own, out) == [other / "x", other]
+
+
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
+    state = PipelineState(tmp_path)
+    record = StageRecord("abc", "tune run x", True, 2, 3.5, ["a/b"])
+    assert state.read("sft") is None
+    state.write("sft", record)
+    assert state.read("sft") == record
+    assert json.loads((tmp_path / "state" / "sft.json").read_text())["runs"] == 2
+
+
+def test_files_without_what_is_for_resuming(tmp_path: Path) -> None:
+    for name in ("epoch_1/model", "checkpoints/step_1/x", "earlier_runs/1/y", "metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("12")
+    assert files_in(tmp_path) == ["epoch_1/model", "metrics.jsonl"]
+
+
+def test_set_aside_loses_nothing(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "sft").mkdir()
+        (tmp_path / "sft" / "x").write_text(str(number))
+        assert set_aside(tmp_path / "sft") == tmp_path / "earlier" / f"sft_{number}"
+    assert (tmp_path / "earlier" / "sft_1" / "x").read_text() == "1"
+
+
+def test_lock_is_held_by_a_stage_that_outlives_its_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "SECONDS_FOR_STRAY_STAGE", 0)
+    state = PipelineState(tmp_path)
+    with state.lock() as lock:
+        stage = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,)
+        )
+    with pytest.raises(ValueError, match="another pipeline, or a stage"), state.lock():
+        pass
+    stage.communicate(b"\n")
+    with state.lock():
+        pass
