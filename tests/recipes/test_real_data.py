@@ -102,3 +102,24 @@ def test_distance_falls_by_more_than_half(
     assert [len(distances[epoch]) for epoch in range(EPOCHS)] == [54 // 6] * EPOCHS
     means = [fmean(distances[epoch]) for epoch in range(EPOCHS)]
     assert means[-1] < means[0] / 2, means
+
+
+@pytest.mark.slow
+def test_pipeline_goes_through_all_stages(
+    tune: Callable[..., object], shared_dir: Path, tmp_path: Path
+) -> None:
+    """Every stage reads what those before it wrote: human labels, a model's labels, log-probs."""
+    output_dir = tmp_path / "oasst"
+    tune(
+        *("steerlm2_pipeline", "--config", "tiny/oasst_pipeline", f"output_dir={output_dir}"),
+        f"names.source={shared_dir / 'data' / 'oasst2_trees.jsonl.gz'}",
+        *("names.sample_fraction=0.3", "names.max_steps=4"),
+        *("stages.sample.overrides.max_prompts=12", "stages.evaluate.overrides.max_prompts=6"),
+    )
+    groups = read_records(output_dir / "score_iter1" / "groups.jsonl", min_responses=1)
+    asked = {turn.value for record in groups for turn in record.prompt_turns}
+    human = (output_dir / "data" / "train.jsonl").read_text()
+    assert all(json.dumps(text, ensure_ascii=False) in human for text in asked)
+    summary = json.loads((output_dir / "summary.json").read_text())
+    assert {name: len(models) for name, models in summary.items()}["steering_mae"] == 2
+    assert all(math.isfinite(value) for value in summary["steering_mae"].values())

@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 import pytest
+from omegaconf import OmegaConf
 
 from steerlm2.data.records import Record, json_line, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
@@ -384,3 +385,52 @@ def test_the_same_command_continues_on_another_server(
     assert [[r.value for r in record.responses] for record in read_records(output, require=())] == [
         [r.value for r in record.responses] for record in read_records(sampled_there, require=())
     ]
+
+
+def test_pipeline_starts_its_server_and_ends_it(
+    tune: Any, vllm_python: Path, language_model: Path, tmp_path: Path
+) -> None:
+    """Its sample stage runs beside a server of its own, and its score stage finds vLLM's log-probs
+    within 1e-3 of ours."""
+    port = free_port()
+    write_records(tmp_path / "prompts.jsonl", synthetic_records(20, 2, seed=3))
+    serve = ["python", "-m", "steerlm2.generation.vllm_command", language_model, "--gpus", "0"]
+    options = ["--python", vllm_python, "--port", port, "--max-seq-len", MAX_SEQ_LEN]
+    checkpointer = {
+        "_component_": "steerlm2.training.hf_checkpoint.HFCheckpointer",
+        "checkpoint_dir": str(language_model),
+    }
+    stages = {
+        "sample": {
+            "recipe": "sample_responses",
+            "config": "tiny/sample_responses",
+            "launch": " ".join(
+                map(str, [*serve, *options, "--log", "{output_dir}/vllm.log", "--"])
+            ),
+            "overrides": {
+                "input": str(tmp_path / "prompts.jsonl"),
+                "output": "{here}/groups.jsonl",
+                "server.url": f"http://127.0.0.1:{port}",
+                "max_seq_len": MAX_SEQ_LEN,
+                "max_new_tokens": 64,
+            },
+        },
+        "score": {
+            "recipe": "score_responses",
+            "config": "tiny/score_responses",
+            "overrides": {
+                "input": "{sample}/groups.jsonl",
+                "output": "{here}/groups.jsonl",
+                "quantities": ["log_q"],
+                "checkpointer": checkpointer,
+            },
+        },
+    }
+    config = tmp_path / "pipeline.yaml"
+    OmegaConf.save({"output_dir": str(tmp_path / "out"), "stages": stages}, config)
+    tune("steerlm2_pipeline", "--config", str(config))
+    report = json.loads((tmp_path / "out/score/groups.jsonl.engine_log_q.json").read_text())
+    assert report["responses"] > 60
+    assert report["per_sequence"]["max"] < 1e-3
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, "the server has ended"
