@@ -63,17 +63,16 @@ from steerlm2.evaluation import (
 from steerlm2.generation.answers import (
     Item,
     answer_of,
-    file_digest,
     load_whole_decoder,
     open_server,
     sample_everywhere,
     sampling_settings,
-    weights_digest,
     with_labels,
 )
 from steerlm2.generation.engines import STOP, Engine, Request, Sample
 from steerlm2.generation.local import LocalEngine
 from steerlm2.generation.options import LabelOptions, ServerOptions, sampling_problems
+from steerlm2.models.folders import file_digest
 from steerlm2.report import (
     SteeringResult,
     log_to_wandb,
@@ -389,7 +388,7 @@ class EvaluateRecipe:
         cfg, options = self.cfg, self.cfg.models[name]
         plain = to_plain(cfg)
         settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_ANSWERS}
-        settings |= self._model_settings(f"models.{name}", options)
+        settings |= self._model_settings(options)
         settings["use_labels"] = options.use_labels
         if cfg.label.file is not None:
             settings["labels_sha256"] = file_digest(cfg.label.file)
@@ -408,29 +407,21 @@ class EvaluateRecipe:
         return ResumableOutput(
             self.files[name],
             input_file=answers,
-            settings=settings | self._model_settings("attribute_model", options),
+            settings=settings | self._model_settings(options),
             slice_size=self.cfg.records_per_write,
         )
 
-    def _model_settings(
-        self, where: str, options: ModelOptions | AttributeModelOptions
-    ) -> dict[str, Any]:
-        """Another model's lines don't get into one file, nor those of one that has been trained
-        again; the same model may be served elsewhere when a stopped run continues."""
+    def _model_settings(self, options: ModelOptions | AttributeModelOptions) -> dict[str, Any]:
+        """Another model's lines don't get into one file; the same model may be served elsewhere
+        when a stopped run continues."""
         cfg = self.cfg
-        settings: dict[str, Any] = {
+        return {
             "model": options.model or cfg.model,
             "tokenizer": options.tokenizer or cfg.tokenizer,
             "template": options.template or cfg.template,
             "server": options.server and {"model": options.server.model},
             "checkpointer": options.checkpointer,
         }
-        if options.checkpointer is not None and "checkpoint_dir" in options.checkpointer:
-            folder = options.checkpointer["checkpoint_dir"]
-            with said_of(where):
-                digest = self.world.on_main(lambda: weights_digest(folder))
-            settings["weights"] = self.world.from_main(digest)
-        return settings
 
     def _decoder(
         self, name: str, options: ModelOptions, tokenizer: Tokenizer

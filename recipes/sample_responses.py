@@ -39,7 +39,6 @@ from steerlm2.data.records import Record, Response, json_line, record_to_json
 from steerlm2.generation.answers import (
     Item,
     answer_of,
-    file_digest,
     load_whole_decoder,
     open_server,
     sample_everywhere,
@@ -49,6 +48,7 @@ from steerlm2.generation.answers import (
 from steerlm2.generation.engines import STOP, Engine, Request, Sample, SamplingSettings
 from steerlm2.generation.local import LocalEngine
 from steerlm2.generation.options import LabelOptions, ServerOptions, sampling_problems
+from steerlm2.models.folders import file_digest
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
 from steerlm2.training.distributed import DTYPES, World, close_world, init_world
 from steerlm2.training.resumable import ResumableOutput
@@ -98,7 +98,7 @@ class SampleConfig:
     max_new_tokens: int = 1024  # the stop token among them; a longer response is truncated
     min_new_tokens: int = 1  # shorter responses are left out
     distinct: bool = True  # of identical responses one is enough
-    min_responses: int = 2  # a group with fewer distinct complete ones is left out
+    min_responses: int = 2  # a group with fewer distinct ones is left out
     keep_truncated: bool = False
     max_seq_len: int = 4096  # a prompt that leaves no room for max_new_tokens is left out
     max_cache_tokens: int = 65536  # prompts with all their responses that are sampled together
@@ -262,8 +262,7 @@ class SampleRecipe:
             counts["too_long"] += 1
         else:
             responses = self._responses(samples, counts)
-            complete = {r.value for r in responses if r.extra["finish_reason"] == STOP}
-            if len(complete) < self.cfg.min_responses:
+            if len({response.value for response in responses}) < self.cfg.min_responses:
                 counts["too_few"] += 1
             else:
                 prompt = item.prompt
@@ -320,7 +319,7 @@ class SampleRecipe:
                 f"{counts['sampled']} sampled ({counts['truncated']} truncated, "
                 f"{counts['duplicates']} duplicates, {counts['empty']} empty, "
                 f"{counts['too_short']} too short); left out: {counts['too_few']} groups with "
-                f"fewer than {cfg.min_responses} distinct complete responses, {counts['too_long']} "
+                f"fewer than {cfg.min_responses} distinct responses, {counts['too_long']} "
                 f"prompts too long; {counts['encoded_otherwise']} responses encode to other tokens "
                 "than were sampled"
             )
@@ -329,9 +328,10 @@ class SampleRecipe:
         tqdm.write(summary)
         if Path(cfg.output).stat().st_size == 0:
             raise ValueError(
-                f"{cfg.output} is empty: no group has {cfg.min_responses} distinct complete "
-                "responses. Is it the model that was trained with this template, and is "
-                "max_new_tokens large enough? Remove the file to try again"
+                f"{cfg.output} is empty: no group has {cfg.min_responses} distinct "
+                "responses that came to an end (keep_truncated keeps others too). Is it the model "
+                "that was trained with this template, and is max_new_tokens large enough? Remove "
+                "the file to try again"
             )
 
 

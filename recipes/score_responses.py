@@ -70,7 +70,6 @@ ENGINE_TOLERANCE = 0.05
 the default of the trainer's own check, steerlm2.log_q_tolerance."""
 
 SETTINGS_THAT_CHANGE_SCORES = (
-    "input",
     "quantities",
     "tokenizer",
     "template",

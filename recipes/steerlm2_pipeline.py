@@ -36,7 +36,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
+from yaml import YAMLError
 
 from steerlm2.pipeline.plan import (
     Stage,
@@ -60,6 +62,7 @@ from steerlm2.training.config import as_yaml, config_problems, recipe_main
 from steerlm2.training.output import make_output_dir
 
 LAST_LINES = 20
+SUMMARY, REPORT = "summary.json", "report.html"
 PR_SET_PDEATHSIG = 1
 
 
@@ -78,6 +81,9 @@ class PipelineConfig:
     only: str | list[str] | None = None
     from_stage: str | None = field(default=None, metadata={"key": "from"})
     dry_run: bool = False
+    adopt: bool = (
+        False  # what is in the stages' folders is complete: their commands were run by hand
+    )
     show_output: bool = False  # of the stages, here instead of in their logs
 
     def problems(self) -> list[str]:
@@ -87,6 +93,8 @@ class PipelineConfig:
             found.append(f"'iterations' must be at least 0, got {self.iterations}")
         if unknown := [name for name in self.proposal if name not in self.stages]:
             found.append(f"'proposal' names {', '.join(unknown)}, which 'stages' doesn't have")
+        if self.bootstrap and all(stage.when is None for stage in self.stages.values()):
+            found.append("'bootstrap' is true, but no stage says `when: ${bootstrap}`")
         return found
 
 
@@ -120,7 +128,7 @@ class PipelineRecipe:
             try:
                 values = self.values[stage.name] = stage_values(stage)
                 problems += [f"{stage.name}: {found}" for found in stage_problems(stage, values)]
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
                 problems.append(f"{stage.name}: {error}")
         if problems:
             raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
@@ -139,8 +147,12 @@ class PipelineRecipe:
         make_output_dir(self.output_dir)
         with self.state.lock() as lock:
             (self.output_dir / "config.yaml").write_text(as_yaml(self.cfg))
+            for name in (SUMMARY, REPORT):
+                (self.output_dir / name).unlink(missing_ok=True)  # of an earlier evaluation
             for stage in self.selected:
                 number = f"[{self.plan.index(stage) + 1:2}/{len(self.plan)}] {stage.name:<16}"
+                if self.cfg.adopt:
+                    self._adopt(stage)
                 if self._is_complete(stage):
                     print(f"{number} complete", flush=True)
                     continue
@@ -169,14 +181,14 @@ class PipelineRecipe:
             for name, record in records.items()
             if record is not None
         ]
-        (self.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        (self.output_dir / "report.html").write_text(html_page(results, {"Stages": stages}))
+        (self.output_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        (self.output_dir / REPORT).write_text(html_page(results, {"Stages": stages}))
         shown = [metric for metric in ("exact_kl", "steering_mae") if metric in summary]
         rows: list[dict[str, Any]] = [
             {"model": model, **{metric: summary[metric].get(model) for metric in shown}}
             for model in results
         ]
-        print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir}/report.html")
+        print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir / REPORT}")
 
     # What follows is small print that the methods above call by name.
 
@@ -185,6 +197,12 @@ class PipelineRecipe:
         if record is None or not record.complete or record.fingerprint != self._fingerprint(stage):
             return False
         return all((stage.folder / name).exists() for name in record.files)
+
+    def _adopt(self, stage: Stage) -> None:
+        """Take what is in a stage's folder for what its command leaves, if there is no record."""
+        if self.state.read(stage.name) is None and (files := files_in(stage.folder)):
+            now = self._fingerprint(stage)
+            self.state.write(stage.name, StageRecord(now, stage.command, True, files=files))
 
     def _fingerprint(self, stage: Stage) -> str:
         values = self.values[stage.name]
@@ -260,9 +278,9 @@ def stage_problems(stage: Stage, values: dict[str, Any]) -> list[str]:
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "main"):
+    if not hasattr(module, "main"):  # not loaded for an earlier stage
         spec.loader.exec_module(module)
-    return config_problems(module.main, values)
+    return config_problems(getattr(module, "main", None), values)
 
 
 def run_command(command: str, log: Path | None, lock: int) -> int:
@@ -301,7 +319,10 @@ def failure(stage: Stage, status: int, log: Path | None) -> str:
     """What to say of a stage that failed."""
     text = f"stage {stage.name} failed with exit status {status}"
     if log is not None:
-        lines = [line.rsplit("\r", 1)[-1] for line in log.read_text(errors="replace").splitlines()]
+        lines = [
+            line.rpartition("\r")[2]
+            for line in log.read_bytes().decode(errors="replace").split("\n")
+        ]
         text += f"; the end of {log}:\n\n" + "\n".join(lines[-LAST_LINES:]) + "\n"
     return f"{text}\nOnce that is mended, the same command continues with this stage"
 
@@ -309,15 +330,15 @@ def failure(stage: Stage, status: int, log: Path | None) -> str:
 @recipe_main(PipelineConfig)
 def main(cfg: PipelineConfig) -> None:
     recipe = PipelineRecipe(cfg)
-    recipe.setup()
-    if cfg.dry_run:
-        recipe.dry_run()
-        return
     try:
-        recipe.run()
+        recipe.setup()
+        if cfg.dry_run:
+            recipe.dry_run()
+        else:
+            recipe.run()
+            recipe.report()
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command continues")
-    recipe.report()
 
 
 if __name__ == "__main__":

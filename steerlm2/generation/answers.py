@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +34,6 @@ from steerlm2.generation.engines import (
 )
 from steerlm2.generation.openai import CompletionsEngine
 from steerlm2.generation.options import LabelOptions, ServerOptions
-from steerlm2.models.folders import resolve_checkpoint_dir
 from steerlm2.models.llama import end_at_hidden_states, unsupported_parts
 from steerlm2.training.checkpoint import (
     check_context,
@@ -46,8 +43,6 @@ from steerlm2.training.checkpoint import (
 )
 from steerlm2.training.config import instantiate
 from steerlm2.training.distributed import World
-
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 class Item(NamedTuple):
@@ -224,33 +219,3 @@ def answer_of(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple
     if sample.log_prob is not None:
         response.extra["engine_log_q"] = sample.log_prob
     return response, False
-
-
-def file_digest(path: str | Path) -> str:
-    """Of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def weights_digest(checkpoint_dir: str | Path, probes: int = 64) -> str:
-    """Of a checkpoint's weights: the names and sizes of its files, and pieces of their content.
-
-    Quick for any size, and another for a model that was trained again into the same folder:
-    training moves all weights.
-
-    Args:
-        checkpoint_dir: its folder, or that of a run: see `resolve_checkpoint_dir`.
-
-    Raises:
-        FileNotFoundError: where there is no checkpoint.
-    """
-    folder = resolve_checkpoint_dir(checkpoint_dir)
-    digest = hashlib.sha256()
-    for path in (path for kind in WEIGHT_FILES for path in sorted(folder.glob(kind))):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}\n".encode())
-        with path.open("rb") as file:
-            for i in range(probes):
-                file.seek(size * i // probes)
-                digest.update(file.read(4096))
-    return digest.hexdigest()

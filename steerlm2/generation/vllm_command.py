@@ -22,8 +22,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -79,7 +80,7 @@ def vllm_command(
 def _tensor_parallel(folder: Path, gpus: int, gpu_gib: float) -> int:
     config = json.loads((folder / "config.json").read_text())
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    gib = _weight_bytes(folder) / 2**30
+    gib = _served_bytes(folder, config) / 2**30
     for size in range(1, gpus + 1):
         splits = gpus % size == 0 and config["num_attention_heads"] % size == 0
         # vLLM gives every rank a copy of a key/value head where there are more ranks than heads.
@@ -92,13 +93,15 @@ def _tensor_parallel(folder: Path, gpus: int, gpu_gib: float) -> int:
     )
 
 
-def _weight_bytes(folder: Path) -> int:
-    """By the index, which is there before the files are."""
+def _served_bytes(folder: Path, config: Mapping[str, Any]) -> float:
+    """Of the weights in bfloat16; by the index, which is there before the files are."""
     index = folder / INDEX_FILE
     if index.is_file():
-        total: int = json.loads(index.read_text())["metadata"]["total_size"]
-        return total
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        stored = json.loads(index.read_text())["metadata"]["total_size"]
+    else:
+        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return stored / 2 if dtype == "float32" else stored
 
 
 def run_with_server(

@@ -6,6 +6,7 @@ Overrides of a stage may name places, which `plan_stages` fills in:
     {NAME}         the folder of stage NAME; inside the loop and after it, the latest iteration's
     {proposal}     the model to sample from: the last one before this stage
     {iteration}    in the loop: 1, 2, ...
+    {stage}        the stage's name, with its iteration
     {output_dir}   the pipeline's
 
 After the loop, an override whose key has {iteration} in it is given once for each iteration.
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torchtune
+import yaml
 from torchtune._recipe_registry import Recipe, get_all_recipes
 
 PLACE = re.compile(r"\{(\w+)\}")
 TORCHTUNE = Path(torchtune.__file__).parents[1]
 """What paths of its registry are relative to; ours are absolute."""
 
-RESERVED_NAMES = {"here", "proposal", "iteration", "output_dir"}
+RESERVED_NAMES = {"here", "proposal", "iteration", "output_dir", "stage"}
 
 
 @dataclass
@@ -40,7 +42,7 @@ class StageOptions:
     overrides: dict[str, Any] = field(default_factory=dict)  # of the config; nested or dotted
     remove: list[str] = field(default_factory=list)  # keys of the config that don't apply
     each_iteration: bool = False
-    when: bool = True
+    when: bool | None = None  # false: left out
     torchrun: str | None = None  # its arguments; none: the pipeline's, where the recipe can
     launch: str | None = None  # what stands before `tune run`; none: the pipeline's, with torchrun
 
@@ -83,7 +85,7 @@ def plan_stages(
     Raises:
         ValueError: naming all problems.
     """
-    chosen = {name: stage for name, stage in options.items() if stage.when}
+    chosen = {name: stage for name, stage in options.items() if stage.when is not False}
     problems = list(_order_problems(chosen))
     if problems:
         raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
@@ -98,16 +100,21 @@ def plan_stages(
         filler = _Filler(full_name, output_dir, iteration, places)
         arguments = [f"~{key}" for key in own.remove]
         for key, value in _flat(own.overrides):
-            if "{iteration}" in key and iteration is None:
+            if "{iteration}" in key and iteration is None and (of_iteration or not iterations):
                 for k, stages in of_iteration.items():
                     once = _Filler(full_name, output_dir, k, stages)
-                    arguments.append(f"{once.fill(key)}={once.fill(as_argument(value))}")
+                    arguments.append(f"{once.fill(key)}={once.argument(value)}")
                     filler.needs += once.needs
                     filler.problems += once.problems
             else:
-                arguments.append(f"{filler.fill(key)}={filler.fill(as_argument(value))}")
-        start = filler.fill(_start(own, torchrun, launch))
+                arguments.append(f"{filler.fill(key)}={filler.argument(value)}")
+        start = filler.fill(_start(own, torchrun, launch), quoted=True)
         problems.extend(filler.problems)
+        problems.extend(
+            f"'{full_name}': {argument} has more than one '=', which `tune run` refuses"
+            for argument in arguments
+            if argument.count("=") > 1
+        )
         words = [own.recipe, "--config", own.config, *arguments]
         stage = Stage(
             full_name,
@@ -185,11 +192,6 @@ def recipe_file(name: str) -> Path:
     return TORCHTUNE / "recipes" / recipe.file_path
 
 
-def as_argument(value: Any) -> str:
-    """A YAML value as torchtune's command line reads it: text, or JSON (which is YAML)."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _base(name: str) -> str:
     return re.sub(r"_iter\d+$", "", name)
 
@@ -242,12 +244,33 @@ class _Filler:
         self.stages = stages
         self.needs: list[str] = []
         self.problems: list[str] = []
-        self.own = {"here": str(Path(output_dir) / name), "output_dir": output_dir}
+        self.own = {
+            "here": str(Path(output_dir) / name),
+            "output_dir": output_dir,
+            "stage": name,
+        }
         if iteration is not None:
             self.own["iteration"] = str(iteration)
 
-    def fill(self, text: str) -> str:
+    def fill(self, text: str, *, quoted: bool = False) -> str:
+        """
+        Args:
+            quoted: for a shell.
+        """
+        if quoted:
+            return PLACE.sub(lambda match: shlex.quote(self._place(match)), text)
         return PLACE.sub(self._place, text)
+
+    def argument(self, value: Any) -> str:
+        """A YAML value as a command line gives it: text, or JSON, which is YAML."""
+        if not isinstance(value, str):
+            return self.fill(json.dumps(value))
+        text = self.fill(value)
+        try:
+            same = yaml.safe_load(text) == text or value == "{iteration}"  # that is a number
+            return text if same else json.dumps(text)
+        except yaml.YAMLError:
+            return json.dumps(text)
 
     def _place(self, match: re.Match[str]) -> str:
         name = match[1]

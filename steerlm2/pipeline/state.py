@@ -20,10 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerlm2.models.folders import resolve_checkpoint_dir
-
-LARGE_FILE = 2**30
-"""Bytes; the digest of a larger one is of its size and modification time, not of its content."""
+from steerlm2.models.folders import file_digest, resolve_checkpoint_dir
 
 RESUME_FILES = {"checkpoints", "earlier_runs"}
 """In a stage's folder: not what it was run for."""
@@ -57,8 +54,18 @@ class PipelineState:
         self.folder = output_dir / "state"
 
     def read(self, stage: str) -> StageRecord | None:
+        """Raises:
+        ValueError: where the record is damaged.
+        """
         file = self.folder / f"{stage}.json"
-        return StageRecord(**json.loads(file.read_text())) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            return StageRecord(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): remove it, and stage {stage} is done again"
+            ) from error
 
     def write(self, stage: str, record: StageRecord) -> None:
         """Whole or not at all, whenever the process is killed."""
@@ -80,17 +87,19 @@ class PipelineState:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as file:
-            deadline = time.monotonic() + SECONDS_FOR_STRAY_STAGE
+            started = time.monotonic()
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError as error:
-                    if time.monotonic() > deadline:
+                    if time.monotonic() > started + SECONDS_FOR_STRAY_STAGE:
                         raise ValueError(
                             f"another pipeline, or a stage that one left behind, works in "
                             f"{self.folder.parent}: wait for it, or end it"
                         ) from error
+                    if time.monotonic() < started + 0.1:
+                        print("waiting for a stage that an earlier run left behind", flush=True)
                     time.sleep(0.5)
                 except OSError:
                     break  # a file system without locks
@@ -108,7 +117,7 @@ def fingerprint(
         code: the recipe's file, where it is the user's own.
         inputs: files and folders that it reads.
     """
-    own_paths = re.compile(rf"(?<![\w./-]){re.escape(output_dir)}(?=/|$)")
+    own_paths = re.compile(rf"(?<![\w./-]){re.escape(output_dir)}(?=[/\"'\],]|$)")
     parts = {
         "config": config,
         "arguments": [own_paths.sub("{output_dir}", argument) for argument in arguments],
@@ -122,31 +131,33 @@ def inputs_of(config: Any, folder: Path, output_dir: Path) -> list[Path]:
     """The existing files and folders that the values of a stage's whole config name.
 
     Args:
-        config: with the command line's values.
+        config: with the command line's values. What has no "/" and no suffix is a word, not a path;
+            `output` and `output_dir` aren't inputs.
         folder: the stage's own, which isn't an input.
         output_dir: the pipeline's: no folder around it is one.
     """
     found = []
     for text in _texts(config):
+        path = Path(text).expanduser()
         try:
-            path = Path(text).resolve() if text and Path(text).exists() else None
+            exists = ("/" in text or path.suffix != "") and path.exists()
         except OSError:  # too long a name
             continue
-        if path is None or path.is_relative_to(folder.resolve()):
-            continue
-        if not output_dir.resolve().is_relative_to(path):
-            found.append(Path(text))
+        own = path.resolve().is_relative_to(folder.resolve())
+        around = output_dir.resolve().is_relative_to(path.resolve())
+        if exists and not own and not around:
+            found.append(path)
     return list(dict.fromkeys(found))
 
 
 def digest(path: Path) -> str:
     """Of a file, or of all files of a folder; of a training run's folder, its last export's."""
     if not path.is_dir():
-        return _file_digest(path)
+        return file_digest(path)
     folder = resolve_checkpoint_dir(path, missing_ok=True)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_file_digest, files))
+        digests = list(pool.map(file_digest, files))
     names = [file.relative_to(folder).as_posix() for file in files]
     return hashlib.sha256(json.dumps([*zip(names, digests, strict=True)]).encode()).hexdigest()
 
@@ -167,20 +178,13 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(target)
 
 
-def _file_digest(path: Path) -> str:
-    size = path.stat().st_size
-    if size > LARGE_FILE:
-        return f"{size} bytes of {path.stat().st_mtime_ns}"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _texts(item)
+        for key, item in value.items():
+            if key not in ("output", "output_dir"):
+                yield from _texts(item)
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)

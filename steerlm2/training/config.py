@@ -66,7 +66,7 @@ def load_config(
     return typing.cast(ConfigT, config)
 
 
-def config_problems(main: Callable[[], None], values: Mapping[str, Any]) -> list[str]:
+def config_problems(main: Callable[[], None] | None, values: Mapping[str, Any]) -> list[str]:
     """What `load_config` would say to the values of a recipe, given by its `main`; nothing where
     that isn't made by `recipe_main`."""
     config_class = getattr(main, CONFIG_CLASS, None)

@@ -9,14 +9,13 @@ lines were made with: lines of other settings don't get into one file.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from steerlm2.models.folders import resolve_checkpoint_dir
+from steerlm2.models.folders import file_digest, is_checkpoint, weights_digest
 from steerlm2.training.output import make_output_dir
 
 
@@ -26,8 +25,8 @@ class ResumableOutput:
     Args:
         path: of the complete file.
         input_file: what it is made from; its digest is one of the settings.
-        settings: JSON values that the lines depend on. Where a "checkpoint_dir" in them is the
-            output_dir of a run, the export that it means now counts.
+        settings: JSON values that the lines depend on; of a checkpoint's folder the weights count,
+            not where it is.
         slice_size: lines of an `append`; only the last one may have fewer.
     """
 
@@ -43,7 +42,7 @@ class ResumableOutput:
         self.input_file = Path(input_file)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.settings_file = self.path.with_name(self.path.name + ".settings.json")
-        self.settings = _with_resolved_checkpoints(settings)
+        self.settings = _with_weights_for_folders(settings)
         self.slice_size = slice_size
         self._file: IO[bytes] | None = None
 
@@ -52,8 +51,7 @@ class ResumableOutput:
         ValueError: where the output was begun with other settings, or from another input.
         FileNotFoundError: where there is no input.
         """
-        with self.input_file.open("rb") as file:
-            self.settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        self.settings["input_sha256"] = file_digest(self.input_file)
         written = self.path if self.path.exists() else self.partial
         if not written.exists() or (written == self.partial and written.stat().st_size == 0):
             return  # nor is a run that ended before its first lines a beginning
@@ -137,12 +135,13 @@ class ResumableOutput:
         return done, size
 
 
-def _with_resolved_checkpoints(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The run may export another epoch before a stopped run of ours continues."""
-    resolved = dict(settings)
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            resolved[key] = _with_resolved_checkpoints(value)
-        elif key == "checkpoint_dir" and value:
-            resolved[key] = str(resolve_checkpoint_dir(value, missing_ok=True))
-    return resolved
+def _with_weights_for_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint may be moved before a stopped run of ours continues, but not be trained on."""
+    return {
+        key: _with_weights_for_folders(value)
+        if isinstance(value, Mapping)
+        else weights_digest(value)
+        if isinstance(value, str) and is_checkpoint(value)
+        else value
+        for key, value in settings.items()
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,8 @@ from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.generation.answers import (
     Item,
     answer_of,
-    file_digest,
     sample_everywhere,
     sampling_settings,
-    weights_digest,
     with_labels,
 )
 from steerlm2.generation.engines import Request, Sample, request_seed
@@ -122,27 +119,3 @@ def test_samples_come_back_by_the_places_of_their_requests() -> None:
     assert {place: own[0].tokens for place, own in samples.items()} == {
         place: list(request.prompt) for place, request in requests.items()
     }
-
-
-def test_digests_tell_weights_apart(tmp_path: Path) -> None:
-    """Other values, another size, another name; not another time, nor other files."""
-    (tmp_path / "config.json").write_text("{}")
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(bytes(10_000))
-    first = weights_digest(tmp_path)
-    file.touch()
-    (tmp_path / "README.md").write_text("words")
-    assert weights_digest(tmp_path) == first
-    changed = {first}
-    for content in (bytes(9_999) + b"1", bytes(9_999)):
-        file.write_bytes(content)
-        changed.add(weights_digest(tmp_path))
-    file.rename(tmp_path / "other.safetensors")
-    changed.add(weights_digest(tmp_path))
-    assert len(changed) == 4
-    assert file_digest(tmp_path / "README.md") != file_digest(tmp_path / "other.safetensors")
-
-
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="has no config"):
-        weights_digest(tmp_path)

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from steerlm2.models.folders import INDEX_FILE, newest_export, resolve_checkpoint_dir
+from steerlm2.models import folders
+from steerlm2.models.folders import (
+    INDEX_FILE,
+    file_digest,
+    newest_export,
+    resolve_checkpoint_dir,
+    weights_digest,
+)
 
 
 def export(folder: Path, *files: str) -> Path:
@@ -70,3 +77,42 @@ def test_import_loads_no_torch() -> None:
     code = "import sys, steerlm2.models.folders; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
+
+
+def test_digests_tell_weights_apart(tmp_path: Path) -> None:
+    """Other values, another size, another name; not another time, nor other files."""
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(10_000))
+    first = weights_digest(tmp_path)
+    file.touch()
+    (tmp_path / "README.md").write_text("words")
+    assert weights_digest(tmp_path) == first
+    changed = {first}
+    for content in (bytes(9_999) + b"1", bytes(9_999)):
+        file.write_bytes(content)
+        changed.add(weights_digest(tmp_path))
+    file.rename(tmp_path / "other.safetensors")
+    changed.add(weights_digest(tmp_path))
+    assert len(changed) == 4
+    assert file_digest(tmp_path / "README.md") != file_digest(tmp_path / "other.safetensors")
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no config"):
+        weights_digest(tmp_path)
+
+
+def test_of_large_weights_only_pieces_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data files are read whole: a change of one line counts."""
+    monkeypatch.setattr(folders, "LARGE_FILE", 10)
+    for name, differ in (("model.safetensors", False), ("data.jsonl", True)):
+        file = tmp_path / name
+        file.write_bytes(bytes(2**20))
+        first = file_digest(file)
+        file.write_bytes(bytes(5_000) + b"1" + bytes(2**20 - 5_001))
+        assert (file_digest(file) != first) == differ
+        file.write_bytes(b"1" * 2**20)
+        assert file_digest(file) != first

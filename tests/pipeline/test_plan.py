@@ -70,13 +70,16 @@ def test_an_optional_stage_takes_its_place_as_proposal() -> None:
 
 
 def test_values_are_written_as_the_command_line_reads_them() -> None:
-    overrides = {"a": {"b": True, "c": [1, "x y"]}, "a.d": None, "e": "two words", "f": 1e-4}
+    """Text that YAML would read as something else is quoted."""
+    overrides = {"a": {"b": True, "c": [1, "x y"]}, "a.d": None, "e": "two words", "f": 1e-4,
+                 "g": "4", "h": "a: b"}  # fmt: skip
     (planned,) = plan_stages(
         {"score": stage(overrides, remove=["g.h"])}, output_dir="out", iterations=0
     )
     assert shlex.split(planned.command) == [
         *("tune", "run", "score_responses", "--config", "tiny/score_responses", "~g.h"),
         *("a.b=true", 'a.c=[1, "x y"]', "a.d=null", "e=two words", "f=0.0001"),
+        *('g="4"', 'h="a: b"'),
     ]
 
 
@@ -86,16 +89,16 @@ def test_torchrun_and_launch_are_for_recipes_that_can_use_them() -> None:
         "prepare": stage(recipe="prepare_data"),
         "score": stage(),
         "alone": stage(torchrun=""),
-        "serve": stage(torchrun="", launch="serve {here} --"),
+        "serve": stage(torchrun="", launch="serve $HOME {here} --"),
     }
     planned = plan_stages(
-        options, output_dir="out", iterations=0, torchrun="--nnodes 2", launch="srun"
+        options, output_dir="my out", iterations=0, torchrun="--nnodes 2", launch="srun"
     )
     assert [each.command.partition(" --config")[0] for each in planned] == [
         "tune run prepare_data",
         "srun tune run --nnodes 2 score_responses",
         "tune run score_responses",
-        "serve out/serve -- tune run score_responses",
+        "serve $HOME 'my out/serve' -- tune run score_responses",
     ]
 
 
@@ -106,6 +109,8 @@ def test_torchrun_and_launch_are_for_recipes_that_can_use_them() -> None:
         ({"here": stage()}, "'here' can't be a stage's name"),
         ({"a_iter1": stage()}, "'a_iter1' can't be a stage's name"),
         ({"a": stage({"x": "{b}"})}, r"'a' names \{b\}, which isn't there"),
+        ({"a": stage({"x": "lr=1/y"})}, "has more than one '='"),
+        ({"a": stage({"x{iteration}": 1}), "b": stage(each_iteration=True)}, "names .iteration"),
         ({"a": stage(recipe="prepare_data", torchrun="--nnodes 2")}, "runs in one process"),
         (
             {"a": stage(each_iteration=True), "b": stage(), "c": stage(each_iteration=True)},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,32 +61,23 @@ def test_digest_of_a_run_is_that_of_its_last_export(tmp_path: Path) -> None:
     assert digest(tmp_path) == digest(tmp_path / "epoch_10")
 
 
-def test_digest_of_a_large_file_takes_no_time(
+def test_inputs_are_the_paths_of_the_config_that_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state_module, "LARGE_FILE", 3)
-    file = tmp_path / "weights"
-    file.write_text("1234")
-    os.utime(file, ns=(5, 5))
-    first = digest(file)
-    file.write_text("4321")
-    os.utime(file, ns=(5, 5))
-    assert digest(file) == first
-    os.utime(file, ns=(6, 6))
-    assert digest(file) != first
-
-
-def test_inputs_are_the_paths_of_the_config_that_exist(tmp_path: Path) -> None:
+    """Not words that happen to be names of folders, nor what the stage writes."""
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     own, other = out / "own", out / "other"
     for folder in (own, other):
         folder.mkdir(parents=True)
         (folder / "x").touch()
+    (other / "y.jsonl").touch()
     config = {
         "output_dir": str(own),
-        "output": str(own / "x"),
+        "output": str(other / "y.jsonl"),
         "section": {"source": str(other / "x"), "lists": [str(other), "cpu", ""]},
         "missing": str(tmp_path / "y"),
+        "word": "out",
         "around": str(tmp_path),
         "long": "a" * 5000,
     }

@@ -108,12 +108,17 @@ def test_distance_falls_by_more_than_half(
 def test_pipeline_goes_through_all_stages(
     tune: Callable[..., object], shared_dir: Path, tmp_path: Path
 ) -> None:
-    """Every stage reads what those before it wrote: human labels, a model's labels, log-probs."""
+    """Every stage reads what those before it wrote: human labels, a model's, log-probs; and the
+    model of bootstrapping is the first iteration's proposal."""
     output_dir = tmp_path / "oasst"
     tune(
         *("steerlm2_pipeline", "--config", "tiny/oasst_pipeline", f"output_dir={output_dir}"),
         f"names.source={shared_dir / 'data' / 'oasst2_trees.jsonl.gz'}",
-        *("names.sample_fraction=0.3", "names.max_steps=4"),
+        *("names.sample_fraction=0.3", "names.max_steps=4", "bootstrap=true"),
+        *(
+            "stages.best_sample.overrides.max_prompts=12",
+            "stages.best_of.overrides.builder.max_distance=4",
+        ),
         *("stages.sample.overrides.max_prompts=12", "stages.evaluate.overrides.max_prompts=6"),
     )
     groups = read_records(output_dir / "score_iter1" / "groups.jsonl", min_responses=1)

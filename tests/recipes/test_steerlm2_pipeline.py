@@ -8,6 +8,7 @@ import random
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 
 from steerlm2.pipeline.state import PipelineState
 
-ROOT = Path(__file__).resolve().parents[2]
+TUNE = Path(sys.executable).with_name("tune")
 QUICKSTART = ("steerlm2_pipeline", "--config", "tiny/quickstart")
 
 WORLD_STAGES = [
@@ -59,14 +60,32 @@ def test_dry_run_of_70b_is_a_complete_plan(tune: Any) -> None:
         if recipe_of(command) in ("prepare_data", "evaluate_steering"):
             assert command[:2] == ["tune", "run"]
         elif recipe_of(command) == "sample_responses":
+            assert f"{folder_of_output(command)}_vllm.log" in command
             assert "steerlm2.generation.vllm_command" in command
             assert "--nproc_per_node" not in command
         else:
-            assert command[:3] == ["srun", "--ntasks-per-node", "1"]
+            assert command[:5] == ["srun", "--nodes", "32", "--ntasks", "32"]
             assert command[command.index("--nnodes") + 1] == "32"
     first, second = (c for c in planned if recipe_of(c) == "steerlm2_distributed")
     assert f"checkpointer.checkpoint_dir={folder_of(first)}" in second
     assert f"checkpointer.checkpoint_dir={folder_of(first)[: -len('steerlm2_iter1')]}acsft" in first
+
+
+def folder_of_output(command: list[str]) -> str:
+    """Where the log of a stage's server is: logs/STAGE."""
+    (output,) = (Path(w.removeprefix("output=")) for w in command if w.startswith("output="))
+    return str(output.parents[1] / "logs" / output.parent.name)
+
+
+def test_stages_of_70b_agree_on_the_attributes(tune: Any) -> None:
+    """The attribute model that one trains is the one that others load."""
+    dry_run = tune("steerlm2_pipeline", "--config", "llama3_1/70B_pipeline", "dry_run=true")
+    for command in commands(dry_run.stdout):
+        if recipe_of(command) in ("score_responses", "evaluate_steering"):
+            (names,) = (w for w in command if w.startswith("schema.names="))
+            assert json.loads(names.removeprefix("schema.names=")) == [
+                *("helpfulness", "correctness", "coherence", "complexity", "verbosity"),
+            ]
 
 
 def folder_of(command: list[str]) -> str:
@@ -166,6 +185,28 @@ def test_a_rerun_does_what_has_changed_and_no_more(
     assert "??" in (out / "split" / "train.jsonl").read_text(), "another input"
 
 
+def test_commands_run_by_hand_are_adopted(tune: Any, two_stages: Path, tmp_path: Path) -> None:
+    """The printed lines are a shell script; what they leave counts when one says so."""
+    command = ("steerlm2_pipeline", "--config", str(two_stages))
+    script = tune(*command, "dry_run=true").stdout
+    environment = os.environ | {"PATH": f"{TUNE.parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-eu", "-c", script], env=environment, check=True, cwd=tmp_path)
+    tune(*command, "adopt=true")
+    assert runs(tmp_path / "out") == {"draw": 0, "split": 0}
+    assert not (tmp_path / "out" / "earlier").exists()
+    assert commands(tune(*command, "dry_run=true").stdout) == []
+
+
+def test_a_recipe_of_torchtunes_can_be_a_stage(tune: Any, two_stages: Path) -> None:
+    """What its config must have, only it knows."""
+    stage = "{recipe: full_finetune_single_device, config: llama3_1/8B_full_single_device}"
+    dry_run = tune(
+        *("steerlm2_pipeline", "--config", str(two_stages), "dry_run=true"),
+        f"stages={{other: {stage}}}",
+    )
+    assert "tune run full_finetune_single_device" in dry_run.stdout
+
+
 def test_a_stage_needs_those_it_reads_from(tune: Any, two_stages: Path) -> None:
     result = tune("steerlm2_pipeline", "--config", str(two_stages), "only=split", check=False)
     assert result.returncode == 1
@@ -234,6 +275,7 @@ def test_killed_ten_times_equals_uninterrupted(
     """At random moments; either everything dies, or the pipeline alone. What was complete isn't
     started again."""
     rng = random.Random(0)
+    num_killed = 0
     state = PipelineState(tmp_path / "killed")
     done: dict[str, int] = {}
     command = (*QUICKSTART, *small_world(tmp_path / "killed"))
@@ -244,11 +286,13 @@ def test_killed_ten_times_equals_uninterrupted(
         except subprocess.TimeoutExpired:
             kill_all = rng.random() < 0.5
             (os.killpg if kill_all else os.kill)(process.pid, signal.SIGKILL)
+            num_killed += 1
         process.communicate()
         for stage in WORLD_STAGES:
             record = state.read(stage)
             if record is not None and record.complete:
                 assert record.runs == done.setdefault(stage, record.runs)
+    assert num_killed >= 5, "the others found the pipeline at its end"
     tune(*command)
     for stage, times in done.items():
         record = state.read(stage)

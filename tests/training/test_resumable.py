@@ -193,13 +193,14 @@ def test_killed_between_the_last_line_and_the_name(input_file: Path) -> None:
 def test_another_export_of_the_same_run_is_another_setting(
     input_file: Path, tmp_path: Path
 ) -> None:
-    """checkpoint_dir is the output_dir of a run, which means epoch_1, later epoch_2."""
+    """checkpoint_dir is the output_dir of a run, which means epoch_1, later epoch_2. Where it is
+    doesn't matter."""
 
     def export(epoch: int) -> None:
         folder = tmp_path / "run" / f"epoch_{epoch}"
         folder.mkdir(parents=True)
-        for name in ("config.json", "model.safetensors"):
-            (folder / name).touch()
+        (folder / "config.json").touch()
+        (folder / "model.safetensors").write_text(str(epoch))
 
     def output() -> ResumableOutput:
         model = {"checkpointer": {"checkpoint_dir": str(tmp_path / "run")}}
@@ -209,6 +210,9 @@ def test_another_export_of_the_same_run_is_another_setting(
     first = output()
     run(first, slices=1)
     stop(first)
+    output().check()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").symlink_to(tmp_path / "moved")
     output().check()
     export(2)
     with pytest.raises(ValueError, match=r"was begun with other settings \(log_q\)"):
