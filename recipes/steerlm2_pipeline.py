@@ -40,6 +40,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from yaml import YAMLError
 
+from steerlm2.models.folders import newest_export
 from steerlm2.pipeline.plan import (
     Stage,
     StageOptions,
@@ -246,6 +247,12 @@ class PipelineRecipe:
         started = time.monotonic()
         status = run_command(stage.command, log, lock)
         record.seconds += time.monotonic() - started
+        trains = "save_every_n_steps" in self.values[stage.name]
+        if status == 0 and trains and newest_export(stage.folder) is None:
+            self.state.write(stage.name, record)
+            raise ValueError(
+                f"stage {stage.name} was stopped before its end; the same command goes on with it"
+            )
         if status != 0:
             self.state.write(stage.name, record)
             raise ValueError(failure(stage, status, log))
