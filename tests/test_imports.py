@@ -1,7 +1,7 @@
 """Imports point downwards, and importing the package costs nothing.
 
 recipes -> generation -> serving -> training -> datasets -> data
-data -> models, losses, logprobs, evaluation -> attributes
+data -> models, losses, logprobs, evaluation -> attributes, attention
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "steerlm2"
 
 LEVELS = {
+    "attention": 0,
     "attributes": 0,
     "losses": 1,
     "evaluation": 1,

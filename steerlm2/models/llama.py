@@ -34,6 +34,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
+from steerlm2.attention import attend
 from steerlm2.models.reward_head import RewardHead
 
 ROW_LENGTH_LIMIT = 1 << 30
@@ -41,9 +42,14 @@ ROW_LENGTH_LIMIT = 1 << 30
 
 
 def end_at_hidden_states(decoder: TransformerDecoder) -> None:
-    """Make `decoder(tokens, mask=..., input_pos=...)` return the hidden states after the norm."""
+    """Make `decoder(tokens, mask=..., input_pos=...)` return the hidden states after the norm.
+
+    It then reads rows longer than its context, and takes attention blocks as a mask.
+    """
     decoder.unembed = lambda hidden: decoder.norm(hidden)
     decoder.max_seq_len = ROW_LENGTH_LIMIT
+    for layer in decoder.layers:
+        layer.attn._attention_call = attend
 
 
 def output_weight(decoder: TransformerDecoder) -> Tensor:

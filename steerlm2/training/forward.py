@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.attention import flex_mask
 from steerlm2.data.packing import (
     DialogueRow,
     Group,
@@ -37,9 +38,8 @@ def hidden_states(decoder: TransformerDecoder, row: Row, *, sharded_use: bool = 
     Args:
         sharded_use: whether the ranks split what they compute from it (`gather_sequence`).
     """
-    hidden_1TD = decoder(
-        row.tokens_T[None], mask=row.attention_mask_TT()[None], input_pos=row.input_pos_T[None]
-    )
+    mask = flex_mask(row.group_T, row.segment_T) if row.tokens_T.is_cuda else row.blocks
+    hidden_1TD = decoder(row.tokens_T[None], mask=mask, input_pos=row.input_pos_T[None])
     return gather_sequence(hidden_1TD, sharded_use=sharded_use)[0]
 
 
