@@ -1,7 +1,7 @@
 """Attention over packed rows that never computes what a token doesn't see.
 
-Dimension letters: B rows of a batch, H heads, T tokens of a row, E size of a head; Q and K tokens of
-a block that ask and that are seen.
+Dimension letters: B rows of a batch, H heads, T tokens of a row, E size of a head, Q tokens of a
+block.
 
 In a row [prompt | y_1 | ... | y_n] a response's token sees the prompt and its own response. A dense
 mask over the row would compute all T^2 pairs and throw most of them away. Two ways around it:
@@ -58,7 +58,9 @@ def attend(
 
 
 @torch.compiler.disable
-def attend_blocks(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, blocks: AttentionBlocks) -> Tensor:
+def attend_blocks(
+    q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, blocks: AttentionBlocks
+) -> Tensor:
     """softmax(q k^T / sqrt(E)) v over what each token sees, [B, H, T, E]; on the CPU."""
     return _BlockAttention.apply(q_BHTE, k_BHTE, v_BHTE, blocks)
 

@@ -11,9 +11,9 @@ uniform distribution from half to one and a half times the mean. Three ways take
     padded       one pass over the same rows; left out where they don't fit into memory
     ours         one pass over one packed row
 
-The reference's micro-batches hold what fits into 8,192 tokens, padding included. Peak memory is
-that of one step above what the process has before it, each way in a process of its own: gradients
-are in it, weights are not. Ratios are reference / ours, from the medians of the rounds.
+The reference's micro-batches hold what fits into `--reference-tokens`, padding included. Peak
+memory is that of one step above what the process has before it, each way in a process of its own:
+gradients are in it, weights are not. Ratios are reference / ours, from the medians of the rounds.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ from steerlm2.training.distributed import World, parallelize
 from steerlm2.training.forward import response_logps
 
 VOCABULARY = 8192
-MAX_TOKENS = 8192
-"""Of a micro-batch, padding included."""
 PADDED_TOKENS_IN_MEMORY = 16_384
 """One pass over padded rows keeps the activations of a whole group."""
 GRADIENT_TOLERANCE = 1e-3
@@ -132,10 +130,11 @@ class Way:
         self.step(self.model, group)
 
 
-def ways_of(model: TransformerDecoder) -> dict[str, Way]:
+def ways_of(model: TransformerDecoder, reference_tokens: int) -> dict[str, Way]:
     return {
         "reference": Way(
-            copy.deepcopy(model), lambda model, group: two_pass_step(model, [group], MAX_TOKENS)
+            copy.deepcopy(model),
+            lambda model, group: two_pass_step(model, [group], reference_tokens),
         ),
         "padded": Way(
             copy.deepcopy(model), lambda model, group: padded_single_pass_step(model, [group])
@@ -191,15 +190,15 @@ def measure(ways: dict[str, Way], group: Group, rounds: int) -> dict[str, Any]:
     return found
 
 
-def peak_bytes(way: str, cell: Cell, threads: int) -> int:
+def peak_bytes(way: str, cell: Cell, threads: int, reference_tokens: int) -> int:
     """Peak memory of one step above what the process held before, in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", way, "--threads", str(threads)]
     command += ["--n", str(cell.n), "--prompt", str(cell.prompt), "--response", str(cell.response)]
+    command += ["--reference-tokens", str(reference_tokens)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def print_peak_bytes(way: str, group: Group) -> None:
-    step = ways_of(small_llama())[way]
+def print_peak_bytes(step: Way, group: Group) -> None:
     before = resident_bytes("VmRSS")
     step(group)
     print(resident_bytes("VmHWM") - before)
@@ -258,6 +257,7 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true", help="all cells instead")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--reference-tokens", type=int, default=8192, help="of a micro-batch")
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG of the grid")
@@ -265,23 +265,30 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cells = GRID if args.grid else [Cell(args.n, args.prompt, args.response)]
+    ways = ways_of(small_llama(), args.reference_tokens)
     if args.memory_of:
-        print_peak_bytes(args.memory_of, cells[0].group())
+        print_peak_bytes(ways[args.memory_of], cells[0].group())
         return
-    ways = ways_of(small_llama())
     measure(ways, Cell(2, 32, 32).group(), rounds=1)  # warm up
     results = []
     for cell in cells:
         result = vars(cell) | measure(ways, cell.group(), args.rounds)
         if not args.no_memory:
             for way in ("reference", "ours"):
-                result[f"{way}_peak_bytes"] = peak_bytes(way, cell, args.threads)
+                result[f"{way}_peak_bytes"] = peak_bytes(
+                    way, cell, args.threads, args.reference_tokens
+                )
             result["peak_memory_ratio"] = result["reference_peak_bytes"] / result["ours_peak_bytes"]
         results.append(result)
         print(table([result]).splitlines()[-1], file=sys.stderr)
     print(table(results))
     if args.json:
-        made = {"threads": args.threads, "rounds": args.rounds, "torch": torch.__version__}
+        made = {
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "reference_tokens": args.reference_tokens,
+            "torch": torch.__version__,
+        }
         whole = made | ({"cells": results} if args.grid else results[0])
         args.json.write_text(json.dumps(whole, indent=2) + "\n")
     if args.plot:
