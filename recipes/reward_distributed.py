@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from steerlm2.attributes import as_schema
 from steerlm2.data.batches import batch_of_step, steps_per_epoch
-from steerlm2.data.packing import RewardGroup, pack_for_reward, rows_by_rank
+from steerlm2.data.packing import RewardGroup, RewardRow, pack_for_reward, rows_by_rank
 from steerlm2.datasets import RewardDataset
 from steerlm2.evaluation import (
     Table,
@@ -42,7 +42,9 @@ from steerlm2.evaluation import (
     table_text,
 )
 from steerlm2.losses import bradley_terry_sum, num_labelled, squared_error_sum
+from steerlm2.models.llama import pair_cost
 from steerlm2.models.reward_head import add_reward_head
+from steerlm2.training.ahead import ahead
 from steerlm2.training.checkpoint import (
     best_state,
     check_context,
@@ -64,10 +66,13 @@ from steerlm2.training.config import (
 )
 from steerlm2.training.distributed import (
     DTYPES,
+    ActivationCheckpointing,
+    check_finite,
     clip_gradients,
     close_world,
     init_world,
     parallelize,
+    reduce_gradients,
 )
 from steerlm2.training.forward import attribute_scores, score_attributes
 from steerlm2.training.metrics import (
@@ -82,6 +87,7 @@ from steerlm2.training.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
+from steerlm2.training.schedules import is_due
 
 
 @dataclass
@@ -138,11 +144,13 @@ class RewardConfig:
     save_dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; none: param_dtype
     compile: bool = False
     enable_activation_checkpointing: bool = False
+    ac_mode: ActivationCheckpointing = "full"  # selective: outputs of matrix products are kept
     tensor_parallel_dim: int = 1
     data_parallel_replicate_dim: int = 1
     data_parallel_shard_dim: int = -1
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
+    fsdp_reduce_every_microbatch: bool = True  # false: once a step, from whole gradients
 
     metric_logger: Component | None = None
     log_every_n_steps: int = 1
@@ -271,11 +279,12 @@ class RewardRecipe:
                 load_head=cfg.load_reward_head,
             )
         )
+        self.pair_cost = pair_cost(self.model)
         parallelize(
             self.model,
             world,
             dtype=self.dtype,
-            activation_checkpointing=cfg.enable_activation_checkpointing,
+            activation_checkpointing=cfg.ac_mode if cfg.enable_activation_checkpointing else None,
             compile=cfg.compile,
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             cpu_offload=cfg.fsdp_cpu_offload,
@@ -331,19 +340,26 @@ class RewardRecipe:
         )
         self.model.train()
         tokens, seconds = 0, 0.0
+        looked_at = self.first_step
+        steps = range(self.first_step, self.total_steps)
+        if self.first_step == 0 and cfg.val_every_n_steps:
+            self.validate(0)
         with profiler, bar:
-            for step in range(self.first_step, self.total_steps):
-                if step == 0 and cfg.val_every_n_steps:
-                    self.validate(step)
+            for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
-                groups = self._batch(step)
+                groups, rows = work
                 # Every rank knows the whole step's number of labels (or pairs): a micro-batch's
                 # sum divided by it is that micro-batch's part of the step's mean.
                 count = self._loss_count(groups)
                 loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-                rows = rows_by_rank(groups, world.dp_size, cfg.max_tokens_per_microbatch)
-                for microbatch in rows[world.dp_rank]:
-                    row = pack_for_reward(microbatch, multiple_of=world.tp_size).to(world.device)
+                for i, row in enumerate(rows):
+                    row = row.to(world.device)
+                    reduce_gradients(
+                        self.model,
+                        world,
+                        last=i + 1 == len(rows),
+                        every_time=cfg.fsdp_reduce_every_microbatch,
+                    )
                     scores_NA = attribute_scores(self.model, row)
                     loss = self._loss_sum(scores_NA, row.labels_NA, row.strength_G) / count
                     # FSDP2 takes the mean over the data-parallel ranks.
@@ -351,20 +367,22 @@ class RewardRecipe:
                     loss_sum += loss.detach()
 
                 grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
-                if not torch.isfinite(grad_norm):
-                    raise ValueError(
-                        f"step {step + 1}: the gradient norm is {grad_norm.item()}; the weights "
-                        "are as before this step. Lower lr, or set dtype=fp32 to find the cause."
-                    )
+                done = step + 1
+                logged = done % cfg.log_every_n_steps == 0
+                validated = is_due(done, cfg.val_every_n_steps, self.total_steps)
+                saved = is_due(done, cfg.save_every_n_steps, self.total_steps)
+                # Looking waits for the GPU, so not at every step.
+                if logged or validated or saved or done == self.total_steps:
+                    check_finite(grad_norm, done, looked_at)
+                    looked_at = done
                 lr = self.optimizer.param_groups[0]["lr"]
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.lr_scheduler.step()
                 profiler.step()
 
-                done = step + 1
                 tokens += sum(group.num_tokens for group in groups)
-                if done % cfg.log_every_n_steps == 0:
+                if logged:
                     metrics = {"loss": world.sum(loss_sum).item()}
                     seconds += time.perf_counter() - started
                     metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
@@ -380,10 +398,9 @@ class RewardRecipe:
                 else:
                     seconds += time.perf_counter() - started
                 bar.update()
-                last = done == self.total_steps
-                if cfg.val_every_n_steps and (done % cfg.val_every_n_steps == 0 or last):
+                if validated:
                     self.validate(done)
-                if cfg.save_every_n_steps and (done % cfg.save_every_n_steps == 0 or last):
+                if saved:
                     self.save(done)
 
     @torch.no_grad()
@@ -484,12 +501,16 @@ class RewardRecipe:
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         return instantiate(self.cfg.lr_scheduler, optimizer, num_training_steps=self.total_steps)
 
-    def _batch(self, step: int) -> list[RewardGroup]:
-        cfg = self.cfg
+    def _prepared(self, step: int) -> tuple[list[RewardGroup], list[RewardRow]]:
+        """A step's groups of all ranks, and this rank's rows of them."""
+        cfg, world = self.cfg, self.world
         indices = batch_of_step(
             step, len(self.train_set), cfg.global_batch_size, cfg.seed, cfg.data.shuffle
         )
-        return [self.train_set.groups[i] for i in indices]
+        groups = [self.train_set.groups[i] for i in indices]
+        rows = rows_by_rank(groups, world.dp_size, cfg.max_tokens_per_microbatch, self.pair_cost)
+        own = rows[world.dp_rank]
+        return groups, [pack_for_reward(row, multiple_of=world.tp_size) for row in own]
 
     def _reward_index(self) -> int:
         return self.schema.names.index(self.cfg.reward_attribute)

@@ -30,13 +30,15 @@ from tqdm import tqdm
 from steerlm2.attributes import parse_label
 from steerlm2.data.batches import batch_of_step, steps_per_epoch
 from steerlm2.data.conversations import Conversation
-from steerlm2.data.packing import Dialogue, pack_dialogues, rows_by_rank
+from steerlm2.data.packing import Dialogue, DialogueRow, pack_dialogues, rows_by_rank
 from steerlm2.data.records import ASSISTANT, USER, Turn
 from steerlm2.data.sources.oasst import DEFAULT_SYSTEM_PROMPT
 from steerlm2.data.templates import encode_prompt
 from steerlm2.datasets import DialogueDataset
 from steerlm2.generation.engines import response_end
 from steerlm2.generation.sampling import sample_tokens
+from steerlm2.models.llama import pair_cost
+from steerlm2.training.ahead import ahead
 from steerlm2.training.checkpoint import (
     best_state,
     check_context,
@@ -58,10 +60,13 @@ from steerlm2.training.config import (
 )
 from steerlm2.training.distributed import (
     DTYPES,
+    ActivationCheckpointing,
+    check_finite,
     clip_gradients,
     close_world,
     init_world,
     parallelize,
+    reduce_gradients,
 )
 from steerlm2.training.forward import target_logps
 from steerlm2.training.metrics import (
@@ -77,6 +82,7 @@ from steerlm2.training.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
+from steerlm2.training.schedules import is_due
 
 
 @dataclass
@@ -167,11 +173,13 @@ class SFTConfig:
     save_dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; none: param_dtype
     compile: bool = False
     enable_activation_checkpointing: bool = False
+    ac_mode: ActivationCheckpointing = "full"  # selective: outputs of matrix products are kept
     tensor_parallel_dim: int = 1
     data_parallel_replicate_dim: int = 1
     data_parallel_shard_dim: int = -1
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
+    fsdp_reduce_every_microbatch: bool = True  # false: once a step, from whole gradients
 
     metric_logger: Component | None = None
     log_every_n_steps: int = 1
@@ -293,11 +301,12 @@ class SFTRecipe:
                 output_dir=cfg.output_dir,
             )
         )
+        self.pair_cost = pair_cost(self.model)
         parallelize(
             self.model,
             world,
             dtype=self.dtype,
-            activation_checkpointing=cfg.enable_activation_checkpointing,
+            activation_checkpointing=cfg.ac_mode if cfg.enable_activation_checkpointing else None,
             compile=cfg.compile,
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             cpu_offload=cfg.fsdp_cpu_offload,
@@ -346,19 +355,26 @@ class SFTRecipe:
         )
         self.model.train()
         tokens, seconds = 0, 0.0
+        looked_at = self.first_step
+        steps = range(self.first_step, self.total_steps)
+        if self.first_step == 0 and cfg.val_every_n_steps:
+            self.validate(0)
         with profiler, bar:
-            for step in range(self.first_step, self.total_steps):
-                if step == 0 and cfg.val_every_n_steps:
-                    self.validate(step)
+            for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
-                dialogues = self._batch(step)
+                dialogues, rows = work
                 # Every rank knows the whole step's number of targets: a micro-batch's sum divided
                 # by it is that micro-batch's part of the step's mean.
                 num_targets = sum(len(dialogue.target_places) for dialogue in dialogues)
                 loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-                rows = rows_by_rank(dialogues, world.dp_size, cfg.max_tokens_per_microbatch)
-                for microbatch in rows[world.dp_rank]:
-                    row = pack_dialogues(microbatch, multiple_of=world.tp_size).to(world.device)
+                for i, row in enumerate(rows):
+                    row = row.to(world.device)
+                    reduce_gradients(
+                        self.model,
+                        world,
+                        last=i + 1 == len(rows),
+                        every_time=cfg.fsdp_reduce_every_microbatch,
+                    )
                     logps_R = target_logps(self.model, row, world)
                     loss = -logps_R.double().sum() / num_targets
                     # FSDP2 takes the mean over the data-parallel ranks.
@@ -366,20 +382,22 @@ class SFTRecipe:
                     loss_sum += loss.detach()
 
                 grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
-                if not torch.isfinite(grad_norm):
-                    raise ValueError(
-                        f"step {step + 1}: the gradient norm is {grad_norm.item()}; the weights "
-                        "are as before this step. Lower lr, or set dtype=fp32 to find the cause."
-                    )
+                done = step + 1
+                logged = done % cfg.log_every_n_steps == 0
+                validated = is_due(done, cfg.val_every_n_steps, self.total_steps)
+                saved = is_due(done, cfg.save_every_n_steps, self.total_steps)
+                # Looking waits for the GPU, so not at every step.
+                if logged or validated or saved or done == self.total_steps:
+                    check_finite(grad_norm, done, looked_at)
+                    looked_at = done
                 lr = self.optimizer.param_groups[0]["lr"]
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.lr_scheduler.step()
                 profiler.step()
 
-                done = step + 1
                 tokens += sum(dialogue.num_tokens for dialogue in dialogues)
-                if done % cfg.log_every_n_steps == 0:
+                if logged:
                     metrics = {"loss": world.sum(loss_sum).item()}
                     seconds += time.perf_counter() - started
                     metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
@@ -395,10 +413,9 @@ class SFTRecipe:
                 else:
                     seconds += time.perf_counter() - started
                 bar.update()
-                last = done == self.total_steps
-                if cfg.val_every_n_steps and (done % cfg.val_every_n_steps == 0 or last):
+                if validated:
                     self.validate(done)
-                if cfg.save_every_n_steps and (done % cfg.save_every_n_steps == 0 or last):
+                if saved:
                     self.save(done)
 
     @torch.no_grad()
@@ -537,12 +554,16 @@ class SFTRecipe:
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         return instantiate(self.cfg.lr_scheduler, optimizer, num_training_steps=self.total_steps)
 
-    def _batch(self, step: int) -> list[Dialogue]:
-        cfg = self.cfg
+    def _prepared(self, step: int) -> tuple[list[Dialogue], list[DialogueRow]]:
+        """A step's dialogues of all ranks, and this rank's rows of them."""
+        cfg, world = self.cfg, self.world
         indices = batch_of_step(
             step, len(self.train_set), cfg.global_batch_size, cfg.seed, cfg.data.shuffle
         )
-        return [self.train_set.dialogues[i] for i in indices]
+        dialogues = [self.train_set.dialogues[i] for i in indices]
+        rows = rows_by_rank(dialogues, world.dp_size, cfg.max_tokens_per_microbatch, self.pair_cost)
+        own = rows[world.dp_rank]
+        return dialogues, [pack_dialogues(row, multiple_of=world.tp_size) for row in own]
 
     def _data_state(self) -> dict[str, Any]:
         """What the order of the batches depends on: a step's batch follows from these."""

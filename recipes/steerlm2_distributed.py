@@ -47,6 +47,8 @@ from steerlm2.datasets import SteerLM2Dataset, with_log_probs
 from steerlm2.generation.engines import response_end
 from steerlm2.generation.sampling import sample_tokens
 from steerlm2.losses import METRIC_NAMES, metric_sums
+from steerlm2.models.llama import pair_cost
+from steerlm2.training.ahead import ahead
 from steerlm2.training.checkpoint import (
     check_context,
     check_vocabulary,
@@ -66,10 +68,13 @@ from steerlm2.training.config import (
 )
 from steerlm2.training.distributed import (
     DTYPES,
+    ActivationCheckpointing,
+    check_finite,
     clip_gradients,
     close_world,
     init_world,
     parallelize,
+    reduce_gradients,
 )
 from steerlm2.training.forward import response_logps, score_groups
 from steerlm2.training.metrics import (
@@ -84,6 +89,7 @@ from steerlm2.training.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
+from steerlm2.training.schedules import is_due
 
 LOGGED = ("loss", *METRIC_NAMES)
 
@@ -180,11 +186,13 @@ class SteerLM2Config:
     save_dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; none: param_dtype
     compile: bool = False
     enable_activation_checkpointing: bool = False
+    ac_mode: ActivationCheckpointing = "full"  # selective: outputs of matrix products are kept
     tensor_parallel_dim: int = 1
     data_parallel_replicate_dim: int = 1
     data_parallel_shard_dim: int = -1
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
+    fsdp_reduce_every_microbatch: bool = True  # false: once a step, from whole gradients
 
     metric_logger: Component | None = None
     log_every_n_steps: int = 1
@@ -240,6 +248,24 @@ class SteerLM2Config:
             if value is not None and value < 1
         ]
         return found
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What one rank computes in one optimizer step, as rows on the host."""
+
+    groups: list[Group]
+    """Of all ranks."""
+    seen: list[Group]
+    """Of this rank, in the order of its log-probs."""
+    two_pass: list[Group]
+    forward: list[PackedRow]
+    """Of the two-pass groups, for the pass without a graph."""
+    slices: list[PackedRow]
+    """The same for the pass with one."""
+    single_pass: list[PackedRow]
+    imbalance: float
+    """How much more the busiest rank has to do than the average one, estimated."""
 
 
 class SteerLM2Recipe:
@@ -301,11 +327,12 @@ class SteerLM2Recipe:
                 output_dir=cfg.output_dir,
             )
         )
+        self.pair_cost = pair_cost(self.model)
         parallelize(
             self.model,
             world,
             dtype=self.dtype,
-            activation_checkpointing=cfg.enable_activation_checkpointing,
+            activation_checkpointing=cfg.ac_mode if cfg.enable_activation_checkpointing else None,
             compile=cfg.compile,
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             cpu_offload=cfg.fsdp_cpu_offload,
@@ -344,7 +371,7 @@ class SteerLM2Recipe:
 
     def train(self) -> None:
         """Every optimizer step, from the groups to the log line."""
-        cfg, world, options = self.cfg, self.world, self.cfg.steerlm2
+        cfg, world = self.cfg, self.world
         profiler = instantiate(cfg.profiler)[0] if cfg.profiler else DummyProfiler()
         bar = tqdm(
             total=self.total_steps,
@@ -354,76 +381,69 @@ class SteerLM2Recipe:
         )
         self.model.train()
         tokens, seconds = 0, 0.0
+        looked_at = self.first_step
+        steps = range(self.first_step, self.total_steps)
+        if self.first_step == 0 and cfg.val_every_n_steps:
+            self.validate(0)
         with profiler, bar:
-            for step in range(self.first_step, self.total_steps):
-                if step == 0 and cfg.val_every_n_steps:
-                    self.validate(step)
+            for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
-                groups = self._batch(step)
-                plan = plan_step(
-                    groups,
-                    rank=world.dp_rank,
-                    num_ranks=world.dp_size,
-                    strategy=options.strategy,
-                    max_tokens_per_microbatch=options.max_tokens_per_microbatch,
-                    micro_batch_size=options.micro_batch_size,
-                    forward_micro_batch_size=options.forward_micro_batch_size,
-                )
-
                 # Groups too large for one micro-batch: log Q_theta of all their responses without a
                 # graph, then the gradient of the loss with respect to each.
-                # Every rank runs the same number of rows; those it lacks are empty.
-                forward = [
-                    [part] for part in slices(plan.two_pass, options.forward_micro_batch_size)
-                ]
-                forward += [[]] * (plan.forward_rows - len(forward))
                 with torch.no_grad():
-                    logps = [response_logps(self.model, self._row(part), world) for part in forward]
-                work: list[tuple[list[Group], torch.Tensor | None]] = []
-                if plan.two_pass:
-                    whole = targets_of(plan.two_pass).to(world.device)
-                    grad_N = self._loss_gradient(torch.cat(logps), whole, len(groups))
-                    parts = slices(plan.two_pass, options.micro_batch_size)
-                    grads = grad_N.split([len(part.responses) for part in parts])
-                    work += [([part], grad) for part, grad in zip(parts, grads, strict=True)]
+                    logps = [
+                        response_logps(self.model, row.to(world.device), world)
+                        for row in work.forward
+                    ]
+                rows: list[tuple[PackedRow, torch.Tensor | None]] = []
+                if work.two_pass:
+                    whole = targets_of(work.two_pass).to(world.device)
+                    grad_N = self._loss_gradient(torch.cat(logps), whole, len(work.groups))
+                    grads = grad_N.split([row.num_responses for row in work.slices])
+                    rows += zip(work.slices, grads, strict=True)
 
                 # All others: forward, gradient of the loss, backward.
-                work += [(microbatch, None) for microbatch in plan.single_pass]
-                work += [([], None)] * (plan.backward_rows - len(work))
-                for microbatch, known_grad_N in work:
-                    row = self._row(microbatch)
+                rows += [(row, None) for row in work.single_pass]
+                for i, (row, known_grad_N) in enumerate(rows):
+                    reduce_gradients(
+                        self.model,
+                        world,
+                        last=i + 1 == len(rows),
+                        every_time=cfg.fsdp_reduce_every_microbatch,
+                    )
+                    row = row.to(world.device)
                     logps_N = response_logps(self.model, row, world)
                     if known_grad_N is not None:
                         grad_N = known_grad_N
                     else:
-                        grad_N = self._loss_gradient(logps_N, row, len(groups))
+                        grad_N = self._loss_gradient(logps_N, row, len(work.groups))
                         logps.append(logps_N.detach())
                     # FSDP2 takes the mean over the data-parallel ranks; the loss has the whole
                     # step's number of groups in it already.
                     logps_N.backward(grad_N * world.dp_size)
 
                 grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
-                if not torch.isfinite(grad_norm):
-                    raise ValueError(
-                        f"step {step + 1}: the gradient norm is {grad_norm.item()}; the weights "
-                        "are as before this step. Lower lr, or set dtype=fp32 to find the cause."
-                    )
+                done = step + 1
+                logged = done % cfg.log_every_n_steps == 0
+                validated = is_due(done, cfg.val_every_n_steps, self.total_steps)
+                saved = is_due(done, cfg.save_every_n_steps, self.total_steps)
+                # Looking waits for the GPU, so not at every step.
+                if logged or validated or saved or done == self.total_steps:
+                    check_finite(grad_norm, done, looked_at)
+                    looked_at = done
                 lr = self.optimizer.param_groups[0]["lr"]
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.lr_scheduler.step()
                 profiler.step()
 
-                done = step + 1
-                tokens += sum(group.num_tokens for group in groups)
-                if done % cfg.log_every_n_steps == 0:
-                    seen = plan.two_pass + [
-                        g for microbatch in plan.single_pass for g in microbatch
-                    ]
-                    sums = world.sum(self._metric_sums(torch.cat(logps), seen))
-                    metrics = dict(zip(LOGGED, (sums / len(groups)).tolist(), strict=True))
+                tokens += sum(group.num_tokens for group in work.groups)
+                if logged:
+                    sums = world.sum(self._metric_sums(torch.cat(logps), work.seen))
+                    metrics = dict(zip(LOGGED, (sums / len(work.groups)).tolist(), strict=True))
                     seconds += time.perf_counter() - started
                     metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
+                    metrics["rank_imbalance"] = work.imbalance
                     metrics["tokens_per_second"] = tokens / seconds
                     if cfg.log_peak_memory_stats:
                         metrics["peak_memory_gib"] = peak_memory_gib(world.device)
@@ -437,10 +457,9 @@ class SteerLM2Recipe:
                 else:
                     seconds += time.perf_counter() - started
                 bar.update()
-                last = done == self.total_steps
-                if cfg.val_every_n_steps and (done % cfg.val_every_n_steps == 0 or last):
+                if validated:
                     self.validate(done)
-                if cfg.save_every_n_steps and (done % cfg.save_every_n_steps == 0 or last):
+                if saved:
                     self.save(done)
 
     @torch.no_grad()
@@ -544,8 +563,37 @@ class SteerLM2Recipe:
         )
         return [self.train_groups[i] for i in indices]
 
-    def _row(self, groups: list[Group]) -> PackedRow:
-        return pack(groups, multiple_of=self.world.tp_size).to(self.world.device)
+    def _prepared(self, step: int) -> StepRows:
+        """What this rank computes in a step. Every rank has as many rows: those it lacks are empty,
+        because under FSDP all take part in every forward and backward.
+        """
+        options, world = self.cfg.steerlm2, self.world
+        groups = self._batch(step)
+        plan = plan_step(
+            groups,
+            rank=world.dp_rank,
+            num_ranks=world.dp_size,
+            strategy=options.strategy,
+            max_tokens_per_microbatch=options.max_tokens_per_microbatch,
+            micro_batch_size=options.micro_batch_size,
+            forward_micro_batch_size=options.forward_micro_batch_size,
+            pair_cost=self.pair_cost,
+        )
+        forward = [[part] for part in slices(plan.two_pass, options.forward_micro_batch_size)]
+        parts = [[part] for part in slices(plan.two_pass, options.micro_batch_size)]
+        num_empty = plan.backward_rows - len(parts) - len(plan.single_pass)
+        return StepRows(
+            groups,
+            seen=plan.two_pass + [g for microbatch in plan.single_pass for g in microbatch],
+            two_pass=plan.two_pass,
+            forward=self._rows(forward + [[]] * (plan.forward_rows - len(forward))),
+            slices=self._rows(parts),
+            single_pass=self._rows(plan.single_pass + [[]] * num_empty),
+            imbalance=plan.imbalance,
+        )
+
+    def _rows(self, microbatches: list[list[Group]]) -> list[PackedRow]:
+        return [pack(groups, multiple_of=self.world.tp_size) for groups in microbatches]
 
     def _score(self, groups: list[Group]) -> list[list[float]]:
         budget = self.cfg.steerlm2.max_tokens_per_microbatch
@@ -572,7 +620,7 @@ class SteerLM2Recipe:
             logps_N,
             targets.log_q_N,
             targets.w_N,
-            targets.group_sizes,
+            targets.sizes_G,
             targets.response_lengths_N,
         )
 
@@ -581,7 +629,7 @@ class SteerLM2Recipe:
     ) -> torch.Tensor:
         """d loss / d log Q_theta [N], the loss being the mean over all groups of the step."""
         leaf_N = logps_N.detach().requires_grad_()
-        loss = self._loss(leaf_N, targets) * (len(targets.group_sizes) / num_groups)
+        loss = self._loss(leaf_N, targets) * (len(targets.sizes_G) / num_groups)
         return torch.autograd.grad(loss, leaf_N)[0]
 
     def _metric_sums(self, logps_N: torch.Tensor, groups: list[Group]) -> torch.Tensor:
@@ -590,7 +638,7 @@ class SteerLM2Recipe:
         assert targets.log_q_N is not None
         assert targets.w_N is not None
         loss_sum = self._loss(logps_N, targets) * len(groups)
-        sums = metric_sums(logps_N, targets.log_q_N, targets.w_N, targets.group_sizes)
+        sums = metric_sums(logps_N, targets.log_q_N, targets.w_N, targets.sizes_G)
         return torch.cat([loss_sum[None], sums])
 
     def _check_drift(self) -> None:

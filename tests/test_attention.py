@@ -151,9 +151,13 @@ def test_nothing_has_the_size_of_the_dense_mask() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"compile": True}, {"activation_checkpointing": "full"}, {"compile": True, "activation_checkpointing": "selective"}],
+    [
+        {"compile": True},
+        {"activation_checkpointing": "full"},
+        {"compile": True, "activation_checkpointing": "selective"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_blocks_pass_through_compiled_and_checkpointed_layers(options: dict[str, object]) -> None:
     """The same gradients as the plain layers', for rows of several lengths and block counts."""
     torch.manual_seed(0)

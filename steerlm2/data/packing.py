@@ -39,6 +39,10 @@ class Packable(Protocol):
     def num_tokens(self) -> int:
         """Tokens in a packed row."""
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a token and one that it sees."""
+
 
 PackableT = TypeVar("PackableT", bound=Packable)
 
@@ -58,8 +62,19 @@ class PromptGroup(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def input_lengths(self) -> list[int]:
+        """Tokens of each response in a packed row."""
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the group in a packed row."""
+        return len(self.prompt) + sum(self.input_lengths)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a token and one that it sees."""
+        prompt = len(self.prompt)
+        return _triangle(prompt) + sum(prompt * n + _triangle(n) for n in self.input_lengths)
 
     def slices(self, size: int) -> list[Self]:
         """The group as groups of at most `size` responses: prompt and responses only.
@@ -99,8 +114,8 @@ class Group(PromptGroup):
     weights: Sequence[float] | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+    def input_lengths(self) -> list[int]:
+        return [len(response) - 1 for response in self.responses]
 
 
 @dataclass(frozen=True)
@@ -115,8 +130,8 @@ class RewardGroup(PromptGroup):
     strength: float | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + sum(map(len, self.responses))
+    def input_lengths(self) -> list[int]:
+        return [len(response) for response in self.responses]
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,10 @@ class Dialogue:
     @property
     def num_tokens(self) -> int:
         return len(self.tokens) - 1  # the last one predicts nothing
+
+    @property
+    def num_pairs(self) -> int:
+        return _triangle(self.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -165,7 +184,8 @@ class Row:
 class Targets:
     """What the loss needs to know of groups, one group after the other."""
 
-    group_sizes: list[int]
+    sizes_G: Tensor
+    """Responses of each group."""
     response_lengths_N: Tensor
     """Tokens of each response, its stop token included."""
     log_q_N: Tensor | None
@@ -215,7 +235,7 @@ def targets_of(groups: Sequence[Group]) -> Targets:
     """The targets of groups, in their order."""
     lengths = [len(response) for group in groups for response in group.responses]
     return Targets(
-        group_sizes=[len(group.responses) for group in groups],
+        sizes_G=torch.tensor([len(group.responses) for group in groups], dtype=torch.long),
         response_lengths_N=torch.tensor(lengths, dtype=torch.long),
         log_q_N=_join([group.log_q for group in groups]),
         w_N=_join([group.weights for group in groups]),
@@ -327,16 +347,21 @@ def _row(
     )
 
 
+def _triangle(length: int) -> int:
+    """Pairs of a causal sequence."""
+    return length * (length + 1) // 2
+
+
 def _length(tokens: slice) -> int:
     return tokens.stop - tokens.start
 
 
 def _tensors_on(device: torch.device, row: Row | Targets) -> dict[str, Any]:
-    return {
-        name: value.to(device, non_blocking=True)
-        for name, value in vars(row).items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
+    if device.type != "cuda":
+        return {name: value.to(device) for name, value in tensors.items()}
+    # From pageable memory it would wait for all that is queued on the GPU.
+    return {n: value.pin_memory().to(device, non_blocking=True) for n, value in tensors.items()}
 
 
 def _join(values: Sequence[Sequence[Any] | None]) -> Tensor | None:
@@ -359,6 +384,8 @@ class StepPlan:
     two_pass: list[Group]
     forward_rows: int
     backward_rows: int
+    imbalance: float
+    """How much more the busiest rank has to do than the average one."""
 
 
 def plan_step(
@@ -370,14 +397,19 @@ def plan_step(
     max_tokens_per_microbatch: int,
     micro_batch_size: int,
     forward_micro_batch_size: int,
+    pair_cost: float = 0,
 ) -> StepPlan:
     """Spread one step's groups over the data-parallel ranks, and fill the rank's micro-batches.
 
     Every rank computes the same assignment, so that nothing needs to be sent. Whole groups go to
-    the least loaded rank, longest first; each rank fills micro-batches up to the token budget.
+    the least loaded rank, costliest first; each rank fills micro-batches up to the token budget.
     A group over the budget takes two passes (`auto`) or a micro-batch of its own (`single_pass`).
+
+    Args:
+        pair_cost: what a pair of `num_pairs` costs in tokens (`models.llama.pair_cost`).
     """
-    assigned = assign_to_ranks([group.num_tokens for group in groups], num_ranks)
+    costs = costs_of(groups, pair_cost)
+    assigned = assign_to_ranks(costs, num_ranks)
     plans = []
     for indices in assigned:
         single: list[Group] = []
@@ -395,27 +427,39 @@ def plan_step(
         backward_rows=max(
             len(single) + _num_slices(two, micro_batch_size) for single, two in plans
         ),
+        imbalance=imbalance(costs, assigned),
     )
 
 
 def rows_by_rank(
-    groups: Sequence[PackableT], num_ranks: int, max_tokens: int
+    groups: Sequence[PackableT], num_ranks: int, max_tokens: int, pair_cost: float = 0
 ) -> list[list[list[PackableT]]]:
-    """[rank][row] -> groups: spread by tokens, rows filled up to the budget.
+    """[rank][row] -> groups: spread by cost, rows filled up to the budget.
 
     Every rank has the same number of rows; those that it lacks are empty.
     """
     rows = [
         fill_microbatches([groups[i] for i in indices], max_tokens)
-        for indices in assign_to_ranks([group.num_tokens for group in groups], num_ranks)
+        for indices in assign_to_ranks(costs_of(groups, pair_cost), num_ranks)
     ]
     most = max(map(len, rows))
     return [own + [[]] * (most - len(own)) for own in rows]
 
 
-def assign_to_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+def costs_of(groups: Sequence[Packable], pair_cost: float) -> list[float]:
+    """Estimated cost of each, in tokens: a linear and a quadratic term."""
+    return [group.num_tokens + pair_cost * group.num_pairs for group in groups]
+
+
+def imbalance(costs: Sequence[float], assigned: Sequence[Sequence[int]]) -> float:
+    """How much more the busiest rank has to do than the average one: 0 for the same."""
+    loads = [sum(costs[i] for i in indices) for indices in assigned]
+    return max(loads) * len(loads) / sum(loads) - 1 if sum(loads) else 0.0
+
+
+def assign_to_ranks(sizes: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Indices of the items for each rank: the largest first, each to the rank with the least."""
-    loads = [0] * num_ranks
+    loads = [0.0] * num_ranks
     assigned: list[list[int]] = [[] for _ in range(num_ranks)]
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         lightest = loads.index(min(loads))
@@ -425,7 +469,10 @@ def assign_to_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 def fill_microbatches(groups: Sequence[PackableT], max_tokens: int) -> list[list[PackableT]]:
-    """Groups into few micro-batches, by best fit decreasing; one over the budget stands alone."""
+    """Groups into few micro-batches, by best fit decreasing; one over the budget stands alone.
+
+    The fullest come first, so that ranks that wait for each other do the like at the same time.
+    """
     batches: list[list[PackableT]] = []
     loads: list[int] = []
     for group in sorted(groups, key=lambda group: -group.num_tokens):
@@ -437,7 +484,7 @@ def fill_microbatches(groups: Sequence[PackableT], max_tokens: int) -> list[list
         else:
             batches.append([group])
             loads.append(group.num_tokens)
-    return batches
+    return [batches[i] for i in sorted(range(len(batches)), key=lambda i: -loads[i])]
 
 
 def slices(groups: Sequence[Group], size: int) -> list[Group]:

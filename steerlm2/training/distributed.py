@@ -11,7 +11,7 @@ import datetime
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.models.llama import (
@@ -44,6 +45,17 @@ TIMEOUT = datetime.timedelta(hours=1)
 
 RECOMPILE_LIMIT = 64
 """Training, validation and scoring each compile static and dynamic lengths; torch stops at 8."""
+
+ActivationCheckpointing = Literal["full", "selective"]
+
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+)
+"""What "selective" activation checkpointing keeps. All else is quick to compute again."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -189,7 +201,7 @@ def parallelize(
     world: World,
     *,
     dtype: torch.dtype,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: ActivationCheckpointing | None = None,
     compile: bool = False,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
@@ -199,6 +211,10 @@ def parallelize(
     Tensor parallel -> activation checkpointing -> compile -> FSDP2. Its forward then ends at the
     final norm. Under FSDP2 the parameters keep their own dtype (the optimizer's master weights)
     and compute in `dtype`; gradients are reduced in float32.
+
+    Args:
+        activation_checkpointing: what of a layer the backward computes again: all of it ("full"),
+            or all but the outputs of matrix products and attention ("selective").
 
     Raises:
         ValueError: where the model can't be split over the tensor-parallel ranks, or has parts that
@@ -219,15 +235,33 @@ def parallelize(
     if compile:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for i, layer in enumerate(decoder.layers):
-        if activation_checkpointing:
+        if activation_checkpointing == "full":
             layer = checkpoint_wrapper(layer, preserve_rng_state=False)
-            decoder.layers[i] = layer
+        elif activation_checkpointing == "selective":
+            layer = checkpoint_wrapper(layer, preserve_rng_state=False, context_fn=_keep_products)
+        decoder.layers[i] = layer
         if compile:
             # Rows of many lengths: the second length compiles dynamic shapes. dynamic=True from the
             # start fails under tensor parallel without grouped-query attention (torch 2.13).
             layer.compile()
     if world.mesh is not None:
         _shard(decoder, world.mesh, dtype, reshard_after_forward, cpu_offload)
+
+
+def reduce_gradients(
+    decoder: TransformerDecoder, world: World, *, last: bool, every_time: bool
+) -> None:
+    """Say before a backward whether FSDP2 reduces gradients in it.
+
+    Args:
+        last: whether it is the step's last micro-batch.
+        every_time: reduce-scatter in every micro-batch, and only all-reduce between replicas in the
+            last. Otherwise both wait for the last, which saves traffic and costs memory: every rank
+            keeps whole gradients in float32 until then.
+    """
+    if world.mesh is not None:
+        decoder.set_requires_gradient_sync(last or every_time)
+        decoder.set_requires_all_reduce(last)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -241,6 +275,31 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
     if max_norm is not None:
         clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(list(PRODUCTS))
+
+
+def check_finite(grad_norm: Tensor, step: int, looked_at: int) -> None:
+    """Raises ValueError where the gradient norm of a step is infinite or not a number.
+
+    On a GPU looking waits for it, so not every step is looked at; after a broken update all
+    following norms are broken too.
+
+    Args:
+        step: counted from 1; its update has not been made yet.
+        looked_at: the step that was looked at before.
+    """
+    if torch.isfinite(grad_norm):
+        return
+    weights = "the weights are as before this step"
+    if step - looked_at > 1:
+        weights = f"it was finite at step {looked_at}, and checkpoints up to there are sound"
+    raise ValueError(
+        f"step {step}: the gradient norm is {grad_norm.item()}; {weights}. Lower lr, or set "
+        "dtype=fp32 to find the cause."
+    )
 
 
 def _shard(

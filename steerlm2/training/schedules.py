@@ -8,6 +8,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+def is_due(step: int, every: int | None, last: int) -> bool:
+    """Whether something done every so many steps, and at the last, is done after `step` steps."""
+    return every is not None and (step % every == 0 or step == last)
+
+
 def warmup_cosine_hold(
     optimizer: Optimizer,
     *,

@@ -114,7 +114,7 @@ def our_step(model: TransformerDecoder, group: Group) -> None:
     assert row.w_N is not None
     logps_N = response_logps(model, row, CPU)
     leaf_N = logps_N.detach().requires_grad_()
-    loss = SteerLM2Loss()(leaf_N, row.log_q_N, row.w_N, row.group_sizes, row.response_lengths_N)
+    loss = SteerLM2Loss()(leaf_N, row.log_q_N, row.w_N, row.sizes_G, row.response_lengths_N)
     logps_N.backward(torch.autograd.grad(loss, leaf_N)[0])
 
 

@@ -70,5 +70,5 @@ def _loss(logps_N: Tensor, group: Group) -> Tensor:
     assert targets.log_q_N is not None
     assert targets.w_N is not None
     return SteerLM2Loss()(
-        logps_N, targets.log_q_N, targets.w_N, targets.group_sizes, targets.response_lengths_N
+        logps_N, targets.log_q_N, targets.w_N, targets.sizes_G, targets.response_lengths_N
     )

@@ -20,9 +20,12 @@ from steerlm2.data.packing import (
     Dialogue,
     Group,
     RewardGroup,
+    Row,
     Strategy,
     assign_to_ranks,
+    costs_of,
     fill_microbatches,
+    imbalance,
     pack,
     pack_dialogues,
     pack_for_reward,
@@ -88,7 +91,7 @@ def test_response_lengths_count_the_stop_token() -> None:
 
 
 def test_group_sizes_are_the_numbers_of_responses() -> None:
-    assert pack(two_groups()).group_sizes == [2, 3]
+    assert pack(two_groups()).sizes_G.tolist() == [2, 3]
 
 
 def test_mask_shows_a_token_its_prompt_and_its_own_response() -> None:
@@ -138,7 +141,7 @@ def test_row_without_groups_is_padding() -> None:
     """Two multiples, so that every tensor-parallel rank has two tokens; no responses."""
     row = pack([], multiple_of=4)
     assert row.group_T.tolist() == [PADDING] * 8
-    assert (row.num_responses, row.group_sizes) == (0, [])
+    assert (row.num_responses, row.sizes_G.tolist()) == (0, [])
     assert len(row.targets_R) == len(row.source_R) == len(row.response_R) == 0
 
 
@@ -180,7 +183,7 @@ def test_to_moves_every_tensor() -> None:
         torch.device("meta")
     )
     tensors = [value for value in vars(row).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 10
+    assert len(tensors) == 11
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
@@ -288,6 +291,43 @@ def test_ranks_differ_by_no_more_than_the_largest_item(sizes: list[int], num_ran
 def test_ranks_are_balanced_by_size_and_not_by_count() -> None:
     """8 alone against 3 + 3 + 2."""
     assert assign_to_ranks([3, 8, 3, 2], 2) == [[1], [0, 2, 3]]
+
+
+@given(groups_of_any_size)
+@settings(deadline=None)
+def test_pairs_are_those_of_the_mask(groups: list[Group]) -> None:
+    assert sum(group.num_pairs for group in groups) == _pairs_seen(pack(groups))
+    reward_groups = [RewardGroup(g.prompt, g.responses) for g in groups]
+    assert sum(g.num_pairs for g in reward_groups) == _pairs_seen(pack_for_reward(reward_groups))
+
+
+def _pairs_seen(row: Row) -> int:
+    return int((row.attention_mask_TT() & (row.group_T != PADDING)).sum())
+
+
+def test_pairs_of_a_conversation_are_a_triangle() -> None:
+    """5 tokens, 4 of them inputs: 1 + 2 + 3 + 4."""
+    assert Dialogue([1, 2, 3, 4, 5], [4]).num_pairs == 10
+
+
+def test_costs_have_a_linear_and_a_quadratic_term() -> None:
+    """Prompt of 3 and inputs of 2 and 1 tokens: 6 tokens; 6 + (6 + 3) + (3 + 1) = 19 pairs."""
+    made = Group([1] * 3, [[2] * 3, [2] * 2])
+    assert costs_of([made], 0.5) == [6 + 0.5 * 19]
+
+
+def test_long_groups_weigh_more_than_their_tokens() -> None:
+    """3 of 4 inputs each against one of 12: the same tokens, but 3 x 10 pairs against 78, so with
+    a pair as dear as a token it is 3 x 14 against 90.
+    """
+    short, long = Dialogue([1] * 5, [1]), Dialogue([1] * 13, [1])
+    costs = costs_of([short, short, long, short], 1.0)
+    assert costs == [14, 14, 90, 14]
+    assert imbalance(costs, [[2], [0, 1, 3]]) == pytest.approx(90 / 66 - 1)
+
+
+def test_equal_ranks_have_no_imbalance() -> None:
+    assert imbalance([3, 1, 2], [[0], [1, 2]]) == imbalance([], [[], []]) == 0
 
 
 def plans_of(groups: list[Group], num_ranks: int, **settings: Any) -> list[Any]:

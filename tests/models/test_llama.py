@@ -36,6 +36,7 @@ from steerlm2.models.llama import (
     end_at_hidden_states,
     hf_config,
     output_weight,
+    pair_cost,
     tensor_parallel_plan,
     tensor_parallel_problems,
     unsupported_parts,
@@ -66,6 +67,22 @@ BUILDERS = {"llama3": llama3, "llama3_1": llama3_1, "llama3_2": llama3_2}
 
 PROMPT_LENGTH, RESPONSE_LENGTHS = 700, (100, 1, 37)
 """So long that the scaling of RoPE, which turns the slow dimensions slower, is seen."""
+
+
+def test_a_pair_costs_its_share_of_a_token() -> None:
+    """One layer of 8 dimensions, 2 heads of 4, 1 key/value head, an MLP of 5 units: a pair takes
+    2 x 8 multiply-adds, a token 8 x 8 + 2 x 8 x 4 + 8 x 8 + 3 x 8 x 5 weights, norms 2 x 8.
+    """
+    decoder = llama3(
+        vocab_size=9,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        embed_dim=8,
+        intermediate_dim=5,
+        max_seq_len=16,
+    )
+    assert pair_cost(decoder) == 16 / (64 + 64 + 64 + 120 + 16)
 
 
 def trained_like(builder: Callable[..., TransformerDecoder], **changes: Any) -> TransformerDecoder:

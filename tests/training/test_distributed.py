@@ -9,13 +9,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.llama3 import llama3
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.data.packing import Group, pack
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.training.checkpoint import load_weights
-from steerlm2.training.distributed import World, close_world, init_world, parallelize
+from steerlm2.training.distributed import (
+    PRODUCTS,
+    ActivationCheckpointing,
+    World,
+    check_finite,
+    close_world,
+    init_world,
+    parallelize,
+)
 from steerlm2.training.forward import response_logps
 from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
@@ -152,19 +161,57 @@ def test_cuda_without_a_gpu_names_the_fix() -> None:
         init_world("cuda")
 
 
-def test_activation_checkpointing_changes_no_number(plain: Numbers) -> None:
-    decoder = built(CPU, activation_checkpointing=True)
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_no_number(
+    mode: ActivationCheckpointing, plain: Numbers
+) -> None:
+    decoder = built(CPU, activation_checkpointing=mode)
     assert_same(log_probs_and_gradients(decoder, CPU), plain)
 
 
-def test_activation_checkpointing_computes_the_layers_again() -> None:
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_computes_the_layers_again(mode: ActivationCheckpointing) -> None:
     """2 layers: 2 forwards, and 2 again in the backward."""
-    decoder = built(CPU, activation_checkpointing=True)
+    decoder = built(CPU, activation_checkpointing=mode)
     calls: list[int] = []
     for layer in decoder.layers:
         layer.attn.register_forward_hook(lambda *_: calls.append(1))
     log_probs_and_gradients(decoder, CPU)
     assert len(calls) == 4
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products and attentions are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func in PRODUCTS
+        return func(*args, **(kwargs or {}))
+
+
+def num_products(**options: Any) -> int:
+    decoder = built(CPU, **options)
+    with Products() as products:
+        log_probs_and_gradients(decoder, CPU)
+    return products.count
+
+
+def test_selective_checkpointing_computes_no_product_again() -> None:
+    """As many as without checkpointing; all of it again are at least the 7 products and one
+    attention of 2 layers more.
+    """
+    plain = num_products()
+    assert num_products(activation_checkpointing="selective") == plain
+    assert num_products(activation_checkpointing="full") >= plain + 2 * 8
+
+
+@pytest.mark.parametrize(("step", "said"), [(7, "as before"), (9, "finite at step 6")])
+def test_a_broken_norm_is_an_error(step: int, said: str) -> None:
+    """Looked at after step 6: step 7's update is not made, those before 9 were."""
+    check_finite(torch.tensor(1.0), step, 6)
+    with pytest.raises(ValueError, match=said):
+        check_finite(torch.tensor(torch.inf), step, 6)
 
 
 def test_fsdp_over_one_process_changes_no_number(mesh_of_one: World, plain: Numbers) -> None:

@@ -118,7 +118,7 @@ def loss_of(logps_N: Tensor, groups: list[Group]) -> Tensor:
     row = pack(groups)
     assert row.log_q_N is not None
     assert row.w_N is not None
-    return SteerLM2Loss()(logps_N, row.log_q_N, row.w_N, row.group_sizes, row.response_lengths_N)
+    return SteerLM2Loss()(logps_N, row.log_q_N, row.w_N, row.sizes_G, row.response_lengths_N)
 
 
 def gradients(decoder: TransformerDecoder) -> Gradients:
