@@ -1,28 +1,29 @@
 """Attention over packed rows that never computes what a token doesn't see.
 
-Dimension letters: B rows of a batch, H heads, T tokens of a row, E size of a head, Q tokens of a
-block.
+Dimension letters: B rows of a batch, H heads, T tokens of a row, E size of a head, X blocks,
+Q tokens of a block.
 
 In a row [prompt | y_1 | ... | y_n] a response's token sees the prompt and its own response. A dense
 mask over the row would compute all T^2 pairs and throw most of them away. Two ways around it:
 
-- `AttentionBlocks` (CPU): every token is in one causal block, with its own prompt or response, and
-  may see further blocks of keys whole. Each block is one flash attention; where a token is in two,
-  their outputs are merged by their log-sum-exps. Given the merged output and log-sum-exp, the flash
+- By blocks (CPU): every token is in one causal block, with its own prompt or response, and may see
+  further blocks of keys whole. Each block is one flash attention; where a token is in two, their
+  outputs are merged by their log-sum-exps. Given the merged output and log-sum-exp, the flash
   backward of a block is that block's part of the whole gradient (as in ring attention,
   arXiv 2310.01889), so nothing is computed twice there either.
 - FlexAttention (GPU): one kernel over a block mask, which `flex_mask` makes once for a row.
+
+Blocks travel as a tensor and their attention is an operator of its own, so that compiled layers
+neither break at it nor compile again for other blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -30,93 +31,131 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@dataclass(frozen=True)
-class AttentionBlocks:
-    """Which tokens of a row see which: every token is in exactly one causal block."""
-
-    causal: Sequence[slice]
-    """Tokens that see each other up to themselves: prompts, responses, padding."""
-    whole: Sequence[tuple[slice, slice]]
-    """Tokens, and others before them that they see all of: responses, and their prompt."""
-
-
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | BlockMask | AttentionBlocks | None,
+    mask: Tensor | BlockMask | None,
     dropout_p: float,
     is_causal: bool,
 ) -> Tensor:
-    """[B, H, T, E], with the arguments of torchtune's attention call; `mask` may be blocks too."""
-    if isinstance(mask, AttentionBlocks):
-        return attend_blocks(q, k, v, mask)
+    """[B, H, T, E], with the arguments of torchtune's attention call.
+
+    Args:
+        mask: blocks too, as `attention_blocks` makes them (integers), and torchtune's own masks.
+    """
     if isinstance(mask, BlockMask):
-        return _flex_attention(q, k, v, mask)
+        # A compiled function can't be a part of another one, and needn't be.
+        inside = torch.compiler.is_compiling() or not q.is_cuda
+        return (flex_attention if inside else _compiled_flex_attention)(q, k, v, block_mask=mask)
+    if mask is not None and mask.dtype == torch.long:
+        return attend_blocks(q, k, v, mask)[0]
     mask = None if mask is None else mask[:, None]
     return scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
 
 
-@torch.compiler.disable
-def attend_blocks(
-    q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, blocks: AttentionBlocks
+def attention_blocks(
+    causal: Sequence[tuple[int, int]], whole: Sequence[tuple[int, int, int, int]]
 ) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v over what each token sees, [B, H, T, E]; on the CPU."""
-    return _BlockAttention.apply(q_BHTE, k_BHTE, v_BHTE, blocks)
+    """[X, 5] the pairs of a row to compute; empty blocks are left out.
+
+    Args:
+        causal: (start, stop) of tokens that see each other up to themselves: prompts, responses,
+            padding. Every token is in exactly one.
+        whole: (start, stop) of tokens, and of others before them that they see all of: the
+            responses of a group, and their prompt.
+    """
+    blocks = [(start, stop, start, stop, 1) for start, stop in causal]
+    blocks += [(*asking_and_seen, 0) for asking_and_seen in whole]
+    kept = [block for block in blocks if block[0] < block[1] and block[2] < block[3]]
+    return torch.tensor(kept, dtype=torch.long).view(-1, 5)
 
 
-class _BlockAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, blocks: AttentionBlocks
-    ) -> Tensor:
-        out_BHTE = torch.empty_like(q_BHTE)
-        lse_BHT = q_BHTE.new_empty(q_BHTE.shape[:-1], dtype=torch.float32)
-        for own in blocks.causal:
-            out_BHTE[:, :, own], lse_BHT[:, :, own] = _flash(
-                q_BHTE[:, :, own], k_BHTE[:, :, own], v_BHTE[:, :, own], is_causal=True
-            )
-        for asking, seen in blocks.whole:
-            more_BHQE, more_lse_BHQ = _flash(
-                q_BHTE[:, :, asking], k_BHTE[:, :, seen], v_BHTE[:, :, seen]
-            )
-            lse_BHQ = lse_BHT[:, :, asking]
-            # out = (e^lse out + e^more_lse more) / (e^lse + e^more_lse)
-            share_BHQ1 = torch.sigmoid(more_lse_BHQ - lse_BHQ)[..., None].to(q_BHTE.dtype)
-            out_BHTE[:, :, asking].lerp_(more_BHQE, share_BHQ1)
-            torch.logaddexp(lse_BHQ, more_lse_BHQ, out=lse_BHQ)
-        ctx.save_for_backward(q_BHTE, k_BHTE, v_BHTE, out_BHTE, lse_BHT)
-        ctx.blocks = blocks
-        return out_BHTE
+@torch.library.custom_op("steerlm2::attend_blocks", mutates_args=())
+def attend_blocks(
+    q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, blocks_X5: Tensor
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(E)) v over what each token sees, [B, H, T, E], and the logarithm of what
+    the softmax divides by, [B, H, T] float32; on the CPU.
+    """
+    out_BHTE = torch.empty_like(q_BHTE)
+    lse_BHT = q_BHTE.new_empty(q_BHTE.shape[:-1], dtype=torch.float32)
+    for asking, seen, is_causal in _slices(blocks_X5):
+        out_BHQE, lse_BHQ = _flash(
+            q_BHTE[:, :, asking], k_BHTE[:, :, seen], v_BHTE[:, :, seen], is_causal=is_causal
+        )
+        if is_causal:
+            out_BHTE[:, :, asking], lse_BHT[:, :, asking] = out_BHQE, lse_BHQ
+            continue
+        # out = (e^lse_0 out_0 + e^lse out) / (e^lse_0 + e^lse)
+        lse_0_BHQ = lse_BHT[:, :, asking]
+        share_BHQ1 = torch.sigmoid(lse_BHQ - lse_0_BHQ)[..., None].to(q_BHTE.dtype)
+        out_BHTE[:, :, asking].lerp_(out_BHQE, share_BHQ1)
+        torch.logaddexp(lse_0_BHQ, lse_BHQ, out=lse_0_BHQ)
+    return out_BHTE, lse_BHT
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BHTE: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHTE, k_BHTE, v_BHTE, out_BHTE, lse_BHT = ctx.saved_tensors
-        grads = [torch.empty_like(each) for each in (q_BHTE, k_BHTE, v_BHTE)]
-        grad_q_BHTE, grad_k_BHTE, grad_v_BHTE = grads
 
-        def of_block(asking: slice, seen: slice, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return _flash_backward(
-                grad_BHTE[:, :, asking],
-                q_BHTE[:, :, asking],
-                k_BHTE[:, :, seen],
-                v_BHTE[:, :, seen],
-                out_BHTE[:, :, asking],
-                lse_BHT[:, :, asking],
-                0.0,
-                is_causal,
-            )
+@torch.library.custom_op("steerlm2::attend_blocks_backward", mutates_args=())
+def _attend_blocks_backward(
+    grad_BHTE: Tensor,
+    q_BHTE: Tensor,
+    k_BHTE: Tensor,
+    v_BHTE: Tensor,
+    out_BHTE: Tensor,
+    lse_BHT: Tensor,
+    blocks_X5: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    grads = torch.empty_like(q_BHTE), torch.empty_like(k_BHTE), torch.empty_like(v_BHTE)
+    for asking, seen, is_causal in _slices(blocks_X5):
+        parts = _flash_backward(
+            grad_BHTE[:, :, asking],
+            q_BHTE[:, :, asking],
+            k_BHTE[:, :, seen],
+            v_BHTE[:, :, seen],
+            out_BHTE[:, :, asking],
+            lse_BHT[:, :, asking],
+            0.0,
+            is_causal,
+        )
+        for grad, place, part in zip(grads, (asking, seen, seen), parts, strict=True):
+            if is_causal:
+                grad[:, :, place] = part
+            else:
+                grad[:, :, place] += part
+    return grads
 
-        for own in ctx.blocks.causal:
-            for grad, part in zip(grads, of_block(own, own, True), strict=True):
-                grad[:, :, own] = part
-        for asking, seen in ctx.blocks.whole:
-            part_q, part_k, part_v = of_block(asking, seen, False)
-            grad_q_BHTE[:, :, asking] += part_q
-            grad_k_BHTE[:, :, seen] += part_k
-            grad_v_BHTE[:, :, seen] += part_v
-        return grad_q_BHTE, grad_k_BHTE, grad_v_BHTE, None
+
+def _slices(blocks_X5: Tensor) -> Iterator[tuple[slice, slice, bool]]:
+    """Who asks, what is seen, and whether causally."""
+    for start, stop, first, end, is_causal in blocks_X5.tolist():
+        yield slice(start, stop), slice(first, end), bool(is_causal)
+
+
+@attend_blocks.register_fake
+def _(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, blocks_X5: Tensor) -> tuple[Tensor, Tensor]:
+    lse_BHT = q_BHTE.new_empty(q_BHTE.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(q_BHTE), lse_BHT
+
+
+@_attend_blocks_backward.register_fake
+def _(
+    grad_BHTE: Tensor, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, *others: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q_BHTE), torch.empty_like(k_BHTE), torch.empty_like(v_BHTE)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    *qkv, blocks_X5 = inputs
+    ctx.save_for_backward(*qkv, *output, blocks_X5)
+
+
+def _backward(ctx: Any, grad_BHTE: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """`attend` hands out no log-sum-exp, so it has no gradient."""
+    return *_attend_blocks_backward(grad_BHTE, *ctx.saved_tensors), None
+
+
+attend_blocks.register_autograd(_backward, setup_context=_save)
 
 
 def flex_mask(group_T: Tensor, segment_T: Tensor) -> BlockMask:
@@ -135,12 +174,5 @@ def flex_mask(group_T: Tensor, segment_T: Tensor) -> BlockMask:
     )
 
 
-# Rows have many lengths: static shapes would compile each anew. Outside of compiled layers, because
-# a compiled function can't be compiled again as a part of one.
+# Rows have many lengths: static shapes would compile each anew.
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
-
-
-@torch.compiler.disable(recursive=False)
-def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    call = _compiled_flex_attention if q.is_cuda else flex_attention
-    return call(q, k, v, block_mask=mask)

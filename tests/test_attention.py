@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 from torchtune.models.llama3 import llama3
 
-from steerlm2.attention import AttentionBlocks, attend, flex_mask
+from steerlm2.attention import attend, flex_mask
 from steerlm2.data.packing import (
     Dialogue,
     Group,
@@ -63,7 +62,7 @@ def inputs(row: Row, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def attended(
-    row: Row, mask: AttentionBlocks | Tensor, dtype: torch.dtype = torch.float32
+    row: Row, mask: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and the gradients of q, k and v."""
     *qkv, grad_BHTE = inputs(row, dtype)
@@ -76,7 +75,7 @@ def attended(
 def test_blocks_equal_the_dense_mask(name: str) -> None:
     """float32, values of size 1: 1e-5."""
     row = ROWS[name]
-    actual, grads = attended(row, row.blocks)
+    actual, grads = attended(row, row.blocks_X5)
     dense, dense_grads = attended(row, row.attention_mask_TT()[None])
     torch.testing.assert_close(actual, dense, rtol=0, atol=1e-5)
     for grad, dense_grad in zip(grads, dense_grads, strict=True):
@@ -109,17 +108,16 @@ def test_blocks_are_the_dense_mask(name: str) -> None:
     """Every pair that a token sees is in exactly one block, and no other pair is in any."""
     row = ROWS[name]
     count_TT = torch.zeros(len(row.tokens_T), len(row.tokens_T), dtype=torch.long)
-    for own in row.blocks.causal:
-        count_TT[own, own] += torch.ones_like(count_TT[own, own]).tril()
-    for asking, seen in row.blocks.whole:
-        count_TT[asking, seen] += 1
+    for start, stop, first, end, is_causal in row.blocks_X5.tolist():
+        pairs_QT = torch.ones(stop - start, end - first, dtype=torch.long)
+        count_TT[start:stop, first:end] += pairs_QT.tril() if is_causal else pairs_QT
     assert torch.equal(count_TT, row.attention_mask_TT().long())
 
 
 def test_bfloat16() -> None:
     """Values of size 1 with 8 bits, rounded at most four times (the dense mask's too): 3e-2."""
     row = ROWS["one group"]
-    actual, grads = attended(row, row.blocks, torch.bfloat16)
+    actual, grads = attended(row, row.blocks_X5, torch.bfloat16)
     dense, dense_grads = attended(row, row.attention_mask_TT()[None])
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), dense, rtol=0, atol=3e-2)
@@ -127,26 +125,14 @@ def test_bfloat16() -> None:
         torch.testing.assert_close(grad.float(), dense_grad, rtol=3e-2, atol=3e-2)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        found = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.size = max([self.size, *found])
-        return result
-
-
 def test_nothing_has_the_size_of_the_dense_mask() -> None:
-    """16 responses of 255 tokens to a prompt of 16: 4,096 tokens, whose pairs are 16.8 million;
-    q, k and v have 4,096 x 24 elements.
+    """16 responses of 255 tokens to a prompt of 16: 4,096 tokens, whose pairs are 16.8 million. The
+    largest are q, k and v and what is like them: 4,096 x 24 numbers of 4 bytes.
     """
     row = pack([group(16, *[255] * 16)])
-    with LargestTensor() as largest:
-        attended(row, row.blocks)
-    assert largest.size == 4096 * H * E
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        attended(row, row.blocks_X5)
+    assert max(event.self_cpu_memory_usage for event in profiler.events()) == 4 * 4096 * H * E
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from steerlm2.attention import AttentionBlocks
+from steerlm2.attention import attention_blocks
 
 Strategy = Literal["auto", "single_pass", "two_pass"]
 
@@ -165,8 +165,8 @@ class Row:
     """Which group of the row a token is of; PADDING for padding."""
     segment_T: Tensor
     """0 in a prompt, 1 + i in the i-th response of the row."""
-    blocks: AttentionBlocks
-    """`attention_mask_TT`, as the pairs to compute."""
+    blocks_X5: Tensor
+    """`attention_mask_TT` as the pairs to compute (`attention_blocks`)."""
 
     def attention_mask_TT(self) -> Tensor:
         """Boolean [T, T]: query (row) sees key (column): its own prompt and itself, causally."""
@@ -315,45 +315,38 @@ def _row(
     positions: list[int] = []
     group_ids: list[int] = []
     segments: list[int] = []
-    causal: list[slice] = []
-    whole: list[tuple[slice, slice]] = []
+    causal: list[tuple[int, int]] = []
+    whole: list[tuple[int, int, int, int]] = []
     num_responses = 0
     for g, (prompt, responses) in enumerate(groups):
-        prompt_place = slice(len(tokens), len(tokens) + len(prompt))
-        causal.append(prompt_place)
+        start, stop = len(tokens), len(tokens) + len(prompt)
+        causal.append((start, stop))
         tokens += prompt
         positions += range(len(prompt))
         segments += [0] * len(prompt)
         for response in responses:
             num_responses += 1
-            causal.append(slice(len(tokens), len(tokens) + len(response)))
+            causal.append((len(tokens), len(tokens) + len(response)))
             tokens += response
             positions += range(len(prompt), len(prompt) + len(response))
             segments += [num_responses] * len(response)
-        whole.append((slice(prompt_place.stop, len(tokens)), prompt_place))
+        whole.append((stop, len(tokens), start, stop))
         group_ids += [g] * (len(tokens) - len(group_ids))
     # two tokens for an empty row: a compiled model would specialise on a length of one
     padding = -len(tokens) % multiple_of if tokens else 2 * multiple_of
-    causal.append(slice(len(tokens), len(tokens) + padding))
+    causal.append((len(tokens), len(tokens) + padding))
     return Row(
         tokens_T=torch.tensor(tokens + [pad_id] * padding),
         input_pos_T=torch.tensor(positions + [0] * padding),
         group_T=torch.tensor(group_ids + [PADDING] * padding),
         segment_T=torch.tensor(segments + [0] * padding),
-        blocks=AttentionBlocks(
-            causal=[own for own in causal if _length(own)],
-            whole=[(own, seen) for own, seen in whole if _length(own) and _length(seen)],
-        ),
+        blocks_X5=attention_blocks(causal, whole),
     )
 
 
 def _triangle(length: int) -> int:
     """Pairs of a causal sequence."""
     return length * (length + 1) // 2
-
-
-def _length(tokens: slice) -> int:
-    return tokens.stop - tokens.start
 
 
 def _tensors_on(device: torch.device, row: Row | Targets) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.attention import attend_blocks
 from steerlm2.models.llama import (
     divide_heads,
     end_at_hidden_states,
@@ -52,7 +53,7 @@ PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    attend_blocks._opoverload,
     torch.ops.higher_order.flex_attention,
 )
 """What "selective" activation checkpointing keeps. All else is quick to compute again."""

@@ -38,7 +38,7 @@ def hidden_states(decoder: TransformerDecoder, row: Row, *, sharded_use: bool = 
     Args:
         sharded_use: whether the ranks split what they compute from it (`gather_sequence`).
     """
-    mask = flex_mask(row.group_T, row.segment_T) if row.tokens_T.is_cuda else row.blocks
+    mask = flex_mask(row.group_T, row.segment_T) if row.tokens_T.is_cuda else row.blocks_X5
     hidden_1TD = decoder(row.tokens_T[None], mask=mask, input_pos=row.input_pos_T[None])
     return gather_sequence(hidden_1TD, sharded_use=sharded_use)[0]
 

@@ -77,12 +77,12 @@ class Cell:
     prompt: int
     response: int
 
-    def group(self) -> Group:
+    def group(self, vocabulary: int = VOCABULARY) -> Group:
         """Random tokens and target weights."""
         generator = torch.Generator().manual_seed(0)
 
         def tokens(count: int) -> list[int]:
-            return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
+            return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
         quantiles = [(i + 0.5) / self.n for i in range(self.n)]
         lengths = [round(self.response * (0.5 + quantile)) for quantile in quantiles]

@@ -55,10 +55,11 @@ def padded_single_pass_step(model: nn.Module, groups: Sequence[Group]) -> None:
 
 def _padded_logps(model: nn.Module, group: Group, length: int) -> Tensor:
     """[N] log-probs of a group's responses, float64 sums over their tokens."""
+    device = next(model.parameters()).device
     rows = [[*group.prompt, *response] for response in group.responses]
-    tokens_NT = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    place_T = torch.arange(1, length)
-    ends_N1 = torch.tensor([[len(row)] for row in rows])
+    tokens_NT = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+    place_T = torch.arange(1, length, device=device)
+    ends_N1 = torch.tensor([[len(row)] for row in rows], device=device)
     response_NT = (place_T >= len(group.prompt)) & (place_T < ends_N1)
     logits_NTV = model(tokens_NT)[:, :-1].float()
     logps_NT = logits_NTV.log_softmax(dim=-1).gather(2, tokens_NT[:, 1:, None]).squeeze(2)
@@ -66,7 +67,7 @@ def _padded_logps(model: nn.Module, group: Group, length: int) -> Tensor:
 
 
 def _loss(logps_N: Tensor, group: Group) -> Tensor:
-    targets = targets_of([group])
+    targets = targets_of([group]).to(logps_N.device)
     assert targets.log_q_N is not None
     assert targets.w_N is not None
     return SteerLM2Loss()(

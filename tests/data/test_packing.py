@@ -183,7 +183,7 @@ def test_to_moves_every_tensor() -> None:
         torch.device("meta")
     )
     tensors = [value for value in vars(row).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 11
+    assert len(tensors) == 12
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 

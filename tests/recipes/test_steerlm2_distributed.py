@@ -203,6 +203,7 @@ def test_metrics_of_a_training_step(reference: RunFolder) -> None:
         "mean_log_ratio",
         "lr",
         "grad_norm",
+        "rank_imbalance",
         "tokens_per_second",
         "peak_memory_gib",
     }

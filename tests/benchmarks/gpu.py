@@ -1,0 +1,193 @@
+"""Tokens per second, FLOP utilisation and memory on a GPU: ours against the two-pass reference.
+
+    python tests/benchmarks/gpu.py --n 10 --prompt 256 --response 128 --json FILE
+    python tests/benchmarks/gpu.py --n 10 --prompt 1024 --response 1024    # long groups
+
+A Llama of 1B size with random weights, bfloat16 and compiled, both ways; steps of `--groups`
+prompts as in train_step.py, without the optimizer. Lengths differ from step to step, so that
+recompilations show: `recompilations` counts those after the warm-up. Tokens per second count what
+the method needs, prompts once and responses, the same for both ways. Model FLOP utilisation counts
+needed FLOPs only (6 per weight of the layers and packed token, 12 per attention dimension and pair,
+6 per weight of the output matrix and response token; nothing computed twice, no padding) over
+`--peak-tflops`, which is the device's dense bfloat16 peak. With `--no-sync` a synchronisation of
+host and device within our step is an error.
+
+It needs CUDA and says so where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtune.models.llama3 import llama3
+from torchtune.modules import TransformerDecoder
+from train_step import Cell
+from two_pass_reference import two_pass_step
+
+from steerlm2.data.packing import Group, PackedRow, fill_microbatches, pack
+from steerlm2.losses import SteerLM2Loss
+from steerlm2.training.distributed import World, parallelize
+from steerlm2.training.forward import response_logps
+
+VOCABULARY = 128_256
+DEVICE = torch.device("cuda")
+
+
+def llama_1b() -> TransformerDecoder:
+    """The sizes of Llama 3.2 1B, output matrix untied: 1.5B parameters, 0.97B of them in layers."""
+    torch.manual_seed(0)
+    with DEVICE:
+        return llama3(
+            vocab_size=VOCABULARY,
+            num_layers=16,
+            num_heads=32,
+            num_kv_heads=8,
+            embed_dim=2048,
+            intermediate_dim=8192,
+            max_seq_len=8192,
+        ).bfloat16()
+
+
+def needed_flops(model: TransformerDecoder, groups: list[Group]) -> float:
+    weights = sum(parameter.numel() for parameter in model.layers.parameters())
+    attention = len(model.layers) * model.num_heads * model.head_dim
+    targets = sum(len(response) for group in groups for response in group.responses)
+    return (
+        6 * weights * sum(group.num_tokens for group in groups)
+        + 12 * attention * sum(group.num_pairs for group in groups)
+        + 6 * model.output.weight.numel() * targets
+    )
+
+
+def our_step(model: TransformerDecoder, rows: list[PackedRow], num_groups: int) -> None:
+    loss_fn = SteerLM2Loss()
+    for row in rows:
+        row = row.to(DEVICE)
+        assert row.log_q_N is not None
+        assert row.w_N is not None
+        logps_N = response_logps(model, row, World(DEVICE))
+        leaf_N = logps_N.detach().requires_grad_()
+        loss = loss_fn(leaf_N, row.log_q_N, row.w_N, row.sizes_G, row.response_lengths_N)
+        loss = loss * (len(row.sizes_G) / num_groups)
+        logps_N.backward(torch.autograd.grad(loss, leaf_N)[0])
+
+
+def timed(step: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def steps_of(args: argparse.Namespace) -> list[list[Group]]:
+    """Groups whose lengths differ from step to step."""
+    return [
+        [
+            Cell(args.n, args.prompt + 8 * i, args.response + 8 * i + j).group(VOCABULARY)
+            for j in range(args.groups)
+        ]
+        for i in range(args.warm_up + args.rounds)
+    ]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    import torch._dynamo.utils as dynamo
+
+    model = llama_1b()
+    ours = copy.deepcopy(model)
+    mode = args.activation_checkpointing or None
+    parallelize(
+        ours,
+        World(DEVICE),
+        dtype=torch.bfloat16,
+        compile=not args.no_compile,
+        activation_checkpointing=mode,
+    )
+    if not args.no_compile:
+        for layer in model.layers:
+            layer.compile()
+    seconds: dict[str, list[float]] = {"reference": [], "ours": []}
+    peaks: dict[str, int] = {}
+    tokens, flops = [], []
+    graphs = 0
+    for i, groups in enumerate(steps_of(args)):
+        rows = [pack(parts) for parts in fill_microbatches(groups, args.max_tokens)]
+
+        def reference_step(groups: list[Group] = groups) -> None:
+            two_pass_step(model, groups, args.reference_tokens)
+
+        def step(rows: list[PackedRow] = rows, count: int = len(groups)) -> None:
+            torch.cuda.set_sync_debug_mode("error" if args.no_sync else "default")
+            our_step(ours, rows, count)
+            torch.cuda.set_sync_debug_mode("default")
+
+        if i == args.warm_up:
+            graphs = dynamo.counters["stats"]["unique_graphs"]
+        for name, run in (("reference", reference_step), ("ours", step)):
+            ours.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            elapsed = timed(run)
+            if i >= args.warm_up:
+                seconds[name].append(elapsed)
+                peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated() - before)
+        if i >= args.warm_up:
+            tokens.append(sum(group.num_tokens for group in groups))
+            flops.append(needed_flops(model, groups))
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "recompilations": dynamo.counters["stats"]["unique_graphs"] - graphs,
+    }
+    for name in seconds:
+        per_second = [t / s for t, s in zip(tokens, seconds[name], strict=True)]
+        rates = [f / s for f, s in zip(flops, seconds[name], strict=True)]
+        result[f"{name}_tokens_per_second"] = statistics.median(per_second)
+        result[f"{name}_flop_utilisation"] = statistics.median(rates) / (args.peak_tflops * 1e12)
+        result[f"{name}_peak_bytes"] = peaks[name]
+    result["time_ratio"] = result["ours_tokens_per_second"] / result["reference_tokens_per_second"]
+    result["peak_memory_ratio"] = result["reference_peak_bytes"] / result["ours_peak_bytes"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--n", type=int, default=10, help="responses")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens")
+    parser.add_argument("--response", type=int, default=128, help="tokens, on average")
+    parser.add_argument("--groups", type=int, default=8, help="prompts of a step")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="of our micro-batch")
+    parser.add_argument("--reference-tokens", type=int, default=16_384, help="of its micro-batch")
+    parser.add_argument("--activation-checkpointing", choices=("full", "selective"))
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-sync", action="store_true")
+    parser.add_argument("--peak-tflops", type=float, default=989, help="H100 and H200: 989")
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device; there is none here")
+    result = vars(args) | measure(args)
+    del result["json"]
+    print("| | |\n|---|---|")
+    for key, value in result.items():
+        print(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
