@@ -105,6 +105,7 @@ def test_distance_falls_by_more_than_half(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_pipeline_goes_through_all_stages(
     tune: Callable[..., object], shared_dir: Path, tmp_path: Path
 ) -> None:

@@ -258,6 +258,7 @@ def uninterrupted(tune: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quickstart_leaves_a_summary_and_a_report(uninterrupted: Path) -> None:
     summary = json.loads((uninterrupted / "summary.json").read_text())
     models = ["sft", "acsft", "steerlm2_iter1", "steerlm2_iter2"]
@@ -269,6 +270,7 @@ def test_quickstart_leaves_a_summary_and_a_report(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_ten_times_equals_uninterrupted(
     tune: Any, uninterrupted: Path, tmp_path: Path
 ) -> None:
