@@ -72,7 +72,7 @@ from steerlm2.generation.answers import (
 from steerlm2.generation.engines import STOP, Engine, Request, Sample
 from steerlm2.generation.local import LocalEngine
 from steerlm2.generation.options import LabelOptions, ServerOptions, sampling_problems
-from steerlm2.models.folders import file_digest
+from steerlm2.models.folders import file_digest, resolve_checkpoint_dir
 from steerlm2.report import (
     SteeringResult,
     log_to_wandb,
@@ -388,7 +388,7 @@ class EvaluateRecipe:
         cfg, options = self.cfg, self.cfg.models[name]
         plain = to_plain(cfg)
         settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_ANSWERS}
-        settings |= self._model_settings(options)
+        settings |= self._model_settings(f"models.{name}", options)
         settings["use_labels"] = options.use_labels
         if cfg.label.file is not None:
             settings["labels_sha256"] = file_digest(cfg.label.file)
@@ -407,14 +407,23 @@ class EvaluateRecipe:
         return ResumableOutput(
             self.files[name],
             input_file=answers,
-            settings=settings | self._model_settings(options),
+            settings=settings | self._model_settings("attribute_model", options),
             slice_size=self.cfg.records_per_write,
         )
 
-    def _model_settings(self, options: ModelOptions | AttributeModelOptions) -> dict[str, Any]:
+    def _model_settings(
+        self, where: str, options: ModelOptions | AttributeModelOptions
+    ) -> dict[str, Any]:
         """Another model's lines don't get into one file; the same model may be served elsewhere
-        when a stopped run continues."""
+        when a stopped run continues.
+
+        Raises:
+            FileNotFoundError: where there is no checkpoint.
+        """
         cfg = self.cfg
+        if options.checkpointer is not None and "checkpoint_dir" in options.checkpointer:
+            with said_of(where):
+                resolve_checkpoint_dir(options.checkpointer["checkpoint_dir"])
         return {
             "model": options.model or cfg.model,
             "tokenizer": options.tokenizer or cfg.tokenizer,

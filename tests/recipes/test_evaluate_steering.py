@@ -369,7 +369,9 @@ def test_a_model_that_was_trained_again_is_not_taken_for_the_same(
     run_here(tmp_path / "out", *options)
     run_here(tmp_path / "out", *options)
     shutil.copytree(fresh_checkpoint(tmp_path, seed=9), folder, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"one\.jsonl was begun with other settings \(weights\)"):
+    with pytest.raises(
+        ValueError, match=r"one\.jsonl was begun with other settings \(checkpointer\)"
+    ):
         run_here(tmp_path / "out", *options)
 
 
