@@ -377,7 +377,9 @@ def test_short_responses_and_long_prompts_are_left_out(
 def test_nothing_left_is_an_error(records: Path, tmp_path: Path, model: Path) -> None:
     """One token is not enough to say something and stop. Again the second time."""
     for _ in range(2):
-        with pytest.raises(ValueError, match="is empty: no group has 2 distinct responses that came to an end"):
+        with pytest.raises(
+            ValueError, match="no group has 2 distinct responses that came to an end"
+        ):
             run_here(records, tmp_path / "a.jsonl", model, "max_new_tokens=1", "max_prompts=3")
 
 
