@@ -248,16 +248,16 @@ class PipelineRecipe:
         status = run_command(stage.command, log, lock)
         record.seconds += time.monotonic() - started
         trains = "save_every_n_steps" in self.values[stage.name]
-        if status == 0 and trains and newest_export(stage.folder) is None:
-            self.state.write(stage.name, record)
+        stopped = status == 0 and trains and newest_export(stage.folder) is None
+        if status == 0 and not stopped:
+            record.complete, record.files = True, files_in(stage.folder)
+        self.state.write(stage.name, record)
+        if stopped:
             raise ValueError(
                 f"stage {stage.name} was stopped before its end; the same command goes on with it"
             )
         if status != 0:
-            self.state.write(stage.name, record)
             raise ValueError(failure(stage, status, log))
-        record.complete, record.files = True, files_in(stage.folder)
-        self.state.write(stage.name, record)
         return record.seconds
 
 
