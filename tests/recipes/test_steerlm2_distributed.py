@@ -308,11 +308,19 @@ def test_four_ranks_give_the_answers_of_one_process(
 
 # The same for other models and other ways to compute, over 6 steps
 
+REPLICAS = ("data_parallel_replicate_dim=2",)
+RESPONSE_A_ROW = ("steerlm2.strategy=two_pass", "steerlm2.micro_batch_size=1")
 MODES = {
     "lora_tp2_fsdp2": (LORA, ("tensor_parallel_dim=2",), 4),
     "tied_tp2_fsdp2": (TIED, ("tensor_parallel_dim=2",), 4),
     "two_pass_fsdp4": ((), ("steerlm2.strategy=two_pass", "steerlm2.micro_batch_size=2"), 4),
     "compile_tp2": ((), ("tensor_parallel_dim=2", "compile=true"), 2),
+    "hsdp2x2_reduce_every_microbatch": ((), (*REPLICAS, *RESPONSE_A_ROW), 4),
+    "hsdp2x2_reduce_once": (
+        (),
+        (*REPLICAS, *RESPONSE_A_ROW, "fsdp_reduce_every_microbatch=false"),
+        4,
+    ),
 }
 
 
