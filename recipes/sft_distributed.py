@@ -40,15 +40,10 @@ from steerlm2.generation.sampling import sample_tokens
 from steerlm2.models.llama import pair_cost
 from steerlm2.training.ahead import ahead
 from steerlm2.training.checkpoint import (
-    best_state,
     check_context,
     check_vocabulary,
-    load_best_weights,
     load_weights,
     open_checkpointer,
-    resume_training,
-    save_best_weights,
-    save_training_state,
     save_weights,
 )
 from steerlm2.training.config import (
@@ -82,7 +77,15 @@ from steerlm2.training.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
+from steerlm2.training.run_lock import RunLock
 from steerlm2.training.schedules import is_due
+from steerlm2.training.stopping import StopRequest
+from steerlm2.training.training_state import (
+    StateWriter,
+    best_state,
+    load_best_weights,
+    resume_training,
+)
 
 
 @dataclass
@@ -250,6 +253,8 @@ class SFTRecipe:
         self.output_dir = Path(cfg.output_dir)
         self.checkpoints = self.output_dir / "checkpoints"
         self.metric_logger: Any = None
+        self.lock: RunLock | None = None
+        self.stopped = False  # by SIGTERM, before the last step or at it
         self.world = init_world(
             cfg.device,
             tensor_parallel_dim=cfg.tensor_parallel_dim,
@@ -263,6 +268,7 @@ class SFTRecipe:
         cfg, world = self.cfg, self.world
         world.on_main(lambda: check_not_own_run(self.output_dir, cfg.checkpointer))
         world.on_main(lambda: make_output_dir(self.output_dir))
+        self.lock = world.on_main(lambda: RunLock(self.output_dir))
         check_shared(self.output_dir, world)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
@@ -324,7 +330,9 @@ class SFTRecipe:
 
         self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
         self.samples_file = JsonLines(self.output_dir / "samples.jsonl")
-        self.first_step = self._resume() if cfg.resume_from_checkpoint else 0
+        self.states = StateWriter(self.checkpoints, world, keep_last_n=cfg.keep_last_n_checkpoints)
+        resume = cfg.resume_from_checkpoint or world.restarted
+        self.first_step = self._resume() if resume else 0
         if world.is_main:
             if self.first_step == 0:
                 set_aside_earlier_run(self.output_dir)
@@ -359,7 +367,7 @@ class SFTRecipe:
         steps = range(self.first_step, self.total_steps)
         if self.first_step == 0 and cfg.val_every_n_steps:
             self.validate(0)
-        with profiler, bar:
+        with profiler, bar, StopRequest(world) as stop:
             for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
                 dialogues, rows = work
@@ -385,7 +393,8 @@ class SFTRecipe:
                 done = step + 1
                 logged = done % cfg.log_every_n_steps == 0
                 validated = is_due(done, cfg.val_every_n_steps, self.total_steps)
-                saved = is_due(done, cfg.save_every_n_steps, self.total_steps)
+                self.stopped = stop.asked()
+                saved = self.stopped or is_due(done, cfg.save_every_n_steps, self.total_steps)
                 # Looking waits for the GPU, so not at every step.
                 if logged or validated or saved or done == self.total_steps:
                     check_finite(grad_norm, done, looked_at)
@@ -402,6 +411,8 @@ class SFTRecipe:
                     seconds += time.perf_counter() - started
                     metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
                     metrics["tokens_per_second"] = tokens / seconds
+                    if pause := self.states.take_pause():
+                        metrics["checkpoint_pause_seconds"] = pause
                     if cfg.log_peak_memory_stats:
                         metrics["peak_memory_gib"] = peak_memory_gib(world.device)
                     self._log({"step": done, "epoch": done / self.steps_per_epoch} | metrics)
@@ -417,6 +428,14 @@ class SFTRecipe:
                     self.validate(done)
                 if saved:
                     self.save(done)
+                if self.stopped:
+                    break
+            self.states.wait()
+        if self.stopped:
+            self._say(
+                f"SIGTERM: stopped after step {done}, which is saved; the same command with "
+                "resume_from_checkpoint=true goes on from there"
+            )
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
@@ -445,19 +464,11 @@ class SFTRecipe:
         if step > 0 and (self.best is None or loss < self.best["val_loss"]):
             self.best = {"step": step, "val_loss": loss}
             if cfg.export == "best":
-                save_best_weights(self.checkpoints, step, self.model, self.best, world)
+                self.states.save_best(step, self.model, self.best)
 
     def save(self, step: int) -> None:
         """The state to continue from, `output_dir/checkpoints/step_...`."""
-        save_training_state(
-            self.checkpoints,
-            step,
-            self.model,
-            self.optimizer,
-            {"data": self._data_state()},
-            self.world,
-            keep_last_n=self.cfg.keep_last_n_checkpoints,
-        )
+        self.states.save(step, self.model, self.optimizer, {"data": self._data_state()})
 
     def export(self) -> None:
         """The weights as Hugging Face safetensors, and the run's table and plot."""
@@ -490,6 +501,8 @@ class SFTRecipe:
     def cleanup(self) -> None:
         if self.metric_logger is not None:
             self.metric_logger.close()
+        if self.lock is not None:
+            self.lock.release()
 
     # What follows is small print that the methods above call by name.
 
@@ -625,7 +638,8 @@ def main(cfg: SFTConfig) -> None:
     try:
         recipe.setup()
         recipe.train()
-        recipe.export()
+        if not recipe.stopped:
+            recipe.export()
     finally:
         recipe.cleanup()
     close_world()

@@ -54,8 +54,6 @@ from steerlm2.training.checkpoint import (
     check_vocabulary,
     load_weights,
     open_checkpointer,
-    resume_training,
-    save_training_state,
     save_weights,
 )
 from steerlm2.training.config import (
@@ -89,7 +87,10 @@ from steerlm2.training.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
+from steerlm2.training.run_lock import RunLock
 from steerlm2.training.schedules import is_due
+from steerlm2.training.stopping import StopRequest
+from steerlm2.training.training_state import StateWriter, resume_training
 
 LOGGED = ("loss", *METRIC_NAMES)
 
@@ -277,6 +278,8 @@ class SteerLM2Recipe:
         self.param_dtype = DTYPES[cfg.param_dtype or cfg.dtype]
         self.output_dir = Path(cfg.output_dir)
         self.metric_logger: Any = None
+        self.lock: RunLock | None = None
+        self.stopped = False  # by SIGTERM, before the last step or at it
         self.world = init_world(
             cfg.device,
             tensor_parallel_dim=cfg.tensor_parallel_dim,
@@ -290,6 +293,7 @@ class SteerLM2Recipe:
         cfg, world = self.cfg, self.world
         world.on_main(lambda: check_not_own_run(self.output_dir, cfg.checkpointer))
         world.on_main(lambda: make_output_dir(self.output_dir))
+        self.lock = world.on_main(lambda: RunLock(self.output_dir))
         check_shared(self.output_dir, world)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
@@ -351,7 +355,11 @@ class SteerLM2Recipe:
 
         self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
         self.samples_file = JsonLines(self.output_dir / "samples.jsonl")
-        self.first_step = self._resume() if cfg.resume_from_checkpoint else 0
+        self.states = StateWriter(
+            self.output_dir / "checkpoints", world, keep_last_n=cfg.keep_last_n_checkpoints
+        )
+        resume = cfg.resume_from_checkpoint or world.restarted
+        self.first_step = self._resume() if resume else 0
         if world.is_main:
             if self.first_step == 0:
                 set_aside_earlier_run(self.output_dir)
@@ -385,7 +393,7 @@ class SteerLM2Recipe:
         steps = range(self.first_step, self.total_steps)
         if self.first_step == 0 and cfg.val_every_n_steps:
             self.validate(0)
-        with profiler, bar:
+        with profiler, bar, StopRequest(world) as stop:
             for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
                 # Groups too large for one micro-batch: log Q_theta of all their responses without a
@@ -426,7 +434,8 @@ class SteerLM2Recipe:
                 done = step + 1
                 logged = done % cfg.log_every_n_steps == 0
                 validated = is_due(done, cfg.val_every_n_steps, self.total_steps)
-                saved = is_due(done, cfg.save_every_n_steps, self.total_steps)
+                self.stopped = stop.asked()
+                saved = self.stopped or is_due(done, cfg.save_every_n_steps, self.total_steps)
                 # Looking waits for the GPU, so not at every step.
                 if logged or validated or saved or done == self.total_steps:
                     check_finite(grad_norm, done, looked_at)
@@ -445,6 +454,8 @@ class SteerLM2Recipe:
                     metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
                     metrics["rank_imbalance"] = work.imbalance
                     metrics["tokens_per_second"] = tokens / seconds
+                    if pause := self.states.take_pause():
+                        metrics["checkpoint_pause_seconds"] = pause
                     if cfg.log_peak_memory_stats:
                         metrics["peak_memory_gib"] = peak_memory_gib(world.device)
                     self._log({"step": done, "epoch": done / self.steps_per_epoch} | metrics)
@@ -461,6 +472,14 @@ class SteerLM2Recipe:
                     self.validate(done)
                 if saved:
                     self.save(done)
+                if self.stopped:
+                    break
+            self.states.wait()
+        if self.stopped:
+            self._say(
+                f"SIGTERM: stopped after step {done}, which is saved; the same command with "
+                "resume_from_checkpoint=true goes on from there"
+            )
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
@@ -494,15 +513,7 @@ class SteerLM2Recipe:
 
     def save(self, step: int) -> None:
         """The state to continue from, `output_dir/checkpoints/step_...`."""
-        save_training_state(
-            self.output_dir / "checkpoints",
-            step,
-            self.model,
-            self.optimizer,
-            {"data": self._data_state()},
-            self.world,
-            keep_last_n=self.cfg.keep_last_n_checkpoints,
-        )
+        self.states.save(step, self.model, self.optimizer, {"data": self._data_state()})
 
     def export(self) -> None:
         """The trained weights as Hugging Face safetensors, and the run's table and plot."""
@@ -530,6 +541,8 @@ class SteerLM2Recipe:
     def cleanup(self) -> None:
         if self.metric_logger is not None:
             self.metric_logger.close()
+        if self.lock is not None:
+            self.lock.release()
 
     # What follows is small print that the methods above call by name.
 
@@ -706,7 +719,8 @@ def main(cfg: SteerLM2Config) -> None:
     try:
         recipe.setup()
         recipe.train()
-        recipe.export()
+        if not recipe.stopped:
+            recipe.export()
     finally:
         recipe.cleanup()
     close_world()

@@ -1,49 +1,34 @@
-"""Weights in and out, and the state a stopped run continues from.
+"""Weights in and out: Hugging Face safetensors, read and written by a checkpointer.
 
-Two kinds of files:
-- weights: Hugging Face safetensors, read and written by a checkpointer: ours or torchtune's. Where
-  a run has none, its weights start from a seed and are written in the same format.
-- training state: a torch.distributed.checkpoint directory `checkpoints/step_000100`, each rank
-  writing its own shards. It is written under another name and renamed when complete, so that a
-  directory of the right name is always whole.
+A checkpointer is ours or torchtune's. Where a run has none, its weights start from a seed and are
+written in the same format.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from torchtune.models.convert_weights import (
     tune_to_peft_adapter_config,
     tune_to_peft_adapter_weights,
 )
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import LoRALinear, get_adapter_params, get_merged_lora_ckpt
+from torchtune.modules.peft import LoRALinear, get_adapter_params
+from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.attributes import AttributeSchema
 from steerlm2.data.records import first_of
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.models.folders import resolve_checkpoint_dir
+from steerlm2.models.hf_names import HEAD
 from steerlm2.models.llama import context_length, head_shape
 from steerlm2.models.reward_head import (
     HF_HEAD,
@@ -54,17 +39,20 @@ from steerlm2.models.reward_head import (
 from steerlm2.training.config import instantiate
 from steerlm2.training.distributed import World
 from steerlm2.training.hf_checkpoint import (
-    HEAD,
+    FolderCheckpointer,
     HFCheckpointer,
     ScratchCheckpointer,
     fresh_weights,
-    make_readable,
     plain_name,
     update_json,
 )
-
-STATE_FILE = "state.json"
-BEST = "best"
+from steerlm2.training.hf_weights import (
+    StoredTensor,
+    copy_part,
+    read_weights,
+    write_safetensors,
+    write_weights,
+)
 
 
 class Checkpointer(Protocol):
@@ -125,7 +113,7 @@ def open_reward_checkpointer(
     checkpointer = open_checkpointer(
         component, decoder, tokenizer, seed=seed, output_dir=output_dir
     )
-    if not isinstance(checkpointer, HFCheckpointer | ScratchCheckpointer):
+    if not isinstance(checkpointer, FolderCheckpointer):
         raise ValueError(
             "torchtune's checkpointers can't write attribute models: set checkpointer to "
             "{_component_: steerlm2.training.hf_checkpoint.HFCheckpointer, checkpoint_dir: ..., "
@@ -183,8 +171,8 @@ def load_weights(
 ) -> None:
     """Fill a laid-out decoder on the meta device with weights, and put it on its device.
 
-    Rank 0 reads them and sends each tensor to the ranks that keep a part of it. Fresh LoRA
-    adapters come from the seed.
+    Every rank reads its own parts from the files of an `HFCheckpointer`. What another checkpointer
+    reads passes through rank 0, whole. Fresh LoRA adapters come from the seed.
 
     Args:
         checkpointer: on rank 0; None on the others.
@@ -193,23 +181,46 @@ def load_weights(
         cpu_offload: the parameters live on the host (FSDP2's CPU offload).
 
     Raises:
-        ValueError: on every rank, listing missing, unexpected and misshapen tensors.
+        ValueError: on every rank, listing missing, unexpected and misshapen tensors, or the ranks
+            that can't read a file.
     """
+    heads = head_shape(decoder)
+    expected = {plain_name(name): p.shape for name, p in decoder.named_parameters()}
+    fresh = dict(get_adapter_params(decoder))
+    if fresh_head:
+        fresh[HEAD] = decoder.output.weight
+    is_fresh = {plain_name(name) for name in fresh}
 
-    def read() -> dict[str, Any]:
+    def find() -> dict[str, StoredTensor] | None:
+        if not isinstance(checkpointer, HFCheckpointer):
+            return None
+        stored = checkpointer.stored_tensors()
+        if isinstance(decoder.output, TiedLinear) and checkpointer.is_tied:
+            stored.pop(HEAD, None)
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+        _check_shapes(expected, shapes | {name: expected[name] for name in is_fresh})
+        return stored
+
+    def read_whole() -> dict[str, Any]:
         assert checkpointer is not None
-        read_weights = checkpointer.load_checkpoint()["model"]
-        fresh = dict(get_adapter_params(decoder))
-        if fresh_head:
-            fresh[HEAD] = decoder.output.weight
-        read_weights |= dict(fresh_weights(fresh.items(), seed))
-        _check_shapes(decoder, read_weights)
-        return read_weights
+        weights = checkpointer.load_checkpoint()["model"] | dict(fresh_weights(fresh.items(), seed))
+        _check_shapes(expected, {name: tensor.shape for name, tensor in weights.items()})
+        return weights
 
-    weights = world.on_main(read) or {}
+    stored = world.from_main(world.on_main(find))
+    whole = world.on_main(read_whole) if stored is None else None
     decoder.to_empty(device="cpu" if cpu_offload else world.device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.mesh is not None)
-    set_model_state_dict(decoder, weights, options=options)
+    if stored is None:
+        options = StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=world.mesh is not None
+        )
+        set_model_state_dict(decoder, whole or {}, options=options)
+    else:
+        parameters = {plain_name(name): p for name, p in decoder.named_parameters()}
+        read = {name: p for name, p in parameters.items() if name not in is_fresh}
+        world.on_all(lambda: read_weights(read, stored, heads))
+        for name, value in fresh_weights(fresh.items(), seed):
+            copy_part(parameters[name], value)
     with world.device:
         for module in decoder.modules():
             if hasattr(module, "rope_init"):
@@ -227,215 +238,70 @@ def save_weights(
     stop_id: int | None = None,
     adapter_only: bool = False,
 ) -> None:
-    """Write the weights in `dtype` as `epoch_{epoch}`; the whole model passes through rank 0.
+    """Write the weights in `dtype` as `epoch_{epoch}`, LoRA adapters merged into them.
 
-    LoRA adapters are merged into them, and written apart, in PEFT's format, as
+    The ranks write the files by turns, and no rank ever has the whole model; only to torchtune's
+    checkpointers it goes through rank 0. The adapters are written apart too, in PEFT's format, as
     `output_dir/epoch_{epoch}/adapter`.
 
     Args:
+        checkpointer: on rank 0; None on the others.
         stop_id: of a language model, the token that it was trained to end a response with. Servers
             and transformers stop at it without being told.
         adapter_only: write the adapters alone, not the merged model.
+
+    Raises:
+        ValueError: on every rank, where one of them can't write.
+        OSError: the same of a single process.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    full = get_model_state_dict(decoder, options=options)
-    if not world.is_main:
-        return
-    assert checkpointer is not None
+    parameters = {plain_name(name): p for name, p in decoder.named_parameters()}
+    adapters = {plain_name(name) for name in get_adapter_params(decoder)}
     lora = next((m for m in decoder.modules() if isinstance(m, LoRALinear)), None)
-    # merging changes tensors in place, and on a CPU they may be the model's own
-    weights = {
-        name: cast(Tensor, full.pop(name)).to(dtype, copy=lora is not None) for name in list(full)
-    }
+    folder = output_dir / f"epoch_{epoch}"
+
+    def whole(name: str) -> Tensor:
+        return _full_tensor(parameters[name], world)
+
+    def merged(name: str) -> Tensor:
+        layer = name.removesuffix("weight")
+        if f"{layer}lora_a.weight" not in adapters:
+            return whole(name)
+        assert lora is not None
+        b, a = (whole(f"{layer}lora_{which}.weight").float() for which in "ba")
+        return whole(name).float() + (lora.alpha / lora.rank) * b @ a
+
     if lora is not None:
-        names = [plain_name(name) for name in get_adapter_params(decoder)]
-        adapter = {name: weights[name].clone() for name in names}
-        folder = output_dir / f"epoch_{epoch}" / "adapter"
-        reward_head = weights[HEAD] if isinstance(decoder.output, RewardHead) else None
-        _save_adapter(folder, adapter, lora, head_shape(decoder), reward_head)
-        weights = get_merged_lora_ckpt(weights, rank=lora.rank, alpha=lora.alpha)
-    if not (lora is not None and adapter_only):
-        checkpointer.save_checkpoint({"model": weights}, epoch=epoch)
-        if stop_id is not None:
-            _stop_at(stop_id, output_dir / f"epoch_{epoch}")
-
-
-def save_training_state(
-    folder: Path,
-    step: int,
-    decoder: nn.Module,
-    optimizer: Optimizer,
-    state: Mapping[str, Any],
-    world: World,
-    *,
-    keep_last_n: int | None = None,
-) -> None:
-    """Write `folder/step_{step}`: weights, optimizer, random states and `state` (JSON values)."""
-    model_state, optimizer_state = get_state_dict(
-        decoder, optimizer, options=StateDictOptions(ignore_frozen_params=True)
-    )
-    tensors = {"model": model_state, "optimizer": optimizer_state}
-    _write(folder / f"step_{step:06d}", tensors, {"step": step, **state}, world, random=True)
-    if world.is_main and keep_last_n is not None:
-        for old in checkpoints(folder)[:-keep_last_n]:
-            shutil.rmtree(old)
-    world.barrier()
-
-
-def save_best_weights(
-    folder: Path, step: int, decoder: nn.Module, state: Mapping[str, Any], world: World
-) -> None:
-    """Write `folder/best`: the trained weights alone, and `state` (JSON values) with the step."""
-    options = StateDictOptions(ignore_frozen_params=True)
-    tensors = {"model": get_model_state_dict(decoder, options=options)}
-    _write(folder / BEST, tensors, {"step": step, **state}, world)
-
-
-def best_state(folder: Path) -> dict[str, Any] | None:
-    """The `state` that was saved with the best weights, with its step; None where there are none.
-
-    Raises:
-        ValueError: where the file can't be read as JSON.
-    """
-    file = folder / BEST / STATE_FILE
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def load_best_weights(folder: Path, decoder: nn.Module, world: World) -> None:
-    """Give the decoder the weights of `folder/best`."""
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    tensors = {"model": get_model_state_dict(decoder, options=options)}
-    with _plain_messages():
-        dcp.load(tensors, checkpoint_id=folder / BEST, no_dist=world.mesh is None)
-    set_model_state_dict(decoder, tensors["model"], options=options)
-
-
-def _write(
-    final: Path,
-    tensors: dict[str, Any],
-    state: Mapping[str, Any],
-    world: World,
-    *,
-    random: bool = False,
-) -> None:
-    """A directory that has its name only when it is complete; an earlier one stays until then."""
-    partial = final.with_suffix(".partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
-    with _plain_messages():
-        dcp.save(tensors, checkpoint_id=partial, no_dist=world.mesh is None)
-    if random:
-        torch.save(_random_state(world.device), partial / f"random_{world.rank}.pt")
-    world.barrier()
-    if world.is_main:
-        (partial / STATE_FILE).write_text(json.dumps(state))
-        earlier = final.with_suffix(".earlier")
-        shutil.rmtree(earlier, ignore_errors=True)
-        if final.exists():
-            final.rename(earlier)
-        partial.rename(final)
-        shutil.rmtree(earlier, ignore_errors=True)
-    world.barrier()
-
-
-@contextlib.contextmanager
-def _plain_messages() -> Iterator[None]:
-    """The first rank's own error, not a BaseException around it; no note on a single process."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete training states in a folder, oldest first."""
-    found = (path.parent for path in folder.glob(f"step_*[0-9]/{STATE_FILE}"))
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def resume_training(
-    folder: Path,
-    decoder: nn.Module,
-    optimizer: Optimizer,
-    lr_scheduler: LambdaLR,
-    data_state: Mapping[str, Any],
-    world: World,
-) -> tuple[Path, int] | None:
-    """Continue from the newest checkpoint of a folder.
-
-    Weights, the optimizer's moments and the random states are the checkpoint's; the optimizer's
-    settings and the learning rate schedule are the config's, at the checkpoint's step.
-
-    Args:
-        data_state: what the order of the batches depends on, as `save_training_state` got it.
-
-    Returns:
-        The checkpoint and its step; None where there is no checkpoint.
-
-    Raises:
-        ValueError: where the checkpoint is of another model or another order of the data.
-    """
-    newest = world.from_main(world.on_main(lambda: checkpoints(folder)[-1:]))
-    if not newest:
-        return None
-    configured = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    state = load_training_state(newest[0], decoder, optimizer, world)
-    if state["data"] != data_state:
-        raise ValueError(
-            f"{newest[0]} was written with {state['data']}, this run has {dict(data_state)}: "
-            "resuming would go on with something else. Use the same data set, data.shuffle, "
-            "global_batch_size, seed and whatever else differs, or start in another output_dir."
+        tensors = {name: whole(name).to("cpu", dtype) for name in adapters}
+        is_reward_model = isinstance(decoder.output, RewardHead)
+        head = whole(HEAD).to("cpu", dtype) if is_reward_model else None
+        world.on_main(
+            lambda: _save_adapter(folder / "adapter", tensors, lora, head_shape(decoder), head)
         )
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update(settings)
-    lr_scheduler.last_epoch = state["step"]
-    for group, base_lr, factor in zip(
-        optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base_lr * factor(state["step"])
-    return newest[0], state["step"]
-
-
-def load_training_state(
-    checkpoint: Path, decoder: nn.Module, optimizer: Optimizer, world: World
-) -> dict[str, Any]:
-    """Restore weights, optimizer and random states; returns the JSON `state` with its `step`.
-
-    Raises:
-        ValueError: where the checkpoint is of another model.
-    """
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
-    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        with _plain_messages():
-            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=world.mesh is None)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{checkpoint} can't be resumed with this config's `model` ({error}): use the model it "
-            "was written with, or another output_dir"
-        ) from error
-    set_state_dict(
-        decoder,
-        optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizer"],
-        options=options,
-    )
-    random_file = checkpoint / f"random_{world.rank}.pt"
-    if random_file.exists():  # none for a rank that the saving run didn't have
-        random_state = torch.load(random_file)
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state and world.device.type == "cuda":
-            torch.cuda.set_rng_state(random_state["cuda"], world.device)
-    return json.loads((checkpoint / STATE_FILE).read_text())
+        if adapter_only:
+            return
+    shapes = {name: p.shape for name, p in parameters.items() if name not in adapters}
+    if world.from_main(isinstance(checkpointer, FolderCheckpointer)):
+        ours = cast(FolderCheckpointer, checkpointer)
+        write_weights(
+            cast(Path, world.from_main(world.on_main(lambda: ours.begin(epoch)))),
+            shapes,
+            merged,
+            world,
+            dtype=dtype,
+            heads=head_shape(decoder),
+            is_classifier=isinstance(decoder.output, RewardHead),
+        )
+        world.on_main(lambda: ours.finish(epoch, dtype))
+    else:
+        weights = {}
+        for name in shapes:
+            tensor = merged(name)
+            if world.is_main:
+                weights[name] = tensor.to("cpu", dtype)
+        theirs = cast(Checkpointer, checkpointer)
+        world.on_main(lambda: theirs.save_checkpoint({"model": weights}, epoch=epoch))
+    if stop_id is not None:
+        world.on_main(lambda: _stop_at(stop_id, folder))
 
 
 def _stop_at(stop_id: int, folder: Path) -> None:
@@ -466,34 +332,29 @@ def _save_adapter(
     if reward_head is not None:
         tensors[f"base_model.model.{HF_HEAD}"] = reward_head
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    _save_tensors(tensors, folder / "adapter_model.safetensors")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_safetensors(contiguous, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, file, metadata={"format": "pt"})
-    make_readable(file.parent)
+def _full_tensor(parameter: Tensor, world: World) -> Tensor:
+    """A parameter whole, on every rank."""
+    if isinstance(parameter, DTensor):
+        placed = cast(DTensor, parameter.detach().to(world.device))  # offloaded: from the host
+        return placed.full_tensor()
+    return parameter.detach()
 
 
-def _check_shapes(decoder: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    expected = {plain_name(name): p.shape for name, p in decoder.named_parameters()}
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - weights.keys())]
-    problems += [f"{name} is not in the model" for name in sorted(weights.keys() - expected.keys())]
+def _check_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is not in the model" for name in sorted(found.keys() - expected.keys())]
     problems += [
-        f"{name} has shape {list(weights[name].shape)}, the model's is {list(expected[name])}"
-        for name in sorted(expected.keys() & weights.keys())
-        if expected[name] != weights[name].shape
+        f"{name} has shape {list(found[name])}, the model's is {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] != found[name]
     ]
     if problems:
         raise ValueError(
             "the checkpoint doesn't fit the model in the config; check `model` and "
             "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(first_of(problems))
         )
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state

@@ -11,7 +11,7 @@ import datetime
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,8 @@ class World:
 
     device: torch.device
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+    """Of all processes, for what is exchanged here; None: the one that training uses."""
 
     @property
     def size(self) -> int:
@@ -98,6 +100,12 @@ class World:
         """Ranks of one tensor-parallel group have the same: they see the same data."""
         return self.rank // self.tp_size
 
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun started the processes again, after one was lost. Called by all ranks."""
+        count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # of this node's launcher
+        return bool(self.max(torch.tensor(float(count), device=self.device)).item())
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the data-parallel ranks, on every rank."""
         if self.mesh is None:
@@ -118,7 +126,7 @@ class World:
         if self.mesh is None:
             return value
         holder: list[Any] = [value]
-        dist.broadcast_object_list(holder, src=0)
+        dist.broadcast_object_list(holder, src=0, group=self.group)
         return holder[0]
 
     def on_main(self, action: Callable[[], ObjectT]) -> ObjectT | None:
@@ -140,9 +148,29 @@ class World:
             raise ValueError(problem)
         return result
 
+    def on_all(self, action: Callable[[], ObjectT]) -> ObjectT:
+        """Do something on every rank that may fail on some of them.
+
+        Raises:
+            ValueError: on every rank, where the action raised ValueError or OSError on any; it
+                says on which.
+        """
+        if self.mesh is None:
+            return action()
+        problem, result = None, None
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * self.size
+        dist.all_gather_object(problems, problem, group=self.group)
+        if any(problems):
+            raise ValueError(_by_rank(problems))
+        return cast(ObjectT, result)
+
     def barrier(self) -> None:
         if self.mesh is not None:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def init_world(
@@ -300,6 +328,18 @@ def check_finite(grad_norm: Tensor, step: int, looked_at: int) -> None:
     raise ValueError(
         f"step {step}: the gradient norm is {grad_norm.item()}; {weights}. Lower lr, or set "
         "dtype=fp32 to find the cause."
+    )
+
+
+def _by_rank(problems: Sequence[str | None]) -> str:
+    """Each problem once, with the ranks that have it where not all do."""
+    ranks: dict[str, list[str]] = {}
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            ranks.setdefault(problem, []).append(str(rank))
+    return "\n".join(
+        text if len(having) == len(problems) else f"on rank {', '.join(having)}: {text}"
+        for text, having in ranks.items()
     )
 
 

@@ -9,38 +9,61 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.data.records import first_of
 from steerlm2.data.tokenizers import Tokenizer
-from steerlm2.models.folders import missing_weights, resolve_checkpoint_dir, weight_files
+from steerlm2.models.folders import resolve_checkpoint_dir
+from steerlm2.models.hf_names import decoder_name
 from steerlm2.models.llama import head_shape, hf_config
-from steerlm2.models.reward_head import HF_HEAD, attribute_names
+from steerlm2.models.reward_head import attribute_names
+from steerlm2.training.distributed import World
+from steerlm2.training.hf_weights import (
+    StoredTensor,
+    read_weights,
+    stored_tensors,
+    write_weights,
+)
 
 INIT_STD = 0.02
 """Standard deviation of fresh weight matrices (GPT-2's)."""
 
-HEAD = "output.weight"
 
-MAX_SHARD_SIZE = "5GB"
+class FolderCheckpointer:
+    """What the checkpointers share: they write a folder of Hugging Face weights for each epoch.
 
-
-class _FolderWriter:
-    """What the checkpointers share: the files of a folder beside its weights."""
+    A recipe calls `begin`, writes the weights itself (`steerlm2.training.hf_weights`), and calls
+    `finish`; `save_checkpoint` does all three for weights that are whole.
+    """
 
     hf_config: dict[str, Any]
+    heads: Mapping[str, int]
+    output_dir: Path
     _pad_token: str | None = None
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None:
+        weights = state_dict["model"]
+        dtype = next(iter(weights.values())).dtype
+        write_weights(
+            self.begin(epoch),
+            {name: tensor.shape for name, tensor in weights.items()},
+            weights.__getitem__,
+            World(torch.device("cpu")),
+            dtype=dtype,
+            heads=self.heads,
+            is_classifier=attribute_names(self.hf_config) is not None,
+        )
+        self.finish(epoch, dtype)
 
     def set_pad_token(self, token_id: int, tokenizer: Tokenizer) -> None:
         """What texts are padded with. transformers and vLLM read a classifier's scores at the last
@@ -48,28 +71,29 @@ class _FolderWriter:
         self.hf_config["pad_token_id"] = token_id
         self._pad_token = tokenizer.decode([token_id])
 
-    def _write(self, folder: Path, weights: dict[str, Tensor], heads: Mapping[str, int]) -> None:
+    def begin(self, epoch: int) -> Path:
+        """Make the folder of an epoch, with the files that go beside the weights."""
+        folder = self.output_dir / f"epoch_{epoch}"
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
-        weights = dict(weights)
-        is_classifier = attribute_names(self.hf_config) is not None
-        head = weights.pop(HEAD, None) if is_classifier else None
-        tensors = tune_to_hf(weights, **heads)
-        if head is not None:
-            tensors[HF_HEAD] = head
-        tensors = {name: _owning_its_storage(tensor) for name, tensor in tensors.items()}
-        save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE)
-        make_readable(folder)
+        self._copy_tokenizer(folder)
         if self._pad_token is not None:
             update_json(folder / "tokenizer_config.json", {"pad_token": self._pad_token})
             if (folder / "special_tokens_map.json").exists():  # transformers prefers it
                 update_json(folder / "special_tokens_map.json", {"pad_token": self._pad_token})
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        names = dict.fromkeys(("torch_dtype", "dtype"), dtype)  # transformers prefers the second
-        # The last file: an export with a config.json is complete (`is_complete`).
-        update_json(folder / "config.json", self.hf_config | names)
+        return folder
+
+    def finish(self, epoch: int, dtype: torch.dtype) -> None:
+        """Write the last file: an export with a config.json is complete (`is_complete`)."""
+        name = str(dtype).removeprefix("torch.")
+        names = dict.fromkeys(("torch_dtype", "dtype"), name)  # transformers prefers the second
+        update_json(self.output_dir / f"epoch_{epoch}" / "config.json", self.hf_config | names)
+
+    def _copy_tokenizer(self, folder: Path) -> None:
+        raise NotImplementedError
 
 
-class HFCheckpointer(_FolderWriter):
+class HFCheckpointer(FolderCheckpointer):
     """A downloaded or exported Hugging Face Llama, usable as `_component_`.
 
     Args:
@@ -88,46 +112,44 @@ class HFCheckpointer(_FolderWriter):
         self.output_dir = Path(output_dir)
         config = (self.checkpoint_dir / "config.json").read_text()
         self.hf_config: dict[str, Any] = json.loads(config)
+        self.heads = _heads_of(self.hf_config)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its output layer is its embedding, whatever its files hold."""
+        return bool(self.hf_config.get("tie_word_embeddings"))
+
+    def stored_tensors(self) -> dict[str, StoredTensor]:
+        """Where its tensors are; see `hf_weights.stored_tensors`."""
+        return stored_tensors(self.checkpoint_dir)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Raises:
-        ValueError: for a damaged file and for tensors that a Llama doesn't have.
-        FileNotFoundError: naming the files that are missing.
+        """Whole tensors, on the host.
+
+        Raises:
+            ValueError: for a damaged file and for tensors that a Llama doesn't have.
+            FileNotFoundError: naming the files that are missing.
         """
-        tensors: dict[str, Tensor] = {}
-        for file in self._files():
-            try:
-                tensors |= load_file(file)
-            except SafetensorError as error:
-                raise ValueError(f"{file.absolute()} is damaged or cut off: {error}") from error
-        head = tensors.pop(HF_HEAD, None)
-        try:
-            weights = hf_to_tune(tensors, **_heads_of(self.hf_config))
-        except Exception as error:  # torchtune raises bare Exception for an unknown name
-            raise ValueError(f"{self.checkpoint_dir.absolute()}: {error}") from error
-        if head is not None:
-            weights[HEAD] = head
+        stored = self.stored_tensors()
+        names = [tensor.hf_name for tensor in stored.values()]
+        if unknown := [name for name in names if decoder_name(name) is None]:
+            raise ValueError(
+                f"{self.checkpoint_dir.absolute()} has tensors that a Llama doesn't have: "
+                + ", ".join(first_of(unknown))
+            )
+        weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
+        read_weights(weights, stored, self.heads)
         return {"model": weights}
 
-    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None:
-        folder = self.output_dir / f"epoch_{epoch}"
-        folder.mkdir(parents=True, exist_ok=True)
+    def _copy_tokenizer(self, folder: Path) -> None:
         for file in self.checkpoint_dir.iterdir():
             weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf")
             theirs = weights or file.name.endswith(".index.json") or file.name == "config.json"
             if file.is_file() and not theirs:
                 shutil.copyfile(file, folder / file.name)
-        self._write(folder, state_dict["model"], _heads_of(self.hf_config))
-
-    def _files(self) -> list[Path]:
-        if missing := missing_weights(self.checkpoint_dir):
-            raise FileNotFoundError(
-                f"{self.checkpoint_dir.absolute()} lacks {', '.join(missing)}: download it again"
-            )
-        return [self.checkpoint_dir / name for name in weight_files(self.checkpoint_dir)]
 
 
-class ScratchCheckpointer(_FolderWriter):
+class ScratchCheckpointer(FolderCheckpointer):
     """A checkpointer for a decoder that starts from a seed: fresh weights in, a full folder out.
 
     Args:
@@ -149,10 +171,8 @@ class ScratchCheckpointer(_FolderWriter):
     def load_checkpoint(self) -> dict[str, Any]:
         return {"model": self.weights}
 
-    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None:
-        folder = self.output_dir / f"epoch_{epoch}"
+    def _copy_tokenizer(self, folder: Path) -> None:
         self.tokenizer.save(str(folder))
-        self._write(folder, state_dict["model"], self.heads)
 
 
 def fresh_weights(
@@ -176,24 +196,9 @@ def fresh_weights(
         yield plain_name(name), weight
 
 
-def make_readable(folder: Path) -> None:
-    """Give weight files the permissions that any new file has: safetensors leaves them to their
-    owner alone, and a server often runs as somebody else."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o666 & ~mask)
-
-
 def plain_name(name: str) -> str:
     """A parameter's name without what activation checkpointing puts in."""
     return name.replace("_checkpoint_wrapped_module.", "")
-
-
-def _owning_its_storage(tensor: Tensor) -> Tensor:
-    """A tensor gathered from uneven shards is a view of a padded one, which can't be saved."""
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone()
 
 
 def update_json(file: Path, values: Mapping[str, Any]) -> None:

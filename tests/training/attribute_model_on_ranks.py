@@ -31,10 +31,8 @@ from steerlm2.losses import PairLoss, bradley_terry_sum, num_labelled, squared_e
 from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.training.checkpoint import (
-    load_best_weights,
     load_weights,
     open_reward_checkpointer,
-    save_best_weights,
     save_weights,
 )
 from steerlm2.training.distributed import (
@@ -45,6 +43,7 @@ from steerlm2.training.distributed import (
     parallelize,
 )
 from steerlm2.training.forward import attribute_scores, score_attributes
+from steerlm2.training.training_state import StateWriter, load_best_weights
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "plain": {"tp": 1, "size": 1},
@@ -205,7 +204,9 @@ def compute(world: World, folder: Path, layout: str) -> dict[str, Any]:
     torch.optim.SGD(parameters, lr=LEARNING_RATE).step()
     out["best"] = state(decoder)
     out["scores_of_best"] = scores(decoder, world)
-    save_best_weights(folder / layout, 3, decoder, {"val_loss": 0.25}, world)
+    states = StateWriter(folder / layout, world)
+    states.save_best(3, decoder, {"val_loss": 0.25})
+    states.wait()
     with torch.no_grad():
         for parameter in parameters:
             parameter.mul_(0.5)

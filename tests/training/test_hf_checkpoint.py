@@ -27,7 +27,7 @@ from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import hf_tokenizer, tiny_tokenizer
 from steerlm2.models.folders import INDEX_FILE
 from steerlm2.models.reward_head import add_reward_head
-from steerlm2.training import hf_checkpoint
+from steerlm2.training import hf_weights
 from steerlm2.training.checkpoint import (
     load_weights,
     open_checkpointer,
@@ -162,14 +162,14 @@ def test_shards_are_read_back_bit_for_bit(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """512 x 64 floats are 128 kB: with 200 kB a file there are several."""
-    monkeypatch.setattr(hf_checkpoint, "MAX_SHARD_SIZE", "200KB")
+    monkeypatch.setattr(hf_weights, "MAX_SHARD_SIZE", "200KB")
     folder, weights = MODELS[model](tmp_path)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert_same_bits(read(folder), weights)
 
 
 def test_transformers_loads_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_checkpoint, "MAX_SHARD_SIZE", "200KB")
+    monkeypatch.setattr(hf_weights, "MAX_SHARD_SIZE", "200KB")
     folder, weights = attribute_model(tmp_path)
     model, report = LlamaForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
@@ -183,7 +183,7 @@ def test_a_second_export_leaves_no_file_of_the_first(
     """Into one folder, in other shards: a reader would take an old file for a part of the model."""
     written = []
     for size, out in zip((*sizes, sizes[1]), ("one", "one", "two"), strict=True):
-        monkeypatch.setattr(hf_checkpoint, "MAX_SHARD_SIZE", size)
+        monkeypatch.setattr(hf_weights, "MAX_SHARD_SIZE", size)
         folder, weights = language_model(tmp_path / out)
         written.append({file.name for file in folder.iterdir()})
     assert written[1] == written[2] != written[0]
@@ -194,9 +194,9 @@ def test_an_export_of_a_sharded_checkpoint_has_no_old_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tokenizer's files are copied, the index of other weights isn't."""
-    monkeypatch.setattr(hf_checkpoint, "MAX_SHARD_SIZE", "200KB")
+    monkeypatch.setattr(hf_weights, "MAX_SHARD_SIZE", "200KB")
     folder, weights = language_model(tmp_path)
-    monkeypatch.setattr(hf_checkpoint, "MAX_SHARD_SIZE", "5GB")
+    monkeypatch.setattr(hf_weights, "MAX_SHARD_SIZE", "5GB")
     again = HFCheckpointer(str(folder), str(tmp_path / "again"))
     again.save_checkpoint(again.load_checkpoint(), epoch=1)
     assert not (tmp_path / "again" / "epoch_1" / INDEX_FILE).exists()
@@ -205,7 +205,7 @@ def test_an_export_of_a_sharded_checkpoint_has_no_old_index(
 
 def test_missing_shards_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A download that was broken off: 2 of several files, by their names in the index."""
-    monkeypatch.setattr(hf_checkpoint, "MAX_SHARD_SIZE", "200KB")
+    monkeypatch.setattr(hf_weights, "MAX_SHARD_SIZE", "200KB")
     folder, _ = language_model(tmp_path)
     gone = sorted(folder.glob("model-*.safetensors"))[:2]
     for file in gone:
@@ -286,7 +286,7 @@ def test_an_export_that_is_cut_short_is_not_complete(
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_checkpoint, "save_torch_state_dict", killed)
+    monkeypatch.setattr(hf_weights, "save_file", killed)
     for epoch in (2, 3):
         with pytest.raises(KeyboardInterrupt):
             again.save_checkpoint(again.load_checkpoint(), epoch=epoch)

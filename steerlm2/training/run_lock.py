@@ -1,0 +1,104 @@
+"""Two runs never write into one output_dir.
+
+A run holds `.run.lock` in it: by the kernel's lock, which goes away with the process, and by a
+count in the file that goes on every few seconds. The first is enough on one node; between nodes not
+every file system has it, so that a run looks whether the count still goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+LOCK_FILE = ".run.lock"
+SECONDS_PER_BEAT = 5.0
+BEATS_TO_WAIT = 4
+LENGTH = 512
+
+
+class RunLock:
+    """The right to write into a folder, until `release` or the end of the process.
+
+    Raises:
+        ValueError: where another run has it.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / LOCK_FILE
+        self._file = self._open()
+        self._released = threading.Event()
+        if not self._is_free():
+            holder = _holder(self.path)
+            self._file.close()
+            raise ValueError(
+                f"another run writes into {output_dir.absolute()} (process {holder.get('pid')} on "
+                f"{holder.get('host')}): wait for its end, or choose another output_dir"
+            )
+        self._beat(0)
+        threading.Thread(target=self._keep_beating, daemon=True).start()
+
+    def release(self) -> None:
+        self._released.set()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        self._file.close()
+
+    def _open(self) -> IO[str]:
+        return os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+
+    def _is_free(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # a file system without locks
+        else:
+            if not self.path.exists() or not os.path.samestat(
+                self.path.stat(), os.fstat(self._file.fileno())
+            ):
+                self._file.close()  # of a run that has just ended
+                self._file = self._open()
+                return self._is_free()
+            if _holder(self.path).get("host") == socket.gethostname():
+                return True
+        return not self._goes_on()
+
+    def _goes_on(self) -> bool:
+        """Whether the count changes; it takes some beats to be sure that it doesn't."""
+        seen = _holder(self.path)
+        if not seen:
+            return False
+        for _ in range(BEATS_TO_WAIT):
+            time.sleep(SECONDS_PER_BEAT)
+            if _holder(self.path) != seen:
+                return self.path.exists()
+        return False
+
+    def _beat(self, count: int) -> None:
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "beat": count}
+        self._file.seek(0)
+        self._file.write(json.dumps(mine).ljust(LENGTH))  # never empty, never in two states
+        self._file.flush()
+
+    def _keep_beating(self) -> None:
+        count = 0
+        while not self._released.wait(SECONDS_PER_BEAT):
+            count += 1
+            with contextlib.suppress(OSError, ValueError):  # a full disk; released just now
+                self._beat(count)
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """What the holder wrote; nothing where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

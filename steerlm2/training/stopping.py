@@ -1,0 +1,48 @@
+"""A run that is told to end (SIGTERM: a scheduler needs the nodes) ends after the step it is in."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from steerlm2.training.distributed import World
+
+
+class StopRequest:
+    """While it is entered, SIGTERM is noted instead of ending the process.
+
+        with StopRequest(world) as stop:
+            for step in ...:
+                ...
+                if stop.asked(): save, and leave the loop
+
+    It stays noted when it comes again: launcher and scheduler often both send it.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._received = False
+        self._before: Any = None
+
+    def __enter__(self) -> StopRequest:
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def asked(self) -> bool:
+        """Whether any rank has received it; the same on all. To be called by all of them."""
+        # On the host, also of a GPU run: reading a GPU's tensor would wait for the step.
+        return bool(self.world.max(torch.tensor(float(self._received))).item())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
