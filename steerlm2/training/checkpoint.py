@@ -255,7 +255,7 @@ def save_weights(
         OSError: the same of a single process.
     """
     parameters = {plain_name(name): p for name, p in decoder.named_parameters()}
-    adapters = {plain_name(name) for name in get_adapter_params(decoder)}
+    adapters = [plain_name(name) for name in get_adapter_params(decoder)]
     lora = next((m for m in decoder.modules() if isinstance(m, LoRALinear)), None)
     folder = output_dir / f"epoch_{epoch}"
 

@@ -28,6 +28,7 @@ from torchtune.models.llama3 import llama3
 from steerlm2.data.batches import batch_of_step
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.training.hf_checkpoint import ScratchCheckpointer
+from steerlm2.training.run_lock import LOCK_FILE
 from steerlm2.training.schedules import warmup_cosine_hold
 
 if TYPE_CHECKING:
@@ -409,7 +410,8 @@ def killed(
     """A run like the reference, killed after the first step past its checkpoint of step 7."""
     folder = run_folder(tmp_path_factory.mktemp("killed"))
     process = tune.start("steerlm2_distributed", *arguments, f"output_dir={folder.path}")
-    kill_when(process, lambda: 8 in steps(folder, "loss"))
+    checkpoint = folder.path / "checkpoints" / "step_000007"
+    kill_when(process, lambda: 8 in steps(folder, "loss") and checkpoint.exists())
     return folder
 
 
@@ -436,8 +438,8 @@ def resumed_on_two(resume: Train) -> RunFolder:
 
 
 def files(folder: Path) -> dict[Path, bytes]:
-    """The bytes of every file, by its path in the folder."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
+    """The bytes of every file, by its path in the folder; but for the lock of a killed run."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE)
     return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
