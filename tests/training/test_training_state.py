@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
@@ -28,6 +32,7 @@ from steerlm2.training.training_state import (
     checkpoints,
     load_best_weights,
     load_training_state,
+    newest_whole,
     resume_training,
 )
 
@@ -209,16 +214,58 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path: Path) -> None
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000001"]
 
 
-def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes show those without a traceback; torch wraps them into a BaseException."""
+def test_a_full_disk_harms_no_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recipes show a ValueError without a traceback; torch wraps it into a BaseException. What was
+    written is removed: there is little room as it is."""
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     run = new_run()
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 2, run)
+    save(tmp_path, 1, run, keep_last_n=1)
+    monkeypatch.setattr(FileSystemWriter, "write_data", full_disk)
+    with pytest.raises(ValueError, match=r"step_000002 could not be written \(.*No space left"):
+        save(tmp_path, 2, run, keep_last_n=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert newest_whole(tmp_path) == (tmp_path / "step_000001", [])
+
+
+def test_a_failed_save_is_reported_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has gone on meanwhile; it doesn't train for days without a checkpoint."""
+    run = new_run()
+    writer = StateWriter(tmp_path / "folder", CPU)
+    (tmp_path / "folder").touch()
+    writer.save(1, *run, {"data": {}})
+    with pytest.raises(ValueError, match="step_000001 could not be written"):
+        writer.save(2, *run, {"data": {}})
+
+
+def test_what_is_saved_is_the_run_at_that_moment(tmp_path: Path) -> None:
+    """Not what it is by the time that it is written: 3 steps are taken meanwhile."""
+    torch.manual_seed(0)
+    run = new_run()
+    train(*run, 2)
+    before = {name: tensor.clone() for name, tensor in run[0].state_dict().items()}
+    writer = StateWriter(tmp_path, CPU)
+    writer.save(2, *run, {"data": {}})
+    train(*run, 3)
+    writer.wait()
+    assert not same_state(before, dict(run[0].state_dict()))
+    load_training_state(tmp_path / "step_000002", *run, CPU)
+    assert same_state(before, dict(run[0].state_dict()))
+
+
+def test_the_pause_is_counted_once(tmp_path: Path) -> None:
+    writer = StateWriter(tmp_path, CPU)
+    assert writer.take_pause() == 0
+    writer.save(2, *new_run(), {"data": {}})
+    assert 0 < writer.take_pause() < 5
+    assert writer.take_pause() == 0
+    writer.wait()
 
 
 def test_a_save_goes_over_what_a_killed_one_left(tmp_path: Path) -> None:
@@ -233,6 +280,105 @@ def test_frozen_weights_are_not_in_the_training_state(tmp_path: Path) -> None:
     save(tmp_path, 1, new_run(meta_lora_decoder()))
     keys = dcp.FileSystemReader(tmp_path / "step_000001").read_metadata().state_dict_metadata
     assert len([key for key in keys if key.startswith("model.")]) == 4
+
+
+# Broken checkpoints
+
+
+def break_state(folder: Path, how: str) -> None:
+    (shard,) = folder.glob("*.distcp")
+    if how == "no shard":
+        shard.unlink()
+    elif how == "short shard":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif how == "no metadata":
+        (folder / ".metadata").unlink()
+    elif how == "damaged metadata":
+        (folder / ".metadata").write_bytes(b"damaged")
+    elif how == "no state":
+        (folder / STATE_FILE).unlink()
+    else:
+        (folder / STATE_FILE).write_text("{")
+
+
+DAMAGES = {
+    "no shard": "no __0_0.distcp",
+    "short shard": "__0_0.distcp is cut off",
+    "no metadata": "no .metadata",
+    "damaged metadata": "UnpicklingError",
+    "no state": "no state.json",
+    "damaged state": "JSONDecodeError",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_broken_checkpoint_is_passed_over(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a warning; the run goes on from the one before."""
+    for step in (3, 6):
+        save(tmp_path, step, with_schedule(0.01)[:2])
+    break_state(tmp_path / "step_000006", how)
+    found = resume_training(tmp_path, *with_schedule(0.01), {"seed": 5}, CPU)
+    assert found == (tmp_path / "step_000003", 3)
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"WARNING: {tmp_path}/step_000006 is broken ({DAMAGES[how]}")
+    assert warning.count("\n") == 1
+
+
+def test_only_broken_checkpoints_are_none(tmp_path: Path) -> None:
+    save(tmp_path, 3, with_schedule(0.01)[:2])
+    break_state(tmp_path / "step_000003", "no shard")
+    assert resume_training(tmp_path, *with_schedule(0.01), {"seed": 5}, CPU) is None
+
+
+@pytest.mark.parametrize("moment", ["written", "set aside", "renamed"])
+def test_a_kill_between_the_renames_loses_nothing(moment: str, tmp_path: Path) -> None:
+    """The best weights are replaced: the earlier ones go to another name, the new ones come to
+    theirs, the earlier ones are removed. After a kill at any point there are best weights."""
+    decoder, _ = attribute_model(tmp_path / "model")
+    folder = tmp_path / "checkpoints"
+    save_best(folder, 4, decoder, {})
+    if moment == "written":
+        shutil.copytree(folder / BEST, folder / "best.partial")
+    elif moment == "set aside":
+        shutil.copytree(folder / BEST, folder / "best.partial")
+        (folder / BEST).rename(folder / "best.earlier")
+    else:
+        shutil.copytree(folder / BEST, folder / "best.earlier")
+    StateWriter(folder, CPU)
+    assert [path.name for path in folder.iterdir()] == [BEST]
+    assert best_state(folder) == {"step": 4}
+
+
+# Other layouts
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What states_on_ranks.py found, by layout."""
+    folder = tmp_path_factory.mktemp("states")
+    script = Path(__file__).with_name("states_on_ranks.py")
+    result = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return {file.stem: torch.load(file) for file in folder.glob("*.pt")}
+
+
+def test_resumed_on_the_same_layout_the_run_is_the_same(on_ranks: dict[str, Any]) -> None:
+    """TP2 x FSDP2: 5 steps, saved in the background after 3; the last 2 again, bit for bit."""
+    saving, resumed = on_ranks["tp2_fsdp2"], on_ranks["tp2_fsdp2_again"]
+    assert resumed["losses"] == saving["losses"][3:]
+    assert same_state(resumed["weights"], saving["weights"])
+
+
+@pytest.mark.parametrize("layout", ["plain", "fsdp2", "fsdp4", "tp2", "hsdp2x2"])
+def test_resumed_on_other_layouts_the_next_losses_are_the_same(
+    layout: str, on_ranks: dict[str, Any]
+) -> None:
+    """On 1, 2 and 4 ranks, to 1e-5; in one step they change by more than 1e-2."""
+    expected = on_ranks["tp2_fsdp2"]["losses"]
+    assert abs(expected[4] - expected[3]) > 1e-2 * expected[3]
+    assert on_ranks[layout]["losses"] == pytest.approx(expected[3:], rel=1e-5)
 
 
 # Resuming

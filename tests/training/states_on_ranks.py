@@ -1,0 +1,148 @@
+"""States saved on one layout of gloo ranks and resumed on others, for test_training_state.py.
+
+    python states_on_ranks.py FOLDER
+
+FOLDER/LAYOUT.pt holds what a layout found. The first one trains, saves in the midst of it, and goes
+on; the others resume from its state.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from torchtune.models.llama3 import llama3
+
+from steerlm2.data.packing import Group, pack
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.training.checkpoint import load_weights
+from steerlm2.training.distributed import (
+    World,
+    clip_gradients,
+    close_world,
+    init_world,
+    parallelize,
+)
+from steerlm2.training.forward import response_logps
+from steerlm2.training.hf_checkpoint import ScratchCheckpointer
+from steerlm2.training.training_state import StateWriter, resume_training
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "tp2_fsdp2": {"size": 4, "tensor_parallel_dim": 2},
+    "tp2_fsdp2_again": {"size": 4, "tensor_parallel_dim": 2},
+    "fsdp4": {"size": 4},
+    "hsdp2x2": {"size": 4, "data_parallel_replicate_dim": 2},
+    "fsdp2": {"size": 2},
+    "tp2": {"size": 2, "tensor_parallel_dim": 2},
+    "plain": {"size": 1},
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "max_seq_len": 128,
+    "intermediate_dim": 46,
+}
+STEPS, SAVED = 5, 3
+DATA = {"seed": 5}
+
+
+def groups() -> list[Group]:
+    """4 for a step, of fixed tokens."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(10, 512, (4, 40), generator=generator).tolist()
+    return [Group(row[:8], [row[8 : 12 + i], row[20:]]) for i, row in enumerate(tokens)]
+
+
+class Run:
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
+        with torch.device("meta"):
+            self.decoder = llama3(**SIZES)
+        source = ScratchCheckpointer(self.decoder, tiny_tokenizer(), seed=0, output_dir="")
+        parallelize(self.decoder, world, dtype=torch.float32)
+        load_weights(self.decoder, source if world.is_main else None, world, seed=0)
+        self.parameters = list(self.decoder.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-2)
+        self.schedule = LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        self.states = StateWriter(folder / "checkpoints", world)
+
+    def step(self) -> float:
+        """Minus the sum of all log-probs, before the update."""
+        mine = groups()[self.world.dp_rank :: self.world.dp_size]
+        logps_N = response_logps(
+            self.decoder, pack(mine, multiple_of=self.world.tp_size), self.world
+        )
+        (-logps_N.sum() * self.world.dp_size / 100).backward()
+        clip_gradients(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return -self.world.sum(logps_N.detach().double().sum()).item()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for name, p in self.decoder.named_parameters()
+        }
+
+
+def compute(world: World, folder: Path, layout: str) -> dict[str, Any]:
+    run = Run(world, folder)
+    losses: list[float] = []
+    if layout == "tp2_fsdp2":
+        for step in range(STEPS):
+            losses.append(run.step())
+            if step + 1 == SAVED:
+                run.states.save(SAVED, run.decoder, run.optimizer, {"data": DATA})
+        run.states.wait()  # the last steps were made while it was written
+    else:
+        found = resume_training(
+            folder / "checkpoints", run.decoder, run.optimizer, run.schedule, DATA, world
+        )
+        assert found is not None
+        assert found[1] == SAVED
+        losses = [run.step() for _ in range(SAVED, STEPS)]
+    return {"losses": losses, "weights": run.weights(), "pause": run.states.take_pause()}
+
+
+def run_rank(rank: int, folder: Path, layout: str, port: int) -> None:
+    torch.set_num_threads(1)
+    options = dict(LAYOUTS[layout])
+    size = options.pop("size")
+    if size > 1:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.update({name: str(value) for name, value in places.items()})
+    world = init_world("cpu", **options)
+    found = compute(world, folder, layout)
+    if world.is_main:
+        torch.save(found, folder / f"{layout}.pt")
+    close_world()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for layout, options in LAYOUTS.items():
+        arguments = (folder, layout, free_port())
+        mp.start_processes(run_rank, arguments, nprocs=options["size"], start_method="fork")
+
+
+if __name__ == "__main__":
+    main()
