@@ -1,0 +1,154 @@
+"""The files of recipes/launch, with stand-ins for Slurm's commands and for `tune`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
+SCRIPTS = ("train.sbatch", "pipeline.sbatch", "torchrun.sh")
+
+TUNE = """
+import os, signal, sys, time
+folder = os.environ["CALLS"]
+with open(f"{folder}/tune", "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+if "wait" in sys.argv and "dry_run=true" not in sys.argv:
+    def stop(number, frame):
+        open(f"{folder}/stopped", "w").close()
+        sys.exit(0)
+    # as the ranks do: torchrun, which starts them, leaves the signal alone
+    signal.signal(signal.SIGTERM, stop)
+    open(f"{folder}/running", "w").close()
+    time.sleep(60)
+"""
+STAND_INS = {
+    "srun": 'while [[ $1 == -* ]]; do shift; done; echo "$@" >> "$CALLS/srun"; exec "$@"',
+    "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [[ $1 == show ]] && printf "node1\\nnode2\\n"',
+    "scancel": 'echo "$@" >> "$CALLS/scancel"',
+    "squeue": "true",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job's script; what is called leaves its arguments in CALLS."""
+    commands, calls = tmp_path / "bin", tmp_path / "calls"
+    commands.mkdir()
+    calls.mkdir()
+    bodies = {name: f"#!/usr/bin/env bash\n{body}\n" for name, body in STAND_INS.items()}
+    for name, body in (bodies | {"tune": f"#!{sys.executable}{TUNE}"}).items():
+        (commands / name).write_text(body)
+        (commands / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    paths = {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(calls)}
+    return dict(os.environ) | job | paths | {"LOG_DIR": str(tmp_path / "logs")}
+
+
+def start(name: str, slurm: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", LAUNCH / name, *arguments],
+        env=slurm,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def calls(slurm: dict[str, str], command: str) -> list[str]:
+    file = Path(slurm["CALLS"]) / command
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def stop_when_running(process: subprocess.Popen[str], slurm: dict[str, str]) -> str:
+    while not (Path(slurm["CALLS"]) / "running").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    return process.communicate(timeout=60)[0]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_arguments_the_usage_is_shown(name: str, slurm: dict[str, str]) -> None:
+    process = start(name, slurm)
+    assert "usage: " in process.communicate()[0]
+    assert process.returncode == 2
+    assert not calls(slurm, "tune")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say(name: str) -> None:
+    result = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, text=True)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", SCRIPTS[:2])
+def test_a_job_is_warned_and_queued_again(name: str) -> None:
+    """The options are in the first block of comments, where sbatch reads them."""
+    head = (LAUNCH / name).read_text().split("\nset -uo")[0]
+    assert "\n#SBATCH --signal=B:TERM@120\n" in head
+    assert "\n#SBATCH --requeue\n" in head
+
+
+def test_a_stage_is_started_by_torchrun_and_resumes(slurm: dict[str, str]) -> None:
+    process = start("train.sbatch", slurm, "sft_distributed", "--config", "my config", "lr=1")
+    assert process.communicate()[0] == ""
+    assert process.returncode == 0
+    (line,) = calls(slurm, "tune")
+    assert line.startswith("run --nnodes 2 --nproc_per_node 8 --rdzv_id 7 --rdzv_backend c10d ")
+    assert "--rdzv_endpoint node1:29500 --max_restarts 3 " in line
+    assert line.endswith(" sft_distributed --config my config lr=1 resume_from_checkpoint=true")
+    assert calls(slurm, "scontrol") == ["show hostnames node[1-2]"]
+
+
+def test_other_recipes_are_not_told_to_resume(slurm: dict[str, str]) -> None:
+    start("train.sbatch", slurm, "score_responses", "--config", "c").communicate()
+    assert calls(slurm, "tune")[0].endswith(" score_responses --config c")
+
+
+def test_a_stage_that_fails_fails_the_job(slurm: dict[str, str]) -> None:
+    (Path(slurm["PATH"].split(":")[0]) / "tune").write_text("#!/usr/bin/env bash\nexit 3\n")
+    process = start("train.sbatch", slurm, "sft_distributed")
+    process.communicate()
+    assert process.returncode == 3
+    assert not any("requeue" in call for call in calls(slurm, "scontrol"))
+
+
+def test_a_preempted_stage_saves_and_is_queued_again(slurm: dict[str, str]) -> None:
+    process = start("train.sbatch", slurm, "sft_distributed", "wait")
+    output = stop_when_running(process, slurm)
+    assert output == "stopped by SIGTERM, with status 0: queued again\n"
+    assert process.returncode == 0
+    assert (Path(slurm["CALLS"]) / "stopped").exists()
+    assert calls(slurm, "scontrol")[-1] == "requeue 7"
+
+
+def test_a_preempted_pipeline_is_ended_before_its_stage(slurm: dict[str, str]) -> None:
+    """By SIGKILL: with SIGTERM handled it could take the stage for complete and begin the next."""
+    process = start("pipeline.sbatch", slurm, "--config", "c", "wait")
+    output = stop_when_running(process, slurm)
+    assert output.endswith("stopped by SIGTERM: queued again\n")
+    first, second = calls(slurm, "tune")
+    assert (first, second) == (f"{second} dry_run=true", "run steerlm2_pipeline --config c wait")
+    assert not (Path(slurm["CALLS"]) / "stopped").exists()
+    assert calls(slurm, "scancel") == ["--signal=TERM 7"]
+    assert calls(slurm, "scontrol")[-1] == "requeue 7"
+
+
+def test_without_slurm_a_lost_worker_is_started_again(slurm: dict[str, str]) -> None:
+    environment = slurm | {"NNODES": "4", "HEAD": "here", "RUN": "mine", "NPROC": "2"}
+    process = start("torchrun.sh", environment, "reward_distributed", "--config", "c")
+    assert process.communicate()[0] == ""
+    (line,) = calls(slurm, "tune")
+    assert line.startswith("run --nnodes 4 --nproc_per_node 2 --rdzv_id mine --rdzv_backend c10d ")
+    assert "--rdzv_endpoint here:29500 " in line
+    assert "--max_restarts 3 " in line
+    assert line.endswith(" reward_distributed --config c resume_from_checkpoint=true")
