@@ -178,7 +178,7 @@ def free_port() -> int:
 def start_two_nodes(
     tune: Any, arguments: list[str], folder: Path, *overrides: str
 ) -> list[subprocess.Popen[str]]:
-    """Two launchers with two ranks each, which meet over loopback."""
+    """Two launchers with two ranks each, which meet over loopback, as recipes/launch has them."""
     launch = [
         *("--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_id", "test"),
         *("--rdzv_endpoint", f"localhost:{free_port()}", "--max_restarts", "2"),
@@ -195,9 +195,11 @@ def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
     arguments: list[str],
     run_folder: type[RunFolder],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One rank of the second launcher is killed once, in mid-run: all ranks start again from the
     newest checkpoint, without being told to resume."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     overrides = (*LAYOUTS[layout], "max_steps=12", "save_every_n_steps=2")
     single, double = tmp_path / "single", tmp_path / "double"
     tune(*arguments, *overrides, f"output_dir={single}", nproc=4)

@@ -136,7 +136,7 @@ def test_what_ranks_write_is_what_was_read(layout: str, model: str, small: Path)
     """The same tensors in the same files, byte for byte, by whichever rank."""
     written, source = small / layout / model / "epoch_1", small / model
     names = {file.name for file in source.iterdir()}
-    assert len(list(source.glob("*.safetensors"))) > 4
+    assert len(list(source.glob("*.safetensors"))) > 2
     assert {file.name for file in written.iterdir()} == names
     for name in names:
         assert (written / name).read_bytes() == (source / name).read_bytes(), name
