@@ -80,7 +80,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def states(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return sorted(path.name for path in folder.glob("checkpoints/*"))
 
 
 def assert_same_run(run: RunFolder, reference: RunFolder) -> None:
