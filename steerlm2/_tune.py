@@ -77,9 +77,10 @@ RECIPES: dict[str, list[str]] = {
         "llama3_3/70B_steerlm2_multinode",
         "llama2/70B_steerlm2_multinode",
     ],
+    "plan_memory": [],  # takes the configs of the three training recipes
 }
 # `tune run` refuses torchrun's arguments for these.
-SINGLE_PROCESS_RECIPES = {"prepare_data", "serve_reward", "steerlm2_pipeline"}
+SINGLE_PROCESS_RECIPES = {"prepare_data", "serve_reward", "steerlm2_pipeline", "plan_memory"}
 
 
 def recipe_directories() -> tuple[Path, Path]:

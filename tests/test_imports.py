@@ -30,6 +30,7 @@ LEVELS = {
     "training": 4,
     "serving": 5,
     "pipeline": 5,
+    "planning": 5,
     "generation": 6,
 }
 """A module imports from its own part of the package and from parts of lower levels."""

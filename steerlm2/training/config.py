@@ -32,6 +32,8 @@ TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
 SECONDS_FOR_RANK_0 = 5.0
 CONFIG_CLASS = "config_class"
 """Attribute of a recipe's `main`."""
+REST = "rest"
+"""In the metadata of a dataclass field: a dict of all keys that aren't fields, unchecked."""
 
 
 class Component(dict[str, Any]):
@@ -180,10 +182,14 @@ def _build_dataclass(
 ) -> Any:
     hints = typing.get_type_hints(cls, namespace if cls.__module__ == "__main__" else None)
     fields = {_key(field): field for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            problems.append(_unknown_key(where + str(key), str(key), list(fields)))
+    rest = next((key for key, field in fields.items() if field.metadata.get(REST)), None)
     arguments: dict[str, Any] = {}
+    if rest is not None:
+        arguments[fields.pop(rest).name] = {k: v for k, v in values.items() if k not in fields}
+    else:
+        for key in values:
+            if key not in fields:
+                problems.append(_unknown_key(where + str(key), str(key), list(fields)))
     for key, field in fields.items():
         if key in values and values[key] != MISSING:
             arguments[field.name] = _convert(

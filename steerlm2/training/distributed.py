@@ -198,7 +198,7 @@ def init_world(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = _mesh_shape(
+    shape = mesh_shape(
         size, data_parallel_replicate_dim, data_parallel_shard_dim, tensor_parallel_dim
     )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -372,7 +372,12 @@ def _shard(
     )
 
 
-def _mesh_shape(size: int, replicate: int, shard: int, tp: int) -> tuple[int, int, int]:
+def mesh_shape(size: int, replicate: int, shard: int, tp: int) -> tuple[int, int, int]:
+    """The mesh (dp_replicate, dp_shard, tp) of so many processes; `shard` may be -1.
+
+    Raises:
+        ValueError: where their product is not the number of processes.
+    """
     if min(replicate, tp) < 1 or (shard < 1 and shard != -1):
         raise ValueError(
             "tensor_parallel_dim and data_parallel_replicate_dim must be at least 1, "

@@ -31,6 +31,7 @@ RECIPE_OF = {config: recipe for recipe, configs in RECIPES.items() for config in
 CONFIG_CLASSES = {
     "annotate_attributes": "AnnotateConfig",
     "evaluate_steering": "EvaluateConfig",
+    "plan_memory": "PlanConfig",
     "prepare_data": "PrepareDataConfig",
     "reward_distributed": "RewardConfig",
     "sample_responses": "SampleConfig",

@@ -1,0 +1,460 @@
+"""Will it fit, and how long will it take? A training run, planned without GPUs and weights.
+
+    tune run plan_memory --config llama3_1/70B_steerlm2_multinode world_size=256 gpu=H100
+
+takes any config of steerlm2_distributed, sft_distributed or reward_distributed, with their keys and
+its own. The model is built on the meta device, laid out by the recipes' own function over a fake
+process group, and a step of it runs with fake tensors: operations and collectives are real, data is
+not. A minute for 70B, half a GiB of memory.
+
+Memory is counted, time is estimated: from the counted FLOPs and bytes, the card's data sheet, and
+the efficiencies below. compile is off in the trace, so a compiled run takes less memory than this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig
+from torchtune.config._utils import _merge_yaml_and_cli_args
+
+from steerlm2._tune import RECIPES, recipe_directories
+from steerlm2.data.batches import steps_per_epoch
+from steerlm2.planning.advice import Change, changes
+from steerlm2.planning.estimate import (
+    PAPER_NODE_HOURS,
+    Cluster,
+    Iteration,
+    StepTime,
+    collectives,
+    iteration_hours,
+    needed_flops,
+    step_time,
+)
+from steerlm2.planning.gpus import find_gpu
+from steerlm2.planning.jobs import JOBS, Job, Lengths, PlannedRow
+from steerlm2.planning.trace import Trace, fake_world, trace_step
+from steerlm2.planning.tracker import KINDS
+from steerlm2.training.config import CONFIG_CLASS, REST, config_problems, load_config, recipe_main
+from steerlm2.training.distributed import mesh_shape
+
+GIB = 2**30
+DRAWN_STEPS = 4
+"""Optimizer steps that the step time is a mean over."""
+
+LABELS = {
+    "parameters": "parameters (this GPU's shards)",
+    "gradients": "gradients (shards)",
+    "optimizer": "optimizer state (shards)",
+    "activations": "activations, unreduced gradients",
+    "logits": "logits of a chunk",
+    "communication": "gathered layers, collectives",
+    "other": "gradient norm and other",
+    "runtime": "CUDA, NCCL, fragments (assumed)",
+    "total": "total",
+}
+
+
+@dataclass
+class PlanConfig:
+    """The keys of planning; all others are those of the training recipe."""
+
+    world_size: int  # GPUs of the run
+    training: dict[str, Any] = field(metadata={REST: True}, default_factory=dict)
+    recipe: str | None = None  # whose config this is; none: found out
+    gpu: str = "H100"
+    gpu_gib: float | None = None  # memory of a GPU; none: the card's
+    gpus_per_node: int = 8
+    output: str | None = None  # a JSON file
+
+    prompts: int = 20_000  # records of the data set: prompts, conversations, texts or pairs
+    n: int = 10  # responses of a prompt, of SteerLM 2.0
+    prompt_tokens: int = 250  # means
+    response_tokens: int = 350
+
+    efficiency: float = 0.45  # share of the card's peak rate that computation reaches
+    sampling_efficiency: float = 0.05  # the same of a sampling engine
+    runtime_gib: float = 4.0  # CUDA context, NCCL's buffers, fragments: what no tensor shows
+    suggest: bool = True  # try changes where the run doesn't fit
+
+    def problems(self) -> list[str]:
+        found = []
+        for key in ("world_size", "gpus_per_node", "prompts", "n", "prompt_tokens"):
+            if getattr(self, key) < 1:
+                found.append(f"'{key}' must be at least 1, got {getattr(self, key)}")
+        if self.response_tokens < 1:
+            found.append(f"'response_tokens' must be at least 1, got {self.response_tokens}")
+        if self.gpu_gib is not None and self.gpu_gib <= 0:
+            found.append(f"'gpu_gib' must be above 0, got {self.gpu_gib}")
+        for key in ("efficiency", "sampling_efficiency"):
+            if not 0 < getattr(self, key) <= 1:
+                found.append(f"'{key}' must be above 0 and at most 1, got {getattr(self, key)}")
+        if self.runtime_gib < 0:
+            found.append(f"'runtime_gib' must not be negative, got {self.runtime_gib}")
+        if self.recipe is not None and self.recipe not in JOBS:
+            found.append(f"'recipe' must be one of {', '.join(JOBS)}, got {self.recipe!r}")
+        try:
+            find_gpu(self.gpu)
+        except ValueError as error:
+            found.append(f"'gpu': {error}")
+        return found
+
+
+@dataclass
+class Plan:
+    """A run that was traced: what one of its GPUs holds, and how long its steps take."""
+
+    job: Job[Any]
+    cluster: Cluster
+    trace: Trace
+    time: StepTime
+    records: list[Any]
+    """Of the drawn steps."""
+    micro_batches: int
+    per_gpu_gib: dict[str, float]
+    host_gib: float
+    fits: bool
+
+
+class PlanRecipe:
+    """Trace -> memory -> time -> job -> suggestion."""
+
+    def __init__(self, cfg: PlanConfig) -> None:
+        self.cfg = cfg
+        self.gpu = find_gpu(cfg.gpu)
+        self.gpu_gib = cfg.gpu_gib or self.gpu.memory_gib
+        self.started = time.perf_counter()
+
+    def run(self) -> None:
+        cfg = self.cfg
+        recipe, config = training_config(cfg.training, cfg.recipe)
+        plan = self.plan(JOBS[recipe](config), cfg.world_size)
+        job_hours = self.gpu_hours(plan)
+        iteration = self.iteration(plan, job_hours)
+        self._print(plan, job_hours, iteration)
+        suggestion = None
+        if not plan.fits and cfg.suggest:
+            suggestion = self.suggest(plan, config)
+            print(suggestion_text(suggestion))
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        seconds = time.perf_counter() - self.started
+        print(f"\nplanned in {seconds:.0f} s and {used:.1f} GiB of this machine's memory")
+        if cfg.output:
+            self._write(Path(cfg.output), plan, job_hours, iteration, suggestion)
+
+    def plan(self, job: Job[Any], world_size: int) -> Plan:
+        """Trace the largest micro-batch that the data could make; time the ones that it does."""
+        cfg, batch = self.cfg, job.cfg.global_batch_size
+        lengths = Lengths(
+            cfg.prompt_tokens,
+            cfg.response_tokens,
+            job.responses or cfg.n,
+            job.cfg.dataset.get("max_seq_len", job.budget),
+        )
+        drawn = lengths.draw(DRAWN_STEPS * batch)
+        records = [job.record(prompt, responses) for prompt, responses in drawn]
+        with fake_world(world_size, job.cfg) as world:
+            steps = [
+                job.rows(records[start : start + batch], world.dp_size)
+                for start in range(0, len(records), batch)
+            ]
+            widest = job.widest_row([row for rows in steps for row in rows])
+            trace = trace_step(
+                job,
+                widest.records,
+                world,
+                accumulates=max(num_backwards(rows) for rows in steps) > 1,
+            )
+        shape = mesh_shape(
+            world_size,
+            job.cfg.data_parallel_replicate_dim,
+            job.cfg.data_parallel_shard_dim,
+            job.cfg.tensor_parallel_dim,
+        )
+        cluster = Cluster(self.gpu, cfg.gpus_per_node, *shape)
+        offload = job.cfg.fsdp_cpu_offload
+        seconds = step_time(trace, steps, cluster, job.dtype, cfg.efficiency, cpu_offload=offload)
+        gib = {kind: trace.peak.get(kind, 0) / GIB for kind in KINDS}
+        host_gib = 0.0
+        if offload:  # the trace leaves the shards on the GPU
+            host_gib = sum(trace.state.values()) / GIB
+            gib |= dict.fromkeys(("parameters", "gradients", "optimizer"), 0.0)
+        gib["runtime"] = cfg.runtime_gib
+        gib["total"] = sum(gib.values())
+        return Plan(
+            job=job,
+            cluster=cluster,
+            trace=trace,
+            time=seconds,
+            records=records,
+            micro_batches=max(num_backwards(rows) for rows in steps),
+            per_gpu_gib=gib,
+            host_gib=host_gib,
+            fits=gib["total"] <= self.gpu_gib,
+        )
+
+    def gpu_hours(self, plan: Plan) -> float:
+        """Of the whole training, without validation and checkpoints."""
+        return self.num_steps(plan) * plan.time.seconds * plan.cluster.num_gpus / 3600
+
+    def num_steps(self, plan: Plan) -> int:
+        cfg = plan.job.cfg
+        in_epoch = steps_per_epoch(self.cfg.prompts, cfg.global_batch_size)
+        limits = [cfg.max_steps, cfg.epochs and cfg.epochs * in_epoch]
+        return min(limit for limit in limits if limit is not None)
+
+    def iteration(self, plan: Plan, training_hours: float) -> Iteration | None:
+        """Sampling, scoring and training, of SteerLM 2.0."""
+        if plan.job.recipe != "steerlm2_distributed":
+            return None
+        cfg = self.cfg
+        packed = sum(group.num_tokens for group in plan.records) / len(plan.records)
+        return iteration_hours(
+            plan.trace,
+            plan.cluster,
+            plan.job.dtype,
+            cfg.efficiency,
+            num_parameters=sum(p.numel() for p in plan.job.build().parameters()),
+            sampling_efficiency=cfg.sampling_efficiency,
+            sampled_tokens=cfg.prompts * cfg.n * cfg.response_tokens,
+            packed_tokens=cfg.prompts * packed,
+            training=training_hours,
+        )
+
+    def suggest(self, plan: Plan, config: Any) -> tuple[Change, Plan] | None:
+        """The first of the changes, from the cheapest on, with which the run fits."""
+        state = sum(plan.per_gpu_gib[kind] for kind in ("parameters", "gradients", "optimizer"))
+        for change in changes(plan.job, self.cfg.gpus_per_node):
+            if not change.shrinks_state and state + self.cfg.runtime_gib > self.gpu_gib:
+                continue
+            world_size = self.cfg.world_size * change.more_gpus
+            values = with_overrides(self.cfg.training, change.overrides)
+            print(f"trying {text_of(change, world_size)}", flush=True)
+            try:
+                changed = load_config(type(config), values)
+                tried = self.plan(JOBS[plan.job.recipe](changed), world_size)
+            except ValueError:
+                continue  # the parallel dimensions don't fit each other
+            if tried.fits:
+                return change, tried
+        return None
+
+    # What follows is small print that the methods above call by name.
+
+    def _print(self, plan: Plan, job_hours: float, iteration: Iteration | None) -> None:
+        cfg, job, cluster, seconds = self.cfg, plan.job, plan.cluster, plan.time
+        print(
+            f"{job.recipe} on {cluster.num_gpus} x {self.gpu.name}: replicas {cluster.replicate}, "
+            f"FSDP2 over {cluster.shard}, tensor parallel over {cluster.tp}\n\n"
+            f"memory of a GPU in GiB, in a micro-batch of {plan.trace.tokens} tokens "
+            f"({plan.micro_batches} a step):"
+        )
+        for kind, gib in plan.per_gpu_gib.items():
+            print(f"  {LABELS[kind]:<36}{gib:>8.2f}")
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        print(f"  {'of ' + self.gpu.name:<36}{self.gpu_gib:>8.2f}  {verdict}")
+        if plan.host_gib:
+            print(f"  {'on the host, for each GPU':<36}{plan.host_gib:>8.2f}")
+        if job.cfg.compile:
+            print("  (compile is off in the trace; compiled layers keep less)")
+
+        print("\ncollectives of a micro-batch and its update, by mesh dimension:")
+        for row in collectives(plan.trace):
+            print(
+                f"  {row['dimension']:<13}{row['operation']:<15}{row['count']:>6} x"
+                f"{row['gib']:>10.3f} GiB, of which a GPU sends {row['sent_gib']:.3f}"
+            )
+
+        executed, needed, mfu = self._flops(plan)
+        print(
+            f"\na step of {job.cfg.global_batch_size} {job.record_name}, "
+            f"{seconds.tokens:.0f} tokens:\n"
+            f"  FLOPs, all GPUs      {executed:.3g} counted in the trace, with recomputation\n"
+            f"                       {needed:.3g} needed (by formula)\n"
+            f"  seconds              {seconds.seconds:.2f}: computation {seconds.compute:.2f} (at "
+            f"{cfg.efficiency:.0%} of the peak rate),\n"
+            f"                       tensor parallel {seconds.tensor_parallel:.2f}, FSDP2 not "
+            f"hidden {seconds.data_parallel:.2f}, update {seconds.update:.2f}\n"
+            f"  tokens per second    {seconds.tokens / seconds.seconds:.0f}\n"
+            f"  needed FLOPs / peak  {mfu:.1%}"
+        )
+        print(
+            f"\nthe training: {self.num_steps(plan)} steps, "
+            f"{self.num_steps(plan) * seconds.seconds / 3600:.1f} hours, {job_hours:.0f} GPU-hours"
+        )
+        if iteration:
+            print(
+                f"an iteration of SteerLM 2.0 ({cfg.prompts} prompts, n={cfg.n}): sampling "
+                f"{iteration.sampling:.0f} (at {cfg.sampling_efficiency:.0%} of the peak), "
+                f"scoring {iteration.scoring:.0f}, training {iteration.training:.0f}:\n"
+                f"  {iteration.total:.0f} GPU-hours, {iteration.total / 8:.0f} node-hours; the "
+                f"HelpSteer2 paper's two iterations took {PAPER_NODE_HOURS} H100 node-hours,\n"
+                "  most of them for generation that wasn't optimised"
+            )
+
+    def _flops(self, plan: Plan) -> tuple[float, float, float]:
+        """Of a step and all GPUs: executed and needed FLOPs, needed ones as a share of the peak."""
+        cfg, cluster = self.cfg, plan.cluster
+        rate = self.gpu.flops(plan.job.dtype)
+        waiting = plan.time.compute * rate * cfg.efficiency * cluster.num_gpus
+        needed = needed_flops(plan.job.build(), plan.records) / DRAWN_STEPS
+        return waiting, needed, needed / (plan.time.seconds * rate * cluster.num_gpus)
+
+    def _write(
+        self,
+        path: Path,
+        plan: Plan,
+        job_hours: float,
+        iteration: Iteration | None,
+        suggestion: tuple[Change, Plan] | None,
+    ) -> None:
+        cluster, seconds = plan.cluster, plan.time
+        executed, needed, mfu = self._flops(plan)
+        values: dict[str, Any] = {
+            "recipe": plan.job.recipe,
+            "world_size": cluster.num_gpus,
+            "data_parallel_replicate_dim": cluster.replicate,
+            "data_parallel_shard_dim": cluster.shard,
+            "tensor_parallel_dim": cluster.tp,
+            "gpu": self.gpu.name,
+            "gpu_gib": self.gpu_gib,
+            "per_gpu_gib": plan.per_gpu_gib,
+            "host_gib_per_gpu": plan.host_gib,
+            "fits": plan.fits,
+            "tokens_of_traced_microbatch": plan.trace.tokens,
+            "microbatches": plan.micro_batches,
+            "collectives": collectives(plan.trace),
+            "flops": {"executed": executed, "needed": needed, "needed_of_peak": mfu},
+            "efficiency": self.cfg.efficiency,
+            "step_seconds": seconds.seconds,
+            "step_seconds_of": vars(seconds),
+            "tokens_per_second": seconds.tokens / seconds.seconds,
+            "steps": self.num_steps(plan),
+            "gpu_hours": job_hours,
+        }
+        if iteration:
+            values["iteration_gpu_hours"] = vars(iteration) | {"total": iteration.total}
+        if suggestion:
+            change, tried = suggestion
+            values["suggestion"] = {
+                "overrides": list(change.overrides),
+                "world_size": tried.cluster.num_gpus,
+                "price": change.price,
+                "per_gpu_gib": tried.per_gpu_gib,
+                "step_seconds": tried.time.seconds,
+            }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n")
+        print(f"written to {path}")
+
+
+def training_config(values: Mapping[str, Any], recipe: str | None) -> tuple[str, Any]:
+    """The training recipe that a config is of, and the checked config.
+
+    Raises:
+        ValueError: where it is of none of them, or could be of several.
+    """
+    given = cast(dict[str, Any], filled_in(values))
+    names = [recipe] if recipe else [named_recipe(sys.argv)] if named_recipe(sys.argv) else JOBS
+    mains = {name: recipe_main_of(name) for name in names if name}
+    problems = {name: config_problems(main, given) for name, main in mains.items()}
+    nearest = min(problems, key=lambda name: len(problems[name]))
+    if problems[nearest]:
+        raise ValueError(
+            f"the config is none of {', '.join(JOBS)}; it is nearest to {nearest}, with problems:"
+            + "".join(f"\n  - {problem}" for problem in problems[nearest])
+            if len(mains) > 1
+            else "the config has problems:\n  - " + "\n  - ".join(problems[nearest])
+        )
+    fitting = [name for name, found in problems.items() if not found]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"the config could be of {' and of '.join(fitting)}: add recipe={fitting[0]}"
+        )
+    return nearest, load_config(getattr(mains[nearest], CONFIG_CLASS), given)
+
+
+def named_recipe(arguments: list[str]) -> str | None:
+    """The training recipe whose ready-made config the command line names.
+
+    Raises:
+        ValueError: where it is a ready-made config of a recipe that isn't one of training.
+    """
+    if "--config" not in arguments[:-1]:
+        return None
+    path = Path(arguments[arguments.index("--config") + 1]).resolve()
+    for recipe, configs in RECIPES.items():
+        for config in configs:
+            if path == recipe_directories()[1] / f"{config}.yaml":
+                if recipe not in JOBS:
+                    raise ValueError(
+                        f"{config} is a config of {recipe}: plan_memory takes those of "
+                        f"{', '.join(JOBS)}"
+                    )
+                return recipe
+    return None
+
+
+def recipe_main_of(name: str) -> Any:
+    """The `main` of a ready-made recipe, which isn't a module that could be imported by name."""
+    file = recipe_directories()[0] / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"_planned_{name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "main"):
+        spec.loader.exec_module(module)
+    return module.main
+
+
+def filled_in(value: Any) -> Any:
+    """Values that a config leaves to the command line (paths of data, say) aren't needed here."""
+    if isinstance(value, Mapping):
+        return {key: filled_in(item) for key, item in value.items()}
+    return "left_open" if value == "???" else value
+
+
+def with_overrides(values: Mapping[str, Any], overrides: tuple[str, ...]) -> DictConfig:
+    plain = json.loads(json.dumps(filled_in(values)))
+    merged = _merge_yaml_and_cli_args(argparse.Namespace(**plain), list(overrides))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def num_backwards(rows: list[list[PlannedRow[Any]]]) -> int:
+    return sum(ranks[0].trains for ranks in rows)
+
+
+def text_of(change: Change, world_size: int) -> str:
+    return " ".join(change.overrides) or f"world_size={world_size}"
+
+
+def suggestion_text(suggestion: tuple[Change, Plan] | None) -> str:
+    if suggestion is None:
+        return "\nnone of the changes alone makes it fit: combine them, or take more GPUs"
+    change, tried = suggestion
+    return (
+        f"\nthe cheapest change that fits: {text_of(change, tried.cluster.num_gpus)}\n"
+        f"  ({change.price}; {tried.per_gpu_gib['total']:.1f} GiB a GPU, "
+        f"{tried.time.seconds:.2f} s a step)"
+    )
+
+
+@recipe_main(PlanConfig)
+def main(cfg: PlanConfig) -> None:
+    torch.manual_seed(0)
+    PlanRecipe(cfg).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Seconds of a step and hours of a job, from a trace, a card's rates and what is assumed.
+
+A row of other than the traced length is taken to cost in proportion: matrix products and what
+tensor parallelism sends with its tokens, attention with their square. What FSDP2 sends is the same
+for every row. It overlaps with the computation, tensor parallelism's collectives don't:
+
+    seconds of a row = max(computation + tensor parallel, data parallel)
+
+All ranks wait for each other in every row, so the longest row of the ranks counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LoRALinear
+
+from steerlm2.data.packing import Dialogue, Group, PromptGroup
+from steerlm2.planning.gpus import HOST_LINK_BYTES, Gpu
+from steerlm2.planning.jobs import PlannedRow
+from steerlm2.planning.trace import Trace
+
+LINK_EFFICIENCY = 0.8
+"""Share of a link's rate that large collectives reach."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the ranks are; ranks of one tensor-parallel group follow each other."""
+
+    gpu: Gpu
+    gpus_per_node: int
+    replicate: int
+    shard: int
+    tp: int
+
+    @property
+    def num_gpus(self) -> int:
+        return self.replicate * self.shard * self.tp
+
+    def bytes_per_second(self, dimension: str) -> float:
+        """What each rank can send within a group of the mesh's dimension.
+
+        The ranks of a group that share a node share that node's network, or have it for themselves.
+        """
+        stride, size = {
+            "tp": (1, self.tp),
+            "dp_shard": (self.tp, self.shard),
+            "dp_replicate": (self.tp * self.shard, self.replicate),
+        }.get(dimension, (1, self.num_gpus))
+        link = self.gpu.link_bytes
+        if stride * size > self.gpus_per_node:
+            in_node = max(self.gpus_per_node // stride, 1)
+            link = min(link, self.gpu.network_bytes * in_node)
+        return link * LINK_EFFICIENCY
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """An optimizer step; all numbers are seconds, parts of `seconds` that add up to it."""
+
+    compute: float
+    tensor_parallel: float
+    data_parallel: float
+    """Of its collectives only what the computation doesn't hide."""
+    update: float
+    tokens: float
+    """Of all ranks, padding left out."""
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.tensor_parallel + self.data_parallel + self.update
+
+    @property
+    def communication(self) -> float:
+        return self.tensor_parallel + self.data_parallel
+
+
+def step_time(
+    trace: Trace,
+    steps: Sequence[Sequence[Sequence[PlannedRow[Any]]]],
+    cluster: Cluster,
+    dtype: torch.dtype,
+    efficiency: float,
+    *,
+    cpu_offload: bool = False,
+) -> StepTime:
+    """The mean over steps.
+
+    Args:
+        steps: [step][row][rank] micro-batches.
+        efficiency: share of the card's peak rate that computation reaches.
+        cpu_offload: shards travel to the GPU and back.
+    """
+    compute = tensor = data = tokens = 0.0
+    rate = cluster.gpu.flops(dtype) * efficiency
+    for rows in steps:
+        for ranks in rows:
+            length = max(row.num_tokens for row in ranks) / trace.tokens
+            phases = ("forward", "backward") if ranks[0].trains else ("forward",)
+            row_compute = row_tensor = row_data = 0.0
+            for phase in phases:
+                attention = trace.attention_flops.get(phase, 0)
+                linear = trace.flops.get(phase, 0) - attention
+                row_compute += (linear * length + attention * length**2) / rate
+            for collective, traffic in trace.traffic.items():
+                if collective.phase in phases:
+                    seconds = traffic.sent / cluster.bytes_per_second(collective.dimension)
+                    if collective.dimension == "tp":
+                        row_tensor += seconds * length
+                    else:
+                        row_data += seconds
+            compute += row_compute
+            tensor += row_tensor
+            data += max(0.0, row_data - row_compute - row_tensor)
+            if ranks[0].trains:
+                tokens += sum(row.num_tokens for row in ranks)
+    state = sum(trace.state.values())
+    # every byte of the state is read, all but the gradients written
+    update = (2 * state - trace.state["gradients"]) / cluster.gpu.memory_bytes
+    if cpu_offload:
+        moved = trace.state["parameters"] + trace.state["gradients"]
+        update += moved / HOST_LINK_BYTES
+    n = len(steps)
+    return StepTime(compute / n, tensor / n, data / n, update, tokens / n)
+
+
+def collectives(trace: Trace) -> list[dict[str, Any]]:
+    """Bytes of each collective of a traced micro-batch and its update, by mesh dimension."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    for collective, traffic in trace.traffic.items():
+        key = (collective.dimension, collective.operation)
+        totals = sums.setdefault(key, [0, 0, 0])
+        for i, value in enumerate((traffic.count, traffic.nbytes, traffic.sent)):
+            totals[i] += value
+    return [
+        {
+            "dimension": dimension,
+            "operation": operation,
+            "count": int(count),
+            "gib": nbytes / 2**30,
+            "sent_gib": sent / 2**30,
+        }
+        for (dimension, operation), (count, nbytes, sent) in sorted(sums.items())
+    ]
+
+
+def needed_flops(decoder: TransformerDecoder, records: Sequence[Any]) -> float:
+    """FLOPs that the mathematics of a step asks for, of all ranks: no recomputation, attention only
+    where a token sees another, 2 a multiply-add; adapters' bases need no weight gradients.
+
+    Args:
+        decoder: not laid out.
+        records: of the step.
+    """
+    trained = frozen = 0
+    for module in decoder.layers.modules():
+        if isinstance(module, torch.nn.Linear | LoRALinear):
+            weight = module.weight
+            trained += weight.numel() if weight.requires_grad else 0
+            frozen += 0 if weight.requires_grad else weight.numel()
+    tokens = sum(record.num_tokens for record in records)
+    targets = sum(_num_targets(record) for record in records)
+    pairs = sum(_visible_pairs(record) for record in records)
+    output = (
+        decoder.output.weight.numel()
+        if hasattr(decoder.output, "weight")
+        else (decoder.tok_embeddings.weight.numel())
+    )
+    attention_width = decoder.num_heads * decoder.head_dim * len(decoder.layers)
+    return tokens * (6 * trained + 4 * frozen) + 6 * targets * output + 12 * attention_width * pairs
+
+
+def _num_targets(record: Any) -> int:
+    if isinstance(record, Dialogue):
+        return len(record.target_places)
+    if isinstance(record, Group):
+        return sum(map(len, record.responses))
+    return len(record.responses)
+
+
+def _visible_pairs(record: PromptGroup | Dialogue) -> int:
+    """Pairs of a token and one that it attends to."""
+    if isinstance(record, Dialogue):
+        return record.num_tokens * (record.num_tokens + 1) // 2
+    prompt = len(record.prompt)
+    pairs = prompt * (prompt + 1) // 2
+    for response in record.responses:
+        length = len(response) - isinstance(record, Group)
+        pairs += length * prompt + length * (length + 1) // 2
+    return pairs
+
+
+PAPER_NODE_HOURS = 1184
+"""H100 nodes of 8 GPUs, two iterations of SteerLM 2.0 with Llama 3 70B (HelpSteer2 paper)."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """GPU-hours of a whole iteration of SteerLM 2.0."""
+
+    sampling: float
+    scoring: float
+    training: float
+
+    @property
+    def total(self) -> float:
+        return self.sampling + self.scoring + self.training
+
+
+def iteration_hours(
+    trace: Trace,
+    cluster: Cluster,
+    dtype: torch.dtype,
+    efficiency: float,
+    *,
+    num_parameters: int,
+    sampling_efficiency: float,
+    sampled_tokens: float,
+    packed_tokens: float,
+    training: float,
+) -> Iteration:
+    """Sampling every response, three forwards over them (the attribute model, P and Q'), training.
+
+    Args:
+        sampling_efficiency: share of the peak rate that an engine reaches at 2 FLOPs for each
+            parameter and token.
+        sampled_tokens: of all responses.
+        packed_tokens: of all groups.
+        training: GPU-hours of the training.
+    """
+    rate = cluster.gpu.flops(dtype)
+    sampling = 2 * num_parameters * sampled_tokens / (rate * sampling_efficiency)
+    of_row = trace.flops["forward"] * cluster.tp  # attention is that of the traced row
+    scoring = 3 * of_row * packed_tokens / trace.tokens / (rate * efficiency)
+    return Iteration(sampling / 3600, scoring / 3600, training)

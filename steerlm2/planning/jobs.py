@@ -1,0 +1,346 @@
+"""What each training recipe computes in an optimizer step, over records of given lengths.
+
+The forward, the losses and the packing are the library functions that the recipes call, in the
+same order; that the memory of a real run is that of these is tested.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+from steerlm2.attributes import as_schema
+from steerlm2.data.packing import (
+    Dialogue,
+    Group,
+    RewardGroup,
+    pack,
+    pack_dialogues,
+    pack_for_reward,
+    plan_step,
+    rows_by_rank,
+    slices,
+)
+from steerlm2.losses import bradley_terry_sum, squared_error_sum
+from steerlm2.models.reward_head import add_reward_head
+from steerlm2.training.config import Component, instantiate
+from steerlm2.training.distributed import DTYPES, World
+from steerlm2.training.forward import attribute_scores, response_logps, target_logps
+
+RecordT = TypeVar("RecordT", Group, Dialogue, RewardGroup)
+
+SPREAD = 0.8
+"""Standard deviation of the logarithm of a length: a tenth are over 2.8 times the median."""
+SHORTEST = 8
+
+
+class TrainingConfig(Protocol):
+    """The keys that the training recipes share, as far as planning reads them."""
+
+    model: Component
+    dataset: Component
+    optimizer: Component
+    lr: float | None
+    global_batch_size: int
+    epochs: int | None
+    max_steps: int | None
+    clip_grad_norm: float | None
+    device: str
+    dtype: str
+    param_dtype: str | None
+    compile: bool
+    enable_activation_checkpointing: bool
+    tensor_parallel_dim: int
+    data_parallel_replicate_dim: int
+    data_parallel_shard_dim: int
+    fsdp_cpu_offload: bool
+    fsdp_reshard_after_forward: bool
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Records to plan with: lengths are drawn from log-normal distributions of these means."""
+
+    prompt_tokens: int
+    response_tokens: int
+    responses: int
+    max_seq_len: int
+    """Of a prompt with one response; what is drawn longer is cut, it wouldn't be trained on."""
+
+    def draw(self, count: int, seed: int = 0) -> list[tuple[int, list[int]]]:
+        """[record] (tokens of the prompt, tokens of each response)."""
+        rng = random.Random(seed)
+
+        def length(mean: int, longest: int) -> int:
+            drawn = round(mean * rng.lognormvariate(-(SPREAD**2) / 2, SPREAD))
+            return max(SHORTEST, min(drawn, longest))
+
+        prompts = [length(self.prompt_tokens, self.max_seq_len // 2) for _ in range(count)]
+        return [
+            (
+                prompt,
+                [
+                    length(self.response_tokens, self.max_seq_len - prompt)
+                    for _ in range(self.responses)
+                ],
+            )
+            for prompt in prompts
+        ]
+
+
+@dataclass(frozen=True)
+class PlannedRow(Generic[RecordT]):
+    """A micro-batch of one rank."""
+
+    records: Sequence[RecordT]
+    trains: bool = True
+    """False: a forward without gradients (the first pass of `two_pass`)."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(record.num_tokens for record in self.records)
+
+
+class Job(abc.ABC, Generic[RecordT]):
+    """One of the training recipes with its config."""
+
+    recipe: ClassVar[str]
+    record_name: ClassVar[str]
+    budget_key: ClassVar[str]
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg: TrainingConfig = cfg
+        self.dtype = DTYPES[self.cfg.dtype]
+        self.param_dtype = DTYPES[self.cfg.param_dtype or self.cfg.dtype]
+
+    @property
+    @abc.abstractmethod
+    def budget(self) -> int:
+        """Tokens of a micro-batch."""
+
+    @property
+    @abc.abstractmethod
+    def responses(self) -> int | None:
+        """Responses of a record, where the recipe says how many there are."""
+
+    @abc.abstractmethod
+    def record(self, prompt: int, responses: Sequence[int]) -> RecordT:
+        """A record of these lengths."""
+
+    @abc.abstractmethod
+    def rows(self, records: Sequence[RecordT], num_ranks: int) -> list[list[PlannedRow[RecordT]]]:
+        """[row][rank]: the micro-batches of a step in the order in which they are computed."""
+
+    @abc.abstractmethod
+    def forward(
+        self, decoder: TransformerDecoder, records: Sequence[RecordT], world: World
+    ) -> Callable[[], None]:
+        """Run a micro-batch's forward and loss; returns what runs its backward."""
+
+    def build(self) -> TransformerDecoder:
+        """The model as the recipe builds it, on the meta device."""
+        with torch.device("meta"):
+            decoder = self._decoder().to(self.param_dtype)
+        if adapters := get_adapter_params(decoder):
+            set_trainable_params(decoder, adapters)
+            self._unfreeze(decoder)
+            for parameter in decoder.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(self.dtype)
+        return decoder
+
+    def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        lr = self.cfg.optimizer.get("lr", self.cfg.lr)
+        return instantiate(self.cfg.optimizer, parameters, lr=lr)
+
+    def widest_row(self, rows: Sequence[Sequence[PlannedRow[RecordT]]]) -> PlannedRow[RecordT]:
+        """The largest micro-batch, filled up to the token budget as other data could fill it."""
+        widest = max(
+            (row for ranks in rows for row in ranks), key=lambda row: (row.trains, row.num_tokens)
+        )
+        missing = self.budget - widest.num_tokens
+        sliced = any(not row.trains for ranks in rows for row in ranks)
+        if missing <= 0 or sliced:
+            return widest
+        *others, last = widest.records
+        return PlannedRow([*others, self._lengthened(last, missing)])
+
+    def _decoder(self) -> TransformerDecoder:
+        return instantiate(self.cfg.model)
+
+    def _unfreeze(self, decoder: TransformerDecoder) -> None:
+        """What else is trained beside adapters."""
+
+    @abc.abstractmethod
+    def _lengthened(self, record: RecordT, tokens: int) -> RecordT: ...
+
+
+class SteerLM2Job(Job[Group]):
+    recipe = "steerlm2_distributed"
+    record_name = "prompts"
+    budget_key = "steerlm2.max_tokens_per_microbatch"
+    responses = None
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.options = cfg.steerlm2
+        self.loss_fn = instantiate(cfg.loss, normalize=cfg.steerlm2.normalize)
+
+    @property
+    def budget(self) -> int:
+        return self.options.max_tokens_per_microbatch
+
+    def record(self, prompt: int, responses: Sequence[int]) -> Group:
+        return _with_targets(Group(range(prompt), [range(length) for length in responses]))
+
+    def rows(self, records: Sequence[Group], num_ranks: int) -> list[list[PlannedRow[Group]]]:
+        options = self.options
+        ranks = []
+        for rank in range(num_ranks):
+            plan = plan_step(
+                records,
+                rank=rank,
+                num_ranks=num_ranks,
+                strategy=options.strategy,
+                max_tokens_per_microbatch=self.budget,
+                micro_batch_size=options.micro_batch_size,
+                forward_micro_batch_size=options.forward_micro_batch_size,
+            )
+            first = slices(plan.two_pass, options.forward_micro_batch_size)
+            second = slices(plan.two_pass, options.micro_batch_size)
+            forward = [PlannedRow([part], trains=False) for part in first]
+            forward += [PlannedRow([], trains=False)] * (plan.forward_rows - len(forward))
+            backward = [PlannedRow([_with_targets(part)]) for part in second]
+            backward += [PlannedRow(groups) for groups in plan.single_pass]
+            backward += [PlannedRow([])] * (plan.backward_rows - len(backward))
+            ranks.append(forward + backward)
+        return [list(row) for row in zip(*ranks, strict=True)]
+
+    def forward(
+        self, decoder: TransformerDecoder, records: Sequence[Group], world: World
+    ) -> Callable[[], None]:
+        row = pack(records, multiple_of=world.tp_size).to(world.device)
+        logps_N = response_logps(decoder, row, world)
+        leaf_N = logps_N.detach().requires_grad_()
+        loss = self.loss_fn(leaf_N, row.log_q_N, row.w_N, row.group_sizes, row.response_lengths_N)
+        grad_N = torch.autograd.grad(loss, leaf_N)[0]
+        return lambda: logps_N.backward(grad_N * world.dp_size)
+
+    def _lengthened(self, record: Group, tokens: int) -> Group:
+        *others, last = record.responses
+        responses = [*others, range(len(last) + tokens)]
+        return dataclasses.replace(record, responses=responses)
+
+
+class SFTJob(Job[Dialogue]):
+    recipe = "sft_distributed"
+    record_name = "conversations"
+    budget_key = "max_tokens_per_microbatch"
+    responses = 1
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self._budget: int = cfg.max_tokens_per_microbatch
+
+    @property
+    def budget(self) -> int:
+        return self._budget
+
+    def record(self, prompt: int, responses: Sequence[int]) -> Dialogue:
+        length = prompt + sum(responses)
+        return Dialogue(range(length), range(prompt, length))
+
+    def rows(self, records: Sequence[Dialogue], num_ranks: int) -> list[list[PlannedRow[Dialogue]]]:
+        return _by_row(rows_by_rank(records, num_ranks, self.budget))
+
+    def forward(
+        self, decoder: TransformerDecoder, records: Sequence[Dialogue], world: World
+    ) -> Callable[[], None]:
+        row = pack_dialogues(records, multiple_of=world.tp_size).to(world.device)
+        logps_R = target_logps(decoder, row, world)
+        loss = -logps_R.double().sum() / max(len(row.targets_R), 1)
+        return (loss * world.dp_size).backward
+
+    def _lengthened(self, record: Dialogue, tokens: int) -> Dialogue:
+        length = len(record.tokens) + tokens
+        return Dialogue(range(length), range(record.target_places[0], length))
+
+
+class RewardJob(Job[RewardGroup]):
+    recipe = "reward_distributed"
+    record_name = "texts"
+    budget_key = "max_tokens_per_microbatch"
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.schema = as_schema(cfg.schema)
+        self.loss = cfg.loss
+        self._budget: int = cfg.max_tokens_per_microbatch
+
+    @property
+    def budget(self) -> int:
+        return self._budget
+
+    @property
+    def responses(self) -> int:
+        return 1 if self.loss == "regression" else 2
+
+    def record(self, prompt: int, responses: Sequence[int]) -> RewardGroup:
+        texts = [range(length) for length in responses]
+        if self.loss != "regression":
+            return RewardGroup(range(prompt), texts, strength=1.0)
+        labels = [[0.0] * len(self.schema.names)] * len(texts)
+        return RewardGroup(range(prompt), texts, labels=labels)
+
+    def rows(
+        self, records: Sequence[RewardGroup], num_ranks: int
+    ) -> list[list[PlannedRow[RewardGroup]]]:
+        return _by_row(rows_by_rank(records, num_ranks, self.budget))
+
+    def forward(
+        self, decoder: TransformerDecoder, records: Sequence[RewardGroup], world: World
+    ) -> Callable[[], None]:
+        row = pack_for_reward(records, multiple_of=world.tp_size).to(world.device)
+        scores_NA = attribute_scores(decoder, row)
+        if self.loss == "regression":
+            assert row.labels_NA is not None
+            loss = squared_error_sum(scores_NA, row.labels_NA)
+        else:
+            assert row.strength_G is not None
+            loss = bradley_terry_sum(scores_NA[:, 0], row.strength_G, self.loss)
+        return (loss * world.dp_size).backward
+
+    def _decoder(self) -> TransformerDecoder:
+        decoder = super()._decoder()
+        add_reward_head(decoder, len(self.schema.names))
+        return decoder
+
+    def _unfreeze(self, decoder: TransformerDecoder) -> None:
+        decoder.output.requires_grad_()
+
+    def _lengthened(self, record: RewardGroup, tokens: int) -> RewardGroup:
+        *others, last = record.responses
+        responses = [*others, range(len(last) + tokens)]
+        return dataclasses.replace(record, responses=responses)
+
+
+JOBS: dict[str, type[Job[Any]]] = {job.recipe: job for job in (SteerLM2Job, SFTJob, RewardJob)}
+
+
+def _with_targets(group: Group) -> Group:
+    n = len(group.responses)
+    return dataclasses.replace(group, log_q=[0.0] * n, weights=[1 / n] * n)
+
+
+def _by_row(
+    ranks: list[list[list[RecordT]]],
+) -> list[list[PlannedRow[RecordT]]]:
+    return [[PlannedRow(records) for records in row] for row in zip(*ranks, strict=True)]

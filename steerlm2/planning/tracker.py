@@ -1,0 +1,266 @@
+"""Memory, FLOPs and collectives of whatever runs under it, on real or on fake tensors.
+
+Every storage that an operation makes is an allocation with a kind; allocations and what becomes of
+them stand in a log, from which the highest level and what it consists of can be read afterwards,
+when more is known of what they were (a gradient is born as a buffer of a collective).
+
+Nothing is known of what a kernel allocates and frees inside itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+Kind = Literal[
+    "parameters", "gradients", "optimizer", "activations", "logits", "communication", "other"
+]
+KINDS: tuple[Kind, ...] = (
+    *("parameters", "gradients", "optimizer", "activations", "logits", "communication", "other"),
+)
+
+_KIND_BY_FILE: dict[str, Kind] = {
+    "steerlm2/logprobs.py": "logits",
+    "torch/distributed/fsdp/": "communication",
+    "torch/optim/": "optimizer",
+    "torchao/optim/": "optimizer",
+    "torch/nn/utils/clip_grad.py": "other",
+}
+"""Who asked for the memory, by the file of the innermost such caller."""
+
+_FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass
+class Allocation:
+    nbytes: int
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind over one dimension of the mesh."""
+
+    phase: str
+    operation: Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all"]
+    dimension: str
+
+
+@dataclass
+class Traffic:
+    count: int = 0
+    nbytes: float = 0
+    """Of the whole tensors: what is gathered, what is reduced."""
+    sent: float = 0
+    """By each rank, in rings: (n - 1) / n of it, twice for an all-reduce."""
+
+
+@dataclass
+class StepTracker(TorchDispatchMode):
+    """A dispatch mode; put it inside of FakeTensorMode.
+
+    Args:
+        dimensions: the dimension of the mesh by the name of the process group.
+    """
+
+    dimensions: Mapping[str, str] = field(default_factory=dict)
+    phase: str = ""
+    """What the FLOPs and collectives from now on are counted under."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.attention_flops: Counter[str] = Counter()
+        """Those of `flops` that grow with the square of a row's length."""
+        self.traffic: dict[Collective, Traffic] = {}
+        self._live: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}
+        self._log: list[tuple[Allocation, int]] = []
+        self._resize = UntypedStorage.resize_
+
+    def __enter__(self) -> StepTracker:
+        resize = self._resize
+
+        # FSDP2 empties and refills storages without an operation that a dispatch mode sees.
+        @functools.wraps(resize)
+        def tracked(storage: UntypedStorage, size: int) -> UntypedStorage:
+            result = resize(storage, size)
+            if storage._cdata in self._live:
+                allocation = self._live[storage._cdata][1]
+                self._note(allocation, storage.nbytes() - allocation.nbytes)
+            return result
+
+        UntypedStorage.resize_ = tracked  # type: ignore[method-assign,assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(hasattr(t, "__tensor_flatten__") for t in types):
+            return NotImplemented  # DTensors and quantized states first become plain tensors
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        if _is_only_for_shapes(sys._getframe(1)):
+            return result
+        for tensor in tensors:
+            self._see(tensor)
+        self._count_flops(func, args, kwargs, result)
+        self._count_traffic(func, args)
+        return result
+
+    def mark(self, tensors: Iterable[Tensor], kind: Kind) -> None:
+        """Say what tensors are; what was allocated for them has been that all along."""
+        for tensor in tensors:
+            for part in _plain_parts(tensor):
+                self._see(part, kind).kind = kind
+
+    def at_peak(self) -> Counter[Kind]:
+        """Bytes by kind at the moment of the highest level of all."""
+        now: Counter[Kind] = Counter()
+        highest, total, peak = 0, 0, Counter[Kind]()
+        for allocation, delta in self._log:
+            now[allocation.kind] += delta
+            total += delta
+            if total > highest:
+                highest, peak = total, now.copy()
+        return peak
+
+    def now(self) -> Counter[Kind]:
+        """Bytes by kind."""
+        levels: Counter[Kind] = Counter()
+        for _, allocation in self._live.values():
+            levels[allocation.kind] += allocation.nbytes
+        return levels
+
+    def forget_the_past(self) -> None:
+        """`at_peak` counts from the present level on."""
+        self._log = [(allocation, allocation.nbytes) for _, allocation in self._live.values()]
+
+    def _see(self, tensor: Tensor, kind: Kind | None = None) -> Allocation:
+        """The allocation that a tensor is (a part) of; a new one where it isn't known."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is not None and known[0]() is storage:
+            return known[1]
+        allocation = Allocation(0, kind or _kind_of_caller(sys._getframe(2)))
+
+        def freed(reference: Any) -> None:
+            if self._live.get(key, (None,))[0] is reference:
+                self._note(allocation, -allocation.nbytes)
+                del self._live[key]
+
+        self._live[key] = (weakref.ref(storage, freed), allocation)
+        self._note(allocation, storage.nbytes())
+        return allocation
+
+    def _note(self, allocation: Allocation, delta: int) -> None:
+        allocation.nbytes += delta
+        self._log.append((allocation, delta))
+
+    def _count_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        packet = func._overloadpacket
+        if packet == _FLASH_ON_CPU:
+            flops = sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        elif packet == _FLASH_ON_CPU_BACKWARD:
+            flops = sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=result)
+        else:
+            return
+        self.flops[self.phase] += flops
+        if "attention" in str(packet):
+            self.attention_flops[self.phase] += flops
+
+    def _count_traffic(self, func: Any, args: Any) -> None:
+        found = _COLLECTIVES.get(func.name().removesuffix(".default"))
+        if found is None:
+            return
+        operation, whole = found
+        groups = [_group_name(arg) for arg in args]
+        (name,) = [name for name in groups if name in self.dimensions]
+        size = dist.distributed_c10d._resolve_process_group(name).size()
+        nbytes = sum(t.numel() * t.element_size() for t in tree_leaves(args[0]))
+        if whole == "n x input":
+            nbytes *= size
+        traffic = self.traffic.setdefault(
+            Collective(self.phase, operation, self.dimensions[name]), Traffic()
+        )
+        traffic.count += 1
+        traffic.nbytes += nbytes
+        traffic.sent += nbytes * (size - 1) / size * (2 if operation == "all_reduce" else 1)
+
+
+_COLLECTIVES: dict[str, tuple[Any, str]] = {
+    "_c10d_functional::all_gather_into_tensor": ("all_gather", "n x input"),
+    "_c10d_functional::all_gather_into_tensor_coalesced": ("all_gather", "n x input"),
+    "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", "input"),
+    "_c10d_functional::reduce_scatter_tensor_coalesced": ("reduce_scatter", "input"),
+    "_c10d_functional::all_reduce": ("all_reduce", "input"),
+    "_c10d_functional::all_reduce_coalesced": ("all_reduce", "input"),
+    "_c10d_functional::all_to_all_single": ("all_to_all", "input"),
+    "_c10d_functional::broadcast": ("broadcast", "input"),
+    # the first argument is the output: of a gather the whole tensor, of a scatter a part of it
+    "c10d::_allgather_base_": ("all_gather", "input"),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", "n x input"),
+    "c10d::allreduce_": ("all_reduce", "input"),
+    "c10d::broadcast_": ("broadcast", "input"),
+}
+
+
+def _group_name(argument: Any) -> str:
+    if isinstance(argument, torch.ScriptObject):
+        try:
+            argument = dist.ProcessGroup.unbox(argument)
+        except RuntimeError:
+            return ""  # a reduction, say
+    if isinstance(argument, dist.ProcessGroup):
+        return argument.group_name
+    return argument if isinstance(argument, str) else ""
+
+
+def _plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors with storages that a tensor consists of: a DTensor's shard, say."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    parts = [getattr(tensor, name) for name in names]
+    return [p for part in parts if isinstance(part, Tensor) for p in _plain_parts(part)]
+
+
+def _is_only_for_shapes(frame: FrameType | None) -> bool:
+    """DTensor finds out the shape of a whole result with fake tensors of its own."""
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("torch/distributed/tensor/_sharding_prop.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _kind_of_caller(frame: FrameType | None) -> Kind:
+    while frame is not None:
+        file = frame.f_code.co_filename
+        for part, kind in _KIND_BY_FILE.items():
+            if part in file:
+                return kind
+        frame = frame.f_back
+    return "activations"
