@@ -184,7 +184,7 @@ class PlanRecipe:
         cluster = Cluster(self.gpu, cfg.gpus_per_node, *shape)
         offload = job.cfg.fsdp_cpu_offload
         seconds = step_time(trace, steps, cluster, job.dtype, cfg.efficiency, cpu_offload=offload)
-        gib = {kind: trace.peak.get(kind, 0) / GIB for kind in KINDS}
+        gib: dict[str, float] = {kind: trace.peak.get(kind, 0) / GIB for kind in KINDS}
         host_gib = 0.0
         if offload:  # the trace leaves the shards on the GPU
             host_gib = sum(trace.state.values()) / GIB

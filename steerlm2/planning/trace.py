@@ -139,10 +139,11 @@ def _traced(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     tracker.mark(_gradients(parameters), "gradients")
-    optimizer.step()  # makes the state
+    tracker.forget_the_past()
+    tracker.phase = "update"
+    optimizer.step()
     tracker.mark(_states(optimizer), "optimizer")
     state = tracker.now()
-    tracker.forget_the_past()
     if not accumulates:
         optimizer.zero_grad(set_to_none=True)
 
@@ -153,7 +154,6 @@ def _traced(
     tracker.mark(_gradients(parameters), "gradients")
     tracker.phase = "update"
     clip_gradients(parameters, job.cfg.clip_grad_norm)
-    optimizer.step()
     peak = cast(dict[Kind, float], dict(tracker.at_peak()))
     tokens = sum(record.num_tokens for record in records)
     return Trace(
@@ -186,13 +186,13 @@ def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     ]
 
 
-def _dimensions(world: World) -> dict[str, str]:
-    """The mesh dimension of each process group, by the group's name."""
+def _dimensions(world: World) -> dict[str, tuple[str, int]]:
+    """The mesh dimension of each process group and its size, by the group's name."""
     if world.mesh is None:
         return {}
     assert dist.group.WORLD is not None
-    names = {dist.group.WORLD.group_name: "all"}
-    return names | {world.mesh[name].get_group().group_name: name for name in MESH}
+    groups = {"all": dist.group.WORLD} | {name: world.mesh[name].get_group() for name in MESH}
+    return {str(group.group_name): (name, group.size()) for name, group in groups.items()}
 
 
 def _gpu_logits() -> Any:

@@ -74,10 +74,10 @@ class StepTracker(TorchDispatchMode):
     """A dispatch mode; put it inside of FakeTensorMode.
 
     Args:
-        dimensions: the dimension of the mesh by the name of the process group.
+        dimensions: the dimension of the mesh and its size by the name of the process group.
     """
 
-    dimensions: Mapping[str, str] = field(default_factory=dict)
+    dimensions: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     phase: str = ""
     """What the FLOPs and collectives from now on are counted under."""
 
@@ -116,6 +116,8 @@ class StepTracker(TorchDispatchMode):
     ) -> Any:
         if any(hasattr(t, "__tensor_flatten__") for t in types):
             return NotImplemented  # DTensors and quantized states first become plain tensors
+        if func is torch.ops.prim.device.default:
+            return func(*args)  # the most frequent one
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         tensors = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
@@ -198,13 +200,11 @@ class StepTracker(TorchDispatchMode):
         operation, whole = found
         groups = [_group_name(arg) for arg in args]
         (name,) = [name for name in groups if name in self.dimensions]
-        size = dist.distributed_c10d._resolve_process_group(name).size()
+        dimension, size = self.dimensions[name]
         nbytes = sum(t.numel() * t.element_size() for t in tree_leaves(args[0]))
         if whole == "n x input":
             nbytes *= size
-        traffic = self.traffic.setdefault(
-            Collective(self.phase, operation, self.dimensions[name]), Traffic()
-        )
+        traffic = self.traffic.setdefault(Collective(self.phase, operation, dimension), Traffic())
         traffic.count += 1
         traffic.nbytes += nbytes
         traffic.sent += nbytes * (size - 1) / size * (2 if operation == "all_reduce" else 1)

@@ -1,0 +1,103 @@
+"""Trains with a real recipe and writes how much memory that took next to what planning says.
+
+Started by torchrun, or alone: measured_step.py RECIPE CONFIG RESULT.json key=value ...
+
+What was taken is the highest level of PyTorch's allocator during the recipe's own `train`, kernels'
+workspaces included: on a GPU by its own count, on a CPU as the profiler records it. What is planned
+is a trace of the largest micro-batch that this rank computed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch.autograd.profiler import profile, record_function
+
+from steerlm2.planning.jobs import JOBS, Job
+from steerlm2.planning.trace import fake_world, trace_step
+from steerlm2.training.config import load_config
+from steerlm2.training.distributed import World, close_world
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = {
+    "steerlm2_distributed": ("SteerLM2Config", "SteerLM2Recipe"),
+    "sft_distributed": ("SFTConfig", "SFTRecipe"),
+    "reward_distributed": ("RewardConfig", "RewardRecipe"),
+}
+
+
+def recipe_module(recipe: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[recipe] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def highest_level(profiler: profile, during: str) -> int:
+    """Bytes in use at the highest moment of the record `during`, since the profiler began."""
+    events = profiler.kineto_results.events()
+    (training,) = [event for event in events if event.name() == during]
+    end = training.start_ns() + training.duration_ns()
+    level = highest = 0
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        level += event.nbytes()
+        if training.start_ns() <= event.start_ns() <= end:
+            highest = max(highest, level)
+    return highest
+
+
+def planned(job: Job[Any], recipe: Any, world: World, size: int) -> dict[str, float]:
+    records = [rebuilt(job, record) for record in recipe._batch(1)]
+    rows = [ranks[world.dp_rank] for ranks in job.rows(records, world.dp_size)]
+    widest = max(rows, key=lambda row: (row.trains, row.num_tokens))
+    close_world()
+    with fake_world(size, job.cfg) as fake:
+        trace = trace_step(job, widest.records, fake, accumulates=len(rows) > 1)
+    return dict(trace.peak)
+
+
+def rebuilt(job: Job[Any], record: Any) -> Any:
+    """A record of the data set as planning knows it: by its lengths."""
+    if hasattr(record, "tokens"):
+        start = record.target_places[0]
+        return job.record(start, [len(record.tokens) - start])
+    return job.record(len(record.prompt), [len(response) for response in record.responses])
+
+
+def main(name: str, config: str, result: str, *overrides: str) -> None:
+    module = recipe_module(name)
+    config_class, recipe_class = (getattr(module, attribute) for attribute in CLASSES[name])
+    values = OmegaConf.load(ROOT / "recipe_configs" / f"{config}.yaml")
+    cfg = load_config(
+        config_class, OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+    )
+    recipe = recipe_class(cfg)
+    on_gpu = cfg.device == "cuda"
+    with profile(enabled=not on_gpu, profile_memory=True) as profiler:
+        recipe.setup()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with record_function("the training"):
+            recipe.train()
+    measured = (
+        torch.cuda.max_memory_allocated() if on_gpu else highest_level(profiler, "the training")
+    )
+    size, main_rank = recipe.world.size, recipe.world.is_main
+    kinds = planned(JOBS[name](cfg), recipe, recipe.world, size)
+    if main_rank:
+        Path(result).write_text(json.dumps({"measured": measured, "planned": kinds}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
