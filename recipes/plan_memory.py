@@ -279,7 +279,7 @@ class PlanRecipe:
         print(
             f"\na step of {job.cfg.global_batch_size} {job.record_name}, "
             f"{seconds.tokens:.0f} tokens:\n"
-            f"  FLOPs, all GPUs      {executed:.3g} counted in the trace, with recomputation\n"
+            f"  FLOPs, all GPUs      {executed:.3g} as traced, recomputed and waiting ranks' too\n"
             f"                       {needed:.3g} needed (by formula)\n"
             f"  seconds              {seconds.seconds:.2f}: computation {seconds.compute:.2f} (at "
             f"{cfg.efficiency:.0%} of the peak rate),\n"
@@ -306,9 +306,9 @@ class PlanRecipe:
         """Of a step and all GPUs: executed and needed FLOPs, needed ones as a share of the peak."""
         cfg, cluster = self.cfg, plan.cluster
         rate = self.gpu.flops(plan.job.dtype)
-        waiting = plan.time.compute * rate * cfg.efficiency * cluster.num_gpus
+        executed = plan.time.compute * rate * cfg.efficiency * cluster.num_gpus
         needed = needed_flops(plan.job.build(), plan.records) / DRAWN_STEPS
-        return waiting, needed, needed / (plan.time.seconds * rate * cluster.num_gpus)
+        return executed, needed, needed / (plan.time.seconds * rate * cluster.num_gpus)
 
     def _write(
         self,

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -118,8 +118,10 @@ def trace_step(
     tracker = StepTracker(dimensions=_dimensions(world))
     on_gpu = _gpu_logits() if cfg.device == "cuda" else contextlib.nullcontext()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _quiet(), torch.compiler.set_stance("force_eager"), on_gpu, fake, tracker:
-        return _traced(job, decoder, records, world, tracker, accumulates)
+    with _quiet(), torch.compiler.set_stance("force_eager"), on_gpu:
+        _first_use(job)
+        with fake, tracker:
+            return _traced(job, decoder, records, world, tracker, accumulates)
 
 
 def _traced(
@@ -166,14 +168,22 @@ def _traced(
     )
 
 
+def _first_use(job: Job[Any]) -> None:
+    """A real update of a small matrix: torchao's tables are computed, from values, and kept."""
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    parameter.grad = torch.zeros(64, 64)
+    job.optimizer([parameter]).step()
+
+
 def _materialize(decoder: TransformerDecoder) -> None:
     """Storage on the (fake) device for what is on the meta device."""
     for module in decoder.modules():
         if not hasattr(module, "rope_init"):
-            module.to_empty(device="cpu", recurse=False)
+            # not the module's own method: LoRALinear's leaves its weight out
+            nn.Module.to_empty(module, device="cpu", recurse=False)
 
 
-def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 

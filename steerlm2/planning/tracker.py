@@ -74,7 +74,8 @@ class StepTracker(TorchDispatchMode):
     """A dispatch mode; put it inside of FakeTensorMode.
 
     Args:
-        dimensions: the dimension of the mesh and its size by the name of the process group.
+        dimensions: the dimension of the mesh and its size by the name of the process group;
+            collectives of other groups aren't counted.
     """
 
     dimensions: Mapping[str, tuple[str, int]] = field(default_factory=dict)
@@ -198,9 +199,10 @@ class StepTracker(TorchDispatchMode):
         if found is None:
             return
         operation, whole = found
-        groups = [_group_name(arg) for arg in args]
-        (name,) = [name for name in groups if name in self.dimensions]
-        dimension, size = self.dimensions[name]
+        named = [name for name in map(_group_name, args) if name in self.dimensions]
+        if not named:
+            return
+        dimension, size = self.dimensions[named[0]]
         nbytes = sum(t.numel() * t.element_size() for t in tree_leaves(args[0]))
         if whole == "n x input":
             nbytes *= size

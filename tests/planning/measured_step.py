@@ -86,6 +86,7 @@ def main(name: str, config: str, result: str, *overrides: str) -> None:
     on_gpu = cfg.device == "cuda"
     with profile(enabled=not on_gpu, profile_memory=True) as profiler:
         recipe.setup()
+        recipe.checkpointer = None  # fresh weights: a whole model on the host
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         with record_function("the training"):
