@@ -2,13 +2,15 @@
 
 Started by torchrun, or alone: measured_step.py RECIPE CONFIG RESULT.json key=value ...
 
-What was taken is the highest level of PyTorch's allocator during the recipe's own `train`, kernels'
-workspaces included: on a GPU by its own count, on a CPU as the profiler records it. What is planned
-is a trace of the largest micro-batch that this rank computed.
+What was taken is the highest level during the recipe's own `train`. On a GPU the allocator counts
+it; on a CPU one process asks the profiler, which sees kernels' workspaces too. Of several processes
+the profiler misses what gloo's threads free, so there the tensors are tracked, real ones this time.
+What is planned is a trace of the largest micro-batch that this rank computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -20,12 +22,14 @@ import torch
 from omegaconf import OmegaConf
 from torch.autograd.profiler import profile, record_function
 
-from steerlm2.planning.jobs import JOBS, Job
+from steerlm2.planning.jobs import JOBS, Job, PlannedRow
 from steerlm2.planning.trace import fake_world, trace_step
+from steerlm2.planning.tracker import StepTracker
 from steerlm2.training.config import load_config
-from steerlm2.training.distributed import World, close_world
+from steerlm2.training.distributed import close_world
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAINING = "the training"
 CLASSES = {
     "steerlm2_distributed": ("SteerLM2Config", "SteerLM2Recipe"),
     "sft_distributed": ("SFTConfig", "SFTRecipe"),
@@ -42,10 +46,10 @@ def recipe_module(recipe: str) -> ModuleType:
     return module
 
 
-def highest_level(profiler: profile, during: str) -> int:
-    """Bytes in use at the highest moment of the record `during`, since the profiler began."""
+def highest_level(profiler: profile) -> int:
+    """Bytes in use at the highest moment of the training, since the profiler began."""
     events = profiler.kineto_results.events()
-    (training,) = [event for event in events if event.name() == during]
+    (training,) = [event for event in events if event.name() == TRAINING]
     end = training.start_ns() + training.duration_ns()
     level = highest = 0
     for event in sorted(
@@ -57,11 +61,14 @@ def highest_level(profiler: profile, during: str) -> int:
     return highest
 
 
-def planned(job: Job[Any], recipe: Any, world: World, size: int) -> dict[str, float]:
+def rows_of_this_rank(job: Job[Any], recipe: Any) -> list[PlannedRow[Any]]:
+    """Of the second step."""
     records = [rebuilt(job, record) for record in recipe._batch(1)]
-    rows = [ranks[world.dp_rank] for ranks in job.rows(records, world.dp_size)]
+    return [ranks[recipe.world.dp_rank] for ranks in job.rows(records, recipe.world.dp_size)]
+
+
+def planned(job: Job[Any], rows: list[PlannedRow[Any]], size: int) -> dict[str, float]:
     widest = max(rows, key=lambda row: (row.trains, row.num_tokens))
-    close_world()
     with fake_world(size, job.cfg) as fake:
         trace = trace_step(job, widest.records, fake, accumulates=len(rows) > 1)
     return dict(trace.peak)
@@ -83,20 +90,26 @@ def main(name: str, config: str, result: str, *overrides: str) -> None:
         config_class, OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
     )
     recipe = recipe_class(cfg)
-    on_gpu = cfg.device == "cuda"
-    with profile(enabled=not on_gpu, profile_memory=True) as profiler:
+    on_gpu, alone = cfg.device == "cuda", recipe.world.size == 1
+    tracker = StepTracker()
+    profiler = profile(enabled=alone and not on_gpu, profile_memory=True)
+    with profiler, contextlib.nullcontext() if alone or on_gpu else tracker:
         recipe.setup()
         recipe.checkpointer = None  # fresh weights: a whole model on the host
+        tracker.forget_the_past()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        with record_function("the training"):
+        with record_function(TRAINING):
             recipe.train()
-    measured = (
-        torch.cuda.max_memory_allocated() if on_gpu else highest_level(profiler, "the training")
-    )
+    if on_gpu:
+        measured = torch.cuda.max_memory_allocated()
+    else:
+        measured = highest_level(profiler) if alone else sum(tracker.at_peak().values())
     size, main_rank = recipe.world.size, recipe.world.is_main
-    kinds = planned(JOBS[name](cfg), recipe, recipe.world, size)
+    rows = rows_of_this_rank(JOBS[name](cfg), recipe)
+    close_world()
     if main_rank:
+        kinds = planned(JOBS[name](cfg), rows, size)
         Path(result).write_text(json.dumps({"measured": measured, "planned": kinds}))
 
 

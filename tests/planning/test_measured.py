@@ -1,7 +1,6 @@
 """Planned memory against what real training takes, within 10%.
 
-The real side is a recipe's own run in processes of its own, measured by PyTorch's allocator: see
-measured_step.py.
+The real side is a recipe's own run in processes of its own: see measured_step.py.
 """
 
 from __future__ import annotations
