@@ -183,7 +183,15 @@ class PlanRecipe:
         )
         cluster = Cluster(self.gpu, cfg.gpus_per_node, *shape)
         offload = job.cfg.fsdp_cpu_offload
-        seconds = step_time(trace, steps, cluster, job.dtype, cfg.efficiency, cpu_offload=offload)
+        seconds = step_time(
+            trace,
+            steps,
+            cluster,
+            job.dtype,
+            cfg.efficiency,
+            cpu_offload=offload,
+            reduce_every_microbatch=job.cfg.fsdp_reduce_every_microbatch,
+        )
         gib: dict[str, float] = {kind: trace.peak.get(kind, 0) / GIB for kind in KINDS}
         host_gib = 0.0
         if offload:  # the trace leaves the shards on the GPU

@@ -221,11 +221,11 @@ def bradley_terry_sum(rewards_N: Tensor, strength_P: Tensor, kind: PairLoss) -> 
 
 def _group_index(group_sizes: Sequence[int] | Tensor, values_N: Tensor) -> Tensor:
     """[N] the group that each response belongs to."""
-    sizes_G = torch.as_tensor(group_sizes, dtype=torch.long, device=values_N.device)
-    # On a GPU looking at the sum would wait for all that is queued there.
-    assert sizes_G.is_cuda or sizes_G.sum() == len(values_N), (
-        f"group_sizes add up to {sizes_G.sum()}, not to the {len(values_N)} responses"
+    # Looking into a tensor would wait for all that is queued on a GPU; on a CPU torch does it below.
+    assert isinstance(group_sizes, Tensor) or sum(group_sizes) == len(values_N), (
+        f"group_sizes {list(group_sizes)} don't add up to the {len(values_N)} responses"
     )
+    sizes_G = torch.as_tensor(group_sizes, dtype=torch.long, device=values_N.device)
     numbers_G = torch.arange(len(sizes_G), device=values_N.device)
     return torch.repeat_interleave(numbers_G, sizes_G, output_size=len(values_N))
 

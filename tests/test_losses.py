@@ -218,7 +218,7 @@ def test_group_sizes_may_be_a_tensor(ragged: dict[str, Any]) -> None:
 
 
 def test_group_sizes_must_cover_the_responses() -> None:
-    with pytest.raises(AssertionError, match="add up to 2, not to the 3 responses"):
+    with pytest.raises(AssertionError, match="don't add up to the 3 responses"):
         baseline_weights(torch.zeros(3), torch.zeros(3), [2])
 
 

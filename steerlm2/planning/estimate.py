@@ -1,12 +1,13 @@
 """Seconds of a step and hours of a job, from a trace, a card's rates and what is assumed.
 
-A row of other than the traced length is taken to cost in proportion: matrix products and what
-tensor parallelism sends with its tokens, attention with their square. What FSDP2 sends is the same
+A row other than the traced one is taken to cost in proportion: matrix products and what tensor
+parallelism sends with its tokens, attention with its pairs of tokens. What FSDP2 sends is the same
 for every row. It overlaps with the computation, tensor parallelism's collectives don't:
 
     seconds of a row = max(computation + tensor parallel, data parallel)
 
-All ranks wait for each other in every row, so the longest row of the ranks counts.
+All ranks wait for each other in every row, so the costliest row of the ranks counts. Gradients are
+reduced between replicas in a step's last row only.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear
 
-from steerlm2.data.packing import Dialogue, Group, PromptGroup
+from steerlm2.data.packing import Dialogue, Group
 from steerlm2.planning.gpus import HOST_LINK_BYTES, Gpu
 from steerlm2.planning.jobs import PlannedRow
 from steerlm2.planning.trace import Trace
+from steerlm2.planning.tracker import Collective
 
 LINK_EFFICIENCY = 0.8
 """Share of a link's rate that large collectives reach."""
@@ -88,6 +90,7 @@ def step_time(
     efficiency: float,
     *,
     cpu_offload: bool = False,
+    reduce_every_microbatch: bool = True,
 ) -> StepTime:
     """The mean over steps.
 
@@ -95,25 +98,34 @@ def step_time(
         steps: [step][row][rank] micro-batches.
         efficiency: share of the card's peak rate that computation reaches.
         cpu_offload: shards travel to the GPU and back.
+        reduce_every_microbatch: otherwise gradients are reduced in a step's last row only.
     """
     compute = tensor = data = tokens = 0.0
     rate = cluster.gpu.flops(dtype) * efficiency
     for rows in steps:
-        for ranks in rows:
+        for number, ranks in enumerate(rows, start=1):
             length = max(row.num_tokens for row in ranks) / trace.tokens
             phases = ("forward", "backward") if ranks[0].trains else ("forward",)
-            row_compute = row_tensor = row_data = 0.0
-            for phase in phases:
-                attention = trace.attention_flops.get(phase, 0)
-                linear = trace.flops.get(phase, 0) - attention
-                row_compute += (linear * length + attention * length**2) / rate
+            attention = sum(trace.attention_flops.get(phase, 0) for phase in phases)
+            linear = sum(trace.flops.get(phase, 0) for phase in phases) - attention
+            row_compute = (
+                max(
+                    linear * row.num_tokens / trace.tokens + attention * row.num_pairs / trace.pairs
+                    for row in ranks
+                )
+                / rate
+            )
+            row_tensor = row_data = 0.0
             for collective, traffic in trace.traffic.items():
-                if collective.phase in phases:
-                    seconds = traffic.sent / cluster.bytes_per_second(collective.dimension)
-                    if collective.dimension == "tp":
-                        row_tensor += seconds * length
-                    else:
-                        row_data += seconds
+                if collective.phase not in phases:
+                    continue
+                if number < len(rows) and _waits_for_the_last(collective, reduce_every_microbatch):
+                    continue
+                seconds = traffic.sent / cluster.bytes_per_second(collective.dimension)
+                if collective.dimension == "tp":
+                    row_tensor += seconds * length
+                else:
+                    row_data += seconds
             compute += row_compute
             tensor += row_tensor
             data += max(0.0, row_data - row_compute - row_tensor)
@@ -127,6 +139,14 @@ def step_time(
         update += moved / HOST_LINK_BYTES
     n = len(steps)
     return StepTime(compute / n, tensor / n, data / n, update, tokens / n)
+
+
+def _waits_for_the_last(collective: Collective, reduce_every_microbatch: bool) -> bool:
+    """Whether it takes part in a step once: `training.distributed.reduce_gradients`."""
+    if collective.dimension == "dp_replicate":
+        return True
+    reduces = collective.operation == "reduce_scatter" and collective.dimension == "dp_shard"
+    return reduces and not reduce_every_microbatch
 
 
 def collectives(trace: Trace) -> list[dict[str, Any]]:
@@ -165,7 +185,7 @@ def needed_flops(decoder: TransformerDecoder, records: Sequence[Any]) -> float:
             frozen += 0 if weight.requires_grad else weight.numel()
     tokens = sum(record.num_tokens for record in records)
     targets = sum(_num_targets(record) for record in records)
-    pairs = sum(_visible_pairs(record) for record in records)
+    pairs = sum(record.num_pairs for record in records)
     output = (
         decoder.output.weight.numel()
         if hasattr(decoder.output, "weight")
@@ -181,18 +201,6 @@ def _num_targets(record: Any) -> int:
     if isinstance(record, Group):
         return sum(map(len, record.responses))
     return len(record.responses)
-
-
-def _visible_pairs(record: PromptGroup | Dialogue) -> int:
-    """Pairs of a token and one that it attends to."""
-    if isinstance(record, Dialogue):
-        return record.num_tokens * (record.num_tokens + 1) // 2
-    prompt = len(record.prompt)
-    pairs = prompt * (prompt + 1) // 2
-    for response in record.responses:
-        length = len(response) - isinstance(record, Group)
-        pairs += length * prompt + length * (length + 1) // 2
-    return pairs
 
 
 PAPER_NODE_HOURS = 1184

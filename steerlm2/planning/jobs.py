@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,9 +31,10 @@ from steerlm2.data.packing import (
     slices,
 )
 from steerlm2.losses import bradley_terry_sum, squared_error_sum
+from steerlm2.models.llama import pair_cost
 from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training.config import Component, instantiate
-from steerlm2.training.distributed import DTYPES, World
+from steerlm2.training.distributed import DTYPES, ActivationCheckpointing, World
 from steerlm2.training.forward import attribute_scores, response_logps, target_logps
 
 RecordT = TypeVar("RecordT", Group, Dialogue, RewardGroup)
@@ -58,11 +60,13 @@ class TrainingConfig(Protocol):
     param_dtype: str | None
     compile: bool
     enable_activation_checkpointing: bool
+    ac_mode: ActivationCheckpointing
     tensor_parallel_dim: int
     data_parallel_replicate_dim: int
     data_parallel_shard_dim: int
     fsdp_cpu_offload: bool
     fsdp_reshard_after_forward: bool
+    fsdp_reduce_every_microbatch: bool
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,11 @@ class PlannedRow(Generic[RecordT]):
     def num_tokens(self) -> int:
         return sum(record.num_tokens for record in self.records)
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a token and one that it sees."""
+        return sum(record.num_pairs for record in self.records)
+
 
 class Job(abc.ABC, Generic[RecordT]):
     """One of the training recipes with its config."""
@@ -144,6 +153,11 @@ class Job(abc.ABC, Generic[RecordT]):
         self, decoder: TransformerDecoder, records: Sequence[RecordT], world: World
     ) -> Callable[[], None]:
         """Run a micro-batch's forward and loss; returns what runs its backward."""
+
+    @functools.cached_property
+    def pair_cost(self) -> float:
+        """What attending to a token costs, in tokens passing the layers."""
+        return pair_cost(self.build())
 
     def build(self) -> TransformerDecoder:
         """The model as the recipe builds it, on the meta device."""
@@ -213,6 +227,7 @@ class SteerLM2Job(Job[Group]):
                 max_tokens_per_microbatch=self.budget,
                 micro_batch_size=options.micro_batch_size,
                 forward_micro_batch_size=options.forward_micro_batch_size,
+                pair_cost=self.pair_cost,
             )
             first = slices(plan.two_pass, options.forward_micro_batch_size)
             second = slices(plan.two_pass, options.micro_batch_size)
@@ -230,7 +245,7 @@ class SteerLM2Job(Job[Group]):
         row = pack(records, multiple_of=world.tp_size).to(world.device)
         logps_N = response_logps(decoder, row, world)
         leaf_N = logps_N.detach().requires_grad_()
-        loss = self.loss_fn(leaf_N, row.log_q_N, row.w_N, row.group_sizes, row.response_lengths_N)
+        loss = self.loss_fn(leaf_N, row.log_q_N, row.w_N, row.sizes_G, row.response_lengths_N)
         grad_N = torch.autograd.grad(loss, leaf_N)[0]
         return lambda: logps_N.backward(grad_N * world.dp_size)
 
@@ -259,7 +274,7 @@ class SFTJob(Job[Dialogue]):
         return Dialogue(range(length), range(prompt, length))
 
     def rows(self, records: Sequence[Dialogue], num_ranks: int) -> list[list[PlannedRow[Dialogue]]]:
-        return _by_row(rows_by_rank(records, num_ranks, self.budget))
+        return _by_row(rows_by_rank(records, num_ranks, self.budget, self.pair_cost))
 
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[Dialogue], world: World
@@ -303,7 +318,7 @@ class RewardJob(Job[RewardGroup]):
     def rows(
         self, records: Sequence[RewardGroup], num_ranks: int
     ) -> list[list[PlannedRow[RewardGroup]]]:
-        return _by_row(rows_by_rank(records, num_ranks, self.budget))
+        return _by_row(rows_by_rank(records, num_ranks, self.budget, self.pair_cost))
 
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[RewardGroup], world: World

@@ -6,7 +6,7 @@ the most). Then the optimizer's update, a micro-batch's forward and backward, an
 run under FakeTensorMode: every operation and every collective, without data.
 
 What differs from the real run: compile is off, so memory that compiled kernels save is counted;
-attention is the CPU's fused kernel, whose memory grows with the row as the GPU's does.
+attention is the CPU's, which like the GPU's keeps its inputs, its output and a number a token.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.modules import TransformerDecoder
 
+from steerlm2 import logprobs
 from steerlm2.planning.jobs import Job, TrainingConfig
 from steerlm2.planning.tracker import Collective, Kind, StepTracker, Traffic
-from steerlm2.training.distributed import World, clip_gradients, mesh_shape, parallelize
+from steerlm2.training.distributed import (
+    World,
+    clip_gradients,
+    mesh_shape,
+    parallelize,
+    reduce_gradients,
+)
 
 MESH = ("dp_replicate", "dp_shard", "tp")
 
@@ -47,6 +54,8 @@ class Trace:
     attention_flops: dict[str, float]
     traffic: dict[Collective, Traffic]
     tokens: int
+    pairs: int
+    """Pairs of a token and one that it sees."""
 
     @property
     def peak_bytes(self) -> float:
@@ -91,7 +100,7 @@ def trace_step(
 
     Args:
         records: of the micro-batch.
-        accumulates: the step has other micro-batches before this one, so that the gradients are
+        accumulates: the step has other micro-batches before this one, so that their gradients are
             there too.
         num_layers: of the model, if not all.
 
@@ -106,7 +115,7 @@ def trace_step(
         decoder,
         world,
         dtype=job.dtype,
-        activation_checkpointing=cfg.enable_activation_checkpointing,
+        activation_checkpointing=cfg.ac_mode if cfg.enable_activation_checkpointing else None,
         reshard_after_forward=cfg.fsdp_reshard_after_forward,
     )
     with torch.device("cpu"):
@@ -115,7 +124,8 @@ def trace_step(
                 module.to_empty(device="cpu")
                 module.rope_init()  # looks at values, so it must be real
 
-    tracker = StepTracker(dimensions=_dimensions(world))
+    pairs = sum(record.num_pairs for record in records)
+    tracker = StepTracker(dimensions=_dimensions(world), attention_pairs=pairs)
     on_gpu = _gpu_logits() if cfg.device == "cuda" else contextlib.nullcontext()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet(), torch.compiler.set_stance("force_eager"), on_gpu:
@@ -146,8 +156,14 @@ def _traced(
     optimizer.step()
     tracker.mark(_states(optimizer), "optimizer")
     state = tracker.now()
-    if not accumulates:
+    every_time = job.cfg.fsdp_reduce_every_microbatch
+    if not (accumulates and every_time):
         optimizer.zero_grad(set_to_none=True)
+    if accumulates and not every_time:  # its gradients stay whole
+        tracker.phase = "earlier"
+        reduce_gradients(decoder, world, last=False, every_time=False)
+        job.forward(decoder, records, world)()
+        reduce_gradients(decoder, world, last=True, every_time=False)
 
     tracker.phase = "forward"
     backward = job.forward(decoder, records, world)
@@ -165,6 +181,7 @@ def _traced(
         dict(tracker.attention_flops),
         tracker.traffic,
         tokens,
+        tracker.attention_pairs,
     )
 
 
@@ -207,14 +224,19 @@ def _dimensions(world: World) -> dict[str, tuple[str, int]]:
 
 def _gpu_logits() -> Any:
     """steerlm2.logprobs lets a GPU's matrix product accumulate and answer in float32; on a CPU it
-    makes float32 copies of its inputs instead, which no GPU will hold."""
+    makes float32 copies of its inputs instead, which no GPU will hold. Its chunks are larger."""
 
     def logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
         if hidden_CD.dtype == torch.float32:
             return hidden_CD @ weight_VD.t()
         return torch.mm(hidden_CD, weight_VD.t(), out_dtype=torch.float32)
 
-    return mock.patch("steerlm2.logprobs._logits", logits)
+    return mock.patch.multiple(
+        logprobs,
+        _logits=logits,
+        _exact=lambda weight_VD: weight_VD,
+        CHUNK_BYTES=logprobs.CHUNK_BYTES | {"cpu": logprobs.CHUNK_BYTES["cuda"]},
+    )
 
 
 @contextlib.contextmanager

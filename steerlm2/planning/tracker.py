@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 Kind = Literal[
     "parameters", "gradients", "optimizer", "activations", "logits", "communication", "other"
@@ -41,8 +41,8 @@ _KIND_BY_FILE: dict[str, Kind] = {
 }
 """Who asked for the memory, by the file of the innermost such caller."""
 
-_FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLOPS_OF_A_PAIR = {"steerlm2::attend_blocks": 4, "steerlm2::attend_blocks_backward": 10}
+"""For each head and its dimension: 2 or 5 products of 2 FLOPs, the scores computed again."""
 
 
 @dataclass
@@ -76,9 +76,11 @@ class StepTracker(TorchDispatchMode):
     Args:
         dimensions: the dimension of the mesh and its size by the name of the process group;
             collectives of other groups aren't counted.
+        attention_pairs: pairs of a token and one that it sees, in the row that is computed.
     """
 
     dimensions: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    attention_pairs: int = 0
     phase: str = ""
     """What the FLOPs and collectives from now on are counted under."""
 
@@ -86,7 +88,7 @@ class StepTracker(TorchDispatchMode):
         super().__init__()
         self.flops: Counter[str] = Counter()
         self.attention_flops: Counter[str] = Counter()
-        """Those of `flops` that grow with the square of a row's length."""
+        """Those of `flops` that grow with the pairs, not with the tokens."""
         self.traffic: dict[Collective, Traffic] = {}
         self._live: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}
         self._log: list[tuple[Allocation, int]] = []
@@ -182,17 +184,15 @@ class StepTracker(TorchDispatchMode):
 
     def _count_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         packet = func._overloadpacket
-        if packet == _FLASH_ON_CPU:
-            flops = sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
-        elif packet == _FLASH_ON_CPU_BACKWARD:
-            flops = sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+        if (per_pair := _FLOPS_OF_A_PAIR.get(packet._qualified_op_name)) is not None:
+            _, heads, _, head_dim = args[0].shape
+            flops = per_pair * heads * head_dim * self.attention_pairs
+            self.attention_flops[self.phase] += flops
         elif packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=result)
         else:
             return
         self.flops[self.phase] += flops
-        if "attention" in str(packet):
-            self.attention_flops[self.phase] += flops
 
     def _count_traffic(self, func: Any, args: Any) -> None:
         found = _COLLECTIVES.get(func.name().removesuffix(".default"))

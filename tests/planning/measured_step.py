@@ -63,7 +63,9 @@ def highest_level(profiler: profile) -> int:
 
 def rows_of_this_rank(job: Job[Any], recipe: Any) -> list[PlannedRow[Any]]:
     """Of the second step."""
-    records = [rebuilt(job, record) for record in recipe._batch(1)]
+    work = recipe._prepared(1)
+    step = work[0] if isinstance(work, tuple) else work.groups
+    records = [rebuilt(job, record) for record in step]
     return [ranks[recipe.world.dp_rank] for ranks in job.rows(records, recipe.world.dp_size)]
 
 

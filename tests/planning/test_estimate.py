@@ -27,6 +27,10 @@ MakeJob = Callable[..., Job[Any]]
 GPU = Gpu("test", 80, 1e15, 1e14, memory_bytes=1e12, link_bytes=400e9, network_bytes=50e9)
 
 
+HALF_A_ROW = 2 * (2.7 / 2 + 0.3 * 1275 / 5050)
+"""Seconds of 50 tokens with `trace` below, at half of GPU's rate."""
+
+
 def trace(**traffic: float) -> Trace:
     """100 tokens: 1e15 FLOPs forward, 2e15 backward (a tenth of it attention), and what is sent."""
     return Trace(
@@ -39,6 +43,7 @@ def trace(**traffic: float) -> Trace:
             for dimension, sent in traffic.items()
         },
         tokens=100,
+        pairs=100 * 101 // 2,
     )
 
 
@@ -62,12 +67,12 @@ def test_computation_at_the_efficiency() -> None:
 
 
 def test_rows_of_other_lengths() -> None:
-    """Half the tokens: half of 2.7e15 and a quarter of 0.3e15 FLOPs: 1.425e15, 2.85 s."""
-    assert seconds(trace(), [row(50)], cluster()) == pytest.approx(2.85)
+    """Half the tokens, 1275 of 5050 pairs: half of 2.7e15 FLOPs, 1275/5050 of 0.3e15."""
+    assert seconds(trace(), [row(50)], cluster()) == pytest.approx(HALF_A_ROW)
 
 
 def test_the_longest_row_of_the_ranks_counts_and_rows_add_up() -> None:
-    assert seconds(trace(), [row(100, 50), row(0, 50)], cluster()) == pytest.approx(6 + 2.85)
+    assert seconds(trace(), [row(100, 50), row(0, 50)], cluster()) == pytest.approx(6 + HALF_A_ROW)
 
 
 def test_a_forward_alone() -> None:
@@ -80,7 +85,7 @@ def test_tensor_parallel_traffic_is_not_hidden() -> None:
     """320e9 bytes at 0.8 of 400e9 a second: 1 s, on top of 6; half of it for half a row."""
     where = cluster(tp=8)
     assert seconds(trace(tp=320e9), [row(100)], where) == pytest.approx(7)
-    assert seconds(trace(tp=320e9), [row(50)], where) == pytest.approx(2.85 + 0.5)
+    assert seconds(trace(tp=320e9), [row(50)], where) == pytest.approx(HALF_A_ROW + 0.5)
 
 
 @pytest.mark.parametrize(("sent", "expected"), [(160e9, 6), (400e9, 10)])

@@ -57,5 +57,5 @@ def test_planned_memory_is_within_a_tenth_of_what_training_takes(
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(result.read_text())
-    assert found["measured"] > 50 * 2**20  # the rest of a run is lost in that
+    assert found["measured"] > 40 * 2**20  # the rest of a run is lost in that
     assert sum(found["planned"].values()) == pytest.approx(found["measured"], rel=0.1)
