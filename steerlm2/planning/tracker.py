@@ -184,6 +184,8 @@ class StepTracker(TorchDispatchMode):
 
     def _count_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         packet = func._overloadpacket
+        if packet == torch.ops.aten.addmm_:
+            packet = torch.ops.aten.addmm
         if (per_pair := _FLOPS_OF_A_PAIR.get(packet._qualified_op_name)) is not None:
             _, heads, _, head_dim = args[0].shape
             flops = per_pair * heads * head_dim * self.attention_pairs

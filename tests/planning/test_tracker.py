@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from steerlm2.attention import attend_blocks, attention_blocks
 from steerlm2.planning.tracker import Collective, StepTracker
 
 
@@ -93,15 +94,15 @@ def test_the_past_can_be_forgotten() -> None:
 
 
 def test_flops_of_products_and_attention() -> None:
-    """(2 x 3) @ (3 x 4): 2 * 2 * 3 * 4 = 48. Attention of 2 heads of width 8 over 16 tokens: 2
-    products of 2 * 16 * 16 * 8 * 2 heads each: 16384, and these grow with the square."""
-    with StepTracker(phase="forward") as tracker:
+    """(2 x 3) @ (3 x 4): 2 * 2 * 3 * 4 = 48. Attention of 2 heads of width 8 over 16 tokens, 136
+    pairs: 2 products of 2 * 136 * 8 * 2 heads each, 8704."""
+    with StepTracker(phase="forward", attention_pairs=16 * 17 // 2) as tracker:
         torch.ones(2, 3) @ torch.ones(3, 4)
         assert tracker.flops == {"forward": 48}
         q = torch.ones(1, 2, 16, 8)
-        nn.functional.scaled_dot_product_attention(q, q, q)
-    assert tracker.attention_flops == {"forward": 16384}
-    assert tracker.flops == {"forward": 16384 + 48}
+        attend_blocks(q, q, q, attention_blocks([(0, 16)], []))
+    assert tracker.attention_flops == {"forward": 8704}
+    assert tracker.flops == {"forward": 8704 + 48}
 
 
 def reduced(tensor: Tensor) -> None:
