@@ -221,7 +221,8 @@ def bradley_terry_sum(rewards_N: Tensor, strength_P: Tensor, kind: PairLoss) -> 
 
 def _group_index(group_sizes: Sequence[int] | Tensor, values_N: Tensor) -> Tensor:
     """[N] the group that each response belongs to."""
-    # Looking into a tensor would wait for all that is queued on a GPU; on a CPU torch does it below.
+    # Looking into a tensor would wait for all that is queued on a GPU; repeat_interleave does so on
+    # a CPU.
     assert isinstance(group_sizes, Tensor) or sum(group_sizes) == len(values_N), (
         f"group_sizes {list(group_sizes)} don't add up to the {len(values_N)} responses"
     )
