@@ -314,7 +314,7 @@ def test_only_single_process_recipes_refuse_torchrun() -> None:
     _tune.add_recipes(registry)
 
     refusing = {entry.name for entry in registry._ALL_RECIPES if not entry.supports_distributed}
-    assert refusing == {"prepare_data", "serve_reward", "steerlm2_pipeline"}
+    assert refusing == {"prepare_data", "serve_reward", "steerlm2_pipeline", "plan_memory"}
 
 
 def test_names_are_not_torchtunes() -> None:
