@@ -1,10 +1,19 @@
-"""Peak memory of the log-prob layer, forward and backward, against full float32 logits.
+"""Peak memory and time of the log-prob layer, forward and backward, against other ways.
 
     python tests/benchmarks/logprob_memory.py --vocabulary 128256 --tokens 8192 --json FILE
+    python tests/benchmarks/logprob_memory.py --device cuda --dtype bf16 --hidden 4096
 
-Bytes above what exists before: hidden states, output matrix and its gradient, which both ways have.
-`full` keeps the logits and their log-softmax, `ours` one chunk. `full_logits_bytes` is the size of
-the logits alone. Each way runs in a process of its own. Also the seconds of each, and the largest
+Every token's log-prob has a gradient of its own, as in the loss. The ways:
+
+    full     keeps the logits and their log-softmax
+    torch    torch.nn.functional.linear_cross_entropy, chunked
+    liger    Liger's fused linear cross entropy; on a GPU, with liger-kernel installed (before
+             its pull request 1298 gradients were wrong where tokens differ in theirs)
+    ours     one chunk
+
+Bytes are those above what exists before: hidden states, output matrix and their gradients, which
+all ways have. `full_logits_bytes` is the size of the logits alone. Each way runs in a process of
+its own; `gradient error` is relative to the gradient of `full`, in float32, of a small case.
 """
 
 from __future__ import annotations
@@ -15,11 +24,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear_cross_entropy
 
 from steerlm2.logprobs import token_logps
 
@@ -29,10 +40,43 @@ def full_logps(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> Tenso
     return logits_RV.log_softmax(dim=1).gather(1, targets_R[:, None]).squeeze(1)
 
 
+def torch_logps(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> Tensor:
+    options = nn.LinearCrossEntropyOptions()
+    return -linear_cross_entropy(hidden_RD, weight_VD, targets_R, reduction="none", options=options)
+
+
+def liger_logps(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return -LigerFusedLinearCrossEntropyLoss(reduction="none")(weight_VD, hidden_RD, targets_R)
+
+
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "full": full_logps,
+    "torch": torch_logps,
+    "liger": liger_logps,
     "ours": token_logps,
 }
+
+
+def runs_here(way: str, device: str) -> bool:
+    return way != "liger" or (device == "cuda" and find_spec("liger_kernel") is not None)
+
+
+def gradient_error(way: str, device: str) -> float:
+    """Against `full`, 300 tokens with gradients of their own, relative to the norm."""
+    torch.manual_seed(0)
+    hidden_RD = torch.randn(300, 64, device=device, requires_grad=True)
+    weight_VD = (torch.randn(1000, 64, device=device) / 8).requires_grad_()
+    targets_R = torch.randint(1000, (300,), device=device)
+    coefficient_R = torch.randn(300, device=device)
+
+    def gradients(way: str) -> Tensor:
+        loss = (WAYS[way](hidden_RD, weight_VD, targets_R) * coefficient_R).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, (hidden_RD, weight_VD))])
+
+    expected = gradients("full")
+    return ((gradients(way) - expected).norm() / expected.norm()).item()
 
 
 def resident_bytes(key: str) -> int:
@@ -42,23 +86,39 @@ def resident_bytes(key: str) -> int:
 
 
 def measure(way: str, args: argparse.Namespace) -> dict[str, Any]:
+    error = gradient_error(way, args.device)
     torch.manual_seed(0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    hidden_RD = torch.randn(args.tokens, args.hidden).to(dtype).requires_grad_()
-    weight_VD = (torch.randn(args.vocabulary, args.hidden) / args.hidden**0.5).to(dtype)
-    weight_VD.requires_grad_().grad = torch.zeros_like(weight_VD)
+    hidden_RD = torch.randn(args.tokens, args.hidden).to(args.device, dtype).requires_grad_()
+    weight_VD = torch.randn(args.vocabulary, args.hidden) / args.hidden**0.5
+    weight_VD = weight_VD.to(args.device, dtype).requires_grad_()
+    weight_VD.grad = torch.zeros_like(weight_VD)
     hidden_RD.grad = torch.zeros_like(hidden_RD)
-    targets_R = torch.randint(args.vocabulary, (args.tokens,))
-    small = hidden_RD[:1].detach(), weight_VD[:1].detach(), targets_R[:1] * 0
-    WAYS[way](*small)  # what the libraries set up at their first use
+    targets_R = torch.randint(args.vocabulary, (args.tokens,)).to(args.device)
+    coefficient_R = torch.randn(args.tokens).to(args.device)
+    on_gpu = args.device == "cuda"
 
-    before, started = resident_bytes("VmRSS"), time.process_time()
-    logps_R = WAYS[way](hidden_RD, weight_VD, targets_R)
-    logps_R.sum().backward()
+    def step() -> Tensor:
+        logps_R = WAYS[way](hidden_RD, weight_VD, targets_R)
+        (logps_R * coefficient_R).sum().backward()
+        return logps_R
+
+    if on_gpu:
+        step()  # compiles kernels
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else resident_bytes("VmRSS")
+    started = time.perf_counter() if on_gpu else time.process_time()
+    logps_R = step()
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() if on_gpu else time.process_time()) - started
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM")
     return {
-        "peak_bytes": resident_bytes("VmHWM") - before,
-        "cpu_seconds": time.process_time() - started,
+        "peak_bytes": peak - before,
+        "seconds": seconds,
         "logp": logps_R.detach().mean().item(),
+        "gradient_error": error,
     }
 
 
@@ -70,6 +130,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -82,19 +143,24 @@ def main() -> None:
         "tokens": args.tokens,
         "hidden": args.hidden,
         "dtype": args.dtype,
+        "device": args.device,
         "full_logits_bytes": logits_bytes,
     }
-    for way in WAYS:
+    ways = [way for way in WAYS if runs_here(way, args.device)]
+    for way in ways:
         command = [sys.executable, __file__, "--way", way, *sys.argv[1:]]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         result |= {f"{way}_{key}": value for key, value in json.loads(done.stdout).items()}
     result["peak_to_full_logits"] = result["ours_peak_bytes"] / logits_bytes
-    print("| | peak MB | of the logits' | CPU seconds | mean log-prob |\n|---|---|---|---|---|")
-    for way in WAYS:
+    clock = "seconds" if args.device == "cuda" else "CPU seconds"
+    print(f"| | peak MB | of the logits' | {clock} | mean log-prob | gradient error |")
+    print("|---|---|---|---|---|---|")
+    for way in ways:
         peak = result[f"{way}_peak_bytes"]
         print(
             f"| {way} | {peak / 1e6:.0f} | 1 / {logits_bytes / peak:.1f} "
-            f"| {result[f'{way}_cpu_seconds']:.1f} | {result[f'{way}_logp']:.5f} |"
+            f"| {result[f'{way}_seconds']:.4g} | {result[f'{way}_logp']:.5f} "
+            f"| {result[f'{way}_gradient_error']:.1e} |"
         )
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
