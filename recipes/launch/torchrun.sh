@@ -20,7 +20,6 @@ if (($# == 0)); then
 fi
 
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # train.sbatch explains these
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}

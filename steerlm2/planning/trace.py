@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.modules import TransformerDecoder
 
@@ -86,6 +88,9 @@ def fake_world(world_size: int, cfg: TrainingConfig) -> Iterator[World]:
         yield World(torch.device("cpu"), init_device_mesh("cpu", shape, mesh_dim_names=MESH))
     finally:
         dist.destroy_process_group()
+        # DTensor remembers what it did on a mesh of the same shape, with that mesh's groups.
+        _clear_sharding_prop_cache()
+        clear_redistribute_planner_cache()
 
 
 def trace_step(

@@ -163,6 +163,20 @@ def test_a_world_that_does_not_divide_is_an_error(make_job: MakeJob) -> None:
     assert not dist.is_initialized()
 
 
+def test_layouts_can_be_tried_in_turn(make_job: MakeJob) -> None:
+    """The groups of an earlier mesh of the same shape are gone."""
+    selective = ("enable_activation_checkpointing=true", "ac_mode=selective")
+    replicas = make_job("tiny/sft", *selective, "data_parallel_replicate_dim=2")
+    tp = make_job("tiny/sft", *selective, "tensor_parallel_dim=2")
+    both = make_job(
+        "tiny/sft", *selective, "data_parallel_replicate_dim=2", "tensor_parallel_dim=2"
+    )
+    first = traced(both, 8)
+    for job in (tp, both, tp, replicas):
+        traced(job, 8)
+    assert traced(both, 8) == first
+
+
 def test_nothing_is_left_of_the_fake_world(make_job: MakeJob) -> None:
     traced(make_job("tiny/sft"), 2)
     assert not dist.is_initialized()
