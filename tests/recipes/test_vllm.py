@@ -22,7 +22,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from steerlm2.data.records import Record, json_line, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
@@ -246,13 +248,16 @@ def test_killed_server_is_named_and_the_run_continues_on_another(
 
 @pytest.fixture(scope="module")
 def language_model(tune: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An attribute-conditioned model after 60 small steps, as sft_distributed exports it."""
+    """An attribute-conditioned model after 60 small steps, as four ranks of sft_distributed export
+    it: split over two of them, sharded over the other two."""
     output_dir = tmp_path_factory.mktemp("acsft")
     tune(
         *("sft_distributed", "--config", "tiny/acsft", f"output_dir={output_dir}", "max_steps=60"),
         *("lr_scheduler.warmup_steps=5", "dataset.num_records=100", "dataset_val=null"),
         *("global_batch_size=12", "lr=4.0e-3"),
         *("val_every_n_steps=null", "save_every_n_steps=null", "generation=null"),
+        "tensor_parallel_dim=2",
+        nproc=4,
     )
     (folder,) = output_dir.glob("epoch_*")
     return folder
@@ -301,8 +306,8 @@ def test_sampled_there_scored_here(
     tune: Any, sampled_there: Path, language_model: Path, language_server: Server
 ) -> None:
     """Our log Q'(y|a,x) of what vLLM sampled, per response to 1e-3 in float32: against the server's
-    log-probs of the tokens when it sampled them (temperature 0.7, top-p 0.9), and against those it
-    gives for prompt and response as one text."""
+    log-probs of the tokens when it sampled them (temperature 0.7, top-p 0.9), against those it
+    gives for prompt and response as one text, and against transformers' for that text."""
     output = sampled_there.with_name("scored.jsonl")
     tune(
         *("score_responses", "--config", "tiny/score_responses", f"input={sampled_there}"),
@@ -318,15 +323,31 @@ def test_sampled_there_scored_here(
     assert [ours for ours, _ in when_sampled] == pytest.approx(
         [theirs for _, theirs in when_sampled], rel=0, abs=1e-3
     )
-    theirs = [prompt_log_prob(language_server, record, r.value) for r, record in pairs]
-    assert [r.log_q for r, _ in pairs] == pytest.approx(theirs, rel=0, abs=1e-3)
+    texts = [token_ids(record, r.value) for r, record in pairs]
+    ours = [r.log_q for r, _ in pairs]
+    theirs = [prompt_log_prob(language_server, *text) for text in texts]
+    assert ours == pytest.approx(theirs, rel=0, abs=1e-3)
+    model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32).eval()
+    assert ours == pytest.approx([hf_log_prob(model, *text) for text in texts], rel=0, abs=1e-3)
 
 
-def prompt_log_prob(server: Server, record: Record, response: str) -> float:
-    """vLLM's log-prob of the response's tokens after the prompt's."""
+def token_ids(record: Record, response: str) -> tuple[list[int], list[int]]:
+    """Of the prompt, and of the response."""
     template, tokenizer = extra_id_template(), tiny_tokenizer()
     prompt = encode_prompt(template, tokenizer, record.system, record.prompt_turns, record.label)
-    tokens = encode_response(template, tokenizer, response)
+    return prompt, encode_response(template, tokenizer, response)
+
+
+@torch.no_grad()
+def hf_log_prob(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> float:
+    """transformers' log-prob of the response's tokens after the prompt's."""
+    logits_TV = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    logps_T = logits_TV.double().log_softmax(dim=1).gather(1, torch.tensor(tokens)[:, None])
+    return logps_T.sum().item()
+
+
+def prompt_log_prob(server: Server, prompt: list[int], tokens: list[int]) -> float:
+    """vLLM's log-prob of the response's tokens after the prompt's."""
     body = {"prompt": prompt + tokens, "max_tokens": 1, "prompt_logprobs": 0}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
     logprobs = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
