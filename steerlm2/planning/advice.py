@@ -46,9 +46,14 @@ def changes(job: Job[Any], gpus_per_node: int) -> Iterator[Change]:
     for budget in smaller[:1]:
         yield Change((budget,), "more micro-batches", False)
     if not cfg.enable_activation_checkpointing:
+        yield Change(
+            (checkpointing, "ac_mode=selective"), "all but products is computed twice", False
+        )
         yield Change((checkpointing,), "forwards are computed twice", False)
         for budget in smaller[:1]:
             yield Change((checkpointing, budget), "both of these", False)
+    elif cfg.ac_mode == "selective":
+        yield Change(("ac_mode=full",), "forwards are computed twice", False)
     for budget in smaller[1:]:
         more = () if cfg.enable_activation_checkpointing else (checkpointing,)
         yield Change((*more, budget), "many more micro-batches", False)
