@@ -440,7 +440,7 @@ class SteerLM2Recipe:
                 if logged or validated or saved or done == self.total_steps:
                     check_finite(grad_norm, done, looked_at)
                     looked_at = done
-                lr = self.optimizer.param_groups[0]["lr"]
+                lr = float(self.optimizer.param_groups[0]["lr"])  # torchao keeps it in a tensor
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.lr_scheduler.step()

@@ -118,8 +118,6 @@ def unsupported_parts(decoder: TransformerDecoder) -> Iterator[str]:
         yield "dropout is not supported: set it to 0 in `model`"
     if any(isinstance(module, DoRALinear) for module in decoder.modules()):
         yield "DoRA is not supported: set model.use_dora=false"
-    if any(getattr(module, "_quantize_base", False) for module in decoder.modules()):
-        yield "a quantized base is not supported: set model.quantize_base=false"
 
 
 def divide_heads(decoder: TransformerDecoder, tp_size: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -30,6 +31,7 @@ from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.models.folders import resolve_checkpoint_dir
 from steerlm2.models.hf_names import HEAD
 from steerlm2.models.llama import context_length, head_shape
+from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
 from steerlm2.models.reward_head import (
     HF_HEAD,
     RewardHead,
@@ -209,10 +211,19 @@ def load_weights(
 
     stored = world.from_main(world.on_main(find))
     whole = world.on_main(read_whole) if stored is None else None
-    decoder.to_empty(device="cpu" if cpu_offload else world.device)
+    device = torch.device("cpu") if cpu_offload else world.device
+    decoder.to_empty(device=device)
+    finish_empty(decoder, device)
     if stored is None:
+        quantized = {
+            plain_name(name): p for name, p in decoder.named_parameters() if is_nf4(_local(p))
+        }
+        for name, parameter in quantized.items():
+            copy_part(parameter, _of_main(whole and whole.pop(name), parameter.shape, world))
         options = StateDictOptions(
-            full_state_dict=True, broadcast_from_rank0=world.mesh is not None
+            full_state_dict=True,
+            broadcast_from_rank0=world.mesh is not None,
+            strict=not quantized,
         )
         set_model_state_dict(decoder, whole or {}, options=options)
     else:
@@ -339,10 +350,33 @@ def _save_adapter(
 
 def _full_tensor(parameter: Tensor, world: World) -> Tensor:
     """A parameter whole, on every rank."""
+    local = _local(parameter.detach())
+    if is_nf4(local):
+        local = dequantized(local)
+        if not isinstance(parameter, DTensor):
+            return local
+        parts = parameter.device_mesh, parameter.placements
+        return DTensor.from_local(local, *parts, run_check=False).full_tensor()
     if isinstance(parameter, DTensor):
         placed = cast(DTensor, parameter.detach().to(world.device))  # offloaded: from the host
         return placed.full_tensor()
     return parameter.detach()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _of_main(tensor: Tensor | None, shape: torch.Size, world: World) -> Tensor:
+    """Rank 0's tensor, on every rank."""
+    if world.mesh is None:
+        assert tensor is not None
+        return tensor
+    if tensor is None:
+        tensor = torch.empty(shape)
+    tensor = tensor.float().to(world.device)
+    dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def _check_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:

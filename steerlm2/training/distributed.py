@@ -38,6 +38,7 @@ from steerlm2.models.llama import (
     tensor_parallel_problems,
     unsupported_parts,
 )
+from steerlm2.models.nf4 import is_nf4, nf4_problems, quantize_frozen
 
 ObjectT = TypeVar("ObjectT")
 
@@ -237,7 +238,7 @@ def parallelize(
 ) -> None:
     """Lay a decoder on the meta device out over the processes, in place.
 
-    Tensor parallel -> activation checkpointing -> compile -> FSDP2. Its forward then ends at the
+    NF4 -> tensor parallel -> activation checkpointing -> compile -> FSDP2. Its forward then ends at the
     final norm. Under FSDP2 the parameters keep their own dtype (the optimizer's master weights)
     and compute in `dtype`; gradients are reduced in float32.
 
@@ -249,8 +250,11 @@ def parallelize(
         ValueError: where the model can't be split over the tensor-parallel ranks, or has parts that
             are not supported.
     """
-    if problems := list(unsupported_parts(decoder)):
+    shards = world.mesh["dp_shard"].size() if world.mesh is not None else 1
+    problems = [*unsupported_parts(decoder), *nf4_problems(decoder, shards, world.tp_size)]
+    if problems:
         raise ValueError("; ".join(problems))
+    quantize_frozen(decoder, dtype)
     if world.tp_size > 1:
         assert world.mesh is not None
         if problems := list(tensor_parallel_problems(decoder, world.tp_size)):
@@ -354,6 +358,8 @@ def _shard(
     dp_mesh = mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    # A mesh of one gathers nothing, and forgets tensors of several parts (torch 2.13).
+    whole = {p for p in decoder.parameters() if is_nf4(p)} if mesh["dp_shard"].size() == 1 else None
     for layer in decoder.layers:
         fully_shard(
             layer,
@@ -361,6 +367,7 @@ def _shard(
             mp_policy=precision,
             reshard_after_forward=reshard_after_forward,
             offload_policy=offload,
+            ignored_params=whole,
         )
     # The log-prob layer reads the output matrix after the root's forward, so the root stays whole.
     fully_shard(
@@ -369,6 +376,7 @@ def _shard(
         mp_policy=precision,
         reshard_after_forward=False,
         offload_policy=offload,
+        ignored_params=whole,
     )
 
 

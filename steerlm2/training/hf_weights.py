@@ -4,7 +4,8 @@ processes, without the whole model in any of them.
 Reading: every rank maps the files into memory and copies its own part of one tensor after another.
 What it doesn't keep it never touches, and the ranks of a node share the pages that they read: a
 node reads each byte once, from a file system that is cached in memory, and has at most one tensor's
-part in another row order or data type above what the ranks keep.
+part in another row order or data type above what the ranks keep. To quantize a part, a rank looks
+at the whole tensor once.
 
 Writing: the tensors of one file after another are gathered, one at a time, and kept by the rank
 that writes this file, another one for the next file.
@@ -12,6 +13,7 @@ that writes this file, another one for the next file.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -30,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from steerlm2.models.folders import INDEX_FILE, missing_weights, weight_files
 from steerlm2.models.hf_names import decoder_name, row_order, to_hf
+from steerlm2.models.nf4 import fill_nf4, is_nf4, mean_scale
 from steerlm2.models.reward_head import HF_HEAD
 from steerlm2.training.distributed import World
 
@@ -121,14 +124,17 @@ def copy_part(parameter: Tensor, whole: Any, order: Tensor | None = None) -> Non
         local, offsets = parameter.to_local(), chunk.offsets
     if local.numel() == 0:
         return
+    fill = local.copy_
+    if is_nf4(local):
+        fill = functools.partial(fill_nf4, local, mean=mean_scale(whole))
     place = [slice(start, start + n) for start, n in zip(offsets, local.shape, strict=True)]
     if order is None:
-        local.copy_(whole[tuple(place)])
+        fill(whole[tuple(place)])
         return
     rows = order[place[0]]
     first = int(rows.min())
     around = whole[(slice(first, int(rows.max()) + 1), *place[1:])]
-    local.copy_(around[rows - first])
+    fill(around[rows - first])
 
 
 def write_weights(

@@ -38,6 +38,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from steerlm2.training.distributed import TIMEOUT, World
+from steerlm2.training.quantized_state import (
+    plain_state,
+    quantizes,
+    read_converted,
+    split_by_form,
+)
 
 STATE_FILE = "state.json"
 BEST = "best"
@@ -89,6 +95,8 @@ class StateWriter:
         def tensors() -> dict[str, Any]:
             options = StateDictOptions(ignore_frozen_params=True)
             model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
+            if quantizes(optimizer):
+                optimizer_state["state"] = plain_state(optimizer_state["state"])
             return {"model": model_state, "optimizer": optimizer_state}
 
         self._begin(self.folder / f"step_{step:06d}", tensors, {"step": step, **state})
@@ -274,10 +282,18 @@ def load_training_state(
     """
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
-    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    present, converted = split_by_form(
+        optimizer_state["state"], keys, quantized=quantizes(optimizer)
+    )
+    to_read: dict[str, Any] = {
+        "model": model_state,
+        "optimizer": {**optimizer_state, "state": present},
+    }
     try:
         with _plain_messages():
-            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=world.mesh is None)
+            dcp.load(to_read, checkpoint_id=checkpoint, no_dist=world.mesh is None)
+            world.on_all(lambda: read_converted(converted, checkpoint))
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"{checkpoint} can't be resumed with this config's `model` ({error}): use the model it "
@@ -286,8 +302,8 @@ def load_training_state(
     set_state_dict(
         decoder,
         optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizer"],
+        model_state_dict=model_state,
+        optim_state_dict=optimizer_state,
         options=options,
     )
     random_file = checkpoint / f"random_{world.rank}.pt"

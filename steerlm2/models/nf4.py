@@ -1,0 +1,135 @@
+"""QLoRA's frozen weights: torchao's NF4 tensors, quantized part by part.
+
+Dimension letters: O outputs, I inputs of a matrix; B its blocks of 64 numbers that share a scale.
+
+The scales are quantized themselves, as differences from their mean over the whole matrix. All else
+of a block follows from its own numbers. So a rank needs that mean, and its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.low_precision import FrozenNF4Linear
+from torchtune.modules.peft import LoRALinear
+
+BLOCK = 64
+SCALE_BLOCK = 256
+"""Scales that share a second scale."""
+UNIT = BLOCK * SCALE_BLOCK
+"""A rank's part of a matrix must hold whole ones."""
+
+CHUNK = 1 << 24
+"""Numbers that are looked at together."""
+
+
+def quantize_frozen(decoder: TransformerDecoder, dtype: torch.dtype) -> None:
+    """Make the matrices NF4 that a decoder was built with as NF4; on the meta device.
+
+    A cast of the decoder has made them ordinary, and left no sign of it in the state_dict.
+
+    Args:
+        dtype: of what they are turned back into, to compute with.
+    """
+    for _, module in _quantized(decoder):
+        weight_OI = torch.empty(module.weight.shape, dtype=dtype, device="meta")
+        module.weight = nn.Parameter(to_nf4(weight_OI, BLOCK, SCALE_BLOCK), requires_grad=False)
+    if has_quantized(decoder):
+        # torchtune's hook would turn every state_dict into whole tensors on the host.
+        decoder._state_dict_hooks.clear()
+
+
+def has_quantized(decoder: TransformerDecoder) -> bool:
+    return next(_quantized(decoder), None) is not None
+
+
+def nf4_problems(decoder: TransformerDecoder, num_shards: int, tp_size: int) -> Iterator[str]:
+    """Why NF4 matrices can't be laid out over so many ranks; nothing where they can."""
+    if has_quantized(decoder) and tp_size > 1:
+        yield (
+            "a model with quantize_base can't be split by tensor parallel: set "
+            "tensor_parallel_dim=1 (FSDP2 shards it)"
+        )
+    for name, module in _quantized(decoder):
+        rows, columns = module.weight.shape
+        if columns % BLOCK or rows % num_shards or rows * columns // num_shards % UNIT:
+            yield (
+                f"{name} [{rows}, {columns}] can't be quantized in {num_shards} part(s): each must "
+                f"hold whole rows and a multiple of {UNIT} numbers, and a row a multiple of "
+                f"{BLOCK}; choose a smaller data_parallel_shard_dim, or quantize_base=false"
+            )
+            return
+
+
+def finish_empty(decoder: TransformerDecoder, device: torch.device) -> None:
+    """Storage for the parts of NF4 matrices that `to_empty` leaves on the meta device."""
+    for _, module in _quantized(decoder):
+        weight = module.weight
+        # to_local() would be another object, whose attributes are its own
+        local = weight._local_tensor if isinstance(weight, DTensor) else weight
+        local.nf4 = torch.empty_like(local.nf4, device=device)
+        local.scaler_mean = torch.empty_like(local.scaler_mean, device=device)
+
+
+def is_nf4(tensor: Tensor) -> bool:
+    return isinstance(tensor, NF4Tensor)
+
+
+def mean_scale(whole_OI: Any) -> Tensor:
+    """The mean of the largest magnitudes of all blocks, a few rows at a time.
+
+    Args:
+        whole_OI: a matrix, or what can be indexed by slices as one; in any order of its rows.
+    """
+    rows, columns = whole_OI.shape if isinstance(whole_OI, Tensor) else whole_OI.get_shape()
+    total = torch.zeros((), dtype=torch.float64)
+    step = max(CHUNK // columns, 1)
+    for first in range(0, rows, step):
+        some_BN = whole_OI[first : first + step].reshape(-1, BLOCK)
+        total += some_BN.abs().amax(dim=1).double().sum().cpu()
+    return total / (rows * columns // BLOCK)
+
+
+@torch.no_grad()
+def fill_nf4(target: Tensor, part_OI: Tensor, mean: Tensor) -> None:
+    """Quantize a rank's rows into its NF4 tensor, as `NF4Tensor.from_tensor` does a whole matrix.
+
+    Args:
+        target: of any content, after `finish_empty`.
+        mean: of the whole matrix, from `mean_scale`.
+    """
+    assert isinstance(target, NF4Tensor)
+    device, dtype = target.quantized_data.device, target.dtype
+    part_OI = part_OI.to(device, dtype)
+    target.nf4.copy_(to_nf4(torch.zeros(1, UNIT, dtype=dtype, device=device)).nf4)
+    target.scaler_mean.copy_(mean)
+    scales_B = part_OI.reshape(-1, BLOCK).abs().amax(dim=1) - target.scaler_mean
+    groups = scales_B.view(-1, SCALE_BLOCK)
+    factors = 128 / groups.abs().amax(dim=1).clamp(min=torch.finfo(dtype).tiny)
+    codes_B = (groups * factors[:, None]).round().clamp(-128, 127)
+    target.quantization_factor.copy_(factors)
+    target.quantized_scalers.copy_(codes_B.flatten())
+    target.quantized_data.copy_(
+        NF4Tensor.convert_to_norm_float_weight(
+            part_OI, part_OI.numel() // BLOCK, BLOCK, target.nf4
+        )
+    )
+
+
+def dequantized(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, NF4Tensor)
+    return tensor.get_original_weight()
+
+
+def _quantized(decoder: TransformerDecoder) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in decoder.named_modules():
+        if isinstance(module, FrozenNF4Linear) or (
+            isinstance(module, LoRALinear) and module._quantize_base
+        ):
+            yield f"{name}.weight", module
