@@ -73,6 +73,7 @@ RECIPES: dict[str, list[str]] = {
         "tiny/steerlm2",
         "llama3_1/8B_steerlm2",
         "llama3_1/8B_steerlm2_lora",
+        "llama3_1/70B_steerlm2_qlora",
         "llama3_1/70B_steerlm2_multinode",
         "llama3_3/70B_steerlm2_multinode",
         "llama2/70B_steerlm2_multinode",

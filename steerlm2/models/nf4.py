@@ -25,6 +25,9 @@ SCALE_BLOCK = 256
 UNIT = BLOCK * SCALE_BLOCK
 """A rank's part of a matrix must hold whole ones."""
 
+SMALLEST = 1e-12
+"""Below it the scales of a group count as equal."""
+
 CHUNK = 1 << 24
 """Numbers that are looked at together."""
 
@@ -111,14 +114,12 @@ def fill_nf4(target: Tensor, part_OI: Tensor, mean: Tensor) -> None:
     target.scaler_mean.copy_(mean)
     scales_B = part_OI.reshape(-1, BLOCK).abs().amax(dim=1) - target.scaler_mean
     groups = scales_B.view(-1, SCALE_BLOCK)
-    factors = 128 / groups.abs().amax(dim=1).clamp(min=torch.finfo(dtype).tiny)
+    factors = 128 / groups.abs().amax(dim=1).clamp(min=SMALLEST)
     codes_B = (groups * factors[:, None]).round().clamp(-128, 127)
     target.quantization_factor.copy_(factors)
     target.quantized_scalers.copy_(codes_B.flatten())
     target.quantized_data.copy_(
-        NF4Tensor.convert_to_norm_float_weight(
-            part_OI, part_OI.numel() // BLOCK, BLOCK, target.nf4
-        )
+        NF4Tensor.convert_to_norm_float_weight(part_OI, part_OI.numel() // BLOCK, BLOCK, target.nf4)
     )
 
 
@@ -127,7 +128,7 @@ def dequantized(tensor: Tensor) -> Tensor:
     return tensor.get_original_weight()
 
 
-def _quantized(decoder: TransformerDecoder) -> Iterator[tuple[str, nn.Module]]:
+def _quantized(decoder: TransformerDecoder) -> Iterator[tuple[str, Any]]:
     for name, module in decoder.named_modules():
         if isinstance(module, FrozenNF4Linear) or (
             isinstance(module, LoRALinear) and module._quantize_base

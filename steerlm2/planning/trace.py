@@ -30,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.modules import TransformerDecoder
 
 from steerlm2 import logprobs
+from steerlm2.models.nf4 import finish_empty
 from steerlm2.planning.jobs import Job, TrainingConfig
 from steerlm2.planning.tracker import Collective, Kind, StepTracker, Traffic
 from steerlm2.training.distributed import (
@@ -203,6 +204,7 @@ def _materialize(decoder: TransformerDecoder) -> None:
         if not hasattr(module, "rope_init"):
             # not the module's own method: LoRALinear's leaves its weight out
             nn.Module.to_empty(module, device="cpu", recurse=False)
+    finish_empty(decoder, torch.device("cpu"))
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -219,7 +219,9 @@ def load_weights(
             plain_name(name): p for name, p in decoder.named_parameters() if is_nf4(_local(p))
         }
         for name, parameter in quantized.items():
-            copy_part(parameter, _of_main(whole and whole.pop(name), parameter.shape, world))
+            copy_part(
+                parameter, _of_main(whole.pop(name) if whole else None, parameter.shape, world)
+            )
         options = StateDictOptions(
             full_state_dict=True,
             broadcast_from_rank0=world.mesh is not None,

@@ -238,8 +238,8 @@ def parallelize(
 ) -> None:
     """Lay a decoder on the meta device out over the processes, in place.
 
-    NF4 -> tensor parallel -> activation checkpointing -> compile -> FSDP2. Its forward then ends at the
-    final norm. Under FSDP2 the parameters keep their own dtype (the optimizer's master weights)
+    NF4 -> tensor parallel -> activation checkpointing -> compile -> FSDP2. Its forward then ends at
+    the final norm. Under FSDP2 the parameters keep their own dtype (the optimizer's master weights)
     and compute in `dtype`; gradients are reduced in float32.
 
     Args:

@@ -124,7 +124,7 @@ def copy_part(parameter: Tensor, whole: Any, order: Tensor | None = None) -> Non
         local, offsets = parameter.to_local(), chunk.offsets
     if local.numel() == 0:
         return
-    fill = local.copy_
+    fill: Callable[[Tensor], Any] = local.copy_
     if is_nf4(local):
         fill = functools.partial(fill_nf4, local, mean=mean_scale(whole))
     place = [slice(start, start + n) for start, n in zip(offsets, local.shape, strict=True)]

@@ -64,9 +64,7 @@ def plain_state(state: State) -> State:
     }
 
 
-def split_by_form(
-    state: State, stored: Iterable[str], *, quantized: bool
-) -> tuple[State, State]:
+def split_by_form(state: State, stored: Iterable[str], *, quantized: bool) -> tuple[State, State]:
     """What to read of a checkpoint as it is; and the moments that it holds in another form only.
 
     Args:
@@ -183,9 +181,7 @@ def _copy_overlap(
     starts = [max(ours, theirs) for ours, theirs in zip(offsets, part.offsets, strict=True)]
     ends = [
         min(ours + n, theirs + m)
-        for ours, n, theirs, m in zip(
-            offsets, target.shape, part.offsets, part.shape, strict=True
-        )
+        for ours, n, theirs, m in zip(offsets, target.shape, part.offsets, part.shape, strict=True)
     ]
     if any(start >= end for start, end in zip(starts, ends, strict=True)):
         return

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from steerlm2.training.distributed import TIMEOUT, World
 from steerlm2.training.quantized_state import (
+    State,
     plain_state,
     quantizes,
     read_converted,
@@ -96,7 +97,7 @@ class StateWriter:
             options = StateDictOptions(ignore_frozen_params=True)
             model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
             if quantizes(optimizer):
-                optimizer_state["state"] = plain_state(optimizer_state["state"])
+                optimizer_state["state"] = plain_state(cast(State, optimizer_state["state"]))
             return {"model": model_state, "optimizer": optimizer_state}
 
         self._begin(self.folder / f"step_{step:06d}", tensors, {"step": step, **state})
@@ -284,7 +285,7 @@ def load_training_state(
     model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
     keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     present, converted = split_by_form(
-        optimizer_state["state"], keys, quantized=quantizes(optimizer)
+        cast(State, optimizer_state["state"]), keys, quantized=quantizes(optimizer)
     )
     to_read: dict[str, Any] = {
         "model": model_state,

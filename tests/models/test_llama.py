@@ -336,13 +336,11 @@ def test_adapted_layers_are_supported() -> None:
     [
         ("apply_lora_to_output", "output layer"),
         ("use_dora", "DoRA"),
-        ("quantize_base", "quantized base"),
     ],
 )
 def test_what_would_be_left_out_is_refused(key: str, part: str) -> None:
     """The message names the key that turns it off."""
-    large_enough_for_nf4 = {"embed_dim": 256, "intermediate_dim": 512, "num_kv_heads": 4}
-    decoder = meta(lora_llama3, **LORA, **large_enough_for_nf4, **{key: True})
+    decoder = meta(lora_llama3, **LORA, **{key: True})
     (problem,) = unsupported_parts(decoder)
     assert part in problem
     assert f"set model.{key}=false" in problem

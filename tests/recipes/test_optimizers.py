@@ -1,0 +1,99 @@
+"""torchao's optimizers through `tune run`: trained, saved, and resumed on the same and other ranks.
+
+They compile their update, so a run has a minute of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.recipes.conftest import RunFolder, TuneProcess
+
+STEERLM2 = (
+    *("steerlm2_distributed", "--config", "tiny/steerlm2", "generation=null", "dataset_val=null"),
+    *("val_every_n_steps=null", "dataset.num_records=64", "max_steps=4", "save_every_n_steps=2"),
+    *("keep_last_n_checkpoints=2", "optimizer._component_=torchao.optim.AdamW8bit"),
+)
+OTHERS = {
+    "sft_distributed": ("--config", "tiny/acsft", "generation=null"),
+    "reward_distributed": ("--config", "tiny/reward"),
+}
+
+
+@pytest.fixture(scope="module")
+def run_on_two(
+    tune: TuneProcess, run_folder: type[RunFolder], tmp_path_factory: pytest.TempPathFactory
+) -> RunFolder:
+    """Tensor parallel over two ranks; saved after steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    tune(*STEERLM2, "tensor_parallel_dim=2", f"output_dir={folder}", nproc=2)
+    return run_folder(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "nproc", "tolerance"),
+    [("tensor_parallel_dim=2", 2, 0.0), ("tensor_parallel_dim=1", 2, 1e-3)],
+    ids=["same", "fsdp2"],
+)
+def test_a_resumed_run_goes_on(
+    run_on_two: RunFolder,
+    tune: TuneProcess,
+    run_folder: type[RunFolder],
+    tmp_path: Path,
+    layout: str,
+    nproc: int,
+    tolerance: float,
+) -> None:
+    """Bit for bit on the same layout; on FSDP2 the moments' blocks are others."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_on_two.path, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000004")
+    arguments = (layout, f"output_dir={folder}", "resume_from_checkpoint=true")
+    result = tune(*STEERLM2, *arguments, nproc=nproc)
+    assert "resumed from" in result.stdout
+    got, expected = run_folder(folder).rows(), run_on_two.rows()
+    assert [row["lr"] for row in got] == [row["lr"] for row in expected]
+    assert [row["loss"] for row in got] == pytest.approx(
+        [row["loss"] for row in expected], rel=tolerance, abs=0
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_the_other_recipes_train_and_resume(
+    recipe: str, tune: TuneProcess, run_folder: type[RunFolder], tmp_path: Path
+) -> None:
+    """One process; bit for bit."""
+    arguments = (
+        *(recipe, *OTHERS[recipe], "val_every_n_steps=null", "dataset_val=null", "export=last"),
+        *("dataset.num_records=48", "max_steps=4", "save_every_n_steps=2"),
+        *("keep_last_n_checkpoints=2", "lr_scheduler.warmup_steps=1"),
+        *("optimizer._component_=torchao.optim.AdamW8bit", f"output_dir={tmp_path}/run"),
+    )
+    tune(*arguments)
+    run = run_folder(tmp_path / "run")
+    expected = run.rows()
+    shutil.rmtree(run.path / "checkpoints" / "step_000004")
+    tune(*arguments, "resume_from_checkpoint=true")
+    assert run.rows() == expected
+
+
+def test_bf16_weights_with_stochastic_rounding_train(
+    tune: TuneProcess, run_folder: type[RunFolder], tmp_path: Path
+) -> None:
+    """torchao's AdamW without quantization; half of the time bf16 would not move at all."""
+    tune(
+        *STEERLM2,
+        "optimizer._component_=torchao.optim._AdamW",
+        "optimizer.bf16_stochastic_round=true",
+        *("dtype=bf16", "dataset.num_records=16", "max_steps=8", "save_every_n_steps=null"),
+        *("lr=1e-3", "lr_scheduler.warmup_steps=0", f"output_dir={tmp_path}/run"),
+    )
+    loss = [row["loss"] for row in run_folder(tmp_path / "run").rows()]
+    assert loss[-1] < 0.8 * loss[0]
