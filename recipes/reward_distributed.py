@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
@@ -57,7 +56,6 @@ from steerlm2.training.config import (
     as_yaml,
     instantiate,
     recipe_main,
-    to_plain,
 )
 from steerlm2.training.distributed import (
     DTYPES,
@@ -70,6 +68,7 @@ from steerlm2.training.distributed import (
     reduce_gradients,
 )
 from steerlm2.training.forward import attribute_scores, score_attributes
+from steerlm2.training.hang_watch import LONG, HangWatch
 from steerlm2.training.metrics import (
     JsonLines,
     peak_memory_gib,
@@ -82,9 +81,12 @@ from steerlm2.training.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
+from steerlm2.training.rank_log import LOG_FOLDER, Progress, open_rank_log
 from steerlm2.training.run_lock import RunLock
+from steerlm2.training.run_record import describe_run, log_path, open_metric_logger, write_run
 from steerlm2.training.schedules import is_due
 from steerlm2.training.stopping import StopRequest
+from steerlm2.training.stragglers import Stragglers
 from steerlm2.training.training_state import (
     StateWriter,
     best_state,
@@ -159,6 +161,8 @@ class RewardConfig:
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = True
     profiler: Component | None = None
+    hang_timeout_seconds: float | None = 45.0  # without progress; then the missing ranks are named
+    collective_timeout_seconds: float = 3600.0  # after which a collective that hangs ends the run
 
     def problems(self) -> list[str]:
         """What is wrong between keys that are right by themselves."""
@@ -203,6 +207,8 @@ class RewardConfig:
             "epochs": self.epochs,
             "max_steps": self.max_steps,
             "log_every_n_steps": self.log_every_n_steps,
+            "hang_timeout_seconds": self.hang_timeout_seconds,
+            "collective_timeout_seconds": self.collective_timeout_seconds,
             "val_every_n_steps": self.val_every_n_steps,
             "limit_val_batches": self.limit_val_batches,
             "save_every_n_steps": self.save_every_n_steps,
@@ -235,7 +241,10 @@ class RewardRecipe:
             data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
             data_parallel_shard_dim=cfg.data_parallel_shard_dim,
             needs_mesh=self.param_dtype != self.dtype or cfg.fsdp_cpu_offload,
+            timeout_seconds=cfg.collective_timeout_seconds,
+            flight_records=self.output_dir / LOG_FOLDER,
         )
+        self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
         torch.manual_seed(cfg.seed)
 
     def setup(self) -> None:
@@ -244,6 +253,7 @@ class RewardRecipe:
         world.on_main(lambda: make_output_dir(self.output_dir))
         self.lock = world.on_main(lambda: RunLock(self.output_dir))
         check_shared(self.output_dir, world)
+        open_rank_log(self.output_dir, world)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
         self.train_set = self._dataset(cfg.dataset)
@@ -306,19 +316,26 @@ class RewardRecipe:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = instantiate(cfg.optimizer, self.parameters, lr=lr)
         self.lr_scheduler = self._schedule(self.optimizer)
+        self.stragglers = Stragglers(self.model, world)
 
         self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
         self.calibration_file = JsonLines(self.output_dir / "calibration.jsonl")
-        self.states = StateWriter(self.checkpoints, world, keep_last_n=cfg.keep_last_n_checkpoints)
+        self.states = StateWriter(
+            self.checkpoints,
+            world,
+            keep_last_n=cfg.keep_last_n_checkpoints,
+            on_complete=lambda path: log_path(self.metric_logger, "newest_checkpoint", path),
+        )
+        self.watch.at("start", patience=LONG)
         resume = cfg.resume_from_checkpoint or world.restarted
         self.first_step = self._resume() if resume else 0
+        run = describe_run(cfg, world)
         if world.is_main:
             if self.first_step == 0:
                 set_aside_earlier_run(self.output_dir)
             (self.output_dir / "config.yaml").write_text(as_yaml(cfg))
-            if cfg.metric_logger:
-                self.metric_logger = instantiate(cfg.metric_logger)
-                self.metric_logger.log_config(OmegaConf.create(to_plain(cfg)))
+            write_run(self.output_dir, run)
+            self.metric_logger = open_metric_logger(cfg.metric_logger, run)
         world.barrier()
         # Also one of a step that a killed run reached and this one hasn't yet.
         self.last: dict[str, Any] | None = None
@@ -340,12 +357,7 @@ class RewardRecipe:
         """Every optimizer step, from the groups to the log line."""
         cfg, world = self.cfg, self.world
         profiler = instantiate(cfg.profiler)[0] if cfg.profiler else DummyProfiler()
-        bar = tqdm(
-            total=self.total_steps,
-            initial=self.first_step,
-            disable=not world.is_main,
-            dynamic_ncols=True,
-        )
+        bar = Progress(self.total_steps, self.first_step, world)
         self.model.train()
         tokens, seconds = 0, 0.0
         looked_at = self.first_step
@@ -355,12 +367,14 @@ class RewardRecipe:
         with profiler, bar, StopRequest(world) as stop:
             for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
+                patience = LONG if step == self.first_step else 1.0  # it may compile
                 groups, rows = work
                 # Every rank knows the whole step's number of labels (or pairs): a micro-batch's
                 # sum divided by it is that micro-batch's part of the step's mean.
                 count = self._loss_count(groups)
                 loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
                 for i, row in enumerate(rows):
+                    self.watch.at(f"step {step + 1}, micro-batch {i + 1}", patience=patience)
                     row = row.to(world.device)
                     reduce_gradients(
                         self.model,
@@ -374,8 +388,9 @@ class RewardRecipe:
                     (loss * world.dp_size).backward()
                     loss_sum += loss.detach()
 
-                grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
                 done = step + 1
+                self.watch.at(f"step {done}, update", patience=patience)
+                grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
                 logged = done % cfg.log_every_n_steps == 0
                 validated = is_due(done, cfg.val_every_n_steps, self.total_steps)
                 self.stopped = stop.asked()
@@ -396,14 +411,15 @@ class RewardRecipe:
                     seconds += time.perf_counter() - started
                     metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
                     metrics["tokens_per_second"] = tokens / seconds
+                    metrics |= self.stragglers.look(done)
                     if pause := self.states.take_pause():
                         metrics["checkpoint_pause_seconds"] = pause
                     if cfg.log_peak_memory_stats:
                         metrics["peak_memory_gib"] = peak_memory_gib(world.device)
                     self._log({"step": done, "epoch": done / self.steps_per_epoch} | metrics)
-                    bar.set_postfix_str(
+                    bar.logged(
+                        done,
                         f"loss {metrics['loss']:.3g}, {metrics['tokens_per_second']:.0f} tokens/s",
-                        refresh=False,
                     )
                     tokens, seconds = 0, 0.0
                 else:
@@ -415,6 +431,7 @@ class RewardRecipe:
                     self.save(done)
                 if self.stopped:
                     break
+            self.watch.at("the last checkpoint", patience=LONG)
             self.states.wait()
         if self.stopped:
             self._say(
@@ -427,6 +444,7 @@ class RewardRecipe:
         """Loss, agreement with the labels and calibration; the best weights so far are kept."""
         cfg = self.cfg
         assert self.val_set is not None
+        self.watch.at(f"validation after step {step}", patience=LONG)
         self.model.eval()
         limit = (cfg.limit_val_batches or len(self.val_set)) * cfg.global_batch_size
         groups = self.val_set.groups[:limit]
@@ -467,6 +485,7 @@ class RewardRecipe:
 
     def save(self, step: int) -> None:
         """The state to continue from, `output_dir/checkpoints/step_...`."""
+        self.watch.at(f"saving step {step}", patience=LONG)
         self.states.save(step, self.model, self.optimizer, {"data": self._data_state()})
 
     def export(self) -> None:
@@ -476,7 +495,8 @@ class RewardRecipe:
         if cfg.export == "best" and self.best:
             step, validation = self.best["step"], self.best
             load_best_weights(self.checkpoints, self.model, self.world)
-        save_weights(
+        self.watch.at("export", patience=LONG)
+        folder = save_weights(
             self.model,
             self.checkpointer,
             self.world,
@@ -485,6 +505,7 @@ class RewardRecipe:
             output_dir=self.output_dir,
             adapter_only=cfg.save_adapter_weights_only,
         )
+        log_path(self.metric_logger, "exported_weights", folder)
         if self.world.is_main:
             rows = self.metrics_file.read()
             plot = self.output_dir / "training_curves.png"
@@ -498,6 +519,7 @@ class RewardRecipe:
             )
 
     def cleanup(self) -> None:
+        self.watch.close()
         if self.metric_logger is not None:
             self.metric_logger.close()
         if self.lock is not None:

@@ -17,13 +17,13 @@ FSDP2 x tensor parallel with replicas.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
@@ -62,7 +62,6 @@ from steerlm2.training.config import (
     instantiate,
     recipe_main,
     takes,
-    to_plain,
 )
 from steerlm2.training.distributed import (
     DTYPES,
@@ -75,6 +74,7 @@ from steerlm2.training.distributed import (
     reduce_gradients,
 )
 from steerlm2.training.forward import response_logps, score_groups
+from steerlm2.training.hang_watch import LONG, HangWatch
 from steerlm2.training.metrics import (
     JsonLines,
     peak_memory_gib,
@@ -87,9 +87,12 @@ from steerlm2.training.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
+from steerlm2.training.rank_log import LOG_FOLDER, Progress, open_rank_log
 from steerlm2.training.run_lock import RunLock
+from steerlm2.training.run_record import describe_run, log_path, open_metric_logger, write_run
 from steerlm2.training.schedules import is_due
 from steerlm2.training.stopping import StopRequest
+from steerlm2.training.stragglers import Stragglers
 from steerlm2.training.training_state import StateWriter, resume_training
 
 LOGGED = ("loss", *METRIC_NAMES)
@@ -199,6 +202,8 @@ class SteerLM2Config:
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = True
     profiler: Component | None = None
+    hang_timeout_seconds: float | None = 45.0  # without progress; then the missing ranks are named
+    collective_timeout_seconds: float = 3600.0  # after which a collective that hangs ends the run
 
     def problems(self) -> list[str]:
         """What is wrong between keys that are right by themselves."""
@@ -235,6 +240,8 @@ class SteerLM2Config:
             "epochs": self.epochs,
             "max_steps": self.max_steps,
             "log_every_n_steps": self.log_every_n_steps,
+            "hang_timeout_seconds": self.hang_timeout_seconds,
+            "collective_timeout_seconds": self.collective_timeout_seconds,
             "val_every_n_steps": self.val_every_n_steps,
             "limit_val_batches": self.limit_val_batches,
             "save_every_n_steps": self.save_every_n_steps,
@@ -286,7 +293,10 @@ class SteerLM2Recipe:
             data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
             data_parallel_shard_dim=cfg.data_parallel_shard_dim,
             needs_mesh=self.param_dtype != self.dtype or cfg.fsdp_cpu_offload,
+            timeout_seconds=cfg.collective_timeout_seconds,
+            flight_records=self.output_dir / LOG_FOLDER,
         )
+        self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
         torch.manual_seed(cfg.seed)
 
     def setup(self) -> None:
@@ -295,6 +305,7 @@ class SteerLM2Recipe:
         world.on_main(lambda: make_output_dir(self.output_dir))
         self.lock = world.on_main(lambda: RunLock(self.output_dir))
         check_shared(self.output_dir, world)
+        open_rank_log(self.output_dir, world)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
         train_set = self._dataset(cfg.dataset)
@@ -348,6 +359,7 @@ class SteerLM2Recipe:
         self.loss_fn = instantiate(cfg.loss, normalize=cfg.steerlm2.normalize)
         self.optimizer = instantiate(cfg.optimizer, self.parameters, lr=lr)
         self.lr_scheduler = self._schedule(self.optimizer)
+        self.stragglers = Stragglers(self.model, world)
 
         # Q_theta is Q' only now: after a checkpoint is loaded it has moved on.
         self.train_groups = self._scored(train_set, "dataset")
@@ -356,17 +368,21 @@ class SteerLM2Recipe:
         self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
         self.samples_file = JsonLines(self.output_dir / "samples.jsonl")
         self.states = StateWriter(
-            self.output_dir / "checkpoints", world, keep_last_n=cfg.keep_last_n_checkpoints
+            self.output_dir / "checkpoints",
+            world,
+            keep_last_n=cfg.keep_last_n_checkpoints,
+            on_complete=lambda path: log_path(self.metric_logger, "newest_checkpoint", path),
         )
+        self.watch.at("start", patience=LONG)
         resume = cfg.resume_from_checkpoint or world.restarted
         self.first_step = self._resume() if resume else 0
+        run = describe_run(cfg, world)
         if world.is_main:
             if self.first_step == 0:
                 set_aside_earlier_run(self.output_dir)
             (self.output_dir / "config.yaml").write_text(as_yaml(cfg))
-            if cfg.metric_logger:
-                self.metric_logger = instantiate(cfg.metric_logger)
-                self.metric_logger.log_config(OmegaConf.create(to_plain(cfg)))
+            write_run(self.output_dir, run)
+            self.metric_logger = open_metric_logger(cfg.metric_logger, run)
         self._say(
             f"training set: {train_set.summary()}\n"
             + (f"validation set: {val_set.summary()}\n" if val_set else "")
@@ -381,12 +397,7 @@ class SteerLM2Recipe:
         """Every optimizer step, from the groups to the log line."""
         cfg, world = self.cfg, self.world
         profiler = instantiate(cfg.profiler)[0] if cfg.profiler else DummyProfiler()
-        bar = tqdm(
-            total=self.total_steps,
-            initial=self.first_step,
-            disable=not world.is_main,
-            dynamic_ncols=True,
-        )
+        bar = Progress(self.total_steps, self.first_step, world)
         self.model.train()
         tokens, seconds = 0, 0.0
         looked_at = self.first_step
@@ -396,8 +407,10 @@ class SteerLM2Recipe:
         with profiler, bar, StopRequest(world) as stop:
             for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
+                patience = LONG if step == self.first_step else 1.0  # it may compile
                 # Groups too large for one micro-batch: log Q_theta of all their responses without a
                 # graph, then the gradient of the loss with respect to each.
+                self.watch.at(f"step {step + 1}, pass without a graph", patience=patience)
                 with torch.no_grad():
                     logps = [
                         response_logps(self.model, row.to(world.device), world)
@@ -413,6 +426,7 @@ class SteerLM2Recipe:
                 # All others: forward, gradient of the loss, backward.
                 rows += [(row, None) for row in work.single_pass]
                 for i, (row, known_grad_N) in enumerate(rows):
+                    self.watch.at(f"step {step + 1}, micro-batch {i + 1}", patience=patience)
                     reduce_gradients(
                         self.model,
                         world,
@@ -430,8 +444,9 @@ class SteerLM2Recipe:
                     # step's number of groups in it already.
                     logps_N.backward(grad_N * world.dp_size)
 
-                grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
                 done = step + 1
+                self.watch.at(f"step {done}, update", patience=patience)
+                grad_norm = clip_gradients(self.parameters, cfg.clip_grad_norm)
                 logged = done % cfg.log_every_n_steps == 0
                 validated = is_due(done, cfg.val_every_n_steps, self.total_steps)
                 self.stopped = stop.asked()
@@ -454,15 +469,16 @@ class SteerLM2Recipe:
                     metrics |= {"grad_norm": grad_norm.item(), "lr": lr}
                     metrics["rank_imbalance"] = work.imbalance
                     metrics["tokens_per_second"] = tokens / seconds
+                    metrics |= self.stragglers.look(done)
                     if pause := self.states.take_pause():
                         metrics["checkpoint_pause_seconds"] = pause
                     if cfg.log_peak_memory_stats:
                         metrics["peak_memory_gib"] = peak_memory_gib(world.device)
                     self._log({"step": done, "epoch": done / self.steps_per_epoch} | metrics)
-                    bar.set_postfix_str(
+                    bar.logged(
+                        done,
                         f"loss {metrics['loss']:.3g}, distance {metrics['distance']:.3g}, "
                         f"{metrics['tokens_per_second']:.0f} tokens/s",
-                        refresh=False,
                     )
                     tokens, seconds = 0, 0.0
                 else:
@@ -474,6 +490,7 @@ class SteerLM2Recipe:
                     self.save(done)
                 if self.stopped:
                     break
+            self.watch.at("the last checkpoint", patience=LONG)
             self.states.wait()
         if self.stopped:
             self._say(
@@ -485,6 +502,7 @@ class SteerLM2Recipe:
     def validate(self, step: int) -> None:
         """Loss and distance on validation groups, and answers to a few prompts."""
         cfg, world = self.cfg, self.world
+        self.watch.at(f"validation after step {step}", patience=LONG)
         self.model.eval()
         if self.val_groups:
             limit = (cfg.limit_val_batches or len(self.val_groups)) * cfg.global_batch_size
@@ -513,12 +531,14 @@ class SteerLM2Recipe:
 
     def save(self, step: int) -> None:
         """The state to continue from, `output_dir/checkpoints/step_...`."""
+        self.watch.at(f"saving step {step}", patience=LONG)
         self.states.save(step, self.model, self.optimizer, {"data": self._data_state()})
 
     def export(self) -> None:
         """The trained weights as Hugging Face safetensors, and the run's table and plot."""
         cfg = self.cfg
-        save_weights(
+        self.watch.at("export", patience=LONG)
+        folder = save_weights(
             self.model,
             self.checkpointer,
             self.world,
@@ -528,6 +548,7 @@ class SteerLM2Recipe:
             stop_id=response_end(self.template, self.tokenizer)[1],
             adapter_only=cfg.save_adapter_weights_only,
         )
+        log_path(self.metric_logger, "exported_weights", folder)
         if self.world.is_main:
             rows = self.metrics_file.read()
             plot = self.output_dir / "training_curves.png"
@@ -539,6 +560,7 @@ class SteerLM2Recipe:
             )
 
     def cleanup(self) -> None:
+        self.watch.close()
         if self.metric_logger is not None:
             self.metric_logger.close()
         if self.lock is not None:
@@ -615,6 +637,7 @@ class SteerLM2Recipe:
     def _scored(self, dataset: SteerLM2Dataset, key: str) -> list[Group]:
         """The groups with log-probs and target weights, stored or from the start weights."""
         if self.cfg.steerlm2.score_with_start_model:
+            self.watch.at("scoring with the start weights", patience=math.inf)
             log_p, log_q = self._score(dataset.without_label()), self._score(dataset.groups)
             return [
                 with_log_probs(group, log_p_response=p, log_q=q)

@@ -250,7 +250,7 @@ def save_weights(
     output_dir: Path,
     stop_id: int | None = None,
     adapter_only: bool = False,
-) -> None:
+) -> Path:
     """Write the weights in `dtype` as `epoch_{epoch}`, LoRA adapters merged into them.
 
     The ranks write the files by turns, and no rank ever has the whole model; only to torchtune's
@@ -262,6 +262,9 @@ def save_weights(
         stop_id: of a language model, the token that it was trained to end a response with. Servers
             and transformers stop at it without being told.
         adapter_only: write the adapters alone, not the merged model.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: on every rank, where one of them can't write.
@@ -291,7 +294,7 @@ def save_weights(
             lambda: _save_adapter(folder / "adapter", tensors, lora, head_shape(decoder), head)
         )
         if adapter_only:
-            return
+            return folder
     shapes = {name: p.shape for name, p in parameters.items() if name not in adapters}
     if world.from_main(isinstance(checkpointer, FolderCheckpointer)):
         ours = cast(FolderCheckpointer, checkpointer)
@@ -315,6 +318,7 @@ def save_weights(
         world.on_main(lambda: theirs.save_checkpoint({"model": weights}, epoch=epoch))
     if stop_id is not None:
         world.on_main(lambda: _stop_at(stop_id, folder))
+    return folder
 
 
 def _stop_at(stop_id: int, folder: Path) -> None:

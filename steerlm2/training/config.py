@@ -12,6 +12,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import logging
 import os
 import sys
 import time
@@ -28,6 +29,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 ConfigT = TypeVar("ConfigT")
 
+LOG = logging.getLogger("steerlm2")
+LOG.addHandler(logging.NullHandler())
+"""Goes into each rank's file of a recipe that opens one (rank_log.py), and nowhere else."""
+
+USER_ERRORS = (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException)
 TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
 SECONDS_FOR_RANK_0 = 5.0
 CONFIG_CLASS = "config_class"
@@ -127,8 +133,9 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                 torchtune.config.parse(
                     lambda cfg: main(load_config(config_class, cfg, main.__globals__))
                 )()
-            except (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException) as error:
-                if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            except Exception as error:
+                LOG.error("ended by an error", exc_info=True)
+                if not isinstance(error, USER_ERRORS) or os.environ.get(TRACEBACK_VARIABLE) == "1":
                     raise
                 sys.stdout.flush()
                 if os.environ.get("RANK", "0") != "0":

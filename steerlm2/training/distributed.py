@@ -11,6 +11,7 @@ import datetime
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -70,6 +71,8 @@ class World:
     mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
     """Of all processes, for what is exchanged here; None: the one that training uses."""
+    timeout: datetime.timedelta = TIMEOUT
+    """After which a collective that isn't complete ends the run."""
 
     @property
     def size(self) -> int:
@@ -130,6 +133,14 @@ class World:
         dist.broadcast_object_list(holder, src=0, group=self.group)
         return holder[0]
 
+    def gather(self, value: ObjectT) -> list[ObjectT]:
+        """The picklable values of all ranks, in their order, on every rank."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def on_main(self, action: Callable[[], ObjectT]) -> ObjectT | None:
         """Do something on rank 0 only; None on the others.
 
@@ -163,8 +174,7 @@ class World:
             result = action()
         except (ValueError, OSError) as error:
             problem = str(error)
-        problems: list[str | None] = [None] * self.size
-        dist.all_gather_object(problems, problem, group=self.group)
+        problems = self.gather(problem)
         if any(problems):
             raise ValueError(_by_rank(problems))
         return cast(ObjectT, result)
@@ -181,6 +191,8 @@ def init_world(
     data_parallel_replicate_dim: int = 1,
     data_parallel_shard_dim: int = -1,
     needs_mesh: bool = False,
+    timeout_seconds: float | None = None,
+    flight_records: Path | None = None,
 ) -> World:
     """Join the processes that torchrun started, or be the only one.
 
@@ -191,6 +203,9 @@ def init_world(
         data_parallel_shard_dim: ranks that share one copy's parameters; -1: all that are left.
         needs_mesh: make a mesh of one for a single process too: mixed precision and CPU offload
             come with FSDP2.
+        timeout_seconds: after which a collective that isn't complete ends the run; None: TIMEOUT.
+        flight_records: a folder for what NCCL's flight recorder writes then, if the environment
+            names no other place: `nccl_trace_rank_*`, for torchfrtrace.
 
     Raises:
         ValueError: where the number of processes is not the product of the three dimensions, or
@@ -210,13 +225,19 @@ def init_world(
     if not launched and not needs_mesh:
         return World(place)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    timeout = TIMEOUT if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
+    if flight_records is not None:
+        _record_flights(flight_records)
     if launched:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     names = ("dp_replicate", "dp_shard", "tp")
-    return World(place, init_device_mesh(device, shape, mesh_dim_names=names))
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # torch gives those 10 minutes
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return World(place, mesh, timeout=timeout)
 
 
 def close_world() -> None:
@@ -345,6 +366,20 @@ def _by_rank(problems: Sequence[str | None]) -> str:
         text if len(having) == len(problems) else f"on rank {', '.join(having)}: {text}"
         for text, having in ranks.items()
     )
+
+
+def _record_flights(folder: Path) -> None:
+    """What is in the environment goes first; some names are older ones of the same."""
+    for names, value in (
+        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+        (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+        (
+            ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+            str(folder.absolute() / "nccl_trace_rank_"),
+        ),
+    ):
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
 
 
 def _shard(

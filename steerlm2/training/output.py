@@ -16,6 +16,7 @@ from steerlm2.training.distributed import World
 
 RUN_FILES = (
     "config.yaml",
+    "run.json",
     "torchtune_config.yaml",  # of its metric loggers
     "metrics.jsonl",
     "samples.jsonl",

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from steerlm2.training.distributed import TIMEOUT, World
+from steerlm2.training.distributed import World
 from steerlm2.training.quantized_state import (
     State,
     plain_state,
@@ -62,13 +62,24 @@ class StateWriter:
     Args:
         folder: made when something is saved.
         keep_last_n: older states are removed once a newer one is complete; None keeps all.
+        on_complete: called on rank 0, in the thread, with each directory that is complete.
     """
 
-    def __init__(self, folder: Path, world: World, *, keep_last_n: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep_last_n: int | None = None,
+        on_complete: Callable[[Path], None] | None = None,
+    ) -> None:
         self.folder = folder
         self.keep_last_n = keep_last_n
+        self.on_complete = on_complete
         # The thread's collectives must not meet those of training.
-        group = dist.new_group(timeout=TIMEOUT, backend="gloo") if world.mesh is not None else None
+        group = None
+        if world.mesh is not None:
+            group = dist.new_group(timeout=world.timeout, backend="gloo")
         self.world = dataclasses.replace(world, group=group)
         on_gpu = world.device.type == "cuda"
         self._stager = DefaultStager(
@@ -184,6 +195,8 @@ class StateWriter:
                 f"{final} could not be written ({error}). Earlier checkpoints are as they were; "
                 "make room, and resume with resume_from_checkpoint=true"
             ) from error
+        if world.is_main and self.on_complete is not None:
+            self.on_complete(final)
 
 
 def best_state(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,192 @@
+"""Says within a minute which rank the others wait for in vain, and where each of them is.
+
+The recipe notes where it is (`at`), micro-batch by micro-batch. A thread of every rank puts the
+note into the store in which the ranks have met, again and again: that shows that the process lives.
+When no living rank has come further for `seconds`, the lowest of them names those that stayed
+behind. It is no more than a message: what takes long may go on, and what doesn't is ended by the
+timeout of the collectives. Where a GPU hangs, its host may already have noted a later micro-batch;
+the flight recorder's files say which collective it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from steerlm2.training.config import LOG
+from steerlm2.training.distributed import World
+from steerlm2.training.rank_log import warn
+
+MAX_SECONDS_PER_BEAT = 5.0
+BEATS_OF_SILENCE = 3.5
+"""A process without a beat for so long is stopped, or its node is lost."""
+LONG = 20.0
+"""Patience with loading, compiling, validating and writing weights."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Where a rank is."""
+
+    host: str
+    beat: int
+    """Counts on while the process lives."""
+    count: int
+    """Of the places so far; the same on ranks that are at the same."""
+    place: str
+    doing: str
+    """The Python function that the main thread is in."""
+    overdue: bool
+
+
+class HangWatch:
+    """Watches the progress of all ranks until `close`.
+
+    Args:
+        seconds: without progress before it is said; None: never. A single process isn't watched.
+    """
+
+    def __init__(self, world: World, seconds: float | None) -> None:
+        self.world = world
+        self.seconds = seconds
+        self._main = threading.get_ident()
+        self._closed = threading.Event()
+        self._beats = 0
+        self._count = 0
+        self.at("setup", patience=LONG)
+        if world.size == 1 or seconds is None:
+            return
+        self._pause = min(MAX_SECONDS_PER_BEAT, seconds / 8)
+        self._silence = BEATS_OF_SILENCE * self._pause
+        # A connection of its own: the main thread may be waiting on the other one.
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._store = store.clone()
+        self._put()
+        self._notes = world.gather(self._note())  # and so all have put theirs
+        self._heard = [0.0] * world.size  # when a new beat of each rank was read
+        self._read_at = 0.0
+        self._worried_since: float | None = None
+        for loop in (self._exchange, self._judge):
+            threading.Thread(target=loop, daemon=True).start()
+
+    def at(self, place: str, *, patience: float = 1.0) -> None:
+        """Note that this rank is at a place; all ranks come to the same ones in the same order.
+
+        Args:
+            patience: how many times longer than usual it may stay there.
+        """
+        self._count += 1
+        self._place = (self._count, place, time.monotonic(), patience)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _waited(self) -> float:
+        """At the place where this rank is, as a share of what it may."""
+        _, _, since, patience = self._place
+        return (time.monotonic() - since) / ((self.seconds or 1) * patience)
+
+    def _note(self) -> Note:
+        count, place, _, _ = self._place
+        frame = sys._current_frames()[self._main]
+        file = os.path.basename(frame.f_code.co_filename)
+        doing = f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
+        return Note(
+            socket.gethostname(), self._beats, count, place, doing, overdue=self._waited() >= 1
+        )
+
+    def _put(self) -> None:
+        self._store.set(f"hang_watch/{self.world.rank}", json.dumps(asdict(self._note())))
+
+    def _exchange(self) -> None:
+        """Put the own note, and read those of all while there may be a reason to."""
+        keys = [f"hang_watch/{rank}" for rank in range(self.world.size)]
+        while not self._closed.wait(self._pause):
+            self._beats += 1
+            try:
+                self._put()
+                if self._waited() < 0.5:
+                    self._worried_since = None
+                    continue
+                if self._worried_since is None:
+                    now = time.monotonic()
+                    self._heard, self._read_at = [now] * self.world.size, now
+                    self._worried_since = now
+                notes = [Note(**json.loads(text)) for text in self._store.multi_get(keys)]
+            except RuntimeError:  # the store is gone, and the run with it
+                return
+            self._read_at = time.monotonic()
+            for rank, (note, before) in enumerate(zip(notes, self._notes, strict=True)):
+                if note.beat != before.beat:
+                    self._heard[rank] = self._read_at
+            self._notes = notes
+
+    def _judge(self) -> None:
+        looked_at = time.monotonic()
+        while not self._closed.wait(self._pause):
+            before, looked_at = looked_at, time.monotonic()
+            if looked_at - before > self._silence:
+                self._worried_since = None  # it is this rank that was stopped
+            since, count = self._worried_since, self._count
+            if since is None or looked_at - since < self._silence or self._waited() < 1:
+                continue
+            notes, ranks = self._notes, range(self.world.size)
+            if looked_at - self._read_at > self._silence:
+                silent = [0]  # where no launcher holds the store, rank 0 does
+            else:
+                silent = [r for r in ranks if looked_at - self._heard[r] > self._silence]
+                if not all(note.overdue for r, note in enumerate(notes) if r not in silent):
+                    continue
+            stack = "".join(traceback.format_stack(sys._current_frames()[self._main]))
+            LOG.warning(f"no rank comes further; this one is at {self._place[1]}:\n{stack}")
+            speaks = self.world.rank == min(set(ranks) - set(silent))
+            if speaks:
+                warn(describe(notes, silent, self.seconds or 0))
+            while self._count == count and not self._closed.wait(self._pause):
+                looked_at = time.monotonic()
+            if speaks and not self._closed.is_set():
+                warn(f"all ranks go on: {self._place[1]}")
+
+
+def describe(notes: Sequence[Note], silent: Collection[int], seconds: float) -> str:
+    """Which ranks are waited for, and where each one is.
+
+    Args:
+        silent: the ranks whose process gives no sign.
+        seconds: for which nothing has gone on.
+    """
+    living = [rank for rank in range(len(notes)) if rank not in silent]
+    furthest = max(notes[rank].count for rank in living)
+    behind = [rank for rank in living if notes[rank].count < furthest]
+    missing = sorted(silent) or behind
+    lines = [f"no rank has come further for {seconds:g} seconds (hang_timeout_seconds)."]
+    if missing:
+        lines[0] += f" All wait for {_names(missing, notes)}, which did not arrive."
+    else:
+        lines[0] += " All have come to the same place."
+    groups: dict[str, list[int]] = {}
+    for rank, note in enumerate(notes):
+        where = f"{note.place}, in {note.doing}"
+        text = f"no sign of life; the last was at {where}" if rank in silent else where
+        groups.setdefault(text, []).append(rank)
+    lines += [f"  {_names(ranks, notes)}: {text}" for text, ranks in groups.items()]
+    lines.append(
+        "Stacks are in logs/ of output_dir. The run goes on if they do; otherwise it ends after "
+        "collective_timeout_seconds."
+    )
+    return "\n".join(lines)
+
+
+def _names(ranks: Iterable[int], notes: Sequence[Note]) -> str:
+    """rank 3 on node1, rank 4 on node1"""
+    return ", ".join(f"rank {rank} on {notes[rank].host}" for rank in ranks)
