@@ -32,6 +32,10 @@ BEATS_OF_SILENCE = 3.5
 """A process without a beat for so long is stopped, or its node is lost."""
 LONG = 20.0
 """Patience with loading, compiling, validating and writing weights."""
+HOW_ON = (
+    "stacks of all ranks are in logs/ of output_dir. The run goes on if they do; otherwise it ends "
+    "after collective_timeout_seconds."
+)
 
 
 @dataclass(frozen=True)
@@ -132,61 +136,68 @@ class HangWatch:
             self._notes = notes
 
     def _judge(self) -> None:
+        """Say it once when nothing goes on, and when it goes on again."""
         looked_at = time.monotonic()
         while not self._closed.wait(self._pause):
             before, looked_at = looked_at, time.monotonic()
             if looked_at - before > self._silence:
                 self._worried_since = None  # it is this rank that was stopped
-            since, count = self._worried_since, self._count
-            if since is None or looked_at - since < self._silence or self._waited() < 1:
+            count, judgement = self._count, self._judgement(looked_at)
+            if judgement is None:
                 continue
-            notes, ranks = self._notes, range(self.world.size)
-            if looked_at - self._read_at > self._silence:
-                silent = [0]  # where no launcher holds the store, rank 0 does
-            else:
-                silent = [r for r in ranks if looked_at - self._heard[r] > self._silence]
-                if not all(note.overdue for r, note in enumerate(notes) if r not in silent):
-                    continue
             stack = "".join(traceback.format_stack(sys._current_frames()[self._main]))
             LOG.warning(f"no rank comes further; this one is at {self._place[1]}:\n{stack}")
-            speaks = self.world.rank == min(set(ranks) - set(silent))
-            if speaks:
-                warn(describe(notes, silent, self.seconds or 0))
+            speaker, text = judgement
+            if self.world.rank == speaker:
+                warn(text)
             while self._count == count and not self._closed.wait(self._pause):
                 looked_at = time.monotonic()
-            if speaks and not self._closed.is_set():
-                warn(f"all ranks go on: {self._place[1]}")
+            if self.world.rank == speaker and not self._closed.is_set():
+                warn(f"the ranks go on: {self._place[1]}")
+
+    def _judgement(self, now: float) -> tuple[int, str] | None:
+        """The rank that speaks for all, and what it says; None while there is nothing to say."""
+        since = self._worried_since
+        if since is None or now - since < self._silence or self._waited() < 1:
+            return None
+        notes = self._notes
+        waited = f"no rank has come further for {self.seconds:g} seconds (hang_timeout_seconds)."
+        if now - self._read_at > self._silence:
+            return 1, (
+                f"{waited} Rank 0 on {notes[0].host} is stopped or lost, or the launcher there: "
+                f"it holds the store with the notes of all. Rank 1 is at {self._place[1]}; {HOW_ON}"
+            )
+        silent = [rank for rank, heard in enumerate(self._heard) if now - heard > self._silence]
+        living = [rank for rank in range(len(notes)) if rank not in silent]
+        if not all(notes[rank].overdue for rank in living):
+            return None
+        return living[0], f"{waited} {describe(notes, silent)}\n{HOW_ON}"
 
 
-def describe(notes: Sequence[Note], silent: Collection[int], seconds: float) -> str:
+def describe(notes: Sequence[Note], silent: Collection[int]) -> str:
     """Which ranks are waited for, and where each one is.
 
     Args:
         silent: the ranks whose process gives no sign.
-        seconds: for which nothing has gone on.
     """
-    living = [rank for rank in range(len(notes)) if rank not in silent]
-    furthest = max(notes[rank].count for rank in living)
-    behind = [rank for rank in living if notes[rank].count < furthest]
-    missing = sorted(silent) or behind
-    lines = [f"no rank has come further for {seconds:g} seconds (hang_timeout_seconds)."]
-    if missing:
-        lines[0] += f" All wait for {_names(missing, notes)}, which did not arrive."
+    furthest = max(note.count for rank, note in enumerate(notes) if rank not in silent)
+    behind = [rank for rank, note in enumerate(notes) if note.count < furthest]
+    if missing := sorted(silent) or behind:
+        lines = [f"All wait for {_names(missing, notes)}, which did not arrive."]
     else:
-        lines[0] += " All have come to the same place."
+        lines = ["All have come to the same place."]
     groups: dict[str, list[int]] = {}
     for rank, note in enumerate(notes):
         where = f"{note.place}, in {note.doing}"
         text = f"no sign of life; the last was at {where}" if rank in silent else where
         groups.setdefault(text, []).append(rank)
     lines += [f"  {_names(ranks, notes)}: {text}" for text, ranks in groups.items()]
-    lines.append(
-        "Stacks are in logs/ of output_dir. The run goes on if they do; otherwise it ends after "
-        "collective_timeout_seconds."
-    )
     return "\n".join(lines)
 
 
 def _names(ranks: Iterable[int], notes: Sequence[Note]) -> str:
-    """rank 3 on node1, rank 4 on node1"""
-    return ", ".join(f"rank {rank} on {notes[rank].host}" for rank in ranks)
+    """rank 3 on node1; rank 4, 5 on node2"""
+    hosts: dict[str, list[str]] = {}
+    for rank in ranks:
+        hosts.setdefault(notes[rank].host, []).append(str(rank))
+    return "; ".join(f"rank {', '.join(names)} on {host}" for host, names in hosts.items())

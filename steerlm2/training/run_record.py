@@ -41,6 +41,7 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": list(sys.argv),
         "working_directory": os.getcwd(),
+        "process": os.getpid(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "git": git_state(Path.cwd()),
         "steerlm2_git": git_state(Path(steerlm2.__file__).parent, containing="__init__.py"),

@@ -33,7 +33,7 @@ class Stragglers:
     """
 
     def __init__(
-        self, decoder: TransformerDecoder, world: World, *, share: float = 0.2, times: int = 5
+        self, decoder: TransformerDecoder, world: World, *, share: float = 0.2, times: int = 10
     ) -> None:
         self.world = world
         self.share = share
