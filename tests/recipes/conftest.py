@@ -73,7 +73,10 @@ class RunFolder:
 
     def rows(self, file: str = "metrics.jsonl") -> list[Json]:
         """The lines of a .jsonl file, without what measures the machine and not the run."""
-        machine = {"tokens_per_second", "peak_memory_gib", "checkpoint_pause_seconds"}
+        machine = {
+            *("tokens_per_second", "peak_memory_gib", "checkpoint_pause_seconds"),
+            "slowest_rank_lag",
+        }
         return [
             {key: value for key, value in json.loads(line).items() if key not in machine}
             for line in (self.path / file).read_text().splitlines()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +121,37 @@ def test_closing_ends_the_process_group() -> None:
     close_world()
     assert not dist.is_initialized()
     close_world()  # and again: a recipe that failed early has none
+
+
+def test_every_group_has_the_runs_timeout() -> None:
+    """torch gives the groups of a mesh its own, 10 minutes with NCCL."""
+    world = init_world("cpu", needs_mesh=True, timeout_seconds=7)
+    try:
+        assert world.mesh is not None
+        groups = [dist.group.WORLD, *world.mesh.get_all_groups()]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        assert [b.options._timeout.total_seconds() for b in backends] == [7] * 4
+    finally:
+        close_world()
+
+
+def test_the_flight_recorder_writes_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it says so with a variable's older name."""
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE")
+    for name in (*names, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.setenv(name, "")  # to be put back afterwards
+        monkeypatch.delenv(name)
+    for older in ({}, {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/mine/trace_"}):
+        os.environ.update(older)
+        init_world("cpu", needs_mesh=True, flight_records=tmp_path)
+        close_world()
+        set_by_us = {name: os.environ.pop(name) for name in names if name in os.environ}
+        expected = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+        if not older:
+            expected["TORCH_FR_DUMP_TEMP_FILE"] = f"{tmp_path}/nccl_trace_rank_"
+        assert set_by_us == expected
 
 
 @pytest.mark.parametrize(
