@@ -17,14 +17,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
 
 from steerlm2.training.config import LOG
 from steerlm2.training.distributed import World
+from steerlm2.training.hang_notes import Note, describe
 from steerlm2.training.rank_log import warn
 
 MAX_SECONDS_PER_BEAT = 5.0
@@ -36,21 +36,6 @@ HOW_ON = (
     "stacks of all ranks are in logs/ of output_dir. The run goes on if they do; otherwise it ends "
     "after collective_timeout_seconds."
 )
-
-
-@dataclass(frozen=True)
-class Note:
-    """Where a rank is."""
-
-    host: str
-    beat: int
-    """Counts on while the process lives."""
-    count: int
-    """Of the places so far; the same on ranks that are at the same."""
-    place: str
-    doing: str
-    """The Python function that the main thread is in."""
-    overdue: bool
 
 
 class HangWatch:
@@ -172,32 +157,3 @@ class HangWatch:
         if not all(notes[rank].overdue for rank in living):
             return None
         return living[0], f"{waited} {describe(notes, silent)}\n{HOW_ON}"
-
-
-def describe(notes: Sequence[Note], silent: Collection[int]) -> str:
-    """Which ranks are waited for, and where each one is.
-
-    Args:
-        silent: the ranks whose process gives no sign.
-    """
-    furthest = max(note.count for rank, note in enumerate(notes) if rank not in silent)
-    behind = [rank for rank, note in enumerate(notes) if note.count < furthest]
-    if missing := sorted(silent) or behind:
-        lines = [f"All wait for {_names(missing, notes)}, which did not arrive."]
-    else:
-        lines = ["All have come to the same place."]
-    groups: dict[str, list[int]] = {}
-    for rank, note in enumerate(notes):
-        where = f"{note.place}, in {note.doing}"
-        text = f"no sign of life; the last was at {where}" if rank in silent else where
-        groups.setdefault(text, []).append(rank)
-    lines += [f"  {_names(ranks, notes)}: {text}" for text, ranks in groups.items()]
-    return "\n".join(lines)
-
-
-def _names(ranks: Iterable[int], notes: Sequence[Note]) -> str:
-    """rank 3 on node1; rank 4, 5 on node2"""
-    hosts: dict[str, list[str]] = {}
-    for rank in ranks:
-        hosts.setdefault(notes[rank].host, []).append(str(rank))
-    return "; ".join(f"rank {', '.join(names)} on {host}" for host, names in hosts.items())

@@ -167,7 +167,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(
     assert re.search(rf"\n  rank 1 on {HOST}: no sign of life; the last was at ", stderr)
     assert stderr.count("no rank has come further") == 1
     assert stderr.count("the ranks go on") == 1
-    log = (tmp_path / "logs" / "rank_002.log").read_text()
+    log = (tmp_path / "logs" / "rank_000.log").read_text()
     assert "this one is at step" in log
     assert "steerlm2_distributed.py" in log.split("this one is at")[1]  # its stack
 
