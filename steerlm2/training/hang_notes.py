@@ -18,7 +18,10 @@ class Note:
     place: str
     doing: str
     """The Python function that the main thread is in."""
+    communicates: bool
+    """Whether that was called by something of torch.distributed."""
     overdue: bool
+    """Whether it is there for longer than it may."""
 
 
 def describe(notes: Sequence[Note], silent: Collection[int]) -> str:
@@ -33,6 +36,9 @@ def describe(notes: Sequence[Note], silent: Collection[int]) -> str:
         lines = [f"All wait for {_names(missing, notes)}, which did not arrive."]
     else:
         lines = ["All have come to the same place."]
+        busy = [rank for rank, note in enumerate(notes) if not note.communicates]
+        if 0 < len(busy) < len(notes):
+            lines[0] += f" Not in a collective there: {_names(busy, notes)}."
     groups: dict[str, list[int]] = {}
     for rank, note in enumerate(notes):
         where = f"{note.place}, in {note.doing}"

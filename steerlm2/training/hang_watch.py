@@ -87,11 +87,16 @@ class HangWatch:
 
     def _note(self) -> Note:
         count, place, _, _ = self._place
-        frame = sys._current_frames()[self._main]
-        file = os.path.basename(frame.f_code.co_filename)
-        doing = f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
+        frames = [frame for frame, _ in traceback.walk_stack(sys._current_frames()[self._main])]
+        code = frames[0].f_code
         return Note(
-            socket.gethostname(), self._beats, count, place, doing, overdue=self._waited() >= 1
+            socket.gethostname(),
+            self._beats,
+            count,
+            place,
+            f"{code.co_name} ({os.path.basename(code.co_filename)}:{frames[0].f_lineno})",
+            communicates=any("/torch/distributed/" in f.f_code.co_filename for f in frames),
+            overdue=self._waited() >= 1,
         )
 
     def _put(self) -> None:
