@@ -67,6 +67,11 @@ from steerlm2.training.distributed import (
     parallelize,
     reduce_gradients,
 )
+from steerlm2.training.float8 import (
+    check_float8_device,
+    float8_config_problems,
+    use_float8,
+)
 from steerlm2.training.forward import attribute_scores, score_attributes
 from steerlm2.training.hang_watch import LONG, HangWatch
 from steerlm2.training.metrics import (
@@ -148,6 +153,7 @@ class RewardConfig:
     param_dtype: Literal["fp32", "bf16"] | None = None  # of the trained weights; none: `dtype`
     save_dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; none: param_dtype
     compile: bool = False
+    float8: bool = False  # products of the layers in 8 bits; H100 and newer, not with adapters
     enable_activation_checkpointing: bool = False
     ac_mode: ActivationCheckpointing = "full"  # selective: outputs of matrix products are kept
     tensor_parallel_dim: int = 1
@@ -197,6 +203,7 @@ class RewardConfig:
                     f"'reward_attribute' must be one of schema.names ({', '.join(names)}), got "
                     f"{self.reward_attribute!r}"
                 )
+        found += float8_config_problems(self)
         if self.fsdp_cpu_offload and self.device == "cpu":
             found.append("'fsdp_cpu_offload' needs 'device: cuda'")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
@@ -296,6 +303,9 @@ class RewardRecipe:
             )
         )
         self.pair_cost = pair_cost(self.model)
+        if cfg.float8:
+            check_float8_device(world.device)
+            use_float8(self.model)
         parallelize(
             self.model,
             world,

@@ -73,6 +73,11 @@ from steerlm2.training.distributed import (
     parallelize,
     reduce_gradients,
 )
+from steerlm2.training.float8 import (
+    check_float8_device,
+    float8_config_problems,
+    use_float8,
+)
 from steerlm2.training.forward import response_logps, score_groups
 from steerlm2.training.hang_watch import LONG, HangWatch
 from steerlm2.training.metrics import (
@@ -189,6 +194,7 @@ class SteerLM2Config:
     param_dtype: Literal["fp32", "bf16"] | None = None  # of the trained weights; none: `dtype`
     save_dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; none: param_dtype
     compile: bool = False
+    float8: bool = False  # products of the layers in 8 bits; H100 and newer, not with adapters
     enable_activation_checkpointing: bool = False
     ac_mode: ActivationCheckpointing = "full"  # selective: outputs of matrix products are kept
     tensor_parallel_dim: int = 1
@@ -231,6 +237,7 @@ class SteerLM2Config:
             found.append("'val_every_n_steps' needs 'dataset_val' or 'generation'")
         if self.generation:
             found += self.generation.problems()
+        found += float8_config_problems(self)
         if self.fsdp_cpu_offload and self.device == "cpu":
             found.append("'fsdp_cpu_offload' needs 'device: cuda'")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
@@ -343,6 +350,9 @@ class SteerLM2Recipe:
             )
         )
         self.pair_cost = pair_cost(self.model)
+        if cfg.float8:
+            check_float8_device(world.device)
+            use_float8(self.model)
         parallelize(
             self.model,
             world,

@@ -75,7 +75,7 @@ def finish_empty(decoder: TransformerDecoder, device: torch.device) -> None:
     for _, module in _quantized(decoder):
         weight = module.weight
         # to_local() would be another object, whose attributes are its own
-        local = weight._local_tensor if isinstance(weight, DTensor) else weight
+        local: Any = weight._local_tensor if isinstance(weight, DTensor) else weight
         local.nf4 = torch.empty_like(local.nf4, device=device)
         local.scaler_mean = torch.empty_like(local.scaler_mean, device=device)
 

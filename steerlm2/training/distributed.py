@@ -55,6 +55,7 @@ PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
     attend_blocks._opoverload,
     torch.ops.higher_order.flex_attention,
 )

@@ -108,7 +108,8 @@ class StateWriter:
             options = StateDictOptions(ignore_frozen_params=True)
             model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
             if quantizes(optimizer):
-                optimizer_state["state"] = plain_state(cast(State, optimizer_state["state"]))
+                plain = plain_state(cast(State, optimizer_state["state"]))
+                return {"model": model_state, "optimizer": {**optimizer_state, "state": plain}}
             return {"model": model_state, "optimizer": optimizer_state}
 
         self._begin(self.folder / f"step_{step:06d}", tensors, {"step": step, **state})

@@ -1,0 +1,80 @@
+"""Matrix products of the decoder layers in float8, through torchao.
+
+Weights, gradients and the optimizer stay as they are: inputs, weights and gradients of a product
+are scaled by their largest magnitude and rounded to 8 bits just before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params
+
+CAPABILITY = (8, 9)
+"""The first GPUs with float8 products: Ada (L4, L40S); H100 has 9.0."""
+MULTIPLE_OF = 16
+"""Rows and columns of a matrix, for the GPU's product."""
+
+
+class Float8Config(Protocol):
+    float8: bool
+    device: Any
+    dtype: Any
+    tensor_parallel_dim: int
+
+
+def float8_config_problems(cfg: Float8Config) -> Iterator[str]:
+    """What of a training config doesn't go with `float8: true`."""
+    if not cfg.float8:
+        return
+    if cfg.device != "cuda":
+        yield "'float8' needs 'device: cuda'"
+    if cfg.dtype != "bf16":
+        yield "'float8' needs 'dtype: bf16' (param_dtype may be fp32)"
+    if cfg.tensor_parallel_dim > 1:
+        yield "'float8' needs 'tensor_parallel_dim: 1': FSDP2 alone shards the layers then"
+
+
+def check_float8_device(device: torch.device) -> None:
+    """Raises:
+    ValueError: where the GPU has no float8 products.
+    """
+    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if found < CAPABILITY:
+        wanted = ".".join(map(str, CAPABILITY))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise ValueError(
+            f"float8 needs a GPU of compute capability {wanted} or more (L40S, H100, ...); this is "
+            f"{name}: set float8=false"
+        )
+
+
+def use_float8(decoder: TransformerDecoder, *, emulate: bool = False) -> None:
+    """Exchange the linear layers of the decoder's layers, before it is laid out over processes.
+
+    Not the output matrix, which the log-prob layer applies in chunks, nor a reward head.
+
+    Args:
+        emulate: round to float8 but multiply in float32; runs anywhere.
+
+    Raises:
+        ValueError: for a decoder with LoRA adapters, whose matrices would stay as they are.
+    """
+    if get_adapter_params(decoder):
+        raise ValueError(
+            "float8 doesn't go with LoRA adapters: set float8=false, or a `model` without"
+        )
+    # A row has any number of tokens, and gradients of weights are products over them.
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    for layer in decoder.layers:
+        convert_to_float8_training(layer, module_filter_fn=_is_suitable, config=config)
+
+
+def _is_suitable(module: nn.Module, name: str) -> bool:
+    assert isinstance(module, nn.Linear)
+    return module.in_features % MULTIPLE_OF == 0 and module.out_features % MULTIPLE_OF == 0
