@@ -8,6 +8,7 @@ of a block follows from its own numbers. So a rank needs that mean, and its own 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,9 +41,13 @@ def quantize_frozen(decoder: TransformerDecoder, dtype: torch.dtype) -> None:
     Args:
         dtype: of what they are turned back into, to compute with.
     """
+
+    @functools.cache  # torchao takes a tenth of a second for a large matrix, meta or not
+    def empty(shape: torch.Size) -> Tensor:
+        return to_nf4(torch.empty(shape, dtype=dtype, device="meta"), BLOCK, SCALE_BLOCK)
+
     for _, module in _quantized(decoder):
-        weight_OI = torch.empty(module.weight.shape, dtype=dtype, device="meta")
-        module.weight = nn.Parameter(to_nf4(weight_OI, BLOCK, SCALE_BLOCK), requires_grad=False)
+        module.weight = nn.Parameter(empty(module.weight.shape).detach(), requires_grad=False)
     if has_quantized(decoder):
         # torchtune's hook would turn every state_dict into whole tensors on the host.
         decoder._state_dict_hooks.clear()
@@ -52,13 +57,17 @@ def has_quantized(decoder: TransformerDecoder) -> bool:
     return next(_quantized(decoder), None) is not None
 
 
-def nf4_problems(decoder: TransformerDecoder, num_shards: int, tp_size: int) -> Iterator[str]:
+def nf4_problems(
+    decoder: TransformerDecoder, num_shards: int, tp_size: int, *, cpu_offload: bool = False
+) -> Iterator[str]:
     """Why NF4 matrices can't be laid out over so many ranks; nothing where they can."""
     if has_quantized(decoder) and tp_size > 1:
         yield (
             "a model with quantize_base can't be split by tensor parallel: set "
             "tensor_parallel_dim=1 (FSDP2 shards it)"
         )
+    if has_quantized(decoder) and cpu_offload:
+        yield "a model with quantize_base stays on the GPUs: set fsdp_cpu_offload=false"
     for name, module in _quantized(decoder):
         rows, columns = module.weight.shape
         if columns % BLOCK or rows % num_shards or rows * columns // num_shards % UNIT:

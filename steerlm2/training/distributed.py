@@ -273,7 +273,10 @@ def parallelize(
             are not supported.
     """
     shards = world.mesh["dp_shard"].size() if world.mesh is not None else 1
-    problems = [*unsupported_parts(decoder), *nf4_problems(decoder, shards, world.tp_size)]
+    problems = [
+        *unsupported_parts(decoder),
+        *nf4_problems(decoder, shards, world.tp_size, cpu_offload=cpu_offload),
+    ]
     if problems:
         raise ValueError("; ".join(problems))
     quantize_frozen(decoder, dtype)

@@ -1,6 +1,6 @@
 """What the precision of weights and optimizer does to training at small learning rates.
 
-    python tests/benchmarks/precision.py [--steps 100] [--json precision.json]
+    python tests/benchmarks/precision.py [--steps 40] [--json precision.json]
 
 tiny/steerlm2 is trained from scratch and exported in bf16, as published checkpoints are. From there
 each way trains it on, on the same batches, at two learning rates: one whose updates are small
@@ -38,7 +38,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     ),
 }
 LEARNING_RATES = (1e-6, 1e-4)
-START_STEPS = 150
+START_STEPS = 60
+RECORDS = 160
 
 
 def train(folder: Path, *overrides: str) -> Path:
@@ -81,7 +82,7 @@ def measure(folder: Path, start: Path, steps: int) -> list[dict[str, object]]:
                 *(f"lr={lr}", "lr_scheduler.warmup_steps=0", f"lr_scheduler.min_lr={lr}"),
                 *(f"max_steps={steps}", f"val_every_n_steps={steps}"),
                 f"save_every_n_steps={steps}",
-                *(f"dataset.num_records={16 * steps}", *overrides),
+                *(f"dataset.num_records={RECORDS}", "dataset_val.num_records=32", *overrides),
             )
             update_P = flat(weights) - start_P
             exact_P = update_P if exact_P is None else exact_P
@@ -117,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -125,6 +126,7 @@ def main() -> None:
         start = train(
             folder / "start",
             *(f"max_steps={START_STEPS}", "val_every_n_steps=null", "save_dtype=bf16"),
+            *("save_every_n_steps=null", "dataset.num_records=320"),
         )
         print(
             "| LR | | bytes a parameter | distance before | after | cosine with fp32's update "

@@ -35,9 +35,9 @@ QLORA: dict[str, Any] = {
 }
 
 
-def meta_decoder(**changes: Any) -> TransformerDecoder:
+def meta_decoder() -> TransformerDecoder:
     with torch.device("meta"):
-        decoder = lora_llama3(**(QLORA | changes)).to(torch.float32)
+        decoder = lora_llama3(**QLORA).to(torch.float32)
     set_trainable_params(decoder, get_adapter_params(decoder))
     return decoder
 
@@ -99,17 +99,18 @@ def test_frozen_layers_are_nf4_and_hold_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "shards", "tp_size", "says"),
+    ("shards", "tp_size", "cpu_offload", "says"),
     [
-        ({}, 1, 2, "tensor_parallel_dim=1"),
-        ({}, 8, 1, "data_parallel_shard_dim"),
+        (1, 2, False, "tensor_parallel_dim=1"),
+        (8, 1, False, "data_parallel_shard_dim"),
+        (1, 1, True, "fsdp_cpu_offload=false"),
     ],
 )
-def test_what_cannot_be_split_is_refused(
-    changes: dict[str, Any], shards: int, tp_size: int, says: str
+def test_what_cannot_be_laid_out_is_refused(
+    shards: int, tp_size: int, cpu_offload: bool, says: str
 ) -> None:
     """k_proj [128, 256] in 8 parts: 4096 numbers each, a quarter of a block of scales."""
-    (problem,) = nf4_problems(meta_decoder(**changes), shards, tp_size)
+    (problem,) = nf4_problems(meta_decoder(), shards, tp_size, cpu_offload=cpu_offload)
     assert says in problem
 
 

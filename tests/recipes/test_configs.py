@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import re
@@ -92,6 +93,7 @@ def loaded(name: str, *overrides: str) -> Any:
     return load_config(config_class(RECIPE_OF[name]), typing.cast(DictConfig, values))
 
 
+@functools.cache
 def model_of(name: str) -> TransformerDecoder:
     """The config's model without memory for its weights."""
     with torch.device("meta"):
