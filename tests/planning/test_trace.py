@@ -156,6 +156,23 @@ def test_eight_bit_moments_are_counted_from_the_optimizer_itself(make_job: MakeJ
     assert 0.25 < ratio < 0.35
 
 
+def test_nf4_weights_are_counted_as_they_are_kept(make_job: MakeJob) -> None:
+    """2 layers x (4 x 256**2 + 3 x 256 x 512) numbers on 2 ranks. Instead of 4 bytes each takes a
+    half, 1/64 for its block's scale, and 4 / 16384 for the scale of that."""
+    overrides = (
+        "model._component_=torchtune.models.llama3.lora_llama3",
+        *("model.lora_attn_modules=[q_proj]", "model.lora_rank=4", "model.lora_alpha=8"),
+        *("model.embed_dim=256", "model.num_kv_heads=4", "model.intermediate_dim=512"),
+    )
+    plain, quantized = (
+        traced(make_job("tiny/sft", *overrides, f"model.quantize_base={value}"), 2)
+        for value in ("false", "true")
+    )
+    numbers = 2 * (4 * 256**2 + 3 * 256 * 512) / 2
+    saved = plain.state["parameters"] - quantized.state["parameters"]
+    assert saved == pytest.approx(numbers * (4 - 1 / 2 - 1 / 64 - 4 / 16384), rel=1e-3)
+
+
 def test_a_world_that_does_not_divide_is_an_error(make_job: MakeJob) -> None:
     job = make_job("tiny/sft", "tensor_parallel_dim=2")
     with pytest.raises(ValueError, match=r"3 process\(es\) can't form"), fake_world(3, job.cfg):
