@@ -28,6 +28,7 @@ from torchtune.models.llama3 import llama3
 from steerlm2.data.batches import batch_of_step
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.training.hf_checkpoint import ScratchCheckpointer
+from steerlm2.training.rank_log import LOG_FOLDER
 from steerlm2.training.run_lock import LOCK_FILE
 from steerlm2.training.schedules import warmup_cosine_hold
 
@@ -438,9 +439,11 @@ def resumed_on_two(resume: Train) -> RunFolder:
 
 
 def files(folder: Path) -> dict[Path, bytes]:
-    """The bytes of every file, by its path in the folder; but for the lock of a killed run."""
+    """The bytes of every file, by its path in the folder; but for the lock of a killed run, and the
+    logs, which every start goes on with."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE)
-    return {path.relative_to(folder): path.read_bytes() for path in paths}
+    names = {path: path.relative_to(folder) for path in paths}
+    return {name: path.read_bytes() for path, name in names.items() if name.parts[0] != LOG_FOLDER}
 
 
 def test_kill_was_in_mid_epoch_past_a_checkpoint(killed: RunFolder) -> None:
