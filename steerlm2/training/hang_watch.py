@@ -27,7 +27,8 @@ from steerlm2.training.distributed import World
 from steerlm2.training.hang_notes import Note, describe
 from steerlm2.training.rank_log import warn
 
-MAX_SECONDS_PER_BEAT = 5.0
+MAX_SECONDS_PER_BEAT = 4.0
+"""The message comes at most three beats late: the own one, the other ranks' and the judge's."""
 BEATS_OF_SILENCE = 3.5
 """A process without a beat for so long is stopped, or its node is lost."""
 LONG = 20.0
@@ -55,7 +56,7 @@ class HangWatch:
         self.at("setup", patience=LONG)
         if world.size == 1 or seconds is None:
             return
-        self._pause = min(MAX_SECONDS_PER_BEAT, seconds / 8)
+        self._pause = min(MAX_SECONDS_PER_BEAT, seconds / 10)
         self._silence = BEATS_OF_SILENCE * self._pause
         # A connection of its own: the main thread may be waiting on the other one.
         store: Any = dist.distributed_c10d._get_default_store()

@@ -151,13 +151,14 @@ def test_a_slow_rank_is_named(
 def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(
     tune: Any, arguments: list[str], tmp_path: Path
 ) -> None:
-    """Within a minute where `hang_timeout_seconds` is 45; here it is 4, and 5 s are enough."""
+    """Three beats late at most: 45 + 3 * 4 seconds by default, here 4 + 3 * 0.4. Two more seconds
+    are for a busy machine."""
     process = start(tune, arguments, tmp_path, "max_steps=30", "hang_timeout_seconds=4")
     stopped = workers(process)[1]
     os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()
     wait_for(process, lambda: "no sign of life" in (tmp_path / "stderr").read_text())
-    assert 3 < time.monotonic() - began < 4 * 60 / 45
+    assert 3 < time.monotonic() - began < 4 + 3 * 0.4 + 2
     os.kill(stopped, signal.SIGCONT)
     assert process.wait(timeout=120) == 0
     stderr = (tmp_path / "stderr").read_text()
