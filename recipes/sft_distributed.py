@@ -37,6 +37,10 @@ from steerlm2.datasets import DialogueDataset
 from steerlm2.generation.engines import response_end
 from steerlm2.generation.sampling import sample_tokens
 from steerlm2.models.llama import pair_cost
+from steerlm2.monitoring.hang_watch import LONG, HangWatch
+from steerlm2.monitoring.rank_log import LOG_FOLDER, Progress, open_rank_log
+from steerlm2.monitoring.run_record import describe_run, log_path, open_metric_logger, write_run
+from steerlm2.monitoring.stragglers import Stragglers
 from steerlm2.training.ahead import ahead
 from steerlm2.training.checkpoint import (
     check_context,
@@ -67,7 +71,6 @@ from steerlm2.training.float8 import (
     use_float8,
 )
 from steerlm2.training.forward import target_logps
-from steerlm2.training.hang_watch import LONG, HangWatch
 from steerlm2.training.metrics import (
     JsonLines,
     answer_metrics,
@@ -81,12 +84,9 @@ from steerlm2.training.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
-from steerlm2.training.rank_log import LOG_FOLDER, Progress, open_rank_log
 from steerlm2.training.run_lock import RunLock
-from steerlm2.training.run_record import describe_run, log_path, open_metric_logger, write_run
 from steerlm2.training.schedules import is_due
 from steerlm2.training.stopping import StopRequest
-from steerlm2.training.stragglers import Stragglers
 from steerlm2.training.training_state import (
     StateWriter,
     best_state,

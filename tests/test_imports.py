@@ -30,6 +30,7 @@ LEVELS = {
     "training": 4,
     "serving": 5,
     "pipeline": 5,
+    "monitoring": 5,
     "planning": 5,
     "generation": 6,
 }

@@ -31,7 +31,7 @@ ConfigT = TypeVar("ConfigT")
 
 LOG = logging.getLogger("steerlm2")
 LOG.addHandler(logging.NullHandler())
-"""Goes into each rank's file of a recipe that opens one (rank_log.py), and nowhere else."""
+"""Goes into each rank's file of a recipe that opens one (monitoring.rank_log), and nowhere else."""
 
 USER_ERRORS = (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException)
 TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"

@@ -27,8 +27,8 @@ from torchtune.models.llama3 import llama3
 
 from steerlm2.data.batches import batch_of_step
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.monitoring.rank_log import LOG_FOLDER
 from steerlm2.training.hf_checkpoint import ScratchCheckpointer
-from steerlm2.training.rank_log import LOG_FOLDER
 from steerlm2.training.run_lock import LOCK_FILE
 from steerlm2.training.schedules import warmup_cosine_hold
 

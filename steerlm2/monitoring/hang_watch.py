@@ -22,10 +22,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from steerlm2.monitoring.hang_notes import Note, describe
+from steerlm2.monitoring.rank_log import warn
 from steerlm2.training.config import LOG
 from steerlm2.training.distributed import World
-from steerlm2.training.hang_notes import Note, describe
-from steerlm2.training.rank_log import warn
 
 MAX_SECONDS_PER_BEAT = 4.0
 """The message comes at most three beats late: the own one, the other ranks' and the judge's."""

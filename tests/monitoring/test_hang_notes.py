@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steerlm2.training.hang_notes import Note, describe
+from steerlm2.monitoring.hang_notes import Note, describe
 
 
 def note(host: str, count: int, place: str = "step 7, update", doing: str = "f (a.py:1)") -> Note:

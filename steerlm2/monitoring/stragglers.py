@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.monitoring.rank_log import warn
 from steerlm2.training.config import LOG
 from steerlm2.training.distributed import World
-from steerlm2.training.rank_log import warn
 
 
 class Stragglers:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steerlm2.training.run_record import git_state, open_metric_logger, write_run
+from steerlm2.monitoring.run_record import git_state, open_metric_logger, write_run
 
 
 @pytest.fixture
