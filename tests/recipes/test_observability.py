@@ -15,11 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+Start = Callable[..., subprocess.Popen[str]]
 
 HOST = socket.gethostname()
 TUNE = Path(sys.executable).with_name("tune")
@@ -148,12 +150,39 @@ def test_a_slow_rank_is_named(
     assert own[1] > 2 * 0.02 > max(own[0], own[2])
 
 
-def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(
-    tune: Any, arguments: list[str], tmp_path: Path
-) -> None:
+@pytest.fixture
+def start(tune: Any, arguments: list[str], tmp_path: Path) -> Iterator[Start]:
+    """Starts a run of three ranks and waits for its third step; its stderr is in a file."""
+    command = [TUNE, "run", "--nproc_per_node", "3", *arguments, f"output_dir={tmp_path}"]
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*overrides: str) -> subprocess.Popen[str]:
+        with (tmp_path / "stderr").open("w") as stderr:
+            process = subprocess.Popen(
+                [*command, *overrides],
+                cwd=tune.cwd,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        started.append(process)
+        metrics = tmp_path / "metrics.jsonl"
+        wait_for(process, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(start: Start, tmp_path: Path) -> None:
     """Three beats late at most: 45 + 3 * 4 seconds by default, here 4 + 3 * 0.4. Two more seconds
     are for a busy machine."""
-    process = start(tune, arguments, tmp_path, "max_steps=30", "hang_timeout_seconds=4")
+    process = start("max_steps=30", "hang_timeout_seconds=4")
     stopped = workers(process)[1]
     os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()
@@ -174,34 +203,15 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(
 
 
 @pytest.mark.slow
-def test_a_rank_that_never_comes_ends_the_run(
-    tune: Any, arguments: list[str], tmp_path: Path
-) -> None:
+def test_a_rank_that_never_comes_ends_the_run(start: Start, tmp_path: Path) -> None:
     """Rank 0, which leaves rank 1 to say it. torchrun waits 30 s for the stopped process."""
     timeouts = ("hang_timeout_seconds=3", "collective_timeout_seconds=8")
-    process = start(tune, arguments, tmp_path, "max_steps=4000", *timeouts)
+    process = start("max_steps=4000", *timeouts)
     os.kill(workers(process)[0], signal.SIGSTOP)
     assert process.wait(timeout=120) != 0
     stderr = (tmp_path / "stderr").read_text()
     assert f"All wait for rank 0 on {HOST}, which did not arrive." in stderr
     assert "the ranks go on" not in stderr
-
-
-def start(tune: Any, arguments: list[str], folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A run of three ranks that has come to its third step; its stderr is in a file."""
-    with (folder / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            [TUNE, "run", "--nproc_per_node", "3", *arguments, f"output_dir={folder}", *overrides],
-            cwd=tune.cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            text=True,
-            start_new_session=True,
-        )
-    metrics = folder / "metrics.jsonl"
-    wait_for(process, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3)
-    return process
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
