@@ -19,12 +19,13 @@ class StopRequest:
                 ...
                 if stop.asked(): save, and leave the loop
 
-    It stays noted when it comes again: launcher and scheduler often both send it.
+    It may come again, also while the run is ending: launcher and scheduler often both send it.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self._received = False
+        self._asked = False
         self._before: Any = None
 
     def __enter__(self) -> StopRequest:
@@ -37,12 +38,14 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        ending = self._received or self._asked
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ending else self._before)
 
     def asked(self) -> bool:
         """Whether any rank has received it; the same on all. To be called by all of them."""
         # On the host, also of a GPU run: reading a GPU's tensor would wait for the step.
-        return bool(self.world.max(torch.tensor(float(self._received))).item())
+        self._asked = bool(self.world.max(torch.tensor(float(self._received))).item())
+        return self._asked
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = True
