@@ -5,8 +5,9 @@
 tiny/steerlm2 is trained from scratch and exported in bf16, as published checkpoints are. From there
 each way trains it on, on the same batches, at two learning rates: one whose updates are small
 against the spacing of bf16 numbers, as in runs of large models, and one whose updates aren't. Per
-way: the validation distance that training took away, and the total update of the weights against
-that of float32: its cosine and the ratio of the norms. Bytes a parameter are those of the saved
+way: the total update of the weights against that of float32, its cosine and the ratio of the norms;
+and the validation distance before and after, which says how alike the models are, not how good: the
+few prompts are learned by heart. Bytes a parameter are those of the saved
 state (weights and moments) and of the gradient.
 """
 
