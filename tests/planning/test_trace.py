@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from steerlm2._tune import RECIPES
 from steerlm2.planning.jobs import JOBS, Job
@@ -14,6 +16,7 @@ from steerlm2.planning.trace import Trace, fake_world, trace_step
 
 MakeJob = Callable[..., Job[Any]]
 
+RECIPE_CONFIGS = Path(__file__).resolve().parents[2] / "recipe_configs"
 MULTI_NODE = {
     "llama2/70B_acsft_multinode": 256,
     "llama2/70B_steerlm2_multinode": 128,
@@ -47,6 +50,26 @@ def test_a_70b_config_takes_a_fake_step_on_its_gpus(name: str, make_job: MakeJob
     trace = traced(make_job(name), MULTI_NODE[name], num_layers=2)
     assert {collective.dimension for collective in trace.traffic} >= {"dp_shard", "tp"}
     assert trace.peak["activations"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "trained_as"),
+    [
+        ("llama3/70B_annotate_attributes_multinode", "llama3/70B_reward_multinode"),
+        ("llama3_1/70B_score_responses_multinode", "llama3_1/70B_steerlm2_multinode"),
+    ],
+)
+def test_a_70b_config_that_only_reads_runs_on_its_gpus(
+    name: str, trained_as: str, make_job: MakeJob
+) -> None:
+    """The model is that of a training config; its layout runs on 4 nodes."""
+    reads, trains = (
+        OmegaConf.load(RECIPE_CONFIGS / f"{config}.yaml") for config in (name, trained_as)
+    )
+    assert reads.model == trains.model
+    layout = ("dtype", "tensor_parallel_dim", "data_parallel_shard_dim")
+    job = make_job(trained_as, *(f"{key}={reads[key]}" for key in layout))
+    assert traced(job, 32, num_layers=2).flops["forward"] > 0
 
 
 @pytest.mark.slow
