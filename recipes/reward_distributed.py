@@ -327,6 +327,7 @@ class RewardRecipe:
         self.optimizer = instantiate(cfg.optimizer, self.parameters, lr=lr)
         self.lr_scheduler = self._schedule(self.optimizer)
         self.stragglers = Stragglers(self.model, world)
+        self.watch.follow(self.model)
 
         self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
         self.calibration_file = JsonLines(self.output_dir / "calibration.jsonl")

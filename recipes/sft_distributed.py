@@ -348,6 +348,7 @@ class SFTRecipe:
         self.optimizer = instantiate(cfg.optimizer, self.parameters, lr=lr)
         self.lr_scheduler = self._schedule(self.optimizer)
         self.stragglers = Stragglers(self.model, world)
+        self.watch.follow(self.model)
 
         self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
         self.samples_file = JsonLines(self.output_dir / "samples.jsonl")

@@ -370,6 +370,7 @@ class SteerLM2Recipe:
         self.optimizer = instantiate(cfg.optimizer, self.parameters, lr=lr)
         self.lr_scheduler = self._schedule(self.optimizer)
         self.stragglers = Stragglers(self.model, world)
+        self.watch.follow(self.model)
 
         # Q_theta is Q' only now: after a checkpoint is loaded it has moved on.
         self.train_groups = self._scored(train_set, "dataset")

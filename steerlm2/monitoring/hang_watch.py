@@ -1,6 +1,7 @@
 """Says within a minute which rank the others wait for in vain, and where each of them is.
 
-The recipe notes where it is (`at`), micro-batch by micro-batch. A thread of every rank puts the
+The recipe notes where it is (`at`), micro-batch by micro-batch; every forward of the model is
+progress too (`follow`). A thread of every rank puts the
 note into the store in which the ranks have met, again and again: that shows that the process lives.
 When no living rank has come further for `seconds`, the lowest of them names those that stayed
 behind. It is no more than a message: what takes long may go on, and what doesn't is ended by the
@@ -21,6 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from steerlm2.monitoring.hang_notes import Note, describe
 from steerlm2.monitoring.rank_log import warn
@@ -53,6 +55,7 @@ class HangWatch:
         self._closed = threading.Event()
         self._beats = 0
         self._count = 0
+        self._forwards = 0  # since the last place
         self.at("setup", patience=LONG)
         if world.size == 1 or seconds is None:
             return
@@ -76,7 +79,21 @@ class HangWatch:
             patience: how many times longer than usual it may stay there.
         """
         self._count += 1
+        self._forwards = 0
         self._place = (self._count, place, time.monotonic(), patience)
+
+    def follow(self, decoder: nn.Module) -> None:
+        """Count a decoder's forwards as progress. The patience with a place ends after two of them,
+        which may compile.
+        """
+        decoder.register_forward_pre_hook(lambda *_: self._forward())
+
+    def _forward(self) -> None:
+        _, place, _, patience = self._place
+        self._count += 1
+        self._forwards += 1
+        now = time.monotonic()
+        self._place = (self._count, place, now, patience if self._forwards <= 2 else 1.0)
 
     def close(self) -> None:
         self._closed.set()
