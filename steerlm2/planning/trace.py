@@ -250,6 +250,7 @@ def _gpu_logits() -> Any:
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # NF4's
         logger = logging.getLogger("torch.distributed.tensor._redistribute")
         level = logger.level
         logger.setLevel(logging.ERROR)  # that a gradient norm is reduced over two dimensions
