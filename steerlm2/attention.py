@@ -158,21 +158,22 @@ def _backward(ctx: Any, grad_BHTE: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
 attend_blocks.register_autograd(_backward, setup_context=_save)
 
 
+@torch.no_grad()
 def flex_mask(group_T: Tensor, segment_T: Tensor) -> BlockMask:
     """FlexAttention's mask of a row: `steerlm2.data.packing.Row.attention_mask_TT`, by blocks.
 
     On a GPU it is computed there, without the dense mask [T, T].
     """
     length = len(group_T)
+    create = _compiled_create_block_mask if group_T.is_cuda else create_block_mask
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (segment_T[k] == 0) | (segment_T[q] == segment_T[k])
         return (q >= k) & (group_T[q] == group_T[k]) & own
 
-    return create_block_mask(
-        sees, None, None, length, length, device=group_T.device, _compile=group_T.is_cuda
-    )
+    return create(sees, None, None, length, length, device=group_T.device)
 
 
 # Rows have many lengths: static shapes would compile each anew.
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+_compiled_create_block_mask = torch.compile(create_block_mask, dynamic=True)

@@ -20,6 +20,7 @@ PACKAGE = REPOSITORY / "steerlm2"
 LEVELS = {
     "attention": 0,
     "attributes": 0,
+    "on_node": 0,
     "losses": 1,
     "evaluation": 1,
     "logprobs": 1,

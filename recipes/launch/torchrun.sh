@@ -31,20 +31,10 @@ case $1 in
 *_distributed) arguments+=(resume_from_checkpoint=true) ;;
 esac
 
-# SIGTERM is for the ranks, which save and end with status 0: torchrun itself would end them after
-# 30 seconds and fail. What this shell ignores, torchrun ignores.
-trap '' TERM
-tune run --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-8}" \
-    --rdzv_id "${RUN:-steerlm2}" --rdzv_backend c10d --rdzv_endpoint "${HEAD:-localhost}:${PORT:-29500}" \
-    --rdzv_conf join_timeout=600 --max_restarts 3 --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
-    --log_dir "$logs" --redirects 3 --tee 0:3 "${arguments[@]}" &
-launcher=$!
-trap 'pkill -TERM -P "$launcher"' TERM
-
-wait "$launcher"
-status=$?
-while kill -0 "$launcher" 2>/dev/null; do # a trap ends `wait` before the launcher has ended
-    wait "$launcher"
-    status=$?
-done
-exit "$status"
+# on_node, signals-to-handle: SIGTERM is for the ranks, which save and end with status 0.
+exec python -m steerlm2.on_node \
+    tune run --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-8}" \
+    --rdzv_id "${RUN:-steerlm2}" --rdzv_backend c10d \
+    --rdzv_endpoint "${HEAD:-localhost}:${PORT:-29500}" --rdzv_conf join_timeout=600 \
+    --max_restarts 3 --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
+    --log_dir "$logs" --redirects 3 --tee 0:3 "${arguments[@]}"

@@ -266,7 +266,8 @@ def parallelize(
 
     Args:
         activation_checkpointing: what of a layer the backward computes again: all of it ("full"),
-            or all but the outputs of matrix products and attention ("selective").
+            or all but the outputs of matrix products and attention ("selective"; of FlexAttention
+            only in compiled layers).
 
     Raises:
         ValueError: where the model can't be split over the tensor-parallel ranks, or has parts that
@@ -290,8 +291,7 @@ def parallelize(
             parameter.requires_grad_(name not in frozen)  # SequenceParallel unfreezes the norms
         divide_heads(decoder, world.tp_size)
     end_at_hidden_states(decoder)
-    if compile:
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # FlexAttention is compiled anyway
     for i, layer in enumerate(decoder.layers):
         if activation_checkpointing == "full":
             layer = checkpoint_wrapper(layer, preserve_rng_state=False)

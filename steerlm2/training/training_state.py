@@ -90,7 +90,12 @@ class StateWriter:
                 use_non_blocking_copy=on_gpu,
             )
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+        def begin() -> None:
+            if on_gpu:  # or every rank's thread would open a context on GPU 0
+                torch.cuda.set_device(world.device)
+
+        self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
         self._writing: Future[None] | None = None
         self._pause = 0.0
         world.on_main(lambda: _tidy(folder))

@@ -156,6 +156,28 @@ def test_sigterm_for_one_rank_stops_all(tune: Any, arguments: list[str], tmp_pat
     assert states(tmp_path) == [f"step_{steps_of(tmp_path):06d}"]
 
 
+def test_sigterm_for_a_launcher_on_a_node_stops_its_ranks(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """As recipes/launch start it: torchrun leaves the signal alone."""
+    launch = ["--nproc_per_node", "2", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steerlm2.on_node", TUNE, "run", *launch, *arguments,
+         f"output_dir={tmp_path}", "save_every_n_steps=100", "max_steps=4000"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=250)
+    assert process.returncode == 0, stderr[-4000:]
+    assert "SIGTERM: stopped after step" in stdout
+    assert states(tmp_path) == [f"step_{steps_of(tmp_path):06d}"]
+
+
 def workers(launcher: subprocess.Popen[str]) -> list[int]:
     """The processes of the ranks, in the order of their start."""
     file = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")

@@ -16,23 +16,35 @@ LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 SCRIPTS = ("train.sbatch", "pipeline.sbatch", "torchrun.sh")
 
 TUNE = """
-import os, signal, sys, time
+import os, subprocess, sys, time
 folder = os.environ["CALLS"]
 with open(f"{folder}/tune", "a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 if "wait" in sys.argv and "dry_run=true" not in sys.argv:
-    def stop(number, frame):
-        open(f"{folder}/stopped", "w").close()
-        sys.exit(0)
-    # as the ranks do: torchrun, which starts them, leaves the signal alone
-    signal.signal(signal.SIGTERM, stop)
+    if "sft_distributed" in sys.argv:  # torchrun, which leaves SIGTERM alone, and a rank
+        sys.exit(subprocess.call([sys.executable, f"{folder}/rank.py"]))
     open(f"{folder}/running", "w").close()
     time.sleep(60)
 """
+RANK = """
+import os, signal, sys, time
+folder = os.path.dirname(__file__)
+def stop(number, frame):
+    open(f"{folder}/stopped", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+open(f"{folder}/running", "w").close()
+time.sleep(60)
+"""
 STAND_INS = {
-    "srun": 'while [[ $1 == -* ]]; do shift; done; echo "$@" >> "$CALLS/srun"; exec "$@"',
+    # SIGTERM makes it kill the task, and Slurm itself signals tasks but not their children
+    "srun": """
+        while [[ $1 == -* ]]; do shift; done
+        "$@" & task=$!; echo $task > "$CALLS/task"
+        trap 'kill -KILL $task' TERM
+        wait $task""",
     "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [[ $1 == show ]] && printf "node1\\nnode2\\n"',
-    "scancel": 'echo "$@" >> "$CALLS/scancel"',
+    "scancel": 'echo "$@" >> "$CALLS/scancel"; [[ ! -f $CALLS/task ]] || kill $(< "$CALLS/task")',
     "squeue": "true",
 }
 
@@ -47,6 +59,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     for name, body in (bodies | {"tune": f"#!{sys.executable}{TUNE}"}).items():
         (commands / name).write_text(body)
         (commands / name).chmod(0o755)
+    (calls / "rank.py").write_text(RANK)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
     paths = {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(calls)}
     return dict(os.environ) | job | paths | {"LOG_DIR": str(tmp_path / "logs")}
@@ -128,6 +141,7 @@ def test_a_preempted_stage_saves_and_is_queued_again(slurm: dict[str, str]) -> N
     assert output == "stopped by SIGTERM, with status 0: queued again\n"
     assert process.returncode == 0
     assert (Path(slurm["CALLS"]) / "stopped").exists()
+    assert calls(slurm, "scancel") == ["--signal=TERM 7"]
     assert calls(slurm, "scontrol")[-1] == "requeue 7"
 
 
@@ -152,3 +166,10 @@ def test_without_slurm_a_lost_worker_is_started_again(slurm: dict[str, str]) -> 
     assert "--rdzv_endpoint here:29500 " in line
     assert "--max_restarts 3 " in line
     assert line.endswith(" reward_distributed --config c resume_from_checkpoint=true")
+
+
+def test_without_slurm_sigterm_reaches_the_ranks(slurm: dict[str, str]) -> None:
+    process = start("torchrun.sh", slurm, "sft_distributed", "wait")
+    assert stop_when_running(process, slurm) == ""
+    assert process.returncode == 0
+    assert (Path(slurm["CALLS"]) / "stopped").exists()

@@ -1,0 +1,59 @@
+"""Runs a command on a node so that SIGTERM reaches the ranks that it starts.
+
+    srun ... python -m steerlm2.on_node tune run --signals-to-handle SIGINT,SIGHUP,SIGQUIT ...
+
+Slurm signals the processes that it has started itself, not theirs; and torchrun, which starts the
+ranks, would end them after 30 seconds and fail, unless --signals-to-handle leaves SIGTERM out. So
+the command ignores the signal, and what comes here goes to its children: the ranks save, and all
+end with status 0. It goes there again and again, because a rank that is still starting ignores it
+too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+SECONDS_BETWEEN_SIGNALS = 5.0
+
+
+def run(command: Sequence[str]) -> int:
+    """The command's exit status; 128 and the number of the signal that ended it."""
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+        pass_on()
+
+    def pass_on() -> None:
+        for child in _children(process.pid):
+            os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command inherits it
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, stop)
+    while True:
+        try:
+            status = process.wait(SECONDS_BETWEEN_SIGNALS)
+        except subprocess.TimeoutExpired:
+            if stopping:
+                pass_on()
+        else:
+            return status if status >= 0 else 128 - status
+
+
+def _children(pid: int) -> list[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for children in lists for child in children.read_text().split()]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m steerlm2.on_node COMMAND...")
+    sys.exit(run(sys.argv[1:]))

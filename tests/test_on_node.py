@@ -1,0 +1,54 @@
+"""A command's end is the wrapper's end, and SIGTERM goes to what the command starts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ON_NODE = [sys.executable, "-m", "steerlm2.on_node"]
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["true"], 0), (["bash", "-c", "exit 3"], 3), (["bash", "-c", "kill -9 $$"], 128 + 9)],
+)
+def test_the_status_is_the_commands(command: list[str], status: int) -> None:
+    assert subprocess.run([*ON_NODE, *command]).returncode == status
+
+
+def test_no_command_is_an_error() -> None:
+    result = subprocess.run(ON_NODE, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "usage: " in result.stderr
+
+
+@pytest.mark.parametrize("seconds_deaf", [0, 7])
+def test_sigterm_reaches_the_children_also_those_that_first_ignore_it(
+    seconds_deaf: int, tmp_path: Path
+) -> None:
+    """The command itself survives it. Sent again every 5 seconds."""
+    child = f"""
+import signal, time
+from pathlib import Path
+Path({str(tmp_path / "started")!r}).touch()
+time.sleep({seconds_deaf})
+def stop(number, frame):
+    Path({str(tmp_path / "stopped")!r}).touch()
+    raise SystemExit(0)
+signal.signal(signal.SIGTERM, stop)
+Path({str(tmp_path / "listening")!r}).touch()
+time.sleep(60)
+"""
+    parent = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {child!r}]))"
+    process = subprocess.Popen([*ON_NODE, sys.executable, "-c", parent])
+    awaited = tmp_path / ("started" if seconds_deaf else "listening")
+    while not awaited.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "stopped").exists()
