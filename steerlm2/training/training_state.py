@@ -181,7 +181,8 @@ class StateWriter:
             shutil.rmtree(earlier, ignore_errors=True)
             if self.keep_last_n is not None:
                 for old in checkpoints(self.folder)[: -self.keep_last_n]:
-                    shutil.rmtree(old)
+                    # A kill leaves it under a name that `_tidy` knows, not half of it.
+                    shutil.rmtree(old.rename(old.with_suffix(".removed")))
 
         try:
             world.on_main(make_room)
@@ -363,8 +364,8 @@ def _tidy(folder: Path) -> None:
             shutil.rmtree(earlier)
         else:
             earlier.rename(final)
-    for partial in folder.glob("*.partial"):
-        shutil.rmtree(partial)
+    for rest in (*folder.glob("*.partial"), *folder.glob("*.removed")):
+        shutil.rmtree(rest)
 
 
 @contextlib.contextmanager

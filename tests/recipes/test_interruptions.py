@@ -23,7 +23,7 @@ RunFolder = Any
 WriteGroups = Callable[..., Path]
 
 TUNE = Path(sys.executable).with_name("tune")
-STEPS = 20
+STEPS = 40
 KILLS = 10
 LAYOUTS = {
     "tp2_fsdp2": ("tensor_parallel_dim=2",),
@@ -66,7 +66,7 @@ def steps_of(folder: Path) -> int:
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     while process.poll() is None and not condition():
-        time.sleep(0.005)
+        time.sleep(0.001)
     assert process.poll() is None, process.communicate()[1][-4000:]
 
 
@@ -81,6 +81,10 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def states(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("checkpoints/*"))
+
+
+def is_saving(folder: Path) -> bool:
+    return any(name.endswith(".partial") for name in states(folder))
 
 
 def assert_same_run(run: RunFolder, reference: RunFolder) -> None:
@@ -100,22 +104,25 @@ def test_ten_kills_change_nothing(
     run_folder: type[RunFolder],
     tmp_path: Path,
 ) -> None:
-    """Every step is saved, so that about every second kill meets a save. The run is killed within a
-    step's time after one or two more steps have been logged, ten times, and then left alone."""
+    """Every step is saved. The run is killed ten times, and then left alone: within a step's time
+    after another step has been logged, every second time as soon as a save has begun then."""
     rng = random.Random(0)
     kills_in_a_save = 0
-    for _ in range(KILLS):
+    for i in range(KILLS):
         reached = steps_of(tmp_path)
         process = tune.start(*arguments, f"output_dir={tmp_path}")
         wait_for(process, lambda reached=reached: steps_of(tmp_path) > reached)
-        time.sleep(rng.uniform(0, 0.05))
+        if i % 2:
+            wait_for(process, lambda: is_saving(tmp_path))
+        else:
+            time.sleep(rng.uniform(0, 0.05))
         kill(process)
-        kills_in_a_save += any(name.endswith(".partial") for name in states(tmp_path))
+        kills_in_a_save += is_saving(tmp_path)
     assert steps_of(tmp_path) < STEPS
     assert kills_in_a_save > 0
     tune(*arguments, f"output_dir={tmp_path}")
     assert_same_run(run_folder(tmp_path), reference)
-    assert states(tmp_path) == ["step_000019", "step_000020"]
+    assert states(tmp_path) == [f"step_{STEPS - 1:06d}", f"step_{STEPS:06d}"]
 
 
 # SIGTERM

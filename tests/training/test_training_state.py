@@ -172,6 +172,20 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000010"]
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before anything of it is gone; the next start removes what is left."""
+    run = new_run()
+    save(tmp_path, 1, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: None)
+        save(tmp_path, 2, run, keep_last_n=1)
+    assert checkpoints(tmp_path) == [tmp_path / "step_000002"]
+    StateWriter(tmp_path, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+
+
 def test_without_a_limit_all_checkpoints_are_kept(tmp_path: Path) -> None:
     run = new_run()
     for step in (1, 2, 3):
