@@ -360,6 +360,15 @@ def check_finite(grad_norm: Tensor, step: int, looked_at: int) -> None:
     )
 
 
+def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """What this rank has of a tensor, and its place in the whole one."""
+    if not isinstance(tensor, DTensor):
+        return tensor, [0] * tensor.dim()
+    (chunk,) = tensor.__create_chunk_list__()
+    with torch.no_grad():
+        return tensor.to_local(), list(chunk.offsets)
+
+
 def _by_rank(problems: Sequence[str | None]) -> str:
     """Each problem once, with the ranks that have it where not all do."""
     ranks: dict[str, list[str]] = {}

@@ -28,13 +28,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from steerlm2.models.folders import INDEX_FILE, missing_weights, weight_files
 from steerlm2.models.hf_names import decoder_name, row_order, to_hf
 from steerlm2.models.nf4 import fill_nf4, is_nf4, mean_scale
 from steerlm2.models.reward_head import HF_HEAD
-from steerlm2.training.distributed import World
+from steerlm2.training.distributed import World, local_part
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -118,10 +117,7 @@ def copy_part(parameter: Tensor, whole: Any, order: Tensor | None = None) -> Non
         whole: a tensor, or what can be indexed by slices as one.
         order: for every row of the parameter, its row in `whole`.
     """
-    local, offsets = parameter, torch.Size([0] * parameter.dim())
-    if isinstance(parameter, DTensor):
-        (chunk,) = parameter.__create_chunk_list__()
-        local, offsets = parameter.to_local(), chunk.offsets
+    local, offsets = local_part(parameter)
     if local.numel() == 0:
         return
     fill: Callable[[Tensor], Any] = local.copy_

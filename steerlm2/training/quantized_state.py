@@ -26,6 +26,8 @@ from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
+from steerlm2.training.distributed import local_part
+
 State = dict[str, dict[str, Any]]
 """Of an optimizer: {parameter: {"exp_avg": ...}}."""
 
@@ -99,7 +101,7 @@ def read_converted(state: State, checkpoint: Path) -> None:
     for parameter, moments in state.items():
         for name, value in moments.items():
             moment = f"{STATE_KEY}{parameter}.{name}"
-            local, offsets = _local(value)
+            local, offsets = local_part(value)
             if local.numel() == 0:
                 continue
             numbers = torch.zeros(local.shape)
@@ -129,7 +131,7 @@ class _Reader(dcp.FileSystemReader):
 def _plain(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return {name: value}
-    local, offsets = _local(value)
+    local, offsets = local_part(value)
     if local.numel() == 0:
         return {}
     kind = type(local).__name__ if type(local).__name__ in QUANTIZED else NUMBERS
@@ -141,15 +143,6 @@ def _tensors(kind: str, local: Tensor) -> dict[str, Tensor]:
     if kind == NUMBERS:
         return {"codes": local}
     return {"codes": cast(Any, local).codes, "scale": cast(Any, local).scale}
-
-
-def _local(value: Tensor) -> tuple[Tensor, list[int]]:
-    """This rank's part and its place in the whole."""
-    if not isinstance(value, DTensor):
-        return value, [0] * value.dim()
-    (chunk,) = value.__create_chunk_list__()
-    with torch.no_grad():
-        return value.to_local(), list(chunk.offsets)
 
 
 def _like(value: Tensor, local: Tensor) -> Tensor:
