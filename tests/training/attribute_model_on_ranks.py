@@ -8,15 +8,13 @@ imports everything once and forks the ranks.
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtune.models.llama3 import llama3, lora_llama3
@@ -38,8 +36,6 @@ from steerlm2.training.checkpoint import (
 from steerlm2.training.distributed import (
     World,
     clip_gradients,
-    close_world,
-    init_world,
     parallelize,
 )
 from steerlm2.training.forward import attribute_scores, score_attributes
@@ -237,31 +233,16 @@ def compute(world: World, folder: Path, layout: str) -> dict[str, Any]:
     return out
 
 
-def run_rank(rank: int, folder: Path, layout: str, port: int) -> None:
-    torch.set_num_threads(1)
-    size, tp = LAYOUTS[layout]["size"], LAYOUTS[layout]["tp"]
-    if size > 1:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        os.environ.update({name: str(value) for name, value in places.items()})
-    world = init_world("cpu", tensor_parallel_dim=tp)
-    numbers = compute(world, folder, layout)
-    if world.is_main:
-        torch.save(numbers, folder / f"{layout}.pt")
-    close_world()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     for layout, shape in LAYOUTS.items():
-        arguments = (folder, layout, free_port())
-        mp.start_processes(run_rank, arguments, nprocs=shape["size"], start_method="fork")
+
+        def work(world: World, layout: str = layout) -> None:
+            numbers = compute(world, folder, layout)
+            if world.is_main:
+                torch.save(numbers, folder / f"{layout}.pt")
+
+        run_on_ranks(work, size=shape["size"], tensor_parallel_dim=shape["tp"])
 
 
 if __name__ == "__main__":

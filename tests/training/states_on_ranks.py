@@ -8,14 +8,12 @@ on; the others resume from its state.
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,8 +25,6 @@ from steerlm2.training.checkpoint import load_weights
 from steerlm2.training.distributed import (
     World,
     clip_gradients,
-    close_world,
-    init_world,
     parallelize,
 )
 from steerlm2.training.forward import response_logps
@@ -116,32 +112,16 @@ def compute(world: World, folder: Path, layout: str) -> dict[str, Any]:
     return {"losses": losses, "weights": run.weights(), "pause": run.states.take_pause()}
 
 
-def run_rank(rank: int, folder: Path, layout: str, port: int) -> None:
-    torch.set_num_threads(1)
-    options = dict(LAYOUTS[layout])
-    size = options.pop("size")
-    if size > 1:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        os.environ.update({name: str(value) for name, value in places.items()})
-    world = init_world("cpu", **options)
-    found = compute(world, folder, layout)
-    if world.is_main:
-        torch.save(found, folder / f"{layout}.pt")
-    close_world()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     for layout, options in LAYOUTS.items():
-        arguments = (folder, layout, free_port())
-        mp.start_processes(run_rank, arguments, nprocs=options["size"], start_method="fork")
+
+        def work(world: World, layout: str = layout) -> None:
+            found = compute(world, folder, layout)
+            if world.is_main:
+                torch.save(found, folder / f"{layout}.pt")
+
+        run_on_ranks(work, **options)
 
 
 if __name__ == "__main__":

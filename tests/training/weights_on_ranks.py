@@ -9,9 +9,7 @@ large: FOLDER/model is read on 4 ranks; FOLDER/large.pt holds what each rank mea
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtune.models.llama3 import llama3, lora_llama3
@@ -35,7 +33,7 @@ from steerlm2.models.llama import head_shape
 from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training import hf_weights
 from steerlm2.training.checkpoint import load_weights, save_weights
-from steerlm2.training.distributed import World, close_world, init_world, parallelize
+from steerlm2.training.distributed import World, parallelize
 from steerlm2.training.hf_checkpoint import HFCheckpointer
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -181,29 +179,15 @@ def large(world: World, folder: Path, layout: str) -> None:
         torch.save(out, folder / "large.pt")
 
 
-def run_rank(rank: int, what: str, folder: Path, layout: str, port: int) -> None:
-    torch.set_num_threads(1)
-    options = dict(LAYOUTS[layout])
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.pop("size")}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.environ.update({k: str(v) for k, v in (places | {"MASTER_PORT": port}).items()})
-    world = init_world("cpu", **options)
-    {"small": small, "large": large}[what](world, folder, layout)
-    close_world()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def main() -> None:
     what, folder = sys.argv[1], Path(sys.argv[2])
+    find_out = {"small": small, "large": large}[what]
     for layout in LAYOUTS if what == "small" else ["tp2_fsdp2"]:
-        arguments = (what, folder, layout, free_port())
-        size = LAYOUTS[layout]["size"]
-        mp.start_processes(run_rank, arguments, nprocs=size, start_method="fork")
+
+        def work(world: World, layout: str = layout) -> None:
+            find_out(world, folder, layout)
+
+        run_on_ranks(work, **LAYOUTS[layout])
 
 
 if __name__ == "__main__":
