@@ -62,7 +62,7 @@ from steerlm2.data.templates import groups_for_scoring
 from steerlm2.serving.client import ClassifyClient
 from steerlm2.training.attribute_model import load_attribute_model
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, World, close_world, init_world
+from steerlm2.training.distributed import DTYPES, World, init_world
 from steerlm2.training.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_SCORES = (
@@ -287,7 +287,6 @@ class AnnotateRecipe:
                 f"{cfg.output}: {self.num_records} records, {num_texts} texts scored (cut at the "
                 f"beginning, being too long: {num_cut} texts{earlier})"
             )
-        close_world()
 
     # What follows is small print that the methods above call by name.
 

@@ -83,7 +83,7 @@ from steerlm2.report import (
 from steerlm2.serving.client import ClassifyClient
 from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, close_world, init_world
+from steerlm2.training.distributed import DTYPES, init_world
 from steerlm2.training.exact_kl import model_scorer
 from steerlm2.training.output import check_shared, make_output_dir
 from steerlm2.training.resumable import ResumableOutput
@@ -358,7 +358,6 @@ class EvaluateRecipe:
                 if isinstance(self.logger, WandBLogger):
                     log_to_wandb(results)
                 self.logger.close()
-        close_world()
 
     # What follows is small print that the methods above call by name.
 

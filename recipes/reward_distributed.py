@@ -66,7 +66,6 @@ from steerlm2.training.distributed import (
     ActivationCheckpointing,
     check_finite,
     clip_gradients,
-    close_world,
     init_world,
     parallelize,
     reduce_gradients,
@@ -645,7 +644,6 @@ def main(cfg: RewardConfig) -> None:
             recipe.export()
     finally:
         recipe.cleanup()
-    close_world()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from steerlm2.generation.local import LocalEngine
 from steerlm2.generation.options import LabelOptions, ServerOptions, sampling_problems
 from steerlm2.models.folders import file_digest
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, World, close_world, init_world
+from steerlm2.training.distributed import DTYPES, World, init_world
 from steerlm2.training.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_RESPONSES = (
@@ -220,7 +220,6 @@ class SampleRecipe:
         if world.is_main:
             seconds = time.perf_counter() - started
             self._finish(num_tokens / seconds if num_tokens else None)
-        close_world()
 
     # What follows is small print that the methods above call by name.
 

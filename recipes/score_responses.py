@@ -58,7 +58,7 @@ from steerlm2.training.checkpoint import (
     open_checkpointer,
 )
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, close_world, init_world, parallelize
+from steerlm2.training.distributed import DTYPES, init_world, parallelize
 from steerlm2.training.forward import score_groups
 from steerlm2.training.resumable import ResumableOutput
 
@@ -217,7 +217,6 @@ class ScoreRecipe:
                     path.unlink(missing_ok=True)
             if "log_q" in cfg.quantities:
                 self._compare_with_engine()
-        close_world()
 
     def _score_log_probs(self, stage: Stage, source: str, output: ResumableOutput) -> None:
         """log P(y|x) and log Q'(y|a,x) of a model, and log P(a|x,y) from stored scores."""

@@ -60,7 +60,6 @@ from steerlm2.training.distributed import (
     ActivationCheckpointing,
     check_finite,
     clip_gradients,
-    close_world,
     init_world,
     parallelize,
     reduce_gradients,
@@ -675,7 +674,6 @@ def main(cfg: SFTConfig) -> None:
             recipe.export()
     finally:
         recipe.cleanup()
-    close_world()
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ from steerlm2.training.distributed import (
     ActivationCheckpointing,
     check_finite,
     clip_gradients,
-    close_world,
     init_world,
     parallelize,
     reduce_gradients,
@@ -757,7 +756,6 @@ def main(cfg: SteerLM2Config) -> None:
             recipe.export()
     finally:
         recipe.cleanup()
-    close_world()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from steerlm2.training.distributed import end_rank
+
 ConfigT = TypeVar("ConfigT")
 
 LOG = logging.getLogger("steerlm2")
@@ -123,7 +125,8 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
     """Make `main(cfg)` a recipe's entry: `--config FILE key=value ...`, as torchtune parses it.
 
     A user's mistake (ValueError, a missing file, a full or read-only disk) ends in one message on
-    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it.
+    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. Where `main`
+    joined a world, its process ends with it (`end_rank`).
     """
 
     def decorate(main: Callable[[ConfigT], None]) -> Callable[[], None]:
@@ -142,7 +145,9 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                     # Mostly all ranks fail alike: rank 0 speaks, and torchrun ends the others.
                     time.sleep(SECONDS_FOR_RANK_0)
                 print(_error_message(error), file=sys.stderr, flush=True)
+                end_rank(1)
                 sys.exit(1)
+            end_rank()
 
         setattr(entry, CONFIG_CLASS, config_class)
         return entry

@@ -7,8 +7,10 @@ over dp_replicate (HSDP). Model code knows nothing of it.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,6 +248,26 @@ def close_world() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def end_rank(status: int = 0) -> None:
+    """Close the world and end the process with it; one that never joined a world goes on.
+
+    gloo's threads can hold tensors of the last collectives still. One that lets go of them while
+    the interpreter finalizes aborts the process (pytorch/pytorch#190489), and a run that is done
+    would count as failed: so there is no finalization, only what `atexit` would have called.
+
+    Args:
+        status: the exit status; where it isn't 0, the other ranks aren't waited for.
+    """
+    if not dist.is_initialized():
+        return
+    if status == 0:
+        close_world()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def parallelize(

@@ -26,7 +26,7 @@ from steerlm2.planning.jobs import JOBS, Job, PlannedRow
 from steerlm2.planning.trace import fake_world, trace_step
 from steerlm2.planning.tracker import StepTracker
 from steerlm2.training.config import load_config
-from steerlm2.training.distributed import close_world
+from steerlm2.training.distributed import close_world, end_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = "the training"
@@ -109,10 +109,11 @@ def main(name: str, config: str, result: str, *overrides: str) -> None:
         measured = highest_level(profiler) if alone else sum(tracker.at_peak().values())
     size, main_rank = recipe.world.size, recipe.world.is_main
     rows = rows_of_this_rank(JOBS[name](cfg), recipe)
+    if not main_rank:
+        end_rank()
     close_world()
-    if main_rank:
-        kinds = planned(JOBS[name](cfg), rows, size)
-        Path(result).write_text(json.dumps({"measured": measured, "planned": kinds}))
+    kinds = planned(JOBS[name](cfg), rows, size)
+    Path(result).write_text(json.dumps({"measured": measured, "planned": kinds}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,29 @@ def test_closing_ends_the_process_group() -> None:
     close_world()
     assert not dist.is_initialized()
     close_world()  # and again: a recipe that failed early has none
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_rank_ends_where_it_says(status: int) -> None:
+    """With what it printed and `atexit` had to do, and without a finalization of Python."""
+    script = f"""
+import atexit
+from steerlm2.training.distributed import end_rank, init_world
+
+class Finalized:
+    def __del__(self):
+        print("finalized")
+
+kept = Finalized()
+atexit.register(print, "at exit")
+end_rank(7)
+print("no world")
+init_world("cpu", needs_mesh=True)
+end_rank({status})
+print("after the end")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (status, "no world\nat exit\n"), ended.stderr
 
 
 def test_every_group_has_the_runs_timeout() -> None:
