@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 from torchtune.modules import TransformerDecoder
 from torchtune.training.metric_logging import WandBLogger
@@ -83,7 +81,7 @@ from steerlm2.report import (
 from steerlm2.serving.client import ClassifyClient
 from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, init_world
+from steerlm2.training.distributed import DTYPES, free_memory, init_world
 from steerlm2.training.exact_kl import model_scorer
 from steerlm2.training.output import check_shared, make_output_dir
 from steerlm2.training.resumable import ResumableOutput
@@ -698,14 +696,6 @@ def said_of(where: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def free_memory() -> None:
-    """A decoder refers to itself, so that it outlives its last use until the garbage is collected;
-    the next model needs its room on the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @recipe_main(EvaluateConfig)

@@ -58,7 +58,7 @@ from steerlm2.training.checkpoint import (
     open_checkpointer,
 )
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, init_world, parallelize
+from steerlm2.training.distributed import DTYPES, free_memory, init_world, parallelize
 from steerlm2.training.forward import score_groups
 from steerlm2.training.resumable import ResumableOutput
 
@@ -209,6 +209,7 @@ class ScoreRecipe:
                 self._score_attributes(stage, source, output)
             else:
                 self._score_log_probs(stage, source, output)
+            free_memory()
             world.barrier()
             source = target
         if world.is_main:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -268,6 +269,16 @@ def end_rank(status: int = 0) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def free_memory() -> None:
+    """Make room for the next model after the last use of one.
+
+    A decoder refers to itself, so that it lives on until the garbage is collected.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parallelize(

@@ -11,39 +11,30 @@ What is planned is a trace of the largest micro-batch that this rank computed.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch.autograd.profiler import profile, record_function
 
 from steerlm2.planning.jobs import JOBS, Job, PlannedRow
 from steerlm2.planning.trace import fake_world, trace_step
 from steerlm2.planning.tracker import StepTracker
-from steerlm2.training.config import load_config
 from steerlm2.training.distributed import close_world, end_rank
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "tests" / "recipes")]
+from ready_made import recipe_config  # noqa: E402
+
 TRAINING = "the training"
 CLASSES = {
-    "steerlm2_distributed": ("SteerLM2Config", "SteerLM2Recipe"),
-    "sft_distributed": ("SFTConfig", "SFTRecipe"),
-    "reward_distributed": ("RewardConfig", "RewardRecipe"),
+    "steerlm2_distributed": "SteerLM2Recipe",
+    "sft_distributed": "SFTRecipe",
+    "reward_distributed": "RewardRecipe",
 }
-
-
-def recipe_module(recipe: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[recipe] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def highest_level(profiler: profile) -> int:
@@ -85,13 +76,8 @@ def rebuilt(job: Job[Any], record: Any) -> Any:
 
 
 def main(name: str, config: str, result: str, *overrides: str) -> None:
-    module = recipe_module(name)
-    config_class, recipe_class = (getattr(module, attribute) for attribute in CLASSES[name])
-    values = OmegaConf.load(ROOT / "recipe_configs" / f"{config}.yaml")
-    cfg = load_config(
-        config_class, OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
-    )
-    recipe = recipe_class(cfg)
+    cfg = recipe_config(name, config, *overrides)
+    recipe = getattr(importlib.import_module(name), CLASSES[name])(cfg)
     on_gpu, alone = cfg.device == "cuda", recipe.world.size == 1
     tracker = StepTracker()
     profiler = profile(enabled=alone and not on_gpu, profile_memory=True)

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import LlamaForSequenceClassification
 
+import annotate_attributes
+from annotate_attributes import AttributeSchema, ConversationFormat
+from ready_made import recipe_config
 from steerlm2.attributes import beta_log_prob, parse_label
 from steerlm2.data.records import Turn, json_line
 from steerlm2.data.templates import encode_segments, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training.config import load_config
 
 Json = dict[str, Any]
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("humor", "verbosity")
 LOG_P = "log(P(a|x,y))"
 SLICE = 8
@@ -102,25 +99,10 @@ def arguments(source: Path, output: Path, model: Path | None, *more: str) -> lis
     ]
 
 
-def load_recipe() -> ModuleType:
-    name = "annotate_attributes_under_test"
-    if name not in sys.modules:
-        path = ROOT / "recipes" / "annotate_attributes.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 def run_here(source: Path, output: Path, model: Path | None, *more: str) -> None:
-    """The recipe in this process: what `tune run` does, without its seconds of imports."""
-    module = load_recipe()
-    yaml = OmegaConf.load(ROOT / "recipe_configs" / "tiny" / "annotate_attributes.yaml")
-    overrides = OmegaConf.from_dotlist(arguments(source, output, model, *more)[3:])
-    cfg = load_config(module.AnnotateConfig, OmegaConf.merge(yaml, overrides))  # type: ignore[arg-type]
-    recipe = module.AnnotateRecipe(cfg)
+    """The recipe in this process."""
+    name, _, config, *overrides = arguments(source, output, model, *more)
+    recipe = annotate_attributes.AnnotateRecipe(recipe_config(name, config, *overrides))
     recipe.setup()
     recipe.annotate()
 
@@ -371,9 +353,9 @@ def test_sampled_labels_have_the_probabilities_of_the_beta_rule() -> None:
     Labels of fewer than 5 expected draws are pooled, which leaves 7 cells (asserted). Chi-square of
     6 degrees of freedom: 22.5 is exceeded once in 1,000 times.
     """
-    module, rng = load_recipe(), random.Random(5)
-    schema = module.AttributeSchema(NAMES)
-    labelled = module.ConversationFormat(schema, "all", "sampled", 42, 24.0, "midpoint")
+    rng = random.Random(5)
+    schema = AttributeSchema(NAMES)
+    labelled = ConversationFormat(schema, "all", "sampled", 42, 24.0, "midpoint")
     drawn: list[str] = []
     for place in range(500):
         obj = {"conversations": [TURN | {"value": words(rng, 3)} for _ in range(4)]}

@@ -8,10 +8,8 @@ import importlib.util
 import itertools
 import re
 import shlex
-import sys
 import typing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -59,20 +57,8 @@ each_model = pytest.mark.parametrize("name", WITH_MODEL)
 each_distributed = pytest.mark.parametrize("name", DISTRIBUTED)
 
 
-def recipe_module(recipe: str) -> ModuleType:
-    """A recipe's module, by its path: the import name `recipes` is torchtune's."""
-    name = f"recipe_under_test_{recipe}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{recipe}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 def config_class(recipe: str) -> type:
-    return getattr(recipe_module(recipe), CONFIG_CLASSES[recipe])
+    return getattr(importlib.import_module(recipe), CONFIG_CLASSES[recipe])
 
 
 def text_of(name: str) -> str:
@@ -216,7 +202,7 @@ def test_recipes_that_run_models_agree_on_the_keys_they_share(first: str, second
 def test_generation_of_sft_is_that_of_steerlm2_and_more() -> None:
     """Only `prompts` may be left out in one and not in the other: sft can ask validation data."""
     one, other = (
-        fields_of(recipe_module(recipe).GenerationOptions)
+        fields_of(importlib.import_module(recipe).GenerationOptions)
         for recipe in ("sft_distributed", "steerlm2_distributed")
     )
     assert one.keys() - other.keys() == {"from_dataset_val", "metrics"}

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import sys
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torchtune.models.llama3 import llama3
 
+import evaluate_steering
+from ready_made import recipe_config
 from steerlm2 import report as report_module
 from steerlm2.attributes import AttributeSchema
 from steerlm2.data.grammar import grammar_pairs, grammar_prompts
@@ -31,7 +30,6 @@ from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training import exact_kl as exact_kl_module
 from steerlm2.training.attribute_model import load_attribute_model
 from steerlm2.training.checkpoint import load_weights, open_checkpointer, open_reward_checkpointer
-from steerlm2.training.config import load_config
 from steerlm2.training.distributed import World, parallelize
 from steerlm2.training.exact_kl import exact_kl, grammar_metrics, model_scorer
 from steerlm2.training.resumable import ResumableOutput
@@ -51,24 +49,12 @@ WORLD = World(torch.device("cpu"))
 NUM_PROMPTS, N = 6, 2
 
 
-def load_recipe() -> ModuleType:
-    name = "evaluate_steering_under_test"
-    if name not in sys.modules:
-        path = ROOT / "recipes" / "evaluate_steering.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 def recipe_here(output_dir: Path, *overrides: str) -> Any:
     """The recipe in this process, with tiny/evaluate_steering and overrides."""
-    dotlist = OmegaConf.from_dotlist([f"output_dir={output_dir}", *overrides])
-    module = load_recipe()
-    cfg = load_config(module.EvaluateConfig, OmegaConf.merge(OmegaConf.load(CONFIG), dotlist))  # type: ignore[arg-type]
-    return module.EvaluateRecipe(cfg)
+    cfg = recipe_config(
+        "evaluate_steering", "tiny/evaluate_steering", f"output_dir={output_dir}", *overrides
+    )
+    return evaluate_steering.EvaluateRecipe(cfg)
 
 
 def run_here(output_dir: Path, *overrides: str) -> Json:
@@ -408,7 +394,7 @@ class EngineWithAnswers:
 def test_a_server_answers(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked by token ids; an answer without text is counted, and isn't scored."""
     engine = EngineWithAnswers()
-    monkeypatch.setattr(load_recipe(), "open_server", lambda *arguments: engine)
+    monkeypatch.setattr(evaluate_steering, "open_server", lambda *arguments: engine)
     report = run_here(
         tmp_path / "out", *sampling(prompts), "models.served.server.url=http://127.0.0.1:1"
     )

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
 
-from steerlm2.training.config import load_config
+import plan_memory
+from ready_made import recipe_config
 
 ROOT = Path(__file__).resolve().parents[2]
 Json = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "recipes" / "plan_memory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["plan"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def plan(recipe: ModuleType, tmp_path: Path) -> Any:
+def plan(tmp_path: Path) -> Any:
     """`plan("tiny/sft", "world_size=2")` is what it writes, without a process of its own."""
 
     def run(config: str, *overrides: str) -> Json:
-        values = OmegaConf.merge(
-            OmegaConf.load(ROOT / "recipe_configs" / f"{config}.yaml"),
-            OmegaConf.from_dotlist([*overrides, f"output={tmp_path / 'plan.json'}"]),
-        )
-        cfg = load_config(recipe.PlanConfig, cast(DictConfig, values))
-        recipe.PlanRecipe(cfg).run()
-        return cast(Json, json.loads((tmp_path / "plan.json").read_text()))
+        output = tmp_path / "plan.json"
+        cfg = recipe_config("plan_memory", config, *overrides, f"output={output}")
+        plan_memory.PlanRecipe(cfg).run()
+        return cast(Json, json.loads(output.read_text()))
 
     return run
 
@@ -76,7 +61,6 @@ def test_from_the_command_line(tune: Any, tmp_path: Path) -> None:
     ids=["gpu", "other recipe", "not divisible", "no world size", "unknown key", "efficiency"],
 )
 def test_mistakes(
-    recipe: ModuleType,
     plan: Any,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],

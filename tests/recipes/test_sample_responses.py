@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
 import re
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torchtune.models.llama3 import llama3
 
+import sample_responses
+from ready_made import recipe_config
 from steerlm2.attributes import parse_label
 from steerlm2.data.records import json_line, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training.config import load_config
 from steerlm2.training.hf_checkpoint import HFCheckpointer
 
 Json = dict[str, Any]
 
-ROOT = Path(__file__).resolve().parents[2]
 SLICE = 4
 NUM_PROMPTS = 40
 N = 5
@@ -71,25 +67,10 @@ def arguments(source: Path, output: Path, model: Path | None, *more: str) -> lis
     ]
 
 
-def load_recipe() -> ModuleType:
-    name = "sample_responses_under_test"
-    if name not in sys.modules:
-        path = ROOT / "recipes" / "sample_responses.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 def run_here(source: Path, output: Path, model: Path | None, *more: str) -> list[Json]:
     """The recipe in this process, and what it wrote."""
-    module = load_recipe()
-    yaml = OmegaConf.load(ROOT / "recipe_configs" / "tiny" / "sample_responses.yaml")
-    overrides = OmegaConf.from_dotlist(arguments(source, output, model, *more)[3:])
-    cfg = load_config(module.SampleConfig, OmegaConf.merge(yaml, overrides))  # type: ignore[arg-type]
-    recipe = module.SampleRecipe(cfg)
+    name, _, config, *overrides = arguments(source, output, model, *more)
+    recipe = sample_responses.SampleRecipe(recipe_config(name, config, *overrides))
     recipe.setup()
     recipe.sample()
     return read_jsonl(output)

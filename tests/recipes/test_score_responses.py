@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -17,11 +18,16 @@ from typing import Any
 import pytest
 import torch
 from torchtune.models.llama3 import llama3
+from torchtune.modules import TransformerDecoder
 
+import score_responses
+from ready_made import recipe_config
 from steerlm2.attributes import beta_log_prob, parse_label
 from steerlm2.data.records import LOG_PROB_KEYS, Record, read_records, write_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.training import attribute_model as attribute_model_module
+from steerlm2.training.checkpoint import load_weights
 from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
 Json = dict[str, Any]
@@ -411,6 +417,25 @@ def test_three_models_in_one_run_are_three_runs_with_one_each(
         checkpoint = with_models({name: three_models[name]}, "checkpointer")
         tune(*arguments(source, target, f"quantities=[{name}]", *checkpoint))
     assert by_three_models.read_bytes() == third.read_bytes()
+
+
+def test_one_model_is_in_memory_at_a_time(
+    unscored: Path, three_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = []
+
+    def count_decoders(*arguments: Any, **options: Any) -> None:
+        alive.append(sum(type(thing) is TransformerDecoder for thing in gc.get_objects()))
+        load_weights(*arguments, **options)
+
+    for module in (score_responses, attribute_model_module):
+        monkeypatch.setattr(module, "load_weights", count_decoders)
+    before = sum(type(thing) is TransformerDecoder for thing in gc.get_objects())
+    name, _, config, *overrides = arguments(
+        unscored, tmp_path / "out.jsonl", *SCHEMA, *with_models(three_models)
+    )
+    score_responses.ScoreRecipe(recipe_config(name, config, *overrides)).score()
+    assert [count - before for count in alive] == [1, 1, 1]
 
 
 def test_nothing_is_left_of_what_the_models_handed_on(by_three_models: Path) -> None:

@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import pytest
 import yaml
 from torchtune.models.llama3 import llama3
 
+import serve_reward
 from steerlm2.attributes import AttributeSchema
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
@@ -35,11 +35,6 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "recipe_configs" / "tiny" / "serve_reward.yaml").read_text())
-spec = importlib.util.spec_from_file_location("serve_reward", ROOT / "recipes" / "serve_reward.py")
-assert spec is not None
-assert spec.loader is not None
-recipe = sys.modules["serve_reward"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(recipe)
 
 JSON_HEADERS = {"Content-Type": "application/json"}
 WORDS = ("a", "the", "of", "and", "is", "to", "it", "has", "you", "for", "this", "capital", "good")
@@ -192,7 +187,7 @@ def test_port_in_use(tune: Any, server: Server) -> None:
 def test_problems_of_the_config_are_named_at_once() -> None:
     values = CONFIG | {"port": 70000, "max_queue": 5, "request_timeout": 0, "schema": {"names": []}}
     with pytest.raises(ValueError, match="the config has problems") as caught:
-        load_config(recipe.ServeConfig, values)
+        load_config(serve_reward.ServeConfig, values)
     assert str(caught.value).splitlines()[1:] == [
         "  - 'request_timeout' must be above 0, got 0.0",
         "  - 'max_queue' (5) must be at least 'max_items' (64): the texts of a request wait "
@@ -211,7 +206,7 @@ def test_lacking_packages_are_named_with_their_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", without_fastapi)
     message = re.escape('the server needs fastapi: pip install "steerlm2[serve]"')
     with pytest.raises(ValueError, match=message):
-        recipe.ServeRecipe(load_config(recipe.ServeConfig, CONFIG))
+        serve_reward.ServeRecipe(load_config(serve_reward.ServeConfig, CONFIG))
 
 
 def exported_model(folder: Path) -> Path:
