@@ -45,7 +45,13 @@ from steerlm2.models.llama import pair_cost
 from steerlm2.models.reward_head import add_reward_head
 from steerlm2.monitoring.hang_watch import LONG, HangWatch
 from steerlm2.monitoring.rank_log import LOG_FOLDER, Progress, open_rank_log
-from steerlm2.monitoring.run_record import describe_run, log_path, open_metric_logger, write_run
+from steerlm2.monitoring.run_record import (
+    describe_run,
+    log_path,
+    open_metric_logger,
+    restarted_run,
+    write_run,
+)
 from steerlm2.monitoring.stragglers import Stragglers
 from steerlm2.training.ahead import ahead
 from steerlm2.training.checkpoint import (
@@ -337,7 +343,7 @@ class RewardRecipe:
             on_complete=lambda path: log_path(self.metric_logger, "newest_checkpoint", path),
         )
         self.watch.at("start", patience=LONG)
-        resume = cfg.resume_from_checkpoint or world.restarted
+        resume = cfg.resume_from_checkpoint or restarted_run(self.output_dir, world)
         self.first_step = self._resume() if resume else 0
         run = describe_run(cfg, world)
         if world.is_main:
@@ -435,12 +441,14 @@ class RewardRecipe:
                 else:
                     seconds += time.perf_counter() - started
                 bar.update()
+                if self.stopped:  # before anything else: the time until SIGKILL may be short
+                    self.save(done)
                 if validated:
                     self.validate(done)
-                if saved:
-                    self.save(done)
                 if self.stopped:
                     break
+                if saved:
+                    self.save(done)
             self.watch.at("the last checkpoint", patience=LONG)
             self.states.wait()
         if self.stopped:

@@ -25,6 +25,7 @@ from steerlm2.training.distributed import World
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "torchtune", "torchao", "steerlm2")
 SECONDS_FOR_GIT = 10.0
+LAUNCH_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 def describe_run(config: Any, world: World) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
         "working_directory": os.getcwd(),
         "process": os.getpid(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "launch": os.environ.get(LAUNCH_VARIABLE),
         "git": git_state(Path.cwd()),
         "steerlm2_git": git_state(Path(steerlm2.__file__).parent, containing="__init__.py"),
         "versions": {"python": platform.python_version()}
@@ -64,6 +66,19 @@ def write_run(output_dir: Path, run: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({**run, "earlier_starts": earlier}, indent=2) + "\n")
     partial.replace(path)
+
+
+def restarted_run(output_dir: Path, world: World) -> bool:
+    """Whether torchrun has restarted the processes of the run in the folder. Called by all ranks.
+
+    Processes that were lost before their run had begun leave an earlier run of another launch in
+    the folder: that isn't theirs to go on with.
+    """
+    if not world.restarted:
+        return False
+    path = output_dir / RUN_FILE
+    launch = json.loads(path.read_text()).get("launch") if path.exists() else None
+    return world.from_main(launch is not None and launch == os.environ.get(LAUNCH_VARIABLE))
 
 
 def git_state(folder: Path, containing: str | None = None) -> dict[str, Any] | None:

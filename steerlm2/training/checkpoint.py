@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtune.models.convert_weights import (
     tune_to_peft_adapter_config,
@@ -270,6 +271,11 @@ def save_weights(
         ValueError: on every rank, where one of them can't write.
         OSError: the same of a single process.
     """
+    for module in decoder.modules():
+        # After a forward without backward some layers still have whole parameters in the dtype of
+        # computation, rounded from those that are trained.
+        if isinstance(module, FSDPModule):
+            module.reshard()
     parameters = {plain_name(name): p for name, p in decoder.named_parameters()}
     adapters = [plain_name(name) for name in get_adapter_params(decoder)]
     lora = next((m for m in decoder.modules() if isinstance(m, LoRALinear)), None)

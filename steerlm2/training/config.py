@@ -22,6 +22,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
+import torch.distributed as dist
 import torchtune.config
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -139,6 +140,9 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
             except Exception as error:
                 LOG.error("ended by an error", exc_info=True)
                 if not isinstance(error, USER_ERRORS) or os.environ.get(TRACEBACK_VARIABLE) == "1":
+                    if dist.is_initialized():
+                        traceback.print_exc()
+                        end_rank(1)  # torchrun then ends the other ranks, which wait for this one
                     raise
                 sys.stdout.flush()
                 if os.environ.get("RANK", "0") != "0":

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from steerlm2.monitoring.run_record import git_state, open_metric_logger, write_run
+from steerlm2.monitoring.run_record import (
+    describe_run,
+    git_state,
+    open_metric_logger,
+    restarted_run,
+    write_run,
+)
+from steerlm2.training.distributed import World
+
+CPU = World(torch.device("cpu"))
+
+
+@dataclass
+class Config:
+    lr: float = 1.0
 
 
 @pytest.fixture
@@ -53,6 +69,26 @@ def test_earlier_starts_stay_in_their_order(tmp_path: Path) -> None:
         "started": 3,
         "earlier_starts": [{"started": 1}, {"started": 2}],
     }
+
+
+@pytest.mark.parametrize(
+    ("launch_of_the_run", "restarts", "expected"),
+    [("this", "1", True), ("this", "0", False), ("another", "1", False), (None, "1", False)],
+    ids=["restarted", "not restarted", "lost before it began", "lost in an empty folder"],
+)
+def test_a_restart_goes_on_with_a_run_of_its_own_launch(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launch_of_the_run: str | None,
+    restarts: str,
+    expected: bool,
+) -> None:
+    if launch_of_the_run is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch_of_the_run)
+        write_run(tmp_path, describe_run(Config(), CPU))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert restarted_run(tmp_path, CPU) is expected
 
 
 def test_other_loggers_get_the_config(tmp_path: Path) -> None:

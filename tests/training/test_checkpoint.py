@@ -25,7 +25,7 @@ from steerlm2.training.checkpoint import (
     open_reward_checkpointer,
     save_weights,
 )
-from steerlm2.training.distributed import World
+from steerlm2.training.distributed import World, close_world, init_world, parallelize
 from steerlm2.training.hf_checkpoint import INIT_STD, ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
@@ -178,6 +178,26 @@ def test_export_is_in_the_dtype_asked_for(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     config = json.loads((tmp_path / "epoch_1" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
+
+
+def test_an_export_after_a_validation_is_of_the_trained_weights(tmp_path: Path) -> None:
+    """FSDP2 leaves the root's parameters whole then, in bf16: not what is trained, rounded."""
+    world = init_world("cpu", needs_mesh=True)
+    try:
+        decoder = meta_decoder()
+        checkpointer = scratch(decoder, folder=tmp_path)
+        parallelize(decoder, world, dtype=torch.bfloat16)
+        load_weights(decoder, checkpointer, world, seed=0)
+        with torch.no_grad():
+            decoder(torch.zeros(1, 4, dtype=torch.long))
+        save_weights(
+            decoder, checkpointer, world, epoch=1, dtype=torch.float32, output_dir=tmp_path
+        )
+    finally:
+        close_world()
+    tensors = load_file(tmp_path / "epoch_1" / "model.safetensors")
+    trained = loaded(meta_decoder()).state_dict()
+    assert torch.equal(tensors["model.embed_tokens.weight"], trained["tok_embeddings.weight"])
 
 
 def trained_lora_decoder() -> TransformerDecoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -403,6 +404,33 @@ def test_our_own_bugs_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(path)])
     with pytest.raises(KeyError):
         recipe_main(Config)(failing(KeyError("bug")))()
+
+
+def test_a_rank_with_a_bug_ends_at_once(tmp_path: Path) -> None:
+    """With its traceback; waiting for its threads, it would hold up the ranks that wait for it."""
+    script = f"""
+import sys, threading, time
+from dataclasses import dataclass
+from steerlm2.training.config import recipe_main
+from steerlm2.training.distributed import init_world
+
+@dataclass
+class Config:
+    name: str
+
+@recipe_main(Config)
+def main(cfg):
+    init_world("cpu", needs_mesh=True)
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    raise KeyError("bug")
+
+sys.argv[1:] = ["--config", "{tmp_path / "config.yaml"}"]
+main()
+"""
+    (tmp_path / "config.yaml").write_text("name: any")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "KeyError: 'bug'" in ended.stderr
 
 
 def test_traceback_is_shown_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
