@@ -50,6 +50,8 @@ from steerlm2.data.records import (
 from steerlm2.data.templates import encode_response, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import tokenize_records
+from steerlm2.monitoring.hang_watch import LONG, HangWatch
+from steerlm2.monitoring.rank_log import LOG_FOLDER, open_rank_log
 from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.training.checkpoint import (
     check_context,
@@ -130,12 +132,21 @@ class ScoreConfig:
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
 
+    hang_timeout_seconds: float | None = 45.0  # without progress; then the missing ranks are named
+    collective_timeout_seconds: float = 3600.0  # after which a collective that hangs ends the run
+
     def problems(self) -> list[str]:
         """What is wrong between keys that are right by themselves."""
         found = [
             f"'{name}' must be at least 1, got {getattr(self, name)}"
             for name in ("max_seq_len", "max_tokens_per_microbatch", "records_per_write")
             if getattr(self, name) < 1
+        ]
+        timeouts = ("hang_timeout_seconds", "collective_timeout_seconds")
+        found += [
+            f"'{name}' must be above 0, got {value}"
+            for name in timeouts
+            if (value := getattr(self, name)) is not None and value <= 0
         ]
         if self.fsdp_cpu_offload and self.device == "cpu":
             found.append("'fsdp_cpu_offload' needs 'device: cuda'")
@@ -190,7 +201,10 @@ class ScoreRecipe:
             data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
             data_parallel_shard_dim=cfg.data_parallel_shard_dim,
             needs_mesh=cfg.fsdp_cpu_offload,
+            timeout_seconds=cfg.collective_timeout_seconds,
+            flight_records=Path(cfg.output).parent / LOG_FOLDER,
         )
+        self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
 
     def score(self) -> None:
         """Score all quantities; what the stages hand on is removed at the end."""
@@ -199,6 +213,8 @@ class ScoreRecipe:
             f"{cfg.output}.{'+'.join(stage.quantities)}" for stage in self.stages[:-1]
         ] + [cfg.output]
         world.on_main(self._output(last).check)
+        if world.size > 1:
+            open_rank_log(Path(cfg.output).parent, world)
         source = cfg.input
         for stage, target in zip(self.stages, [*handed_on, last], strict=True):
             if target != last and world.from_main(Path(last).exists()):
@@ -212,6 +228,7 @@ class ScoreRecipe:
             free_memory()
             world.barrier()
             source = target
+        self.watch.close()
         if world.is_main:
             for file in handed_on:
                 for path in (Path(file), Path(f"{file}.settings.json")):
@@ -227,6 +244,7 @@ class ScoreRecipe:
             records = with_log_p_attributes(
                 records, source, cfg.concentration, cfg.bins, self.schema
             )
+        self.watch.at("reading the groups", patience=LONG)
         tokenizer = instantiate(stage.scorer.tokenizer or cfg.tokenizer)
         template = instantiate(stage.scorer.template or cfg.template)
         data = tokenize_records(records, tokenizer, template, cfg.max_seq_len, source)
@@ -244,6 +262,7 @@ class ScoreRecipe:
         bar = self._bar(stage, len(groups), done)
         for start in range(done, len(groups), cfg.records_per_write):
             chosen = slice(start, start + cfg.records_per_write)
+            self.watch.at(f"group {start + 1}", patience=LONG if start == done else 1.0)
             scores = {
                 name: score_groups(
                     model,
@@ -278,6 +297,7 @@ class ScoreRecipe:
         for start in range(done, len(records), cfg.records_per_write):
             assert model is not None
             chosen = records[start : start + cfg.records_per_write]
+            self.watch.at(f"group {start + 1}", patience=LONG if start == done else 1.0)
             encoded = [
                 groups_for_scoring(
                     model.template,
@@ -369,6 +389,7 @@ class ScoreRecipe:
         self, scorer: ScorerOptions, tokenizer: Tokenizer, longest: int
     ) -> TransformerDecoder:
         cfg, world = self.cfg, self.world
+        self.watch.at("loading the model", patience=LONG)
         dtype = DTYPES[cfg.dtype]
         with torch.device("meta"):
             model = instantiate(scorer.model or cfg.model).to(dtype)
@@ -392,11 +413,13 @@ class ScoreRecipe:
             cpu_offload=cfg.fsdp_cpu_offload,
         )
         load_weights(model, checkpointer, world, seed=cfg.seed, cpu_offload=cfg.fsdp_cpu_offload)
+        self.watch.follow(model)
         return model.eval()
 
     def _attribute_model(self, scorer: ScorerOptions) -> AttributeModel:
         cfg = self.cfg
-        return load_attribute_model(
+        self.watch.at("loading the attribute model", patience=LONG)
+        model = load_attribute_model(
             scorer.model or cfg.model,
             scorer.checkpointer,
             instantiate(scorer.tokenizer or cfg.tokenizer),
@@ -411,6 +434,8 @@ class ScoreRecipe:
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             cpu_offload=cfg.fsdp_cpu_offload,
         )
+        self.watch.follow(model.decoder)
+        return model
 
     def _bar(self, stage: Stage, total: int, done: int) -> tqdm:
         return tqdm(

@@ -36,8 +36,8 @@ BEATS_OF_SILENCE = 3.5
 LONG = 20.0
 """Patience with loading, compiling, validating and writing weights."""
 HOW_ON = (
-    "stacks of all ranks are in logs/ of output_dir. The run goes on if they do; otherwise it ends "
-    "after collective_timeout_seconds."
+    "the stacks of all are in logs/rank_*.log. The run goes on if they do; otherwise it ends after "
+    "collective_timeout_seconds."
 )
 
 

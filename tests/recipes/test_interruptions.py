@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from processes import workers
 from steerlm2.training.run_lock import LOCK_FILE
 
 RunFolder = Any
@@ -183,16 +184,6 @@ def test_sigterm_for_a_launcher_on_a_node_stops_its_ranks(
     assert process.returncode == 0, stderr[-4000:]
     assert "SIGTERM: stopped after step" in stdout
     assert states(tmp_path) == [f"step_{steps_of(tmp_path):06d}"]
-
-
-def workers(launcher: subprocess.Popen[str]) -> list[int]:
-    """The processes of the ranks, in the order of their start."""
-    file = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    return sorted(
-        pid
-        for pid in map(int, file.read_text().split())
-        if b"steerlm2_distributed" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
 
 
 # Elastic restarts

@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from processes import workers
+
 Start = Callable[..., subprocess.Popen[str]]
 
 HOST = socket.gethostname()
@@ -218,13 +220,3 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
     while process.poll() is None and not condition():
         time.sleep(0.02)
     assert process.poll() is None
-
-
-def workers(launcher: subprocess.Popen[str]) -> list[int]:
-    """The processes of the ranks, in the order of their start."""
-    file = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    return sorted(
-        pid
-        for pid in map(int, file.read_text().split())
-        if b"steerlm2_distributed" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ from torchtune.models.llama3 import llama3
 from torchtune.modules import TransformerDecoder
 
 import score_responses
+from processes import workers
 from ready_made import recipe_config
 from steerlm2.attributes import beta_log_prob, parse_label
 from steerlm2.data.records import LOG_PROB_KEYS, Record, read_records, write_records
@@ -273,13 +275,17 @@ def whole_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_after(process: subprocess.Popen[str], partial: Path, lines: int) -> None:
-    """SIGKILL, which no process can clean up after, once `partial` has so many whole lines."""
+def wait_for_lines(process: subprocess.Popen[str], partial: Path, lines: int) -> None:
     deadline = time.monotonic() + 120
     while whole_lines(partial) < lines:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def kill_after(process: subprocess.Popen[str], partial: Path, lines: int) -> None:
+    """SIGKILL, which no process can clean up after, once `partial` has so many whole lines."""
+    wait_for_lines(process, partial, lines)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -344,6 +350,33 @@ def test_two_ranks_give_the_same(
     expected = list(log_probs(scored))
     assert len(expected) == 3 * RESPONSES_KEPT
     assert list(log_probs(output)) == pytest.approx(expected, rel=0, abs=1e-4)
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on(
+    tune: Any, groups: Path, tmp_path: Path
+) -> None:
+    many = tmp_path / "groups.jsonl"
+    many.write_bytes(groups.read_bytes() * 40)
+    output = tmp_path / "scored.jsonl"
+    process = tune.start(*arguments(many, output, "hang_timeout_seconds=2"), nproc=2)
+    wait_for_lines(process, tmp_path / "scored.jsonl.partial", lines=5)
+    stopped = workers(process, "score_responses")[1]
+    os.kill(stopped, signal.SIGSTOP)
+    log = tmp_path / "logs" / "rank_000.log"
+    while "All wait for rank 1" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(stopped, signal.SIGCONT)
+    stderr = process.communicate()[1]
+    assert process.returncode == 0
+    assert "WARNING: no rank has come further for 2 seconds" in stderr
+    assert re.search(r"rank 0 on \S+: group \d+, in ", stderr)
+
+
+@pytest.mark.parametrize("seconds", ["hang_timeout_seconds=0", "collective_timeout_seconds=-1"])
+def test_timeouts_are_positive(tune: Any, groups: Path, tmp_path: Path, seconds: str) -> None:
+    result = tune(*arguments(groups, tmp_path / "out.jsonl", seconds), check=False)
+    assert f"'{seconds.partition('=')[0]}' must be above 0" in result.stderr
 
 
 # A model for each quantity, in one run
