@@ -61,7 +61,8 @@ class StateWriter:
 
     Args:
         folder: made when something is saved.
-        keep_last_n: older states are removed once a newer one is complete; None keeps all.
+        keep_last_n: older states are removed once a newer one is complete; None keeps all. States
+            of later steps stay: a resumed run overtakes those that it found broken.
         on_complete: called on rank 0, in the thread, with each directory that is complete.
     """
 
@@ -179,8 +180,11 @@ class StateWriter:
                 final.rename(earlier)
             partial.rename(final)
             shutil.rmtree(earlier, ignore_errors=True)
-            if self.keep_last_n is not None:
-                for old in checkpoints(self.folder)[: -self.keep_last_n]:
+            if self.keep_last_n is not None and final.name != BEST:
+                # Those of later steps were broken when the run resumed: they replace nothing.
+                states = checkpoints(self.folder)
+                upto_now = states[: states.index(final) + 1]
+                for old in upto_now[: -self.keep_last_n]:
                     # A kill leaves it under a name that `_tidy` knows, not half of it.
                     shutil.rmtree(old.rename(old.with_suffix(".removed")))
 

@@ -340,6 +340,20 @@ def test_a_broken_checkpoint_is_passed_over(
     assert warning.count("\n") == 1
 
 
+def test_a_broken_newer_checkpoint_is_not_kept_in_place_of_a_whole_one(tmp_path: Path) -> None:
+    """Step 317 is broken, so the run resumed at 300 saves 310. Of the states to keep, 1, that is
+    the newest; 317 is none of them, and goes when the run has overtaken it."""
+    run = new_run()
+    for step in (300, 317):
+        save(tmp_path, step, run)
+    break_state(tmp_path / "step_000317", "short shard")
+    save(tmp_path, 310, run, keep_last_n=1)
+    assert newest_whole(tmp_path)[0] == tmp_path / "step_000310"
+    assert not (tmp_path / "step_000300").exists()
+    save(tmp_path, 320, run, keep_last_n=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000320"]
+
+
 def test_only_broken_checkpoints_are_none(tmp_path: Path) -> None:
     save(tmp_path, 3, with_schedule(0.01)[:2])
     break_state(tmp_path / "step_000003", "no shard")
