@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -171,10 +172,7 @@ class StateWriter:
             partial.mkdir(parents=True)
 
         def complete() -> None:
-            with (partial / STATE_FILE).open("w") as file:
-                file.write(state_text)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_durably(partial / STATE_FILE, state_text.encode())
             earlier = final.with_suffix(".earlier")
             if final.exists():
                 final.rename(earlier)
@@ -190,7 +188,7 @@ class StateWriter:
 
         try:
             world.on_main(make_room)
-            world.on_all(lambda: (partial / f"random_{world.rank}.pt").write_bytes(random))
+            world.on_all(lambda: _write_durably(partial / f"random_{world.rank}.pt", random))
             with _plain_messages():
                 dcp.save(
                     staged,
@@ -353,11 +351,22 @@ def _damage(checkpoint: Path) -> str | None:
             file = checkpoint / part.relative_path
             if file.stat().st_size < part.offset + part.length:
                 return f"{file.name} is cut off"
+        for file in checkpoint.glob("random_*.pt"):
+            if not zipfile.is_zipfile(file):  # torch.save's zip has its directory at the end
+                return f"{file.name} is cut off"
     except OSError as error:
         return f"no {Path(error.filename or STATE_FILE).name}"
     except Exception as error:  # unpickling a damaged file raises anything
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _write_durably(file: Path, content: bytes) -> None:
+    """It is on the disk, not only in the host's memory, when this returns."""
+    with file.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def _tidy(folder: Path) -> None:

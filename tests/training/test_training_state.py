@@ -311,6 +311,10 @@ def break_state(folder: Path, how: str) -> None:
         (folder / ".metadata").write_bytes(b"damaged")
     elif how == "no state":
         (folder / STATE_FILE).unlink()
+    elif how == "empty random state":
+        (folder / "random_0.pt").write_bytes(b"")
+    elif how == "short random state":
+        (folder / "random_0.pt").write_bytes((folder / "random_0.pt").read_bytes()[:-1])
     else:
         (folder / STATE_FILE).write_text("{")
 
@@ -321,6 +325,8 @@ DAMAGES = {
     "no metadata": "no .metadata",
     "damaged metadata": "UnpicklingError",
     "no state": "no state.json",
+    "empty random state": "random_0.pt is cut off",
+    "short random state": "random_0.pt is cut off",
     "damaged state": "JSONDecodeError",
 }
 
