@@ -60,6 +60,10 @@ class StateWriter:
     This is what `dcp.async_save` does, with a place for what comes after the shards: the renaming,
     and the removal of old states.
 
+    A state that can't be written doesn't end the run, nor keep the next one (of a SIGTERM, say)
+    from being written: a warning is printed, and the run waits for that next one. It ends where
+    that fails too, or none follows; or where the best weights are lost, which don't come again.
+
     Args:
         folder: made when something is saved.
         keep_last_n: older states are removed once a newer one is complete; None keeps all. States
@@ -98,7 +102,8 @@ class StateWriter:
                 torch.cuda.set_device(world.device)
 
         self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
-        self._writing: Future[None] | None = None
+        self._writing: tuple[str, Future[None]] | None = None
+        self._failed: dict[str, ValueError] = {}  # the last "step" or the last "best"
         self._pause = 0.0
         world.on_main(lambda: _tidy(folder))
 
@@ -108,7 +113,8 @@ class StateWriter:
         """Begin to write `step_{step}`: weights, optimizer, random states, and `state` (JSON).
 
         Raises:
-            ValueError: where the state before this one couldn't be written.
+            ValueError: where the state before couldn't be written and this one can't either, or
+                where the best weights couldn't be; this state has been tried in any case.
         """
 
         def tensors() -> dict[str, Any]:
@@ -122,11 +128,7 @@ class StateWriter:
         self._begin(self.folder / f"step_{step:06d}", tensors, {"step": step, **state})
 
     def save_best(self, step: int, decoder: nn.Module, state: Mapping[str, Any]) -> None:
-        """Begin to write `best`: the trained weights alone, and `state` with the step.
-
-        Raises:
-            ValueError: as `save`.
-        """
+        """Begin to write `best`: the trained weights alone, and `state` with the step."""
 
         def tensors() -> dict[str, Any]:
             options = StateDictOptions(ignore_frozen_params=True)
@@ -138,11 +140,16 @@ class StateWriter:
         """Until what was begun is complete.
 
         Raises:
-            ValueError: on every rank, where it couldn't be written.
+            ValueError: on every rank, where the last state or the last best weights couldn't be
+                written.
         """
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        self._collect()
+        if self._failed:
+            failures = "; ".join(map(str, self._failed.values()))
+            raise ValueError(
+                f"{failures}. Earlier checkpoints are as they were; make room, and resume with "
+                "resume_from_checkpoint=true"
+            )
 
     def take_pause(self) -> float:
         """Seconds that the run has stood still for its states since this was asked last."""
@@ -154,14 +161,28 @@ class StateWriter:
     ) -> None:
         started = time.perf_counter()
         state_text = json.dumps(state)
-        self.wait()
+        self._collect()
+        if self.world.is_main:
+            for error in self._failed.values():
+                print(f"WARNING: {error}; writing {final.name}", file=sys.stderr)
         staged = self._stager.stage(tensors())
         random = io.BytesIO()
         torch.save(_random_state(self.world.device), random)
-        self._writing = self._thread.submit(
-            self._write, final, staged, state_text, random.getvalue()
-        )
+        writing = self._thread.submit(self._write, final, staged, state_text, random.getvalue())
+        self._writing = final.name.partition("_")[0], writing
+        if self._failed and final.name != BEST:
+            self.wait()
         self._pause += time.perf_counter() - started
+
+    def _collect(self) -> None:
+        """Wait for what is being written; a failure stands until the next of its kind is."""
+        if self._writing is not None:
+            (kind, writing), self._writing = self._writing, None
+            self._failed.pop(kind, None)
+            try:
+                writing.result()
+            except ValueError as error:
+                self._failed[kind] = error
 
     def _write(self, final: Path, staged: Any, state_text: str, random: bytes) -> None:
         """The earlier directory of the same name stays until this one is complete."""
@@ -200,10 +221,7 @@ class StateWriter:
         except (OSError, ValueError, RuntimeError) as error:
             if world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(
-                f"{final} could not be written ({error}). Earlier checkpoints are as they were; "
-                "make room, and resume with resume_from_checkpoint=true"
-            ) from error
+            raise ValueError(f"{final} could not be written ({error})") from error
         if world.is_main and self.on_complete is not None:
             self.on_complete(final)
 

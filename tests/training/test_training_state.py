@@ -228,34 +228,67 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path: Path) -> None
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000001"]
 
 
+def no_room_for(*names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = FileSystemWriter.write_data
+
+    def write_if_room(self: FileSystemWriter, *args: Any) -> Any:
+        if Path(self.path).stem in names:
+            raise OSError(28, "No space left on device")
+        return write(self, *args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_if_room)
+
+
 def test_a_full_disk_harms_no_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recipes show a ValueError without a traceback; torch wraps it into a BaseException. What was
     written is removed: there is little room as it is."""
-
-    def full_disk(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     run = new_run()
     save(tmp_path, 1, run, keep_last_n=1)
-    monkeypatch.setattr(FileSystemWriter, "write_data", full_disk)
+    no_room_for("step_000002", monkeypatch=monkeypatch)
     with pytest.raises(ValueError, match=r"step_000002 could not be written \(.*No space left"):
         save(tmp_path, 2, run, keep_last_n=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
     assert newest_whole(tmp_path) == (tmp_path / "step_000001", [])
 
 
-def test_a_failed_save_is_reported_by_the_next(
+def test_a_failed_save_does_not_prevent_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of a SIGTERM, say. Nothing is left to complain of but in a warning."""
+    run = new_run()
+    no_room_for("step_000001", monkeypatch=monkeypatch)
+    writer = StateWriter(tmp_path, CPU)
+    writer.save(1, *run, {"data": {}})
+    writer.save(2, *run, {"data": {}})
+    assert checkpoints(tmp_path) == [tmp_path / "step_000002"]
+    writer.wait()
+    warning = f"WARNING: {tmp_path}/step_000001 could not be written (No space left"
+    assert capsys.readouterr().err.replace("[Errno 28] ", "").startswith(warning)
+
+
+def test_two_failed_saves_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It doesn't train for days without a checkpoint."""
+    run = new_run()
+    no_room_for("step_000001", "step_000002", monkeypatch=monkeypatch)
+    writer = StateWriter(tmp_path, CPU)
+    writer.save(1, *run, {"data": {}})
+    with pytest.raises(ValueError, match=r"step_000002 could not be written .* make room"):
+        writer.save(2, *run, {"data": {}})
+
+
+def test_lost_best_weights_end_the_run_once_it_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run has gone on meanwhile; it doesn't train for days without a checkpoint."""
+    """It would export others as the best; resumed from step 2 it knows of the earlier ones only."""
     run = new_run()
-    writer = StateWriter(tmp_path / "folder", CPU)
-    (tmp_path / "folder").touch()
-    writer.save(1, *run, {"data": {}})
-    with pytest.raises(ValueError, match="step_000001 could not be written"):
+    no_room_for(BEST, monkeypatch=monkeypatch)
+    writer = StateWriter(tmp_path, CPU)
+    writer.save_best(1, run[0], {})
+    with pytest.raises(ValueError, match="best could not be written"):
         writer.save(2, *run, {"data": {}})
+    assert newest_whole(tmp_path) == (tmp_path / "step_000002", [])
 
 
 def test_what_is_saved_is_the_run_at_that_moment(tmp_path: Path) -> None:
