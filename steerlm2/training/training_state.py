@@ -102,7 +102,8 @@ class StateWriter:
                 torch.cuda.set_device(world.device)
 
         self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
-        self._writing: tuple[str, Future[None]] | None = None
+        self._writing: list[tuple[str, Future[None]]] = []
+        self._best: tuple[int, Any] | None = None  # the step and the copy of its weights
         self._failed: dict[str, ValueError] = {}  # the last "step" or the last "best"
         self._pause = 0.0
         world.on_main(lambda: _tidy(folder))
@@ -111,6 +112,9 @@ class StateWriter:
         self, step: int, decoder: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
     ) -> None:
         """Begin to write `step_{step}`: weights, optimizer, random states, and `state` (JSON).
+
+        After `save_best` of the same step the copy of the weights is the same one, so that the run
+        needn't wait until they are written.
 
         Raises:
             ValueError: where the state before couldn't be written and this one can't either, or
@@ -125,7 +129,10 @@ class StateWriter:
                 return {"model": model_state, "optimizer": {**optimizer_state, "state": plain}}
             return {"model": model_state, "optimizer": optimizer_state}
 
-        self._begin(self.folder / f"step_{step:06d}", tensors, {"step": step, **state})
+        copied = {}
+        if self._best is not None and self._best[0] == step:
+            copied["model"] = self._best[1]
+        self._begin(self.folder / f"step_{step:06d}", tensors, {"step": step, **state}, copied)
 
     def save_best(self, step: int, decoder: nn.Module, state: Mapping[str, Any]) -> None:
         """Begin to write `best`: the trained weights alone, and `state` with the step."""
@@ -134,7 +141,8 @@ class StateWriter:
             options = StateDictOptions(ignore_frozen_params=True)
             return {"model": get_model_state_dict(decoder, options=options)}
 
-        self._begin(self.folder / BEST, tensors, {"step": step, **state})
+        staged = self._begin(self.folder / BEST, tensors, {"step": step, **state}, {})
+        self._best = step, staged["model"]
 
     def wait(self) -> None:
         """Until what was begun is complete.
@@ -157,27 +165,35 @@ class StateWriter:
         return pause
 
     def _begin(
-        self, final: Path, tensors: Callable[[], dict[str, Any]], state: Mapping[str, Any]
-    ) -> None:
+        self,
+        final: Path,
+        tensors: Callable[[], dict[str, Any]],
+        state: Mapping[str, Any],
+        copied: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Copy the tensors, but for those that are `copied`, and hand all to the thread."""
         started = time.perf_counter()
         state_text = json.dumps(state)
-        self._collect()
-        if self.world.is_main:
-            for error in self._failed.values():
-                print(f"WARNING: {error}; writing {final.name}", file=sys.stderr)
-        staged = self._stager.stage(tensors())
+        if not copied:  # by the last call, whose other copies the next ones don't touch
+            self._collect()
+            if self.world.is_main:
+                for error in self._failed.values():
+                    print(f"WARNING: {error}; writing {final.name}", file=sys.stderr)
+        to_copy = {name: part for name, part in tensors().items() if name not in copied}
+        staged = {**cast(dict[str, Any], self._stager.stage(to_copy)), **copied}
         random = io.BytesIO()
         torch.save(_random_state(self.world.device), random)
         writing = self._thread.submit(self._write, final, staged, state_text, random.getvalue())
-        self._writing = final.name.partition("_")[0], writing
+        self._writing.append((final.name.partition("_")[0], writing))
         if self._failed and final.name != BEST:
             self.wait()
         self._pause += time.perf_counter() - started
+        return staged
 
     def _collect(self) -> None:
         """Wait for what is being written; a failure stands until the next of its kind is."""
-        if self._writing is not None:
-            (kind, writing), self._writing = self._writing, None
+        while self._writing:
+            kind, writing = self._writing.pop(0)
             self._failed.pop(kind, None)
             try:
                 writing.result()

@@ -100,6 +100,7 @@ def compute(world: World, folder: Path, layout: str) -> dict[str, Any]:
         for step in range(STEPS):
             losses.append(run.step())
             if step + 1 == SAVED:
+                run.states.save_best(SAVED, run.decoder, {})  # its copy of the weights is shared
                 run.states.save(SAVED, run.decoder, run.optimizer, {"data": DATA})
         run.states.wait()  # the last steps were made while it was written
     else:

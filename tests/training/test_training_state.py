@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +306,34 @@ def test_what_is_saved_is_the_run_at_that_moment(tmp_path: Path) -> None:
     assert not same_state(before, dict(run[0].state_dict()))
     load_training_state(tmp_path / "step_000002", *run, CPU)
     assert same_state(before, dict(run[0].state_dict()))
+
+
+def test_a_state_of_the_best_step_does_not_wait_for_the_best_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on, by 2 steps, before either is written; both are of step 2."""
+    write, goes_on = FileSystemWriter.write_data, threading.Event()
+
+    def write_later(self: FileSystemWriter, *args: Any) -> Any:
+        assert goes_on.wait(5)
+        return write(self, *args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_later)
+    run = new_run()
+    train(*run, 2)
+    weights, moments = (copy.deepcopy(part.state_dict()) for part in run)
+    writer = StateWriter(tmp_path, CPU)
+    writer.save_best(2, run[0], {})
+    writer.save(2, *run, {"data": {}})
+    train(*run, 2)
+    goes_on.set()
+    writer.wait()
+    load_best_weights(tmp_path, run[0], CPU)
+    assert same_state(dict(run[0].state_dict()), dict(weights))
+    train(*run, 1)
+    load_training_state(tmp_path / "step_000002", *run, CPU)
+    assert same_state(dict(run[0].state_dict()), dict(weights))
+    assert same_state(run[1].state_dict(), moments)
 
 
 def test_the_pause_is_counted_once(tmp_path: Path) -> None:
