@@ -2,7 +2,8 @@
 
 A run holds `.run.lock` in it: by the kernel's lock, which goes away with the process, and by a
 count in the file that goes on every few seconds. The first is enough on one node; between nodes not
-every file system has it, so that a run looks whether the count still goes on.
+every file system has it, so that a run looks whether the count still goes on. Where it has (NFSv4,
+Lustre), the lock of a node that was lost stays until its lease has run out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import IO, Any
 LOCK_FILE = ".run.lock"
 SECONDS_PER_BEAT = 5.0
 BEATS_TO_WAIT = 4
+BEATS_OF_LEASE = 36  # 3 minutes; leases are of 90 to 100 s
 LENGTH = 512
 
 
@@ -27,7 +30,7 @@ class RunLock:
     """The right to write into a folder, until `release` or the end of the process.
 
     Raises:
-        ValueError: where another run has it.
+        ValueError: where another run has it; after minutes where that looks dead, on a lost node.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -57,7 +60,7 @@ class RunLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
+            return self._lease_runs_out() and self._is_free()
         except OSError:
             pass  # a file system without locks
         else:
@@ -70,6 +73,25 @@ class RunLock:
             if _holder(self.path).get("host") == socket.gethostname():
                 return True
         return not self._goes_on()
+
+    def _lease_runs_out(self) -> bool:
+        """Wait for the lock, if a dead run of another node holds it; whether it was to be had."""
+        holder = _holder(self.path)
+        if holder.get("host") in (None, socket.gethostname()) or self._goes_on():
+            return False
+        print(
+            f"waiting for the lock of {self.path.parent.absolute()}: process {holder['pid']} on "
+            f"{holder['host']} gives no sign of life, and a lost node's lock goes within minutes",
+            file=sys.stderr,
+        )
+        for _ in range(BEATS_OF_LEASE):
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            if _holder(self.path) != holder:  # another run was quicker
+                return False
+            time.sleep(SECONDS_PER_BEAT)
+        return False
 
     def _goes_on(self) -> bool:
         """Whether the count changes; it takes some beats to be sure that it doesn't."""

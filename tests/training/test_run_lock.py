@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -115,3 +118,32 @@ def test_a_lock_without_a_holder_is_free(tmp_path: Path) -> None:
     """A run that was killed before it wrote its name."""
     (tmp_path / LOCK_FILE).touch()
     RunLock(tmp_path).release()
+
+
+@pytest.fixture
+def lost_node(tmp_path: Path) -> Iterator[IO[str]]:
+    """The file of tmp_path's lock, which a lost node's run holds until this is closed."""
+    on_another_node(tmp_path)
+    with (tmp_path / LOCK_FILE).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def test_the_lock_of_a_lost_node_is_waited_for(
+    lost_node: IO[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file system keeps it for 10 beats; 4 show that the run is dead, 36 are the most."""
+    threading.Timer(10 * run_lock.SECONDS_PER_BEAT, lost_node.close).start()
+    RunLock(tmp_path).release()
+    said = capsys.readouterr().err
+    assert said.startswith(f"waiting for the lock of {tmp_path}: process 1 on another gives no ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("lost_node")
+def test_a_lock_that_never_goes_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "BEATS_OF_LEASE", 2)
+    with pytest.raises(ValueError, match=r"\(process 1 on another\)"):
+        RunLock(tmp_path)
