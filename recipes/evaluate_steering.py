@@ -3,7 +3,7 @@
     tune run evaluate_steering --config tiny/evaluate_steering prompts=prompts.jsonl \\
         label.kind=uniform label.attributes=[humor,verbosity] label.labels_per_prompt=5 \\
         models.acsft.checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer \\
-        models.acsft.checkpointer.checkpoint_dir=steerlm2_outputs/tiny_acsft/epoch_1
+        models.acsft.checkpointer.checkpoint_dir=steerlm2_outputs/tiny_acsft
     tune run evaluate_steering --config tiny/evaluate_steering models.acsft.answers=answers.jsonl
 
 Every model answers the same prompts with the same labels and random numbers: a checkpoint, here, on

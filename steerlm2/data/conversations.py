@@ -52,7 +52,11 @@ def parse_conversation(
     problems: list[str] = []
     system = default_system if obj.get("system") is None else obj["system"]
     if not is_text(system):
-        problems.append("missing 'system'" if system is None else "'system' must be text")
+        problems.append(
+            "missing 'system' (`prepare_data --config data/conversations` fills it in)"
+            if system is None
+            else "'system' must be text"
+        )
     if obj.get("mask") not in (USER, None):
         problems.append(f"'mask' must be {USER!r}, got {obj['mask']!r}")
     if obj.get("type") not in (_TYPE, None):

@@ -1,9 +1,9 @@
 """Clients of a vLLM server: what they share, and attribute scores from one that pools.
 
-`vllm serve DIR --runner pooling`, where DIR is what reward_distributed exports: POST /classify
-takes the token ids of a text, so that the server's own chat template and tokenizer have no part in
-it, and gives one score an attribute, which it calls `probs`: of a model with the problem type
-"regression" they are the raw scores.
+`python -m vllm.entrypoints.openai.api_server --model DIR --runner pooling`, where DIR is what
+reward_distributed exports: POST /classify takes the token ids of a text, so that the server's own
+chat template and tokenizer have no part in it, and gives one score an attribute, which it calls
+`probs`: of a model with the problem type "regression" they are the raw scores.
 """
 
 from __future__ import annotations

@@ -203,9 +203,10 @@ def _build_dataclass(
     if rest is not None:
         arguments[fields.pop(rest).name] = {k: v for k, v in values.items() if k not in fields}
     else:
+        elsewhere = _keys_of_sections(hints)
         for key in values:
             if key not in fields:
-                problems.append(_unknown_key(where + str(key), str(key), list(fields)))
+                problems.append(_unknown_key(where + str(key), str(key), list(fields), elsewhere))
     for key, field in fields.items():
         if key in values and values[key] != MISSING:
             arguments[field.name] = _convert(
@@ -226,9 +227,29 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _unknown_key(full_name: str, key: str, known: list[str]) -> str:
+def _keys_of_sections(hints: dict[str, Any]) -> dict[str, str]:
+    """The sections' keys, and what each is in full: `steerlm2.max_tokens_per_microbatch`."""
+    return {
+        _key(field): f"{section}.{_key(field)}"
+        for section, hint in reversed(hints.items())  # the first section with such a key wins
+        for option in (hint, *typing.get_args(hint))
+        if isinstance(option, type) and dataclasses.is_dataclass(option)
+        for field in dataclasses.fields(option)
+    }
+
+
+def _unknown_key(
+    full_name: str, key: str, known: list[str], elsewhere: Mapping[str, str] | None = None
+) -> str:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
+    if elsewhere and key in elsewhere:
+        hint = f"did you mean '{elsewhere[key]}'?"
+    elif nearest:
+        hint = f"did you mean '{nearest[0]}'?"
+    elif known:
+        hint = f"known keys: {', '.join(sorted(known))}"
+    else:
+        hint = "it takes none"
     return f"unknown key '{full_name}' ({hint})"
 
 

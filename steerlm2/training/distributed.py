@@ -478,7 +478,7 @@ def mesh_shape(size: int, replicate: int, shard: int, tp: int) -> tuple[int, int
         raise ValueError(
             f"{size} process(es) can't form data_parallel_replicate_dim={replicate} x "
             f"data_parallel_shard_dim={shard} x tensor_parallel_dim={tp}: the product must be the "
-            "number of processes that `tune run --nproc_per_node N` starts "
-            "(data_parallel_shard_dim=-1 takes what is left, where it divides)"
+            "number of processes that `tune run --nproc_per_node N` starts, or plan_memory's "
+            "world_size (data_parallel_shard_dim=-1 takes what is left, where it divides)"
         )
     return replicate, shard, tp

@@ -98,6 +98,12 @@ def test_an_unknown_key_names_the_nearest() -> None:
     assert problems_with(step=3) == ["unknown key 'step' (did you mean 'steps'?)"]
 
 
+def test_a_key_of_a_section_is_told_its_place() -> None:
+    assert problems_with(strategy="auto") == [
+        "unknown key 'strategy' (did you mean 'steerlm2.strategy'?)"
+    ]
+
+
 def test_an_unknown_key_in_a_section_is_named_with_its_place() -> None:
     assert problems_with(steerlm2={"strateggy": "auto"}) == [
         "unknown key 'steerlm2.strateggy' (did you mean 'strategy'?)"
