@@ -33,6 +33,7 @@ RECIPES: dict[str, list[str]] = {
     ],
     "reward_distributed": [
         "tiny/reward",
+        "llama3_1/8B_reward",
         "llama2/13B_reward",
         "llama3/70B_reward_multinode",
         "llama3_1/70B_reward_helpfulness_multinode",
@@ -40,6 +41,7 @@ RECIPES: dict[str, list[str]] = {
     ],
     "annotate_attributes": [
         "tiny/annotate_attributes",
+        "llama3_1/8B_annotate_attributes",
         "llama3/70B_annotate_attributes_multinode",
     ],
     "serve_reward": [
