@@ -11,6 +11,7 @@ too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,11 +30,7 @@ def run(command: Sequence[str]) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
         stopping = True
-        pass_on()
-
-    def pass_on() -> None:
-        for child in _children(process.pid):
-            os.kill(child, signal.SIGTERM)
+        _signal_children(process.pid)
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command inherits it
     process = subprocess.Popen(command)
@@ -43,14 +40,25 @@ def run(command: Sequence[str]) -> int:
             status = process.wait(SECONDS_BETWEEN_SIGNALS)
         except subprocess.TimeoutExpired:
             if stopping:
-                pass_on()
+                _signal_children(process.pid)
         else:
             return status if status >= 0 else 128 - status
 
 
+def _signal_children(pid: int) -> None:
+    # Ranks and threads end while they are gone through. An error would end this process, and Slurm
+    # would kill the ranks that it leaves behind while they save.
+    for child in _children(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+
+
 def _children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for children in lists for child in children.read_text().split()]
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):  # a file for each thread
+        with contextlib.suppress(OSError):
+            found += map(int, children.read_text().split())
+    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from steerlm2 import on_node
 
 ON_NODE = [sys.executable, "-m", "steerlm2.on_node"]
 
@@ -52,3 +55,29 @@ time.sleep(60)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     assert (tmp_path / "stopped").exists()
+
+
+def test_a_child_that_has_just_ended_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the listing and the signal its parent has waited for it; the next one gets it."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    living = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(on_node, "_children", lambda pid: [ended.pid, living.pid])
+    try:
+        on_node._signal_children(os.getpid())
+        assert living.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        living.kill()
+
+
+def test_a_thread_that_has_just_ended_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the listing of the threads and the reading of theirs."""
+    glob = Path.glob
+    ended = Path("/proc/self/task/0/children")
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [ended, *glob(path, pattern)])
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert child.pid in on_node._children(os.getpid())
+    finally:
+        child.kill()
+        child.wait()
