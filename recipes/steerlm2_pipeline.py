@@ -15,6 +15,9 @@ skips what is complete; a stage that was stopped goes on; one whose config or in
 done again, and its earlier folder goes to output_dir/earlier. `only=` and `from=` choose stages,
 `dry_run=true` prints the commands, one a line, that a rerun would run.
 
+SIGUSR1 says that the running stage is being stopped (recipes/launch/pipeline.sbatch sends it): its
+end is waited for, it isn't taken for complete, and no other stage begins.
+
 At the end output_dir has summary.json (every metric of the evaluation, model by model) and
 report.html.
 """
@@ -33,6 +36,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -106,6 +110,7 @@ class PipelineRecipe:
         self.cfg = cfg
         self.output_dir = Path(cfg.output_dir)
         self.state = PipelineState(self.output_dir)
+        self.stopping = False  # by SIGUSR1
 
     def setup(self) -> None:
         """Plan all stages and check their configs, before the first one takes time.
@@ -145,6 +150,7 @@ class PipelineRecipe:
                 print(stage.command)
 
     def run(self) -> None:
+        signal.signal(signal.SIGUSR1, self._stop)
         make_output_dir(self.output_dir)
         with self.state.lock() as lock:
             (self.output_dir / "config.yaml").write_text(as_yaml(self.cfg))
@@ -158,6 +164,10 @@ class PipelineRecipe:
                     print(f"{number} complete", flush=True)
                     continue
                 self._check_needs(stage)
+                if self.stopping:
+                    raise ValueError(
+                        f"stopped before stage {stage.name}; the same command goes on with it"
+                    )
                 print(number, end=" ", flush=True)
                 print(f"{self._run_stage(stage, lock):.0f} s", flush=True)
 
@@ -192,6 +202,9 @@ class PipelineRecipe:
         print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir / REPORT}")
 
     # What follows is small print that the methods above call by name.
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
 
     def _is_complete(self, stage: Stage) -> bool:
         record = self.state.read(stage.name)
@@ -248,7 +261,8 @@ class PipelineRecipe:
         status = run_command(stage.command, log, lock)
         record.seconds += time.monotonic() - started
         trains = "save_every_n_steps" in self.values[stage.name]
-        stopped = status == 0 and trains and newest_export(stage.folder) is None
+        unfinished = status == 0 and trains and newest_export(stage.folder) is None
+        stopped = self.stopping or unfinished  # whatever its status: it may save and end well
         if status == 0 and not stopped:
             record.complete, record.files = True, files_in(stage.folder)
         self.state.write(stage.name, record)
@@ -291,7 +305,10 @@ def stage_problems(stage: Stage, values: dict[str, Any]) -> list[str]:
 
 
 def run_command(command: str, log: Path | None, lock: int) -> int:
-    """Run a line in a shell; its exit status. It ends when this process ends, however it does."""
+    """Run a line in a shell; its exit status. It ends when this process ends, however it does.
+
+    An `srun` in it then gets SIGTERM, and kills its tasks before they can save.
+    """
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",

@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from steerlm2.pipeline.state import PipelineState
 
 LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 SCRIPTS = ("train.sbatch", "pipeline.sbatch", "torchrun.sh")
@@ -30,22 +33,24 @@ RANK = """
 import os, signal, sys, time
 folder = os.path.dirname(__file__)
 def stop(number, frame):
+    time.sleep(0.5)  # it saves
     open(f"{folder}/stopped", "w").close()
     sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
-open(f"{folder}/running", "w").close()
-time.sleep(60)
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    open(f"{folder}/running", "w").close()
+    time.sleep(60)
 """
 STAND_INS = {
-    # SIGTERM makes it kill the task, and Slurm itself signals tasks but not their children
+    # SIGTERM makes it kill all that it has started; Slurm signals tasks, but not their children
     "srun": """
         while [[ $1 == -* ]]; do shift; done
-        "$@" & task=$!; echo $task > "$CALLS/task"
-        trap 'kill -KILL $task' TERM
+        setsid "$@" & task=$!; echo $task > "$CALLS/task"
+        trap 'kill -KILL -- -$task' TERM
         wait $task""",
     "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [[ $1 == show ]] && printf "node1\\nnode2\\n"',
     "scancel": 'echo "$@" >> "$CALLS/scancel"; [[ ! -f $CALLS/task ]] || kill $(< "$CALLS/task")',
-    "squeue": "true",
+    "launcher": '"$@" & wait $!',  # as torchrun starts a rank
 }
 
 
@@ -69,6 +74,7 @@ def start(name: str, slurm: dict[str, str], *arguments: str) -> subprocess.Popen
     return subprocess.Popen(
         ["bash", LAUNCH / name, *arguments],
         env=slurm,
+        cwd=slurm["CALLS"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -145,16 +151,39 @@ def test_a_preempted_stage_saves_and_is_queued_again(slurm: dict[str, str]) -> N
     assert calls(slurm, "scontrol")[-1] == "requeue 7"
 
 
-def test_a_preempted_pipeline_is_ended_before_its_stage(slurm: dict[str, str]) -> None:
-    """By SIGKILL: with SIGTERM handled it could take the stage for complete and begin the next."""
-    process = start("pipeline.sbatch", slurm, "--config", "c", "wait")
-    output = stop_when_running(process, slurm)
-    assert output.endswith("stopped by SIGTERM: queued again\n")
+def test_a_pipeline_prints_its_plan_first(slurm: dict[str, str]) -> None:
+    process = start("pipeline.sbatch", slurm, "--config", "c", "iterations=1")
+    process.communicate()
+    assert process.returncode == 0
     first, second = calls(slurm, "tune")
-    assert (first, second) == (f"{second} dry_run=true", "run steerlm2_pipeline --config c wait")
-    assert not (Path(slurm["CALLS"]) / "stopped").exists()
+    assert second == "run steerlm2_pipeline --config c iterations=1"
+    assert first == f"{second} dry_run=true"
+
+
+def test_the_stage_of_a_preempted_pipeline_saves(slurm: dict[str, str], tmp_path: Path) -> None:
+    """It ends with status 0, but isn't taken for complete, and no other stage begins."""
+    config = tmp_path / "stage.yaml"
+    config.write_text("lr: 1\n")
+    launch = "srun python -m steerlm2.on_node launcher"
+    stage = {"recipe": "rank", "config": str(config), "launch": launch}
+    pipeline = {"output_dir": str(tmp_path / "out"), "stages": {"train": stage, "next": stage}}
+    OmegaConf.save(OmegaConf.create(pipeline), tmp_path / "pipeline.yaml")
+    tune = Path(slurm["PATH"].split(":")[0]) / "tune"
+    tune.unlink()
+    tune.symlink_to(Path(sys.executable).with_name("tune"))
+
+    process = start("pipeline.sbatch", slurm, "--config", str(tmp_path / "pipeline.yaml"))
+    output = stop_when_running(process, slurm)
+    assert (Path(slurm["CALLS"]) / "stopped").exists(), output
+    assert "stage train was stopped before its end" in output
+    assert output.endswith("stopped by SIGTERM: queued again\n")
     assert calls(slurm, "scancel") == ["--signal=TERM 7"]
     assert calls(slurm, "scontrol")[-1] == "requeue 7"
+    state = PipelineState(tmp_path / "out")
+    record = state.read("train")
+    assert record is not None
+    assert not record.complete
+    assert state.read("next") is None
 
 
 def test_without_slurm_a_lost_worker_is_started_again(slurm: dict[str, str]) -> None:
