@@ -57,6 +57,33 @@ time.sleep(60)
     assert (tmp_path / "stopped").exists()
 
 
+def test_sigterm_ends_a_recipe_that_does_not_save(tmp_path: Path) -> None:
+    """In its `main` it no longer ignores what its launcher ignores."""
+    recipe, config = tmp_path / "recipe.py", tmp_path / "config.yaml"
+    config.write_text("seconds: 60\n")
+    recipe.write_text(f"""
+import dataclasses, time
+from pathlib import Path
+from steerlm2.training.config import recipe_main
+@dataclasses.dataclass
+class Config:
+    seconds: int
+@recipe_main(Config)
+def main(cfg: Config) -> None:
+    Path({str(tmp_path / "running")!r}).touch()
+    time.sleep(cfg.seconds)
+main()
+""")
+    launcher = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]) != 0)"
+    rank = [sys.executable, str(recipe), "--config", str(config)]
+    process = subprocess.Popen([*ON_NODE, sys.executable, "-c", launcher, *rank])
+    while not (tmp_path / "running").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 1
+
+
 def test_a_child_that_has_just_ended_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the listing and the signal its parent has waited for it; the next one gets it."""
     ended = subprocess.Popen(["true"])

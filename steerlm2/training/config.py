@@ -14,6 +14,7 @@ import importlib
 import inspect
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -127,12 +128,15 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
 
     A user's mistake (ValueError, a missing file, a full or read-only disk) ends in one message on
     stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. Where `main`
-    joined a world, its process ends with it (`end_rank`).
+    joined a world, its process ends with it (`end_rank`). SIGTERM ends it, except where `main` says
+    otherwise (`StopRequest`).
     """
 
     def decorate(main: Callable[[ConfigT], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def entry() -> None:
+            # What on_node starts ignores it, for torchrun's sake.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:
                 torchtune.config.parse(
                     lambda cfg: main(load_config(config_class, cfg, main.__globals__))

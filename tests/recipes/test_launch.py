@@ -19,15 +19,17 @@ LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 SCRIPTS = ("train.sbatch", "pipeline.sbatch", "torchrun.sh")
 
 TUNE = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 folder = os.environ["CALLS"]
 with open(f"{folder}/tune", "a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 if "wait" in sys.argv and "dry_run=true" not in sys.argv:
     if "sft_distributed" in sys.argv:  # torchrun, which leaves SIGTERM alone, and a rank
         sys.exit(subprocess.call([sys.executable, f"{folder}/rank.py"]))
-    open(f"{folder}/running", "w").close()
-    time.sleep(60)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a pipeline that waits for its stage
+    with open(f"{folder}/running", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(120)
 """
 RANK = """
 import os, signal, sys, time
@@ -48,7 +50,12 @@ STAND_INS = {
         setsid "$@" & task=$!; echo $task > "$CALLS/task"
         trap 'kill -KILL -- -$task' TERM
         wait $task""",
-    "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [[ $1 == show ]] && printf "node1\\nnode2\\n"',
+    "scontrol": """
+        echo "$@" >> "$CALLS/scontrol"
+        case $1 in
+        show) printf "node1\\nnode2\\n" ;;
+        requeue) kill -KILL $(< "$CALLS/running") ;;  # ends the job
+        esac 2> /dev/null""",
     "scancel": 'echo "$@" >> "$CALLS/scancel"; [[ ! -f $CALLS/task ]] || kill $(< "$CALLS/task")',
     "launcher": '"$@" & wait $!',  # as torchrun starts a rank
 }
@@ -144,10 +151,24 @@ def test_a_stage_that_fails_fails_the_job(slurm: dict[str, str]) -> None:
 def test_a_preempted_stage_saves_and_is_queued_again(slurm: dict[str, str]) -> None:
     process = start("train.sbatch", slurm, "sft_distributed", "wait")
     output = stop_when_running(process, slurm)
-    assert output == "stopped by SIGTERM, with status 0: queued again\n"
+    assert output == "stopped by SIGTERM: queued again\n"
     assert process.returncode == 0
     assert (Path(slurm["CALLS"]) / "stopped").exists()
     assert calls(slurm, "scancel") == ["--signal=TERM 7"]
+    assert calls(slurm, "scontrol")[-1] == "requeue 7"
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("train.sbatch", "score_responses"), ("pipeline.sbatch", "--config")]
+)
+def test_a_job_is_queued_again_before_what_does_not_stop_has_ended(
+    name: str, recipe: str, slurm: dict[str, str]
+) -> None:
+    """At a time limit Slurm wouldn't: it ends a script that goes on waiting."""
+    process = start(name, slurm | {"SECONDS_TO_STOP": "2"}, recipe, "wait")
+    started = time.monotonic()
+    assert "stopped by SIGTERM: queued again\n" in stop_when_running(process, slurm)
+    assert 2 <= time.monotonic() - started < 30
     assert calls(slurm, "scontrol")[-1] == "requeue 7"
 
 
@@ -168,9 +189,10 @@ def test_the_stage_of_a_preempted_pipeline_saves(slurm: dict[str, str], tmp_path
     stage = {"recipe": "rank", "config": str(config), "launch": launch}
     pipeline = {"output_dir": str(tmp_path / "out"), "stages": {"train": stage, "next": stage}}
     OmegaConf.save(OmegaConf.create(pipeline), tmp_path / "pipeline.yaml")
-    tune = Path(slurm["PATH"].split(":")[0]) / "tune"
-    tune.unlink()
-    tune.symlink_to(Path(sys.executable).with_name("tune"))
+    tune = Path(sys.executable).with_name("tune")
+    (Path(slurm["PATH"].split(":")[0]) / "tune").write_text(
+        f'#!/usr/bin/env bash\n[[ $* == *dry_run=true ]] || exec {tune} "$@"\n'
+    )
 
     process = start("pipeline.sbatch", slurm, "--config", str(tmp_path / "pipeline.yaml"))
     output = stop_when_running(process, slurm)
