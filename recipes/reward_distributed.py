@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,7 @@ from steerlm2.training.float8 import (
 from steerlm2.training.forward import attribute_scores, score_attributes
 from steerlm2.training.metrics import (
     JsonLines,
+    lacks_validation,
     peak_memory_gib,
     plot_curves,
     summary_table,
@@ -378,9 +380,9 @@ class RewardRecipe:
         tokens, seconds = 0, 0.0
         looked_at = self.first_step
         steps = range(self.first_step, self.total_steps)
-        if self.first_step == 0 and cfg.val_every_n_steps:
-            self.validate(0)
-        with profiler, bar, StopRequest(world) as stop:
+        if cfg.val_every_n_steps and (self.first_step == 0 or self._lacks_validation()):
+            self.validate(self.first_step)
+        with profiler, bar, StopRequest(world) as stop, closing(self.states):
             for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
                 patience = LONG if step == self.first_step else 1.0  # it may compile
@@ -599,6 +601,14 @@ class RewardRecipe:
             "loss": self.cfg.loss,
             "reward_attribute": self.cfg.reward_attribute if self.cfg.loss != "regression" else "",
         }
+
+    def _lacks_validation(self) -> bool:
+        """Whether the run ended while it validated after the step that it resumes from."""
+        step, world = self.first_step, self.world
+        if not is_due(step, self.cfg.val_every_n_steps, self.total_steps):
+            return False
+        found = world.on_main(lambda: lacks_validation(self.metrics_file.read(), step))
+        return bool(world.from_main(found))
 
     def _resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; returns its step."""

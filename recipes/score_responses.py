@@ -62,6 +62,7 @@ from steerlm2.training.checkpoint import (
 from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
 from steerlm2.training.distributed import DTYPES, free_memory, init_world, parallelize
 from steerlm2.training.forward import score_groups
+from steerlm2.training.output import make_output_dir
 from steerlm2.training.resumable import ResumableOutput
 
 Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
@@ -214,11 +215,14 @@ class ScoreRecipe:
         ] + [cfg.output]
         world.on_main(self._output(last).check)
         if world.size > 1:
-            open_rank_log(Path(cfg.output).parent, world)
+            folder = Path(cfg.output).parent
+            world.on_main(lambda: make_output_dir(folder, "the folder of output"))
+            open_rank_log(folder, world)
         source = cfg.input
         for stage, target in zip(self.stages, [*handed_on, last], strict=True):
             if target != last and world.from_main(Path(last).exists()):
                 continue  # the whole is there already
+            self.watch.at("reading the groups", patience=LONG)
             output = self._output(target)
             world.on_main(output.check)
             if "log_p_attributes" in stage.quantities and stage.scorer.checkpointer:
@@ -244,7 +248,6 @@ class ScoreRecipe:
             records = with_log_p_attributes(
                 records, source, cfg.concentration, cfg.bins, self.schema
             )
-        self.watch.at("reading the groups", patience=LONG)
         tokenizer = instantiate(stage.scorer.tokenizer or cfg.tokenizer)
         template = instantiate(stage.scorer.template or cfg.template)
         data = tokenize_records(records, tokenizer, template, cfg.max_seq_len, source)

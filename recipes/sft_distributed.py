@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -79,6 +80,7 @@ from steerlm2.training.forward import target_logps
 from steerlm2.training.metrics import (
     JsonLines,
     answer_metrics,
+    lacks_validation,
     peak_memory_gib,
     plot_curves,
     summary_table,
@@ -393,9 +395,9 @@ class SFTRecipe:
         tokens, seconds = 0, 0.0
         looked_at = self.first_step
         steps = range(self.first_step, self.total_steps)
-        if self.first_step == 0 and cfg.val_every_n_steps:
-            self.validate(0)
-        with profiler, bar, StopRequest(world) as stop:
+        if cfg.val_every_n_steps and (self.first_step == 0 or self._lacks_validation()):
+            self.validate(self.first_step)
+        with profiler, bar, StopRequest(world) as stop, closing(self.states):
             for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
                 patience = LONG if step == self.first_step else 1.0  # it may compile
@@ -628,6 +630,14 @@ class SFTRecipe:
             "seed": self.cfg.seed,
             "shuffle": self.cfg.data.shuffle,
         }
+
+    def _lacks_validation(self) -> bool:
+        """Whether the run ended while it validated after the step that it resumes from."""
+        step, world = self.first_step, self.world
+        if not is_due(step, self.cfg.val_every_n_steps, self.total_steps):
+            return False
+        found = world.on_main(lambda: lacks_validation(self.metrics_file.read(), step))
+        return bool(world.from_main(found))
 
     def _resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; returns its step."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,7 @@ from steerlm2.training.float8 import (
 from steerlm2.training.forward import response_logps, score_groups
 from steerlm2.training.metrics import (
     JsonLines,
+    lacks_validation,
     peak_memory_gib,
     plot_curves,
     summary_table,
@@ -418,9 +420,9 @@ class SteerLM2Recipe:
         tokens, seconds = 0, 0.0
         looked_at = self.first_step
         steps = range(self.first_step, self.total_steps)
-        if self.first_step == 0 and cfg.val_every_n_steps:
-            self.validate(0)
-        with profiler, bar, StopRequest(world) as stop:
+        if cfg.val_every_n_steps and (self.first_step == 0 or self._lacks_validation()):
+            self.validate(self.first_step)
+        with profiler, bar, StopRequest(world) as stop, closing(self.states):
             for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
                 patience = LONG if step == self.first_step else 1.0  # it may compile
@@ -725,6 +727,14 @@ class SteerLM2Recipe:
             "seed": self.cfg.seed,
             "shuffle": self.cfg.data.shuffle,
         }
+
+    def _lacks_validation(self) -> bool:
+        """Whether the run ended while it validated after the step that it resumes from."""
+        step, world = self.first_step, self.world
+        if not (self.val_groups and is_due(step, self.cfg.val_every_n_steps, self.total_steps)):
+            return False
+        found = world.on_main(lambda: lacks_validation(self.metrics_file.read(), step))
+        return bool(world.from_main(found))
 
     def _resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; returns its step."""

@@ -76,9 +76,13 @@ def restarted_run(output_dir: Path, world: World) -> bool:
     """
     if not world.restarted:
         return False
-    path = output_dir / RUN_FILE
-    launch = json.loads(path.read_text()).get("launch") if path.exists() else None
-    return world.from_main(launch is not None and launch == os.environ.get(LAUNCH_VARIABLE))
+
+    def of_this_launch() -> bool:
+        path = output_dir / RUN_FILE
+        launch = json.loads(path.read_text()).get("launch") if path.exists() else None
+        return launch is not None and launch == os.environ.get(LAUNCH_VARIABLE)
+
+    return bool(world.from_main(world.on_main(of_this_launch)))
 
 
 def git_state(folder: Path, containing: str | None = None) -> dict[str, Any] | None:

@@ -207,7 +207,7 @@ def _build_dataclass(
     if rest is not None:
         arguments[fields.pop(rest).name] = {k: v for k, v in values.items() if k not in fields}
     else:
-        elsewhere = _keys_of_sections(hints)
+        elsewhere = _keys_of_sections(hints, where)
         for key in values:
             if key not in fields:
                 problems.append(_unknown_key(where + str(key), str(key), list(fields), elsewhere))
@@ -231,15 +231,19 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _keys_of_sections(hints: dict[str, Any]) -> dict[str, str]:
+def _keys_of_sections(hints: dict[str, Any], where: str) -> dict[str, str]:
     """The sections' keys, and what each is in full: `steerlm2.max_tokens_per_microbatch`."""
     return {
-        _key(field): f"{section}.{_key(field)}"
+        _key(field): f"{where}{section}.{_key(field)}"
         for section, hint in reversed(hints.items())  # the first section with such a key wins
-        for option in (hint, *typing.get_args(hint))
+        for option in (hint, *(typing.get_args(hint) if _is_union(hint) else ()))
         if isinstance(option, type) and dataclasses.is_dataclass(option)
         for field in dataclasses.fields(option)
     }
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _unknown_key(
@@ -262,7 +266,7 @@ def _convert(
 ) -> Any:
     """`value` as the type `hint`; what doesn't fit is added to `problems`."""
     origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
+    if _is_union(hint):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         optional = len(options) < len(typing.get_args(hint))
         # torchtune reads `dataset_val=null` as a null `_component_` of the section in the YAML

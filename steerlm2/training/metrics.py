@@ -48,6 +48,12 @@ class JsonLines:
         return [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
 
 
+def lacks_validation(rows: Sequence[Mapping[str, Any]], step: int) -> bool:
+    """Whether no row is of a validation after `step`: it was cut off by the end of a run that saves
+    first, at SIGTERM."""
+    return not any(row["step"] == step and "val_loss" in row for row in rows)
+
+
 def answer_metrics(
     components: Sequence[Mapping[str, Any]],
     prompts: Sequence[str],

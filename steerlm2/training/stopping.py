@@ -19,7 +19,8 @@ class StopRequest:
                 ...
                 if stop.asked(): save, and leave the loop
 
-    It may come again, also while the run is ending: launcher and scheduler often both send it.
+    It may come again, or for the first time, while the run is ending: launcher and scheduler often
+    both send it, and a run that has trained has only to export. Then it changes nothing.
     """
 
     def __init__(self, world: World) -> None:
@@ -38,7 +39,7 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        ending = self._received or self._asked
+        ending = error is None or self._received or self._asked
         signal.signal(signal.SIGTERM, signal.SIG_IGN if ending else self._before)
 
     def asked(self) -> bool:

@@ -18,6 +18,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +49,7 @@ from steerlm2.training.quantized_state import (
 )
 
 STATE_FILE = "state.json"
+SECONDS_TO_CLOSE = 600.0
 BEST = "best"
 
 # A single process without a mesh saves without process groups, and means to.
@@ -158,6 +160,11 @@ class StateWriter:
                 f"{failures}. Earlier checkpoints are as they were; make room, and resume with "
                 "resume_from_checkpoint=true"
             )
+
+    def close(self) -> None:
+        """Let what was begun be completed where the run has failed, but not for ever: the ranks
+        write together, and one of them may be lost."""
+        futures.wait([writing for _, writing in self._writing], timeout=SECONDS_TO_CLOSE)
 
     def take_pause(self) -> float:
         """Seconds that the run has stood still for its states since this was asked last."""

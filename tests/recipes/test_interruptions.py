@@ -152,6 +152,28 @@ def test_sigterm_saves_the_step_and_ends_well(
     assert_same_run(run_folder(tmp_path), reference)
 
 
+def test_a_validation_that_was_cut_off_is_made_up_for(
+    tune: Any, arguments: list[str], tmp_path: Path
+) -> None:
+    """SIGTERM saves before it validates; SIGKILL may come in between."""
+    validates = [f"dataset_val.{key}" for key in ("source", "max_seq_len")]
+    given = dict(each.split("=", 1) for each in arguments if "=" in each)
+    command = [
+        *(each for each in arguments if not each.startswith(("dataset_val", "val_every"))),
+        *("dataset_val=steerlm2.datasets.steerlm2_dataset", "val_every_n_steps=2", "max_steps=4"),
+        *("~dataset_val.num_records", "~dataset_val.responses_per_prompt", "~dataset_val.split"),
+        *(f"{key}={given[key.replace('_val', '')]}" for key in validates),
+        f"output_dir={tmp_path}",
+    ]
+    tune(*command)
+    metrics = tmp_path / "metrics.jsonl"
+    whole = metrics.read_text().splitlines(keepends=True)
+    assert "val_loss" in whole[-1]
+    metrics.write_text("".join(whole[:-1]))
+    tune(*command)
+    assert metrics.read_text().splitlines(keepends=True) == whole
+
+
 def test_sigterm_for_one_rank_stops_all(tune: Any, arguments: list[str], tmp_path: Path) -> None:
     """Rank 1 alone gets it; both save the same step and end with status 0, so torchrun does too."""
     process = tune.start(

@@ -343,8 +343,8 @@ def log_probs(path: Path) -> Iterator[float]:
 def test_two_ranks_give_the_same(
     tune: Any, groups: Path, scored: Path, tmp_path: Path, tensor_parallel_dim: int
 ) -> None:
-    """Sums of up to 60 log-probs to 1e-4 nats."""
-    output = tmp_path / "scored.jsonl"
+    """Sums of up to 60 log-probs to 1e-4 nats. The folder of the output is made."""
+    output = tmp_path / "new" / "scored.jsonl"
     layout = f"tensor_parallel_dim={tensor_parallel_dim}"
     tune(*arguments(groups, output, layout, "records_per_write=64"), nproc=2)
     expected = list(log_probs(scored))

@@ -15,6 +15,7 @@ import torch
 from steerlm2.training.metrics import (
     JsonLines,
     answer_metrics,
+    lacks_validation,
     peak_memory_gib,
     plot_curves,
     summary_table,
@@ -211,3 +212,8 @@ def test_functions_may_not_share_a_name(metric: Any) -> None:
     component = metric("metric_shared", "{'a': 1}")
     with pytest.raises(ValueError, match=r"metric_shared\.f returns a: .* another metric function"):
         answer_metrics([component, component], ["p"], [None], ["r"])
+
+
+def test_a_validation_that_was_cut_off_is_lacking() -> None:
+    rows = [*rows_of(1, 2), {"step": 2, "val_loss": 0.5}, *rows_of(3)]
+    assert [lacks_validation(rows, step) for step in (1, 2, 3)] == [True, False, True]

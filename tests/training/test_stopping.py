@@ -42,8 +42,16 @@ def test_a_request_that_comes_again_while_the_run_ends_changes_nothing(
     assert received == []
 
 
-def test_without_a_request_the_earlier_handler_comes_back(received: list[int]) -> None:
+def test_a_request_after_the_training_changes_nothing(received: list[int]) -> None:
+    """What is left is the export."""
     with StopRequest(WORLD) as stop:
         assert not stop.asked()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert received == []
+
+
+def test_after_an_error_the_earlier_handler_comes_back(received: list[int]) -> None:
+    with pytest.raises(KeyError), StopRequest(WORLD):
+        raise KeyError
     os.kill(os.getpid(), signal.SIGTERM)
     assert received == [signal.SIGTERM]

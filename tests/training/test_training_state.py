@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +336,23 @@ def test_a_state_of_the_best_step_does_not_wait_for_the_best_weights(
     load_training_state(tmp_path / "step_000002", *run, CPU)
     assert same_state(dict(run[0].state_dict()), dict(weights))
     assert same_state(run[1].state_dict(), moments)
+
+
+def test_a_run_that_fails_completes_the_state_that_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_slowly = dcp.save
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return save_slowly(*arguments, **options)
+
+    monkeypatch.setattr(dcp, "save", slow)
+    writer = StateWriter(tmp_path, CPU)
+    with suppress(KeyError), closing(writer):
+        writer.save(1, *new_run(), {"data": {"seed": 5}})
+        raise KeyError
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000001"]
 
 
 def test_the_pause_is_counted_once(tmp_path: Path) -> None:
