@@ -418,10 +418,13 @@ class SteerLM2Recipe:
         bar = Progress(self.total_steps, self.first_step, world)
         self.model.train()
         tokens, seconds = 0, 0.0
-        looked_at = self.first_step
-        steps = range(self.first_step, self.total_steps)
-        if cfg.val_every_n_steps and (self.first_step == 0 or self._lacks_validation()):
-            self.validate(self.first_step)
+        first = looked_at = self.first_step
+        steps = range(first, self.total_steps)
+        due = is_due(first, cfg.val_every_n_steps, self.total_steps)
+        if due and (
+            first == 0 or (self.val_groups and lacks_validation(self.metrics_file, first, world))
+        ):
+            self.validate(first)
         with profiler, bar, StopRequest(world) as stop, closing(self.states):
             for step, work in ahead(self._prepared, steps):
                 started = time.perf_counter()
@@ -727,14 +730,6 @@ class SteerLM2Recipe:
             "seed": self.cfg.seed,
             "shuffle": self.cfg.data.shuffle,
         }
-
-    def _lacks_validation(self) -> bool:
-        """Whether the run ended while it validated after the step that it resumes from."""
-        step, world = self.first_step, self.world
-        if not (self.val_groups and is_due(step, self.cfg.val_every_n_steps, self.total_steps)):
-            return False
-        found = world.on_main(lambda: lacks_validation(self.metrics_file.read(), step))
-        return bool(world.from_main(found))
 
     def _resume(self) -> int:
         """Continue from the newest checkpoint, if there is one; returns its step."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from steerlm2.training.config import instantiate
+from steerlm2.training.distributed import World
 
 
 class JsonLines:
@@ -48,10 +49,14 @@ class JsonLines:
         return [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
 
 
-def lacks_validation(rows: Sequence[Mapping[str, Any]], step: int) -> bool:
+def lacks_validation(metrics: JsonLines, step: int, world: World) -> bool:
     """Whether no row is of a validation after `step`: it was cut off by the end of a run that saves
-    first, at SIGTERM."""
-    return not any(row["step"] == step and "val_loss" in row for row in rows)
+    first, at SIGTERM. Called by all ranks; rank 0 reads."""
+
+    def lacks() -> bool:
+        return not any(row["step"] == step and "val_loss" in row for row in metrics.read())
+
+    return bool(world.from_main(world.on_main(lacks)))
 
 
 def answer_metrics(

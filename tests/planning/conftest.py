@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from ready_made import recipe_config
 from steerlm2._tune import RECIPES
 from steerlm2.planning.jobs import JOBS, Job
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE_OF = {config: recipe for recipe, configs in RECIPES.items() for config in configs}
 
 MakeJob = Callable[..., Job[Any]]

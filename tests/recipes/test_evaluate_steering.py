@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "recipe_configs" / "tiny" / "evaluate_steering.yaml"
 CHECKPOINTER = "steerlm2.training.hf_checkpoint.HFCheckpointer"
 SCHEMA = AttributeSchema(("humor", "verbosity"))
 TEMPLATE, TOKENIZER = extra_id_template(), tiny_tokenizer()

@@ -455,20 +455,23 @@ def test_three_models_in_one_run_are_three_runs_with_one_each(
 def test_one_model_is_in_memory_at_a_time(
     unscored: Path, three_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def decoders() -> int:
+        return sum(type(thing) is TransformerDecoder for thing in gc.get_objects())
+
     alive = []
 
     def count_decoders(*arguments: Any, **options: Any) -> None:
-        alive.append(sum(type(thing) is TransformerDecoder for thing in gc.get_objects()))
+        alive.append(decoders() - before)
         load_weights(*arguments, **options)
 
     for module in (score_responses, attribute_model_module):
         monkeypatch.setattr(module, "load_weights", count_decoders)
-    before = sum(type(thing) is TransformerDecoder for thing in gc.get_objects())
+    before = decoders()
     name, _, config, *overrides = arguments(
         unscored, tmp_path / "out.jsonl", *SCHEMA, *with_models(three_models)
     )
     score_responses.ScoreRecipe(recipe_config(name, config, *overrides)).score()
-    assert [count - before for count in alive] == [1, 1, 1]
+    assert alive == [1, 1, 1]
 
 
 def test_nothing_is_left_of_what_the_models_handed_on(by_three_models: Path) -> None:

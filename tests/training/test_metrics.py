@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from steerlm2.training.distributed import World
 from steerlm2.training.metrics import (
     JsonLines,
     answer_metrics,
@@ -214,6 +215,8 @@ def test_functions_may_not_share_a_name(metric: Any) -> None:
         answer_metrics([component, component], ["p"], [None], ["r"])
 
 
-def test_a_validation_that_was_cut_off_is_lacking() -> None:
-    rows = [*rows_of(1, 2), {"step": 2, "val_loss": 0.5}, *rows_of(3)]
-    assert [lacks_validation(rows, step) for step in (1, 2, 3)] == [True, False, True]
+def test_a_validation_that_was_cut_off_is_lacking(lines: JsonLines) -> None:
+    for row in (*rows_of(1, 2), {"step": 2, "val_loss": 0.5}, *rows_of(3)):
+        lines.append(row)
+    world = World(torch.device("cpu"))
+    assert [lacks_validation(lines, step, world) for step in (1, 2, 3)] == [True, False, True]
