@@ -24,8 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    FlexKernelOptions,
+    create_block_mask,
+    flex_attention,
+)
 from torch.nn.functional import scaled_dot_product_attention
+
+KERNEL_OPTIONS: FlexKernelOptions = {"FORCE_USE_FLEX_ATTENTION": True}
+"""One kernel for all lengths: below 128 tokens FlexAttention would take another (flex_decoding),
+which has failed with dynamic shapes (pytorch/pytorch#133716)."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -47,7 +56,8 @@ def attend(
     if isinstance(mask, BlockMask):
         # A compiled function can't be a part of another one, and needn't be.
         inside = torch.compiler.is_compiling() or not q.is_cuda
-        return (flex_attention if inside else _compiled_flex_attention)(q, k, v, block_mask=mask)
+        attention = flex_attention if inside else _compiled_flex_attention
+        return attention(q, k, v, block_mask=mask, kernel_options=KERNEL_OPTIONS)
     if mask is not None and mask.dtype == torch.long:
         return attend_blocks(q, k, v, mask)[0]
     mask = None if mask is None else mask[:, None]

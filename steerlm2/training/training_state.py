@@ -51,6 +51,8 @@ from steerlm2.training.quantized_state import (
 STATE_FILE = "state.json"
 SECONDS_TO_CLOSE = 600.0
 BEST = "best"
+CLOSES_STAGERS = not torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+"""Before 2.13 a stager is closed after its first use (pytorch/pytorch#183413)."""
 
 # A single process without a mesh saves without process groups, and means to.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -90,14 +92,13 @@ class StateWriter:
             group = dist.new_group(timeout=world.timeout, backend="gloo")
         self.world = dataclasses.replace(world, group=group)
         on_gpu = world.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
+        self._staging = StagingOptions(
+            use_pinned_memory=on_gpu,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=on_gpu,
         )
+        self._stager = DefaultStager(self._staging)
 
         def begin() -> None:
             if on_gpu:  # or every rank's thread would open a context on GPU 0
@@ -187,6 +188,8 @@ class StateWriter:
                 for error in self._failed.values():
                     print(f"WARNING: {error}; writing {final.name}", file=sys.stderr)
         to_copy = {name: part for name, part in tensors().items() if name not in copied}
+        if CLOSES_STAGERS:
+            self._stager = DefaultStager(self._staging)
         staged = {**cast(dict[str, Any], self._stager.stage(to_copy)), **copied}
         random = io.BytesIO()
         torch.save(_random_state(self.world.device), random)

@@ -5,7 +5,7 @@
 
 A Llama of 1B size with random weights, bfloat16 and compiled, both ways; steps of `--groups`
 prompts as in train_step.py, without the optimizer. Lengths differ from step to step, so that
-recompilations show: `recompilations` counts those after the warm-up. Tokens per second count what
+recompilations show: `recompilations` counts ours after the warm-up. Tokens per second count what
 the method needs, prompts once and responses, the same for both ways. Model FLOP utilisation counts
 needed FLOPs only (6 per weight of the layers and packed token, 12 per attention dimension and pair,
 6 per weight of the output matrix and response token; nothing computed twice, no padding) over
@@ -104,13 +104,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     model = llama_1b()
     ours = copy.deepcopy(model)
-    mode = args.activation_checkpointing or None
     parallelize(
         ours,
         World(DEVICE),
         dtype=torch.bfloat16,
         compile=not args.no_compile,
-        activation_checkpointing=mode,
+        activation_checkpointing=args.activation_checkpointing,
     )
     if not args.no_compile:
         for layer in model.layers:
@@ -118,27 +117,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"reference": [], "ours": []}
     peaks: dict[str, int] = {}
     tokens, flops = [], []
-    graphs = 0
+    recompilations = {"reference": 0, "ours": 0}
     for i, groups in enumerate(steps_of(args)):
         rows = [pack(parts) for parts in fill_microbatches(groups, args.max_tokens)]
 
         def reference_step(groups: list[Group] = groups) -> None:
             two_pass_step(model, groups, args.reference_tokens)
 
-        def step(rows: list[PackedRow] = rows, count: int = len(groups)) -> None:
-            torch.cuda.set_sync_debug_mode("error" if args.no_sync else "default")
+        # Compiling and autotuning may wait for the GPU.
+        mode = "error" if args.no_sync and i >= args.warm_up else "default"
+
+        def step(rows: list[PackedRow] = rows, count: int = len(groups), mode: str = mode) -> None:
+            torch.cuda.set_sync_debug_mode(mode)
             our_step(ours, rows, count)
             torch.cuda.set_sync_debug_mode("default")
 
-        if i == args.warm_up:
-            graphs = dynamo.counters["stats"]["unique_graphs"]
         for name, run in (("reference", reference_step), ("ours", step)):
             ours.zero_grad(set_to_none=True)
             model.zero_grad(set_to_none=True)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
+            graphs = dynamo.counters["stats"]["unique_graphs"]
             elapsed = timed(run)
             if i >= args.warm_up:
+                recompilations[name] += dynamo.counters["stats"]["unique_graphs"] - graphs
                 seconds[name].append(elapsed)
                 peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated() - before)
         if i >= args.warm_up:
@@ -147,7 +149,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "recompilations": dynamo.counters["stats"]["unique_graphs"] - graphs,
+        "recompilations": recompilations["ours"],
+        "reference_recompilations": recompilations["reference"],
     }
     for name in seconds:
         per_second = [t / s for t, s in zip(tokens, seconds[name], strict=True)]

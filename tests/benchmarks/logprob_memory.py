@@ -6,7 +6,7 @@
 Every token's log-prob has a gradient of its own, as in the loss. The ways:
 
     full     keeps the logits and their log-softmax
-    torch    torch.nn.functional.linear_cross_entropy, chunked
+    torch    torch.nn.functional.linear_cross_entropy, chunked (torch 2.13)
     liger    Liger's fused linear cross entropy; on a GPU, with liger-kernel installed (before
              its pull request 1298 gradients were wrong where tokens differ in theirs)
     ours     one chunk
@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear_cross_entropy
 
 from steerlm2.logprobs import token_logps
 
@@ -41,6 +40,8 @@ def full_logps(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> Tenso
 
 
 def torch_logps(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> Tensor:
+    from torch.nn.functional import linear_cross_entropy
+
     options = nn.LinearCrossEntropyOptions()
     return -linear_cross_entropy(hidden_RD, weight_VD, targets_R, reduction="none", options=options)
 
@@ -60,6 +61,8 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def runs_here(way: str, device: str) -> bool:
+    if way == "torch":
+        return hasattr(nn.functional, "linear_cross_entropy")  # torch 2.13
     return way != "liger" or (device == "cuda" and find_spec("liger_kernel") is not None)
 
 
