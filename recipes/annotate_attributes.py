@@ -47,6 +47,7 @@ from steerlm2.attributes import (
     label_of_scores,
     parse_label,
 )
+from steerlm2.config.loader import Component, instantiate, to_plain
 from steerlm2.data.conversations import parse_conversation
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import (
@@ -59,11 +60,12 @@ from steerlm2.data.records import (
     parse_record,
 )
 from steerlm2.data.templates import groups_for_scoring
-from steerlm2.serving.client import ClassifyClient
-from steerlm2.training.attribute_model import load_attribute_model
-from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, World, init_world
-from steerlm2.training.resumable import ResumableOutput
+from steerlm2.distributed.parallelize import DTYPES
+from steerlm2.distributed.world import World, init_world
+from steerlm2.inference.attribute_model import load_attribute_model
+from steerlm2.inference.server_client import ClassifyClient
+from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_SCORES = (
     "turns",
@@ -101,7 +103,7 @@ class AnnotateConfig:
     tokenizer: Component
     model: Component  # the backbone: its output layer gives way to the head
     template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
     )
     checkpointer: Component | None = None  # none: fresh weights from the seed
     server: ServerOptions | None = None  # scores instead of the checkpoint

@@ -2,7 +2,7 @@
 
     tune run evaluate_steering --config tiny/evaluate_steering prompts=prompts.jsonl \\
         label.kind=uniform label.attributes=[humor,verbosity] label.labels_per_prompt=5 \\
-        models.acsft.checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer \\
+        models.acsft.checkpointer._component_=steerlm2.checkpoints.HFCheckpointer \\
         models.acsft.checkpointer.checkpoint_dir=steerlm2_outputs/tiny_acsft
     tune run evaluate_steering --config tiny/evaluate_steering models.acsft.answers=answers.jsonl
 
@@ -40,6 +40,9 @@ from torchtune.training.metric_logging import WandBLogger
 from tqdm import tqdm
 
 from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
+from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
+from steerlm2.config.loader import Component, instantiate, to_plain
+from steerlm2.config.sections import LabelOptions, ServerOptions, sampling_problems
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
     Record,
@@ -51,14 +54,24 @@ from steerlm2.data.records import (
 )
 from steerlm2.data.templates import Template, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
-from steerlm2.evaluation import (
+from steerlm2.distributed.parallelize import DTYPES, free_memory
+from steerlm2.distributed.world import init_world
+from steerlm2.evaluation.agreement import (
     cross_talk,
     errors_by_request,
     standard_error,
     steering_curve,
     steering_metrics,
 )
-from steerlm2.generation.answers import (
+from steerlm2.evaluation.exact_kl import model_scorer
+from steerlm2.evaluation.report import (
+    SteeringResult,
+    log_to_wandb,
+    markdown_table,
+    metric_rows,
+    write_report,
+)
+from steerlm2.inference.answers import (
     Item,
     answer_of,
     load_whole_decoder,
@@ -67,24 +80,13 @@ from steerlm2.generation.answers import (
     sampling_settings,
     with_labels,
 )
-from steerlm2.generation.engines import STOP, Engine, Request, Sample
-from steerlm2.generation.local import LocalEngine
-from steerlm2.generation.options import LabelOptions, ServerOptions, sampling_problems
-from steerlm2.models.folders import file_digest, resolve_checkpoint_dir
-from steerlm2.report import (
-    SteeringResult,
-    log_to_wandb,
-    markdown_table,
-    metric_rows,
-    write_report,
-)
-from steerlm2.serving.client import ClassifyClient
-from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
-from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, free_memory, init_world
-from steerlm2.training.exact_kl import model_scorer
-from steerlm2.training.output import check_shared, make_output_dir
-from steerlm2.training.resumable import ResumableOutput
+from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
+from steerlm2.inference.engines import STOP, Engine, Request, Sample
+from steerlm2.inference.local import LocalEngine
+from steerlm2.inference.server_client import ClassifyClient
+from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.output import check_shared, make_output_dir
+from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_ANSWERS = (
     *("label", "max_prompts", "n", "temperature", "top_p", "max_new_tokens", "max_seq_len"),
@@ -131,7 +133,7 @@ class EvaluateConfig:
     tokenizer: Component
     model: Component
     template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
     )
     models: dict[str, ModelOptions] = field(default_factory=dict)  # by the names of the report
     baseline: str | None = None  # the model that the others are compared with
@@ -147,7 +149,7 @@ class EvaluateConfig:
 
     exact_scorer: Component | None = None  # text -> {attribute: score}
     attribute_model: AttributeModelOptions | None = None  # where neither is given: stored `scores`
-    exact_kl: Component | None = None  # e.g. steerlm2.training.exact_kl.grammar_metrics
+    exact_kl: Component | None = None  # e.g. steerlm2.evaluation.grammar_metrics
     metric_logger: Component | None = None
 
     max_seq_len: int = 4096  # a prompt that leaves no room for max_new_tokens isn't asked

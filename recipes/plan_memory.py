@@ -29,7 +29,8 @@ from omegaconf import DictConfig
 from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from steerlm2._tune import RECIPES, recipe_directories
-from steerlm2.data.batches import steps_per_epoch
+from steerlm2.config.loader import CONFIG_CLASS, REST, config_problems, load_config
+from steerlm2.distributed.world import mesh_shape
 from steerlm2.planning.advice import Change, changes
 from steerlm2.planning.estimate import (
     PAPER_NODE_HOURS,
@@ -45,8 +46,8 @@ from steerlm2.planning.gpus import find_gpu
 from steerlm2.planning.jobs import JOBS, Job, Lengths, PlannedRow
 from steerlm2.planning.trace import Trace, fake_world, trace_step
 from steerlm2.planning.tracker import KINDS
-from steerlm2.training.config import CONFIG_CLASS, REST, config_problems, load_config, recipe_main
-from steerlm2.training.distributed import mesh_shape
+from steerlm2.runs.entry import recipe_main
+from steerlm2.training.batches import steps_per_epoch
 
 GIB = 2**30
 DRAWN_STEPS = 4

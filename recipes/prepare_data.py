@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steerlm2.attributes import AttributeSchema, as_schema
+from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.conversations import conversation_to_json, regression_records
 from steerlm2.data.records import Record, json_line, record_to_json
-from steerlm2.data.sources import SplitRecord, Unit
+from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.spool import Spool, open_spool
-from steerlm2.training.config import Component, instantiate, recipe_main
+from steerlm2.runs.entry import recipe_main
 
 FILES = {
     "train": {"": "train.jsonl", "regression": "train_reg.jsonl"},

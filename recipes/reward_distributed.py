@@ -29,10 +29,32 @@ from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from steerlm2.attributes import as_schema
-from steerlm2.data.batches import batch_of_step, steps_per_epoch
-from steerlm2.data.packing import RewardGroup, RewardRow, pack_for_reward, rows_by_rank
+from steerlm2.checkpoints.training_state import (
+    StateWriter,
+    best_state,
+    load_best_weights,
+    resume_training,
+)
+from steerlm2.checkpoints.weights import (
+    check_context,
+    check_vocabulary,
+    load_weights,
+    open_reward_checkpointer,
+    save_weights,
+)
+from steerlm2.config.loader import Component, as_yaml, instantiate
+from steerlm2.data.packing import RewardGroup, RewardRow, pack_for_reward
 from steerlm2.datasets import RewardDataset
-from steerlm2.evaluation import (
+from steerlm2.distributed.parallelize import (
+    DTYPES,
+    ActivationCheckpointing,
+    check_finite,
+    clip_gradients,
+    parallelize,
+    reduce_gradients,
+)
+from steerlm2.distributed.world import init_world
+from steerlm2.evaluation.agreement import (
     Table,
     attribute_calibration,
     attribute_metrics,
@@ -44,67 +66,42 @@ from steerlm2.evaluation import (
 from steerlm2.losses import bradley_terry_sum, num_labelled, squared_error_sum
 from steerlm2.models.llama import pair_cost
 from steerlm2.models.reward_head import add_reward_head
-from steerlm2.monitoring.hang_watch import LONG, HangWatch
-from steerlm2.monitoring.rank_log import LOG_FOLDER, Progress, open_rank_log
-from steerlm2.monitoring.run_record import (
-    describe_run,
-    log_path,
-    open_metric_logger,
-    restarted_run,
-    write_run,
-)
-from steerlm2.monitoring.stragglers import Stragglers
-from steerlm2.training.ahead import ahead
-from steerlm2.training.checkpoint import (
-    check_context,
-    check_vocabulary,
-    load_weights,
-    open_reward_checkpointer,
-    save_weights,
-)
-from steerlm2.training.config import (
-    Component,
-    as_yaml,
-    instantiate,
-    recipe_main,
-)
-from steerlm2.training.distributed import (
-    DTYPES,
-    ActivationCheckpointing,
-    check_finite,
-    clip_gradients,
-    init_world,
-    parallelize,
-    reduce_gradients,
-)
-from steerlm2.training.float8 import (
-    check_float8_device,
-    float8_config_problems,
-    use_float8,
-)
-from steerlm2.training.forward import attribute_scores, score_attributes
-from steerlm2.training.metrics import (
+from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.hangs import LONG, HangWatch
+from steerlm2.runs.lock import RunLock
+from steerlm2.runs.logs import LOG_FOLDER, Progress, open_rank_log
+from steerlm2.runs.metrics import (
     JsonLines,
     lacks_validation,
     peak_memory_gib,
     plot_curves,
     summary_table,
 )
-from steerlm2.training.output import (
+from steerlm2.runs.output import (
     check_not_own_run,
     check_shared,
     make_output_dir,
     set_aside_earlier_run,
 )
-from steerlm2.training.run_lock import RunLock
-from steerlm2.training.schedules import is_due
-from steerlm2.training.stopping import StopRequest
-from steerlm2.training.training_state import (
-    StateWriter,
-    best_state,
-    load_best_weights,
-    resume_training,
+from steerlm2.runs.record import (
+    describe_run,
+    log_path,
+    open_metric_logger,
+    restarted_run,
+    write_run,
 )
+from steerlm2.runs.stopping import StopRequest
+from steerlm2.runs.stragglers import Stragglers
+from steerlm2.training.batches import batch_of_step, steps_per_epoch
+from steerlm2.training.float8 import (
+    check_float8_device,
+    float8_config_problems,
+    use_float8,
+)
+from steerlm2.training.forward import attribute_scores, score_attributes
+from steerlm2.training.prefetch import ahead
+from steerlm2.training.schedules import is_due
+from steerlm2.training.step_plan import rows_by_rank
 
 
 @dataclass
@@ -125,15 +122,13 @@ class RewardConfig:
     optimizer: Component
     lr: float | None = None  # shorthand for optimizer.lr
     template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
     )
     checkpointer: Component | None = None  # none: fresh weights from the seed
     load_reward_head: bool = False  # of a checkpoint that has one; else the head starts fresh
     dataset_val: Component | None = None
     lr_scheduler: Component = field(
-        default_factory=lambda: Component(
-            _component_="steerlm2.training.schedules.warmup_cosine_hold"
-        )
+        default_factory=lambda: Component(_component_="steerlm2.training.warmup_cosine_hold")
     )
     loss: Literal["regression", "regular_bt", "margin_bt", "scaled_bt"] = "regression"
     schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones

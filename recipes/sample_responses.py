@@ -34,9 +34,14 @@ import torch
 from tqdm import tqdm
 
 from steerlm2.attributes import as_schema
+from steerlm2.checkpoint_dirs import file_digest
+from steerlm2.config.loader import Component, instantiate, to_plain
+from steerlm2.config.sections import LabelOptions, ServerOptions, sampling_problems
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import Record, Response, json_line, record_to_json
-from steerlm2.generation.answers import (
+from steerlm2.distributed.parallelize import DTYPES
+from steerlm2.distributed.world import World, init_world
+from steerlm2.inference.answers import (
     Item,
     answer_of,
     load_whole_decoder,
@@ -45,13 +50,10 @@ from steerlm2.generation.answers import (
     sampling_settings,
     with_labels,
 )
-from steerlm2.generation.engines import STOP, Engine, Request, Sample, SamplingSettings
-from steerlm2.generation.local import LocalEngine
-from steerlm2.generation.options import LabelOptions, ServerOptions, sampling_problems
-from steerlm2.models.folders import file_digest
-from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, World, init_world
-from steerlm2.training.resumable import ResumableOutput
+from steerlm2.inference.engines import STOP, Engine, Request, Sample, SamplingSettings
+from steerlm2.inference.local import LocalEngine
+from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_RESPONSES = (
     "label",
@@ -84,7 +86,7 @@ class SampleConfig:
     tokenizer: Component
     model: Component
     template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
     )
     checkpointer: Component | None = None  # none: fresh weights from the seed
     server: ServerOptions | None = None  # samples instead of the checkpoint

@@ -37,6 +37,13 @@ from steerlm2.attributes import (
     label_log_probs,
     parse_label,
 )
+from steerlm2.checkpoints.weights import (
+    check_context,
+    check_vocabulary,
+    load_weights,
+    open_checkpointer,
+)
+from steerlm2.config.loader import Component, instantiate, to_plain
 from steerlm2.data.packing import Group
 from steerlm2.data.records import (
     Record,
@@ -50,20 +57,15 @@ from steerlm2.data.records import (
 from steerlm2.data.templates import encode_response, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import tokenize_records
-from steerlm2.monitoring.hang_watch import LONG, HangWatch
-from steerlm2.monitoring.rank_log import LOG_FOLDER, open_rank_log
-from steerlm2.training.attribute_model import AttributeModel, load_attribute_model
-from steerlm2.training.checkpoint import (
-    check_context,
-    check_vocabulary,
-    load_weights,
-    open_checkpointer,
-)
-from steerlm2.training.config import Component, instantiate, recipe_main, to_plain
-from steerlm2.training.distributed import DTYPES, free_memory, init_world, parallelize
+from steerlm2.distributed.parallelize import DTYPES, free_memory, parallelize
+from steerlm2.distributed.world import init_world
+from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
+from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.hangs import LONG, HangWatch
+from steerlm2.runs.logs import LOG_FOLDER, open_rank_log
+from steerlm2.runs.output import make_output_dir
+from steerlm2.runs.resumable import ResumableOutput
 from steerlm2.training.forward import score_groups
-from steerlm2.training.output import make_output_dir
-from steerlm2.training.resumable import ResumableOutput
 
 Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
 QUANTITIES: tuple[Quantity, ...] = typing.get_args(Quantity)
@@ -110,7 +112,7 @@ class ScoreConfig:
     model: Component
     quantities: list[Quantity] = field(default_factory=lambda: ["log_p_response", "log_q"])
     template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
     )
     checkpointer: Component | None = None  # none: fresh weights from the seed
     log_p_response: ScorerOptions | None = None  # the SFT model, where it isn't `checkpointer`

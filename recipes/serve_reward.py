@@ -22,11 +22,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from steerlm2.attributes import as_schema
-from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT
-from steerlm2.models.folders import resolve_checkpoint_dir
-from steerlm2.training.attribute_model import load_attribute_model
-from steerlm2.training.config import Component, instantiate, recipe_main
-from steerlm2.training.distributed import DTYPES, init_world
+from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.config.loader import Component, instantiate
+from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
+from steerlm2.distributed.parallelize import DTYPES
+from steerlm2.distributed.world import init_world
+from steerlm2.inference.attribute_model import load_attribute_model
+from steerlm2.runs.entry import recipe_main
 
 REQUIRED = ("fastapi", "prometheus_client", "uvicorn")
 """Packages of the extra `serve`."""
@@ -42,7 +44,7 @@ class ServeConfig:
     tokenizer: Component
     model: Component  # the backbone: its output layer gives way to the head
     template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
     )
     checkpointer: Component | None = None  # none: fresh weights from the seed
     schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
@@ -103,7 +105,7 @@ class ServeRecipe:
         self.world = init_world(cfg.device)
 
     def setup(self) -> None:
-        from steerlm2.serving.app import Limits, create_app
+        from steerlm2.serving.reward_server import Limits, create_app
 
         cfg = self.cfg
         model = load_attribute_model(
@@ -135,7 +137,7 @@ class ServeRecipe:
             print(
                 f"the weights are UNTRAINED (fresh from seed {cfg.seed}), so the scores mean "
                 "nothing. To serve a folder that reward_distributed exported:\n"
-                "  checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer "
+                "  checkpointer._component_=steerlm2.checkpoints.HFCheckpointer "
                 "checkpointer.checkpoint_dir=DIR"
             )
 

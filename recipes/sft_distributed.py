@@ -28,56 +28,43 @@ from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from steerlm2.attributes import parse_label
-from steerlm2.data.batches import batch_of_step, steps_per_epoch
-from steerlm2.data.conversations import Conversation
-from steerlm2.data.packing import Dialogue, DialogueRow, pack_dialogues, rows_by_rank
-from steerlm2.data.records import ASSISTANT, USER, Turn
-from steerlm2.data.sources.oasst import DEFAULT_SYSTEM_PROMPT
-from steerlm2.data.templates import encode_prompt
-from steerlm2.datasets import DialogueDataset
-from steerlm2.generation.engines import response_end
-from steerlm2.generation.sampling import sample_tokens
-from steerlm2.models.llama import pair_cost
-from steerlm2.monitoring.hang_watch import LONG, HangWatch
-from steerlm2.monitoring.rank_log import LOG_FOLDER, Progress, open_rank_log
-from steerlm2.monitoring.run_record import (
-    describe_run,
-    log_path,
-    open_metric_logger,
-    restarted_run,
-    write_run,
+from steerlm2.checkpoints.training_state import (
+    StateWriter,
+    best_state,
+    load_best_weights,
+    resume_training,
 )
-from steerlm2.monitoring.stragglers import Stragglers
-from steerlm2.training.ahead import ahead
-from steerlm2.training.checkpoint import (
+from steerlm2.checkpoints.weights import (
     check_context,
     check_vocabulary,
     load_weights,
     open_checkpointer,
     save_weights,
 )
-from steerlm2.training.config import (
-    Component,
-    as_yaml,
-    instantiate,
-    recipe_main,
-)
-from steerlm2.training.distributed import (
+from steerlm2.config.loader import Component, as_yaml, instantiate
+from steerlm2.data.conversations import Conversation
+from steerlm2.data.packing import Dialogue, DialogueRow, pack_dialogues
+from steerlm2.data.records import ASSISTANT, USER, Turn
+from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
+from steerlm2.data.templates import encode_prompt
+from steerlm2.datasets import DialogueDataset
+from steerlm2.distributed.parallelize import (
     DTYPES,
     ActivationCheckpointing,
     check_finite,
     clip_gradients,
-    init_world,
     parallelize,
     reduce_gradients,
 )
-from steerlm2.training.float8 import (
-    check_float8_device,
-    float8_config_problems,
-    use_float8,
-)
-from steerlm2.training.forward import target_logps
-from steerlm2.training.metrics import (
+from steerlm2.distributed.world import init_world
+from steerlm2.inference.engines import response_end
+from steerlm2.inference.sampling import sample_tokens
+from steerlm2.models.llama import pair_cost
+from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.hangs import LONG, HangWatch
+from steerlm2.runs.lock import RunLock
+from steerlm2.runs.logs import LOG_FOLDER, Progress, open_rank_log
+from steerlm2.runs.metrics import (
     JsonLines,
     answer_metrics,
     lacks_validation,
@@ -85,21 +72,31 @@ from steerlm2.training.metrics import (
     plot_curves,
     summary_table,
 )
-from steerlm2.training.output import (
+from steerlm2.runs.output import (
     check_not_own_run,
     check_shared,
     make_output_dir,
     set_aside_earlier_run,
 )
-from steerlm2.training.run_lock import RunLock
-from steerlm2.training.schedules import is_due
-from steerlm2.training.stopping import StopRequest
-from steerlm2.training.training_state import (
-    StateWriter,
-    best_state,
-    load_best_weights,
-    resume_training,
+from steerlm2.runs.record import (
+    describe_run,
+    log_path,
+    open_metric_logger,
+    restarted_run,
+    write_run,
 )
+from steerlm2.runs.stopping import StopRequest
+from steerlm2.runs.stragglers import Stragglers
+from steerlm2.training.batches import batch_of_step, steps_per_epoch
+from steerlm2.training.float8 import (
+    check_float8_device,
+    float8_config_problems,
+    use_float8,
+)
+from steerlm2.training.forward import target_logps
+from steerlm2.training.prefetch import ahead
+from steerlm2.training.schedules import is_due
+from steerlm2.training.step_plan import rows_by_rank
 
 
 @dataclass
@@ -157,14 +154,12 @@ class SFTConfig:
     optimizer: Component
     lr: float | None = None  # shorthand for optimizer.lr
     template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.templates.extra_id_template")
+        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
     )
     checkpointer: Component | None = None  # none: fresh weights from the seed
     dataset_val: Component | None = None
     lr_scheduler: Component = field(
-        default_factory=lambda: Component(
-            _component_="steerlm2.training.schedules.warmup_cosine_hold"
-        )
+        default_factory=lambda: Component(_component_="steerlm2.training.warmup_cosine_hold")
     )
     data: DataOptions = field(default_factory=DataOptions)
     generation: GenerationOptions | None = None

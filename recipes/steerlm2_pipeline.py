@@ -44,7 +44,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from yaml import YAMLError
 
-from steerlm2.models.folders import newest_export
+from steerlm2.checkpoint_dirs import newest_export
+from steerlm2.config.loader import as_yaml, config_problems
+from steerlm2.evaluation.report import html_page, markdown_table, read_report
 from steerlm2.pipeline.plan import (
     Stage,
     StageOptions,
@@ -62,9 +64,8 @@ from steerlm2.pipeline.state import (
     inputs_of,
     set_aside,
 )
-from steerlm2.report import html_page, markdown_table, read_report
-from steerlm2.training.config import as_yaml, config_problems, recipe_main
-from steerlm2.training.output import make_output_dir
+from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.output import make_output_dir
 
 LAST_LINES = 20
 SUMMARY, REPORT = "summary.json", "report.html"

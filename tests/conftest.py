@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +14,8 @@ from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +25,25 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data in {folder}")
     return folder
+
+
+RunScript = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def run_script() -> RunScript:
+    """Runs a script that starts ranks (`ranks.py` beside this file) in a process of its own."""
+
+    def run(script: Path, *arguments: str | Path) -> None:
+        result = subprocess.run(
+            [sys.executable, script, *arguments],
+            env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-5000:]
+
+    return run
 
 
 class FakeVLLM(ThreadingHTTPServer):

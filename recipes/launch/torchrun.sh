@@ -32,7 +32,7 @@ case $1 in
 esac
 
 # on_node, signals-to-handle: SIGTERM is for the ranks, which save and end with status 0.
-exec python -m steerlm2.on_node \
+exec python -m steerlm2.runs.on_node \
     tune run --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-8}" \
     --rdzv_id "${RUN:-steerlm2}" --rdzv_backend c10d \
     --rdzv_endpoint "${HEAD:-localhost}:${PORT:-29500}" --rdzv_conf join_timeout=600 \

@@ -1,5 +1,38 @@
-"""Records, templates, tokenizers and the sources that records come from."""
+"""Records, templates, tokenizers, and what turns them into packed sequences.
 
-from pathlib import Path
+The names below are for `_component_` in YAML files; they outlive moves of the modules. They are
+imported when they are asked for: records alone need no PyTorch. What a recipe makes data sets from
+is in `steerlm2.data.sources`.
+"""
 
-TINY_TOKENIZER_DIR = Path(__file__).parent / "tiny_tokenizer"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerlm2.data.synthetic import score_text, steering_metrics
+    from steerlm2.data.templates import extra_id_template, llama3_template
+    from steerlm2.data.tokenizers import hf_tokenizer, tiny_tokenizer
+
+__all__ = [
+    "extra_id_template",
+    "hf_tokenizer",
+    "llama3_template",
+    "score_text",
+    "steering_metrics",
+    "tiny_tokenizer",
+]
+
+_MODULES = {
+    "extra_id_template": "templates",
+    "hf_tokenizer": "tokenizers",
+    "llama3_template": "templates",
+    "score_text": "synthetic",
+    "steering_metrics": "synthetic",
+    "tiny_tokenizer": "tokenizers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -3,7 +3,7 @@
 Every response to a question can be listed with its exact P(y|x), the attribute scores r(y) are
 counted in its text, and P(a|x,y) is the Beta rule of `steerlm2.attributes` on those scores. So
 P(y|a,x) = P(a|x,y) P(y|x) / P(a|x) is a finite table, and what a model has learned of it is
-computed (`steerlm2.training.exact_kl`), not estimated. Nothing here stands for human preference.
+computed (`steerlm2.evaluation.exact_kl`), not estimated. Nothing here stands for human preference.
 
     response -> opening body tail closing      (pieces joined by spaces, empty ones left out)
 

@@ -1,4 +1,4 @@
-"""Groups that share their prompt, packed into rows and spread over micro-batches and ranks.
+"""Groups that share their prompt, packed into rows.
 
 Dimension letters: T tokens of a packed row, R response tokens to predict, N responses, G groups,
 A attributes.
@@ -19,14 +19,12 @@ import abc
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from steerlm2.attention import attention_blocks
-
-Strategy = Literal["auto", "single_pass", "two_pass"]
+from steerlm2.models.attention import attention_blocks
 
 PADDING = -1
 """The group number of padding tokens."""
@@ -362,128 +360,3 @@ def _join(values: Sequence[Sequence[Any] | None]) -> Tensor | None:
     if len(known) < len(values):
         return None
     return torch.tensor([x for v in known for x in v], dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one data-parallel rank computes in one optimizer step.
-
-    `single_pass` holds micro-batches: lists of groups that make one row each. `two_pass` holds the
-    groups too large for one. `rows` are how many rows every rank runs of each kind (a rank with
-    fewer runs empty rows): under FSDP all ranks must take part in every forward and backward.
-    """
-
-    single_pass: list[list[Group]]
-    two_pass: list[Group]
-    forward_rows: int
-    backward_rows: int
-    imbalance: float
-    """How much more the busiest rank has to do than the average one."""
-
-
-def plan_step(
-    groups: Sequence[Group],
-    *,
-    rank: int,
-    num_ranks: int,
-    strategy: Strategy,
-    max_tokens_per_microbatch: int,
-    micro_batch_size: int,
-    forward_micro_batch_size: int,
-    pair_cost: float = 0,
-) -> StepPlan:
-    """Spread one step's groups over the data-parallel ranks, and fill the rank's micro-batches.
-
-    Every rank computes the same assignment, so that nothing needs to be sent. Whole groups go to
-    the least loaded rank, costliest first; each rank fills micro-batches up to the token budget.
-    A group over the budget takes two passes (`auto`) or a micro-batch of its own (`single_pass`).
-
-    Args:
-        pair_cost: what a pair of `num_pairs` costs in tokens (`models.llama.pair_cost`).
-    """
-    costs = costs_of(groups, pair_cost)
-    assigned = assign_to_ranks(costs, num_ranks)
-    plans = []
-    for indices in assigned:
-        single: list[Group] = []
-        two: list[Group] = []
-        for group in (groups[i] for i in indices):
-            too_large = group.num_tokens > max_tokens_per_microbatch
-            takes_two = strategy == "two_pass" or (strategy == "auto" and too_large)
-            (two if takes_two else single).append(group)
-        plans.append((fill_microbatches(single, max_tokens_per_microbatch), two))
-    single_pass, two_pass = plans[rank]
-    return StepPlan(
-        single_pass,
-        two_pass,
-        forward_rows=max(_num_slices(two, forward_micro_batch_size) for _, two in plans),
-        backward_rows=max(
-            len(single) + _num_slices(two, micro_batch_size) for single, two in plans
-        ),
-        imbalance=imbalance(costs, assigned),
-    )
-
-
-def rows_by_rank(
-    groups: Sequence[PackableT], num_ranks: int, max_tokens: int, pair_cost: float = 0
-) -> list[list[list[PackableT]]]:
-    """[rank][row] -> groups: spread by cost, rows filled up to the budget.
-
-    Every rank has the same number of rows; those that it lacks are empty.
-    """
-    rows = [
-        fill_microbatches([groups[i] for i in indices], max_tokens)
-        for indices in assign_to_ranks(costs_of(groups, pair_cost), num_ranks)
-    ]
-    most = max(map(len, rows))
-    return [own + [[]] * (most - len(own)) for own in rows]
-
-
-def costs_of(groups: Sequence[Packable], pair_cost: float) -> list[float]:
-    """Estimated cost of each, in tokens: a linear and a quadratic term."""
-    return [group.num_tokens + pair_cost * group.num_pairs for group in groups]
-
-
-def imbalance(costs: Sequence[float], assigned: Sequence[Sequence[int]]) -> float:
-    """How much more the busiest rank has to do than the average one: 0 for the same."""
-    loads = [sum(costs[i] for i in indices) for indices in assigned]
-    return max(loads) * len(loads) / sum(loads) - 1 if sum(loads) else 0.0
-
-
-def assign_to_ranks(sizes: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Indices of the items for each rank: the largest first, each to the rank with the least."""
-    loads = [0.0] * num_ranks
-    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        lightest = loads.index(min(loads))
-        assigned[lightest].append(i)
-        loads[lightest] += sizes[i]
-    return [sorted(indices) for indices in assigned]
-
-
-def fill_microbatches(groups: Sequence[PackableT], max_tokens: int) -> list[list[PackableT]]:
-    """Groups into few micro-batches, by best fit decreasing; one over the budget stands alone.
-
-    The fullest come first, so that ranks that wait for each other do the like at the same time.
-    """
-    batches: list[list[PackableT]] = []
-    loads: list[int] = []
-    for group in sorted(groups, key=lambda group: -group.num_tokens):
-        fitting = [i for i, load in enumerate(loads) if load + group.num_tokens <= max_tokens]
-        if fitting:
-            best = max(fitting, key=lambda i: loads[i])
-            batches[best].append(group)
-            loads[best] += group.num_tokens
-        else:
-            batches.append([group])
-            loads.append(group.num_tokens)
-    return [batches[i] for i in sorted(range(len(batches)), key=lambda i: -loads[i])]
-
-
-def slices(groups: Sequence[Group], size: int) -> list[Group]:
-    """All groups in slices of at most `size` responses."""
-    return [part for group in groups for part in group.slices(size)]
-
-
-def _num_slices(groups: Sequence[Group], size: int) -> int:
-    return sum(-(-len(group.responses) // size) for group in groups)

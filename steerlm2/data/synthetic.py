@@ -114,7 +114,7 @@ def synthetic_records(
 
 
 def build_tiny_tokenizer(directory: str | Path) -> HFTokenizer:
-    """Train the tokenizer that `steerlm2.data.tokenizers.tiny_tokenizer` loads, and save it.
+    """Train the tokenizer that `steerlm2.data.tiny_tokenizer` loads, and save it.
 
     Its text is this module's: the synthetic records and a page of plain English.
     """

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from steerlm2.data import TINY_TOKENIZER_DIR
-from steerlm2.models.folders import newest_export
+from steerlm2.checkpoint_dirs import newest_export
 
+TINY_TOKENIZER_DIR = Path(__file__).parent / "tiny_tokenizer"
 TINY_SPECIAL_TOKENS = ("<pad>", "<|endoftext|>", *(f"<extra_id_{i}>" for i in range(8)))
 TINY_VOCAB_SIZE = 512
 

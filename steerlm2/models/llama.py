@@ -3,7 +3,7 @@
 Dimension letters: T tokens, D hidden, V vocabulary.
 
 The decoders stay torchtune's. This file makes their forward end at the final norm (the output
-matrix is applied in chunks by `steerlm2.logprobs`), names the tensor-parallel layout of each
+matrix is applied in chunks by `steerlm2.models.logprobs`), names the tensor-parallel layout of each
 module, and writes the Hugging Face config that belongs to a decoder.
 """
 
@@ -34,7 +34,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
-from steerlm2.attention import attend
+from steerlm2.models.attention import attend
 from steerlm2.models.reward_head import RewardHead
 
 ROW_LENGTH_LIMIT = 1 << 30

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerlm2.models.folders import file_digest, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
 
 RESUME_FILES = {"checkpoints", "earlier_runs"}
 """In a stage's folder: not what it was run for."""

@@ -19,6 +19,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from steerlm2.attributes import as_schema
+from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.packing import (
     Dialogue,
     Group,
@@ -26,16 +27,14 @@ from steerlm2.data.packing import (
     pack,
     pack_dialogues,
     pack_for_reward,
-    plan_step,
-    rows_by_rank,
-    slices,
 )
+from steerlm2.distributed.parallelize import DTYPES, ActivationCheckpointing
+from steerlm2.distributed.world import World
 from steerlm2.losses import bradley_terry_sum, squared_error_sum
 from steerlm2.models.llama import pair_cost
 from steerlm2.models.reward_head import add_reward_head
-from steerlm2.training.config import Component, instantiate
-from steerlm2.training.distributed import DTYPES, ActivationCheckpointing, World
 from steerlm2.training.forward import attribute_scores, response_logps, target_logps
+from steerlm2.training.step_plan import plan_step, rows_by_rank, slices
 
 RecordT = TypeVar("RecordT", Group, Dialogue, RewardGroup)
 

@@ -1,6 +1,6 @@
 """A training step with fake tensors: the real layout, on a process group that only pretends.
 
-The model is built on the meta device and laid out by `steerlm2.training.distributed.parallelize`
+The model is built on the meta device and laid out by `steerlm2.distributed.parallelize.parallelize`
 over a fake process group, of which this process is rank 0 (where shards are uneven, the one with
 the most). Then the optimizer's update, a micro-batch's forward and backward, and the gradient norm
 run under FakeTensorMode: every operation and every collective, without data.
@@ -29,17 +29,12 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.modules import TransformerDecoder
 
-from steerlm2 import logprobs
+from steerlm2.distributed.parallelize import clip_gradients, parallelize, reduce_gradients
+from steerlm2.distributed.world import World, mesh_shape
+from steerlm2.models import logprobs
 from steerlm2.models.nf4 import finish_empty
 from steerlm2.planning.jobs import Job, TrainingConfig
 from steerlm2.planning.tracker import Collective, Kind, StepTracker, Traffic
-from steerlm2.training.distributed import (
-    World,
-    clip_gradients,
-    mesh_shape,
-    parallelize,
-    reduce_gradients,
-)
 
 MESH = ("dp_replicate", "dp_shard", "tp")
 
@@ -230,7 +225,7 @@ def _dimensions(world: World) -> dict[str, tuple[str, int]]:
 
 
 def _gpu_logits() -> Any:
-    """steerlm2.logprobs lets a GPU's matrix product accumulate and answer in float32; on a CPU it
+    """`token_logps` lets a GPU's matrix product accumulate and answer in float32; on a CPU it
     makes float32 copies of its inputs instead, which no GPU will hold. Its chunks are larger."""
 
     def logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ KINDS: tuple[Kind, ...] = (
 )
 
 _KIND_BY_FILE: dict[str, Kind] = {
-    "steerlm2/logprobs.py": "logits",
+    "steerlm2/models/logprobs.py": "logits",
     "torch/distributed/fsdp/": "communication",
     "torch/optim/": "optimizer",
     "torchao/optim/": "optimizer",

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from steerlm2.attention import flex_mask
 from steerlm2.data.packing import (
     DialogueRow,
     Group,
@@ -25,11 +24,12 @@ from steerlm2.data.packing import (
     Row,
     pack,
     pack_for_reward,
-    rows_by_rank,
 )
-from steerlm2.logprobs import sum_by_response, token_logps
+from steerlm2.distributed.world import World
+from steerlm2.models.attention import flex_mask
 from steerlm2.models.llama import gather_sequence, output_weight
-from steerlm2.training.distributed import World
+from steerlm2.models.logprobs import sum_by_response, token_logps
+from steerlm2.training.step_plan import rows_by_rank
 
 
 def hidden_states(decoder: TransformerDecoder, row: Row, *, sharded_use: bool = True) -> Tensor:

@@ -32,10 +32,12 @@ from torchtune.modules import TransformerDecoder
 from train_step import Cell
 from two_pass_reference import two_pass_step
 
-from steerlm2.data.packing import Group, PackedRow, fill_microbatches, pack
+from steerlm2.data.packing import Group, PackedRow, pack
+from steerlm2.distributed.parallelize import parallelize
+from steerlm2.distributed.world import World
 from steerlm2.losses import SteerLM2Loss
-from steerlm2.training.distributed import World, parallelize
 from steerlm2.training.forward import response_logps
+from steerlm2.training.step_plan import fill_microbatches
 
 VOCABULARY = 128_256
 DEVICE = torch.device("cuda")

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerlm2.logprobs import token_logps
+from steerlm2.models.logprobs import token_logps
 
 
 def full_logps(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> Tensor:

@@ -34,11 +34,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steerlm2.data.batches import batch_of_step, steps_per_epoch
-from steerlm2.data.packing import Group, costs_of, pack, plan_step
+from steerlm2.data.packing import Group, pack
 from steerlm2.data.sources.oasst import oasst_groups
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.datasets.groups import tokenize_records
+from steerlm2.training.batches import batch_of_step, steps_per_epoch
+from steerlm2.training.step_plan import costs_of, plan_step
 
 PAIR_COST = 2 * 32 * 4096 / 6.98e9
 """`models.llama.pair_cost` of Llama 3.1 8B: 32 layers with 6.98e9 weights, 32 heads of 128."""

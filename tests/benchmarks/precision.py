@@ -78,7 +78,7 @@ def measure(folder: Path, start: Path, steps: int) -> list[dict[str, object]]:
             run = folder / f"{lr}_{way.replace(' ', '_')}"
             weights = train(
                 run,
-                "checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer",
+                "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
                 *(f"checkpointer.checkpoint_dir={start}", "save_dtype=fp32"),
                 *(f"lr={lr}", "lr_scheduler.warmup_steps=0", f"lr_scheduler.min_lr={lr}"),
                 *(f"max_steps={steps}", f"val_every_n_steps={steps}"),

@@ -26,8 +26,8 @@ from torchtune.generation import generate
 from torchtune.models.llama3 import llama3
 from torchtune.modules import TransformerDecoder
 
-from steerlm2.generation.engines import Request, SamplingSettings
-from steerlm2.generation.local import LocalEngine
+from steerlm2.inference.engines import Request, SamplingSettings
+from steerlm2.inference.local import LocalEngine
 
 VOCABULARY = 512
 

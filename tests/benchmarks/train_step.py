@@ -37,8 +37,9 @@ from torchtune.modules import TransformerDecoder
 from two_pass_reference import padded_length, padded_single_pass_step, two_pass_step
 
 from steerlm2.data.packing import Group, pack
+from steerlm2.distributed.parallelize import parallelize
+from steerlm2.distributed.world import World
 from steerlm2.losses import SteerLM2Loss
-from steerlm2.training.distributed import World, parallelize
 from steerlm2.training.forward import response_logps
 
 VOCABULARY = 8192

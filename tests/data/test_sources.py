@@ -13,7 +13,7 @@ import pytest
 
 from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema, beta_log_prob, parse_label
 from steerlm2.data.records import Record, Turn, read_records, write_records
-from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT
+from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 from steerlm2.data.sources.oasst import oasst_groups
 
 OASST_NAMES = ("quality", "toxicity", "humor", "creativity", "helpfulness")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from steerlm2.data.sources import Unit
+from steerlm2.data.sources.base import Unit
 from steerlm2.data.sources.best_of import best_of_responses
 
 Json = dict[str, Any]

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from steerlm2.data.records import Turn
-from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT, Unit
+from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, Unit
 from steerlm2.data.sources.conversations import labelled_conversations
 from steerlm2.data.sources.helpsteer import helpsteer3_conversations, helpsteer_conversations
 from steerlm2.data.sources.oasst import oasst_conversations, oasst_groups

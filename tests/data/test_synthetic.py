@@ -9,7 +9,6 @@ from typing import Literal
 import pytest
 
 from steerlm2.attributes import DEFAULT_SCHEMA, beta_log_prob, parse_label
-from steerlm2.data import TINY_TOKENIZER_DIR
 from steerlm2.data.records import parse_record, record_to_json
 from steerlm2.data.synthetic import (
     ATTRIBUTES,
@@ -20,7 +19,7 @@ from steerlm2.data.synthetic import (
     synthetic_records,
 )
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
-from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.data.tokenizers import TINY_TOKENIZER_DIR, tiny_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,10 @@ from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.data.packing import Group, pack
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.distributed.world import World
 from steerlm2.models.llama import (
     ROW_LENGTH_LIMIT,
     EmbeddingParallel,
@@ -41,9 +43,7 @@ from steerlm2.models.llama import (
     tensor_parallel_problems,
     unsupported_parts,
 )
-from steerlm2.training.distributed import World
 from steerlm2.training.forward import response_logps
-from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
 TINY: dict[str, Any] = {

@@ -13,11 +13,12 @@ from torchtune.models.llama3 import lora_llama3
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
+from steerlm2.checkpoints.checkpointer import HFCheckpointer, ScratchCheckpointer
+from steerlm2.checkpoints.weights import load_weights
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.distributed.parallelize import parallelize
+from steerlm2.distributed.world import World
 from steerlm2.models.nf4 import UNIT, fill_nf4, is_nf4, mean_scale, nf4_problems
-from steerlm2.training.checkpoint import load_weights
-from steerlm2.training.distributed import World, parallelize
-from steerlm2.training.hf_checkpoint import HFCheckpointer, ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
 QLORA: dict[str, Any] = {

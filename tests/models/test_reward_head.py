@@ -12,6 +12,7 @@ from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.distributed.world import close_world, init_world
 from steerlm2.models.llama import output_weight, tensor_parallel_plan, unsupported_parts
 from steerlm2.models.reward_head import (
     HF_ARCHITECTURE,
@@ -20,7 +21,6 @@ from steerlm2.models.reward_head import (
     attribute_names,
     classification_config,
 )
-from steerlm2.training.distributed import close_world, init_world
 
 TINY: dict[str, Any] = {
     "vocab_size": 512,

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile, record_function
 
+from steerlm2.distributed.world import close_world, end_rank
 from steerlm2.planning.jobs import JOBS, Job, PlannedRow
 from steerlm2.planning.trace import fake_world, trace_step
 from steerlm2.planning.tracker import StepTracker
-from steerlm2.training.distributed import close_world, end_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "tests" / "recipes")]

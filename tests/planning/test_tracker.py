@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from steerlm2.attention import attend_blocks, attention_blocks
+from steerlm2.models.attention import attend_blocks, attention_blocks
 from steerlm2.planning.tracker import Collective, StepTracker
 
 

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from steerlm2.training.config import CONFIG_CLASS, load_config
+from steerlm2.config.loader import load_config
+from steerlm2.runs.entry import CONFIG_CLASS
 
 ROOT = Path(__file__).resolve().parents[2]
 

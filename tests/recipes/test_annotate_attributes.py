@@ -88,7 +88,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(source: Path, output: Path, model: Path | None, *more: str) -> list[str]:
-    checkpointer = "steerlm2.training.hf_checkpoint.HFCheckpointer"
+    checkpointer = "steerlm2.checkpoints.HFCheckpointer"
     weights = [
         f"checkpointer._component_={checkpointer}",
         f"checkpointer.checkpoint_dir={model}",

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from torchtune.models.llama3 import llama3
 
+from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
 Json = dict[str, Any]
 

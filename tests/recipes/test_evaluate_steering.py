@@ -17,22 +17,23 @@ from torchtune.models.llama3 import llama3
 
 import evaluate_steering
 from ready_made import recipe_config
-from steerlm2 import report as report_module
 from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoints.weights import load_weights, open_checkpointer, open_reward_checkpointer
 from steerlm2.data.grammar import grammar_pairs, grammar_prompts
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import Record, Response, Turn, read_records, write_records
 from steerlm2.data.synthetic import score_text
 from steerlm2.data.templates import encode_for_scoring, encode_prompt, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.generation.engines import Request, Sample
+from steerlm2.distributed.parallelize import parallelize
+from steerlm2.distributed.world import World
+from steerlm2.evaluation import exact_kl as exact_kl_module
+from steerlm2.evaluation import report as report_module
+from steerlm2.evaluation.exact_kl import exact_kl, grammar_metrics, model_scorer
+from steerlm2.inference.attribute_model import load_attribute_model
+from steerlm2.inference.engines import Request, Sample
 from steerlm2.models.reward_head import add_reward_head
-from steerlm2.training import exact_kl as exact_kl_module
-from steerlm2.training.attribute_model import load_attribute_model
-from steerlm2.training.checkpoint import load_weights, open_checkpointer, open_reward_checkpointer
-from steerlm2.training.distributed import World, parallelize
-from steerlm2.training.exact_kl import exact_kl, grammar_metrics, model_scorer
-from steerlm2.training.resumable import ResumableOutput
+from steerlm2.runs.resumable import ResumableOutput
 
 if TYPE_CHECKING:
     from tests.conftest import FakeVLLM
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-CHECKPOINTER = "steerlm2.training.hf_checkpoint.HFCheckpointer"
+CHECKPOINTER = "steerlm2.checkpoints.HFCheckpointer"
 SCHEMA = AttributeSchema(("humor", "verbosity"))
 TEMPLATE, TOKENIZER = extra_id_template(), tiny_tokenizer()
 WORLD = World(torch.device("cpu"))
@@ -486,7 +487,7 @@ def test_exact_metrics_are_those_of_the_model(
     report = run_here(
         *(tmp_path / "out", *sampling(prompts, "max_prompts=1"), *checkpoint("one", model)),
         *(f"models.one.use_labels={use_labels}", f"models.given.answers={given}"),
-        "exact_kl._component_=steerlm2.training.exact_kl.grammar_metrics",
+        "exact_kl._component_=steerlm2.evaluation.grammar_metrics",
     )
     decoder = decoder_without_weights()
     parallelize(decoder, WORLD, dtype=torch.float32)
@@ -570,7 +571,7 @@ def test_tables_go_to_wandb(answers: Path, tmp_path: Path, monkeypatch: pytest.M
             [
                 *("models.a.answers=f", "models.a.server.url=http://x", "models.b.use_labels=true"),
                 *("baseline=c", "n=0", "models.d/e.answers=f"),
-                "exact_kl._component_=steerlm2.training.exact_kl.grammar_metrics",
+                "exact_kl._component_=steerlm2.evaluation.grammar_metrics",
                 *("attribute_model.server=null", "models.a.server.retries=-1"),
             ],
             [

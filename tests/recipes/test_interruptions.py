@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from processes import workers
-from steerlm2.training.run_lock import LOCK_FILE
+from steerlm2.runs.lock import LOCK_FILE
 
 RunFolder = Any
 WriteGroups = Callable[..., Path]
@@ -191,7 +191,7 @@ def test_sigterm_for_a_launcher_on_a_node_stops_its_ranks(
     """As recipes/launch start it: torchrun leaves the signal alone."""
     launch = ["--nproc_per_node", "2", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "steerlm2.on_node", TUNE, "run", *launch, *arguments,
+        [sys.executable, "-m", "steerlm2.runs.on_node", TUNE, "run", *launch, *arguments,
          f"output_dir={tmp_path}", "save_every_n_steps=100", "max_steps=4000"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=tmp_path,

@@ -185,7 +185,7 @@ def test_the_stage_of_a_preempted_pipeline_saves(slurm: dict[str, str], tmp_path
     """It ends with status 0, but isn't taken for complete, and no other stage begins."""
     config = tmp_path / "stage.yaml"
     config.write_text("lr: 1\n")
-    launch = "srun python -m steerlm2.on_node launcher"
+    launch = "srun python -m steerlm2.runs.on_node launcher"
     stage = {"recipe": "rank", "config": str(config), "launch": launch}
     pipeline = {"output_dir": str(tmp_path / "out"), "stages": {"train": stage, "next": stage}}
     OmegaConf.save(OmegaConf.create(pipeline), tmp_path / "pipeline.yaml")

@@ -484,9 +484,9 @@ def test_conversations_and_groups_do_not_mix(
     own = tmp_path / "own.yaml"
     own.write_text(
         f"source: {trees}\noutput_dir: out\n"
-        "builder: steerlm2.data.sources.oasst.oasst_groups\n"
+        "builder: steerlm2.data.sources.oasst_groups\n"
         f"merge: {{b: {{source: {scored_folder},"
-        " builder: steerlm2.data.sources.helpsteer.helpsteer_conversations}}\n"
+        " builder: steerlm2.data.sources.helpsteer_conversations}}\n"
     )
     status, _, stderr = prepare("--config", str(own))
     assert status == 1

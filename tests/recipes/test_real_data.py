@@ -20,7 +20,7 @@ dataset:
   source: {source}
   max_seq_len: 1024
 tokenizer:
-  _component_: steerlm2.data.tokenizers.tiny_tokenizer
+  _component_: steerlm2.data.tiny_tokenizer
 model:
   _component_: torchtune.models.llama3.llama3
   vocab_size: 512

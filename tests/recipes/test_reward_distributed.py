@@ -24,7 +24,6 @@ import pytest
 import torch
 
 from steerlm2.attributes import AttributeSchema
-from steerlm2.data.batches import batch_of_step
 from steerlm2.data.conversations import Conversation, conversation_to_json
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import Turn, json_line
@@ -32,8 +31,9 @@ from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.datasets import attribute_dataset
-from steerlm2.training.attribute_model import load_attribute_model
-from steerlm2.training.distributed import World
+from steerlm2.distributed.world import World
+from steerlm2.inference.attribute_model import load_attribute_model
+from steerlm2.training.batches import batch_of_step
 
 if TYPE_CHECKING:
     from tests.recipes.conftest import RunFolder, TuneProcess
@@ -374,7 +374,7 @@ def test_lora_trains_the_head_and_leaves_the_base(train: Train) -> None:
 def stage_of(run: RunFolder, *overrides: str) -> tuple[str, ...]:
     (folder,) = run.path.glob("epoch_*")
     return (
-        "checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer",
+        "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
         f"checkpointer.checkpoint_dir={folder}",
         "checkpointer.output_dir=${output_dir}",
         *overrides,
@@ -561,4 +561,4 @@ def test_torchtunes_checkpointer_is_refused(
         "checkpointer.output_dir=${output_dir}",
     )
     message = fails(tune, *command_line(labelled_file, *overrides, f"output_dir={tmp_path / 'o'}"))
-    assert "steerlm2.training.hf_checkpoint.HFCheckpointer" in message
+    assert "steerlm2.checkpoints.HFCheckpointer" in message

@@ -20,11 +20,11 @@ from torchtune.models.llama3 import llama3
 import sample_responses
 from ready_made import recipe_config
 from steerlm2.attributes import parse_label
+from steerlm2.checkpoints.checkpointer import HFCheckpointer
 from steerlm2.data.records import json_line, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training.hf_checkpoint import HFCheckpointer
 
 Json = dict[str, Any]
 
@@ -56,7 +56,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(source: Path, output: Path, model: Path | None, *more: str) -> list[str]:
     weights = [
-        "checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer",
+        "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
         f"checkpointer.checkpoint_dir={model}",
     ]
     return [

@@ -25,12 +25,12 @@ import score_responses
 from processes import workers
 from ready_made import recipe_config
 from steerlm2.attributes import beta_log_prob, parse_label
+from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
+from steerlm2.checkpoints.weights import load_weights
 from steerlm2.data.records import LOG_PROB_KEYS, Record, read_records, write_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training import attribute_model as attribute_model_module
-from steerlm2.training.checkpoint import load_weights
-from steerlm2.training.hf_checkpoint import ScratchCheckpointer
+from steerlm2.inference import attribute_model as attribute_model_module
 
 Json = dict[str, Any]
 
@@ -416,7 +416,7 @@ def unscored(groups: Path) -> Path:
 
 def with_models(models: dict[str, Path], prefix: str = "{}.checkpointer") -> list[str]:
     """Overrides that give every quantity its checkpoint."""
-    component = "steerlm2.training.hf_checkpoint.HFCheckpointer"
+    component = "steerlm2.checkpoints.HFCheckpointer"
     return [
         override
         for name, folder in models.items()

@@ -25,11 +25,11 @@ from torchtune.models.llama3 import llama3
 
 import serve_reward
 from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoints.weights import open_reward_checkpointer
+from steerlm2.config.loader import load_config
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.models.reward_head import add_reward_head
-from steerlm2.training.checkpoint import open_reward_checkpointer
-from steerlm2.training.config import load_config
 
 Json = dict[str, Any]
 
@@ -173,7 +173,7 @@ def test_port_in_use(tune: Any, server: Server) -> None:
         *("serve_reward", "--config", "tiny/serve_reward", f"port={server.port}"),
         *(
             "tokenizer.path=no_such_folder",
-            "tokenizer._component_=steerlm2.data.tokenizers.hf_tokenizer",
+            "tokenizer._component_=steerlm2.data.hf_tokenizer",
         ),
         check=False,
     )
@@ -242,7 +242,7 @@ def test_serves_a_checkpoint_and_ends_in_order(tune: Any, tmp_path: Path) -> Non
     body = json.dumps({"texts": [f"{'a ' * 60} {i}" for i in range(64)]}).encode()
     with serving(
         tune,
-        "checkpointer._component_=steerlm2.training.hf_checkpoint.HFCheckpointer",
+        "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
         f"checkpointer.checkpoint_dir={exported_model(tmp_path)}",
         "max_tokens_per_microbatch=1",
     ) as server:

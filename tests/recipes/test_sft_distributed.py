@@ -24,13 +24,13 @@ from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules import TransformerDecoder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steerlm2.data.batches import batch_of_step
+from steerlm2.checkpoints.checkpointer import HFCheckpointer, ScratchCheckpointer
 from steerlm2.data.conversations import Conversation, conversation_to_json, iter_conversations
 from steerlm2.data.records import Turn, json_line
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.training.hf_checkpoint import HFCheckpointer, ScratchCheckpointer
+from steerlm2.training.batches import batch_of_step
 
 if TYPE_CHECKING:
     from tests.recipes.conftest import RunFolder, TuneProcess

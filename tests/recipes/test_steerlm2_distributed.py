@@ -25,11 +25,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torchtune.models.llama3 import llama3
 
-from steerlm2.data.batches import batch_of_step
+from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.monitoring.rank_log import LOG_FOLDER
-from steerlm2.training.hf_checkpoint import ScratchCheckpointer
-from steerlm2.training.run_lock import LOCK_FILE
+from steerlm2.runs.lock import LOCK_FILE
+from steerlm2.runs.logs import LOG_FOLDER
+from steerlm2.training.batches import batch_of_step
 from steerlm2.training.schedules import warmup_cosine_hold
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ def test_dry_run_of_70b_is_a_complete_plan(tune: Any) -> None:
             assert command[:2] == ["tune", "run"]
         elif recipe_of(command) == "sample_responses":
             assert f"{folder_of_output(command)}_vllm.log" in command
-            assert "steerlm2.generation.vllm_command" in command
+            assert "steerlm2.serving.vllm_command" in command
             assert "--nproc_per_node" not in command
         else:
             assert command[:5] == ["srun", "--nodes", "32", "--ntasks", "32"]

@@ -30,9 +30,9 @@ from steerlm2.data.records import Record, json_line, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.generation.engines import Request, SamplingSettings, forbidden_ids, response_end
-from steerlm2.generation.openai import CompletionsEngine
-from steerlm2.generation.vllm_command import vllm_command
+from steerlm2.inference.completions import CompletionsEngine
+from steerlm2.inference.engines import Request, SamplingSettings, forbidden_ids, response_end
+from steerlm2.serving.vllm_command import vllm_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -185,7 +185,7 @@ def arguments(source: Path, output: Path, *more: str) -> list[str]:
 
 
 def weights(model: Path) -> list[str]:
-    component = "steerlm2.training.hf_checkpoint.HFCheckpointer"
+    component = "steerlm2.checkpoints.HFCheckpointer"
     return [f"checkpointer._component_={component}", f"checkpointer.checkpoint_dir={model}"]
 
 
@@ -415,10 +415,10 @@ def test_pipeline_starts_its_server_and_ends_it(
     within 1e-3 of ours."""
     port = free_port()
     write_records(tmp_path / "prompts.jsonl", synthetic_records(20, 2, seed=3))
-    serve = ["python", "-m", "steerlm2.generation.vllm_command", language_model, "--gpus", "0"]
+    serve = ["python", "-m", "steerlm2.serving.vllm_command", language_model, "--gpus", "0"]
     options = ["--python", vllm_python, "--port", port, "--max-seq-len", MAX_SEQ_LEN]
     checkpointer = {
-        "_component_": "steerlm2.training.hf_checkpoint.HFCheckpointer",
+        "_component_": "steerlm2.checkpoints.HFCheckpointer",
         "checkpoint_dir": str(language_model),
     }
     stages = {

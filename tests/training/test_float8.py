@@ -13,14 +13,15 @@ from torchao.float8.float8_linear import Float8Linear
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
+from steerlm2.checkpoints.weights import load_weights
 from steerlm2.data.packing import Group, pack
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.distributed.parallelize import parallelize
+from steerlm2.distributed.world import World
 from steerlm2.models.reward_head import add_reward_head
-from steerlm2.training.checkpoint import load_weights
-from steerlm2.training.distributed import World, parallelize
 from steerlm2.training.float8 import check_float8_device, float8_config_problems, use_float8
 from steerlm2.training.forward import response_logps
-from steerlm2.training.hf_checkpoint import ScratchCheckpointer
 
 CPU = World(torch.device("cpu"))
 TINY: dict[str, Any] = {

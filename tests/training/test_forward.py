@@ -21,21 +21,20 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
+from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.data.packing import (
     Dialogue,
     Group,
     RewardGroup,
-    Strategy,
     pack,
     pack_dialogues,
     pack_for_reward,
-    plan_step,
 )
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.distributed.world import World
 from steerlm2.losses import SteerLM2Loss, squared_error_sum
 from steerlm2.models.llama import end_at_hidden_states
 from steerlm2.models.reward_head import add_reward_head, classification_config
-from steerlm2.training.distributed import World
 from steerlm2.training.forward import (
     attribute_scores,
     response_logps,
@@ -43,7 +42,7 @@ from steerlm2.training.forward import (
     score_groups,
     target_logps,
 )
-from steerlm2.training.hf_checkpoint import ScratchCheckpointer
+from steerlm2.training.step_plan import Strategy, plan_step
 
 CPU = World(torch.device("cpu"))
 MAX_SEQ_LEN = 64

@@ -16,7 +16,7 @@ from typing import Any
 from steerlm2.attributes import AttributeSchema, as_schema, label_of_scores, parse_label
 from steerlm2.data.conversations import Conversation
 from steerlm2.data.records import ASSISTANT, LineProblems, Record, Response, Turn, parse_record
-from steerlm2.data.sources import Unit
+from steerlm2.data.sources.base import Unit
 from steerlm2.data.sources.rows import iter_rows
 
 _CUT_OFF = "length"

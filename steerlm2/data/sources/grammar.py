@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 
 from steerlm2.data.grammar import LabelRule, Split, grammar_conversations, grammar_prompts
-from steerlm2.data.sources import SplitRecord, Unit
+from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.sources.rows import Split as SourceSplit
 
 HELD_OUT, ALL = "held_out", "all"

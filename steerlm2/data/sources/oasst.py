@@ -33,7 +33,7 @@ from steerlm2.data.records import (
     Response,
     Turn,
 )
-from steerlm2.data.sources import DEFAULT_SYSTEM_PROMPT, Unit
+from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, Unit
 from steerlm2.data.sources.rows import Row, iter_rows
 
 ROLES = {"prompter": USER, "assistant": ASSISTANT}

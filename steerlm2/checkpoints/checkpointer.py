@@ -1,0 +1,218 @@
+"""Folders of Hugging Face weights, read and written: a language model or an attribute model.
+
+A checkpointer has `load_checkpoint` and `save_checkpoint` as torchtune's have, and `hf_config`, the
+config.json of what it writes. Names and the order of rotary dimensions are torchtune's inside, and
+Hugging Face's in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+
+from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.checkpoints.hf_names import decoder_name
+from steerlm2.checkpoints.safetensors_io import (
+    StoredTensor,
+    read_weights,
+    stored_tensors,
+    write_weights,
+)
+from steerlm2.data.records import first_of
+from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.distributed.world import World
+from steerlm2.models.llama import head_shape, hf_config
+from steerlm2.models.reward_head import attribute_names
+
+INIT_STD = 0.02
+"""Standard deviation of fresh weight matrices (GPT-2's)."""
+
+
+class FolderCheckpointer:
+    """What the checkpointers share: they write a folder of Hugging Face weights for each epoch.
+
+    A recipe calls `begin`, writes the weights itself (`checkpoints.safetensors_io`), and calls
+    `finish`; `save_checkpoint` does all three for weights that are whole.
+    """
+
+    hf_config: dict[str, Any]
+    heads: Mapping[str, int]
+    output_dir: Path
+    _pad_token: str | None = None
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None:
+        weights = state_dict["model"]
+        dtype = next(iter(weights.values())).dtype
+        write_weights(
+            self.begin(epoch),
+            {name: tensor.shape for name, tensor in weights.items()},
+            weights.__getitem__,
+            World(torch.device("cpu")),
+            dtype=dtype,
+            heads=self.heads,
+            is_classifier=attribute_names(self.hf_config) is not None,
+        )
+        self.finish(epoch, dtype)
+
+    def set_pad_token(self, token_id: int, tokenizer: Tokenizer) -> None:
+        """What texts are padded with. transformers and vLLM read a classifier's scores at the last
+        token that isn't this one."""
+        self.hf_config["pad_token_id"] = token_id
+        self._pad_token = tokenizer.decode([token_id])
+
+    def begin(self, epoch: int) -> Path:
+        """Make the folder of an epoch, with the files that go beside the weights."""
+        folder = self.output_dir / f"epoch_{epoch}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        self._copy_tokenizer(folder)
+        if self._pad_token is not None:
+            update_json(folder / "tokenizer_config.json", {"pad_token": self._pad_token})
+            if (folder / "special_tokens_map.json").exists():  # transformers prefers it
+                update_json(folder / "special_tokens_map.json", {"pad_token": self._pad_token})
+        return folder
+
+    def finish(self, epoch: int, dtype: torch.dtype) -> None:
+        """Write the last file: an export with a config.json is complete (`is_complete`)."""
+        name = str(dtype).removeprefix("torch.")
+        names = dict.fromkeys(("torch_dtype", "dtype"), name)  # transformers prefers the second
+        update_json(self.output_dir / f"epoch_{epoch}" / "config.json", self.hf_config | names)
+
+    def _copy_tokenizer(self, folder: Path) -> None:
+        raise NotImplementedError
+
+
+class HFCheckpointer(FolderCheckpointer):
+    """A downloaded or exported Hugging Face Llama, usable as `_component_`.
+
+    Args:
+        checkpoint_dir: its folder: config.json, *.safetensors, the tokenizer's files; or the
+            output_dir of a run, whose newest complete `epoch_{n}` folder is meant. The attribute
+            `checkpoint_dir` is that folder.
+        output_dir: where `epoch_{n}` folders go, with the same tokenizer's files; a recipe that
+            only reads needs none.
+
+    Raises:
+        FileNotFoundError: where there is no checkpoint.
+    """
+
+    def __init__(self, checkpoint_dir: str, output_dir: str = "") -> None:
+        self.checkpoint_dir = resolve_checkpoint_dir(checkpoint_dir)
+        self.output_dir = Path(output_dir)
+        config = (self.checkpoint_dir / "config.json").read_text()
+        self.hf_config: dict[str, Any] = json.loads(config)
+        self.heads = _heads_of(self.hf_config)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its output layer is its embedding, whatever its files hold."""
+        return bool(self.hf_config.get("tie_word_embeddings"))
+
+    def stored_tensors(self) -> dict[str, StoredTensor]:
+        """Where its tensors are; see `hf_weights.stored_tensors`."""
+        return stored_tensors(self.checkpoint_dir)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Whole tensors, on the host.
+
+        Raises:
+            ValueError: for a damaged file and for tensors that a Llama doesn't have.
+            FileNotFoundError: naming the files that are missing.
+        """
+        stored = self.stored_tensors()
+        names = [tensor.hf_name for tensor in stored.values()]
+        if unknown := [name for name in names if decoder_name(name) is None]:
+            raise ValueError(
+                f"{self.checkpoint_dir.absolute()} has tensors that a Llama doesn't have: "
+                + ", ".join(first_of(unknown))
+            )
+        weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
+        read_weights(weights, stored, self.heads)
+        return {"model": weights}
+
+    def _copy_tokenizer(self, folder: Path) -> None:
+        for file in self.checkpoint_dir.iterdir():
+            weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+            theirs = weights or file.name.endswith(".index.json") or file.name == "config.json"
+            if file.is_file() and not theirs:
+                shutil.copyfile(file, folder / file.name)
+
+
+class ScratchCheckpointer(FolderCheckpointer):
+    """A checkpointer for a decoder that starts from a seed: fresh weights in, a full folder out.
+
+    Args:
+        decoder: gives names and shapes; may be on the meta device.
+        tokenizer: saved beside the weights.
+        seed: two decoders of one shape and seed start with the same weights.
+        output_dir: where `epoch_{n}` folders go.
+    """
+
+    def __init__(
+        self, decoder: TransformerDecoder, tokenizer: Tokenizer, *, seed: int, output_dir: str
+    ) -> None:
+        self.hf_config = hf_config(decoder) | {"eos_token_id": tokenizer.eos_id}
+        self.heads = head_shape(decoder)
+        self.weights = dict(fresh_weights(decoder.named_parameters(), seed))
+        self.tokenizer = tokenizer
+        self.output_dir = Path(output_dir)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        return {"model": self.weights}
+
+    def _copy_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.save(str(folder))
+
+
+def fresh_weights(
+    parameters: Iterable[tuple[str, Tensor]], seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Initial values by name and shape: norms 1, LoRA as in its paper, other matrices normal.
+
+    They follow from the seed and the parameter's place.
+    """
+    for i, (name, parameter) in enumerate(parameters):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        weight = torch.empty(parameter.shape)
+        if name.endswith("lora_b.weight"):
+            nn.init.zeros_(weight)
+        elif name.endswith("lora_a.weight"):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        elif weight.dim() == 1:
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, std=INIT_STD, generator=generator)
+        yield plain_name(name), weight
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing puts in."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def update_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Set keys of a JSON object in a file; the others stay."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**known, **values}, indent=2) + "\n")
+
+
+def _heads_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """What torchtune's weight conversion needs to know."""
+    num_heads, dim = config["num_attention_heads"], config["hidden_size"]
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": config.get("num_key_value_heads", num_heads),
+        "dim": dim,
+        "head_dim": config.get("head_dim") or dim // num_heads,
+    }

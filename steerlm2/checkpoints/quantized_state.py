@@ -1,0 +1,199 @@
+"""Moments of torchao's 8-bit, 4-bit and float8 optimizers, in a training state.
+
+They are tensor subclasses of codes and of one scale for each block of codes. What writes a state
+without a pause can't copy such tensors, and a block belongs to the part of a parameter that one
+rank has: on another layout the blocks are others. So a state holds codes and scales as plain
+tensors, named after their part of the parameter. The same layout finds its own parts, bit for bit;
+another one puts its parts together from the numbers that they stand for, and quantizes these again.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchao.optim.adam import _AdamBase
+from torchao.optim.subclass_4bit import OptimState4bit
+from torchao.optim.subclass_8bit import OptimState8bit
+from torchao.optim.subclass_fp8 import OptimStateFp8
+
+from steerlm2.distributed.parallelize import local_part
+
+State = dict[str, dict[str, Any]]
+"""Of an optimizer: {parameter: {"exp_avg": ...}}."""
+
+QUANTIZED = {kind.__name__: kind for kind in (OptimState8bit, OptimState4bit, OptimStateFp8)}
+NUMBERS = "float"
+"""Stands for a kind where a rank's part is too small to be quantized: another rank's may not be."""
+STATE_KEY = "optimizer.state."
+
+_PART_KEY = re.compile(r"(?P<moment>.+)\.(?P<kind>\w+)@(?P<offsets>[\d,]+)\+(?P<shape>[\d,]+)")
+
+
+class Part(NamedTuple):
+    """What a state holds of a moment that one rank had."""
+
+    name: str
+    moment: str
+    kind: str
+    offsets: list[int]
+    shape: list[int]
+
+
+def quantizes(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, _AdamBase) and isinstance(optimizer.block_size, int)
+
+
+def plain_state(state: State) -> State:
+    """The state of an optimizer that quantizes, with codes and scales in place of moments; they
+    share memory."""
+    return {
+        parameter: {
+            key: part
+            for name, value in moments.items()
+            for key, part in _plain(name, value).items()
+        }
+        for parameter, moments in state.items()
+    }
+
+
+def split_by_form(state: State, stored: Iterable[str], *, quantized: bool) -> tuple[State, State]:
+    """What to read of a checkpoint as it is; and the moments that it holds in another form only.
+
+    Args:
+        stored: the checkpoint's keys.
+        quantized: of an optimizer that quantizes.
+    """
+    keys = set(stored)
+    known = keys | {part.moment for part in _parts(keys)}
+    present: State = {}
+    other: State = {}
+    for parameter, moments in state.items():
+        for name, value in moments.items():
+            prefix = f"{STATE_KEY}{parameter}."
+            plain = _plain(name, value) if quantized else {name: value}
+            if all(prefix + key in keys for key in plain) or prefix + name not in known:
+                present.setdefault(parameter, {}).update(plain)
+            else:
+                other.setdefault(parameter, {})[name] = value
+    return present, other
+
+
+@torch.no_grad()
+def read_converted(state: State, checkpoint: Path) -> None:
+    """Fill moments from a checkpoint that holds them quantized in other parts, or not quantized."""
+    if not state:
+        return
+    reader = _Reader(checkpoint)
+    metadata = reader.read_metadata().state_dict_metadata
+    parts: dict[str, list[Part]] = {}
+    for part in _parts(metadata):
+        parts.setdefault(part.moment, []).append(part)
+    for parameter, moments in state.items():
+        for name, value in moments.items():
+            moment = f"{STATE_KEY}{parameter}.{name}"
+            local, offsets = local_part(value)
+            if local.numel() == 0:
+                continue
+            numbers = torch.zeros(local.shape)
+            if moment in parts:
+                for part in parts[moment]:
+                    _copy_overlap(numbers, offsets, part, reader, signed=name == "exp_avg")
+            else:
+                dcp.load(
+                    {moment: _like(value, numbers)},
+                    storage_reader=reader,
+                    no_dist=True,
+                )
+            local.copy_(numbers.to(local.device))
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the metadata once, not for every tensor."""
+
+    @functools.cached_property
+    def _metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+def _plain(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return {name: value}
+    local, offsets = local_part(value)
+    if local.numel() == 0:
+        return {}
+    kind = type(local).__name__ if type(local).__name__ in QUANTIZED else NUMBERS
+    place = f"{','.join(map(str, offsets))}+{','.join(map(str, local.shape))}"
+    return {f"{name}.{kind}@{place}.{key}": part for key, part in _tensors(kind, local).items()}
+
+
+def _tensors(kind: str, local: Tensor) -> dict[str, Tensor]:
+    if kind == NUMBERS:
+        return {"codes": local}
+    return {"codes": cast(Any, local).codes, "scale": cast(Any, local).scale}
+
+
+def _like(value: Tensor, local: Tensor) -> Tensor:
+    if not isinstance(value, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        value.device_mesh,
+        value.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
+
+
+def _parts(keys: Iterable[str]) -> Iterator[Part]:
+    for key in keys:
+        name, _, part = key.rpartition(".")
+        found = _PART_KEY.fullmatch(name)
+        if part == "codes" and found is not None:
+            numbers = ([int(n) for n in found[which].split(",")] for which in ("offsets", "shape"))
+            yield Part(name, found["moment"], found["kind"], *numbers)
+
+
+def _copy_overlap(
+    target: Tensor, offsets: list[int], part: Part, reader: _Reader, *, signed: bool
+) -> None:
+    """Copy what a stored part has of the place at `offsets`."""
+    starts = [max(ours, theirs) for ours, theirs in zip(offsets, part.offsets, strict=True)]
+    ends = [
+        min(ours + n, theirs + m)
+        for ours, n, theirs, m in zip(offsets, target.shape, part.offsets, part.shape, strict=True)
+    ]
+    if any(start >= end for start, end in zip(starts, ends, strict=True)):
+        return
+    stored = torch.zeros(part.shape)
+    if part.kind != NUMBERS:
+        scale = reader.read_metadata().state_dict_metadata[f"{part.name}.scale"]
+        assert isinstance(scale, TensorStorageMetadata)
+        block_size = stored.numel() // scale.size.numel()
+        kind = QUANTIZED[part.kind]
+        signs = () if kind is OptimStateFp8 else (signed,)
+        stored = kind.zeros(part.shape, *signs, block_size=block_size)
+    tensors = {f"{part.name}.{key}": value for key, value in _tensors(part.kind, stored).items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    source = stored if part.kind == NUMBERS else stored.dequantize()
+    place, taken = (
+        tuple(
+            slice(start - first, end - first)
+            for start, end, first in zip(starts, ends, firsts, strict=True)
+        )
+        for firsts in (offsets, part.offsets)
+    )
+    target[place] = source[taken]

@@ -1,0 +1,229 @@
+"""Weights between the safetensors of a Hugging Face folder and a decoder that is laid out over
+processes, without the whole model in any of them.
+
+Reading: every rank maps the files into memory and copies its own part of one tensor after another.
+What it doesn't keep it never touches, and the ranks of a node share the pages that they read: a
+node reads each byte once, from a file system that is cached in memory, and has at most one tensor's
+part in another row order or data type above what the ranks keep. To quantize a part, a rank looks
+at the whole tensor once.
+
+Writing: the tensors of one file after another are gathered, one at a time, and kept by the rank
+that writes this file, another one for the next file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steerlm2.checkpoint_dirs import INDEX_FILE, missing_weights, weight_files
+from steerlm2.checkpoints.hf_names import decoder_name, row_order, to_hf
+from steerlm2.distributed.parallelize import local_part
+from steerlm2.distributed.world import World
+from steerlm2.models.nf4 import fill_nf4, is_nf4, mean_scale
+from steerlm2.models.reward_head import HF_HEAD
+
+MAX_SHARD_SIZE = "5GB"
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor of a Hugging Face folder is."""
+
+    file: Path
+    hf_name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder by the decoder's names, or by their own where a Llama has no such
+    tensor. Only the files' headers are read.
+
+    Raises:
+        ValueError: for damaged files.
+        FileNotFoundError: naming the files that are missing.
+    """
+    if missing := missing_weights(folder):
+        raise FileNotFoundError(
+            f"{folder.absolute()} lacks {', '.join(missing)}: download it again"
+        )
+    found: dict[str, StoredTensor] = {}
+    damaged = []
+    for name in weight_files(folder):
+        file = folder / name
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for hf_name in tensors.offset_keys():
+                    view = tensors.get_tensor(hf_name)  # mapped, not read
+                    found[hf_name] = StoredTensor(file, hf_name, view.shape, view.dtype)
+        except (SafetensorError, OSError) as error:
+            damaged.append(f"{file.absolute()} is damaged or cut off: {error}")
+    if damaged:
+        raise ValueError("\n".join(damaged))
+    if HF_HEAD in found:
+        found.pop("lm_head.weight", None)
+    return {
+        decoder_name(hf_name) or hf_name: tensor
+        for hf_name, tensor in found.items()
+        if not hf_name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def read_weights(
+    parameters: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], heads: Mapping[str, int]
+) -> None:
+    """Fill parameters, or this rank's parts of them, from the files.
+
+    Args:
+        parameters: by name; each has its place and its shape in `stored`.
+        heads: of the whole model, from `head_shape`.
+
+    Raises:
+        ValueError: where a file can't be read here.
+    """
+    files: dict[Path, list[str]] = {}
+    for name in parameters:
+        files.setdefault(stored[name].file, []).append(name)
+    for file, names in files.items():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    view = tensors.get_slice(stored[name].hf_name)
+                    copy_part(parameters[name], view, row_order(name, heads))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file.absolute()} can't be read: {error}") from error
+
+
+@torch.no_grad()
+def copy_part(parameter: Tensor, whole: Any, order: Tensor | None = None) -> None:
+    """Fill a parameter, or this rank's part of it, from the whole tensor.
+
+    Args:
+        whole: a tensor, or what can be indexed by slices as one.
+        order: for every row of the parameter, its row in `whole`.
+    """
+    local, offsets = local_part(parameter)
+    if local.numel() == 0:
+        return
+    fill: Callable[[Tensor], Any] = local.copy_
+    if is_nf4(local):
+        fill = functools.partial(fill_nf4, local, mean=mean_scale(whole))
+    place = [slice(start, start + n) for start, n in zip(offsets, local.shape, strict=True)]
+    if order is None:
+        fill(whole[tuple(place)])
+        return
+    rows = order[place[0]]
+    first = int(rows.min())
+    around = whole[(slice(first, int(rows.max()) + 1), *place[1:])]
+    fill(around[rows - first])
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, torch.Size],
+    whole: Callable[[str], Tensor],
+    world: World,
+    *,
+    dtype: torch.dtype,
+    heads: Mapping[str, int],
+    is_classifier: bool,
+) -> None:
+    """Write the safetensors of a folder, and their index where there are several.
+
+    Args:
+        shapes: of all tensors, by the decoder's names.
+        whole: a tensor by its name; called by all ranks in the same order.
+        heads: of the whole model, from `head_shape`.
+        is_classifier: the decoder's output layer is a reward head.
+
+    Raises:
+        ValueError: on every rank, where one of them couldn't write.
+        OSError: the same of a single process.
+    """
+    names: dict[str, str] = {}
+    sizes: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        hf_name, size = to_hf(
+            name, torch.empty(shape, dtype=dtype, device="meta"), heads, is_classifier=is_classifier
+        )
+        names[hf_name], sizes[hf_name] = name, size
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE)
+    if world.is_main:
+        for file in folder.iterdir():
+            if _WEIGHT_FILE.fullmatch(file.name):
+                file.unlink()
+    world.barrier()
+
+    writing: Future[None] | None = None
+    failed: BaseException | None = None
+    with ThreadPoolExecutor(1) as background:
+        for i, (file_name, hf_names) in enumerate(split.filename_to_tensors.items()):
+            kept: dict[str, Tensor] = {}
+            for hf_name in hf_names:
+                tensor = whole(names[hf_name])
+                if world.rank == _writer(i, world.size):
+                    _, value = to_hf(names[hf_name], tensor, heads, is_classifier=is_classifier)
+                    kept[hf_name] = _to_write(value, dtype)
+            if kept:
+                failed = failed or _error_of(writing)
+                writing = background.submit(write_safetensors, kept, folder / file_name)
+        failed = failed or _error_of(writing)
+
+    def finish() -> None:
+        if failed is not None:
+            raise failed
+
+    world.on_all(finish)
+    if world.is_main and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _writer(number: int, world_size: int) -> int:
+    """The rank that writes a file: one node after another, then other ranks of them."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    nodes = max(world_size // per_node, 1)
+    turn, node = divmod(number, nodes)
+    return (node * per_node + turn % per_node) % world_size
+
+
+def _error_of(writing: Future[None] | None) -> BaseException | None:
+    return None if writing is None else writing.exception()
+
+
+def _to_write(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the host, with a storage of its own: one gathered from uneven shards is a view."""
+    tensor = tensor.detach().to("cpu", dtype).contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """One file, with the permissions of any new one: safetensors leaves it to its owner alone, and
+    a server often runs as somebody else.
+
+    Raises:
+        OSError: where that isn't possible.
+    """
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file.absolute()} can't be written: {error}") from error
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)

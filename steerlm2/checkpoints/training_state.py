@@ -1,0 +1,441 @@
+"""The state that a stopped run continues from, written while the run goes on.
+
+A state is a torch.distributed.checkpoint directory `step_000100`, each rank writing its own shards.
+The run stops only for a copy of them in the host's memory; a thread writes that copy under another
+name and renames it when it is complete, so that a directory of the right name is always whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from steerlm2.checkpoints.quantized_state import (
+    State,
+    plain_state,
+    quantizes,
+    read_converted,
+    split_by_form,
+)
+from steerlm2.distributed.world import World
+
+STATE_FILE = "state.json"
+SECONDS_TO_CLOSE = 600.0
+BEST = "best"
+CLOSES_STAGERS = not torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+"""Before 2.13 a stager is closed after its first use (pytorch/pytorch#183413)."""
+
+# A single process without a mesh saves without process groups, and means to.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+class StateWriter:
+    """Writes a run's states into a folder, one at a time, in a thread of its own.
+
+    This is what `dcp.async_save` does, with a place for what comes after the shards: the renaming,
+    and the removal of old states.
+
+    A state that can't be written doesn't end the run, nor keep the next one (of a SIGTERM, say)
+    from being written: a warning is printed, and the run waits for that next one. It ends where
+    that fails too, or none follows; or where the best weights are lost, which don't come again.
+
+    Args:
+        folder: made when something is saved.
+        keep_last_n: older states are removed once a newer one is complete; None keeps all. States
+            of later steps stay: a resumed run overtakes those that it found broken.
+        on_complete: called on rank 0, in the thread, with each directory that is complete.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep_last_n: int | None = None,
+        on_complete: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.keep_last_n = keep_last_n
+        self.on_complete = on_complete
+        # The thread's collectives must not meet those of training.
+        group = None
+        if world.mesh is not None:
+            group = dist.new_group(timeout=world.timeout, backend="gloo")
+        self.world = dataclasses.replace(world, group=group)
+        on_gpu = world.device.type == "cuda"
+        self._staging = StagingOptions(
+            use_pinned_memory=on_gpu,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=on_gpu,
+        )
+        self._stager = DefaultStager(self._staging)
+
+        def begin() -> None:
+            if on_gpu:  # or every rank's thread would open a context on GPU 0
+                torch.cuda.set_device(world.device)
+
+        self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
+        self._writing: list[tuple[str, Future[None]]] = []
+        self._best: tuple[int, Any] | None = None  # the step and the copy of its weights
+        self._failed: dict[str, ValueError] = {}  # the last "step" or the last "best"
+        self._pause = 0.0
+        world.on_main(lambda: _tidy(folder))
+
+    def save(
+        self, step: int, decoder: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+    ) -> None:
+        """Begin to write `step_{step}`: weights, optimizer, random states, and `state` (JSON).
+
+        After `save_best` of the same step the copy of the weights is the same one, so that the run
+        needn't wait until they are written.
+
+        Raises:
+            ValueError: where the state before couldn't be written and this one can't either, or
+                where the best weights couldn't be; this state has been tried in any case.
+        """
+
+        def tensors() -> dict[str, Any]:
+            options = StateDictOptions(ignore_frozen_params=True)
+            model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
+            if quantizes(optimizer):
+                plain = plain_state(cast(State, optimizer_state["state"]))
+                return {"model": model_state, "optimizer": {**optimizer_state, "state": plain}}
+            return {"model": model_state, "optimizer": optimizer_state}
+
+        copied = {}
+        if self._best is not None and self._best[0] == step:
+            copied["model"] = self._best[1]
+        self._begin(self.folder / f"step_{step:06d}", tensors, {"step": step, **state}, copied)
+
+    def save_best(self, step: int, decoder: nn.Module, state: Mapping[str, Any]) -> None:
+        """Begin to write `best`: the trained weights alone, and `state` with the step."""
+
+        def tensors() -> dict[str, Any]:
+            options = StateDictOptions(ignore_frozen_params=True)
+            return {"model": get_model_state_dict(decoder, options=options)}
+
+        staged = self._begin(self.folder / BEST, tensors, {"step": step, **state}, {})
+        self._best = step, staged["model"]
+
+    def wait(self) -> None:
+        """Until what was begun is complete.
+
+        Raises:
+            ValueError: on every rank, where the last state or the last best weights couldn't be
+                written.
+        """
+        self._collect()
+        if self._failed:
+            failures = "; ".join(map(str, self._failed.values()))
+            raise ValueError(
+                f"{failures}. Earlier checkpoints are as they were; make room, and resume with "
+                "resume_from_checkpoint=true"
+            )
+
+    def close(self) -> None:
+        """Let what was begun be completed where the run has failed, but not for ever: the ranks
+        write together, and one of them may be lost."""
+        futures.wait([writing for _, writing in self._writing], timeout=SECONDS_TO_CLOSE)
+
+    def take_pause(self) -> float:
+        """Seconds that the run has stood still for its states since this was asked last."""
+        pause, self._pause = self._pause, 0.0
+        return pause
+
+    def _begin(
+        self,
+        final: Path,
+        tensors: Callable[[], dict[str, Any]],
+        state: Mapping[str, Any],
+        copied: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Copy the tensors, but for those that are `copied`, and hand all to the thread."""
+        started = time.perf_counter()
+        state_text = json.dumps(state)
+        if not copied:  # by the last call, whose other copies the next ones don't touch
+            self._collect()
+            if self.world.is_main:
+                for error in self._failed.values():
+                    print(f"WARNING: {error}; writing {final.name}", file=sys.stderr)
+        to_copy = {name: part for name, part in tensors().items() if name not in copied}
+        if CLOSES_STAGERS:
+            self._stager = DefaultStager(self._staging)
+        staged = {**cast(dict[str, Any], self._stager.stage(to_copy)), **copied}
+        random = io.BytesIO()
+        torch.save(_random_state(self.world.device), random)
+        writing = self._thread.submit(self._write, final, staged, state_text, random.getvalue())
+        self._writing.append((final.name.partition("_")[0], writing))
+        if self._failed and final.name != BEST:
+            self.wait()
+        self._pause += time.perf_counter() - started
+        return staged
+
+    def _collect(self) -> None:
+        """Wait for what is being written; a failure stands until the next of its kind is."""
+        while self._writing:
+            kind, writing = self._writing.pop(0)
+            self._failed.pop(kind, None)
+            try:
+                writing.result()
+            except ValueError as error:
+                self._failed[kind] = error
+
+    def _write(self, final: Path, staged: Any, state_text: str, random: bytes) -> None:
+        """The earlier directory of the same name stays until this one is complete."""
+        world, partial = self.world, final.with_suffix(".partial")
+
+        def make_room() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def complete() -> None:
+            _write_durably(partial / STATE_FILE, state_text.encode())
+            earlier = final.with_suffix(".earlier")
+            if final.exists():
+                final.rename(earlier)
+            partial.rename(final)
+            shutil.rmtree(earlier, ignore_errors=True)
+            if self.keep_last_n is not None and final.name != BEST:
+                # Those of later steps were broken when the run resumed: they replace nothing.
+                states = checkpoints(self.folder)
+                upto_now = states[: states.index(final) + 1]
+                for old in upto_now[: -self.keep_last_n]:
+                    # A kill leaves it under a name that `_tidy` knows, not half of it.
+                    shutil.rmtree(old.rename(old.with_suffix(".removed")))
+
+        try:
+            world.on_main(make_room)
+            world.on_all(lambda: _write_durably(partial / f"random_{world.rank}.pt", random))
+            with _plain_messages():
+                dcp.save(
+                    staged,
+                    checkpoint_id=partial,
+                    process_group=world.group,
+                    no_dist=world.mesh is None,
+                )
+            world.on_main(complete)
+        except (OSError, ValueError, RuntimeError) as error:
+            if world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(f"{final} could not be written ({error})") from error
+        if world.is_main and self.on_complete is not None:
+            self.on_complete(final)
+
+
+def best_state(folder: Path) -> dict[str, Any] | None:
+    """The `state` that was saved with the best weights, with its step; None where there are none.
+
+    Raises:
+        ValueError: where the file can't be read as JSON.
+    """
+    file = folder / BEST / STATE_FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def load_best_weights(folder: Path, decoder: nn.Module, world: World) -> None:
+    """Give the decoder the weights of `folder/best`."""
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    tensors = {"model": get_model_state_dict(decoder, options=options)}
+    with _plain_messages():
+        dcp.load(tensors, checkpoint_id=folder / BEST, no_dist=world.mesh is None)
+    set_model_state_dict(decoder, tensors["model"], options=options)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete training states in a folder, oldest first."""
+    found = (path.parent for path in folder.glob(f"step_*[0-9]/{STATE_FILE}"))
+    return sorted(found, key=_step)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest state of a folder that can be read, and what is wrong with newer ones."""
+    problems: list[str] = []
+    steps = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    for path in sorted(steps, key=_step, reverse=True):
+        if (problem := _damage(path)) is None:
+            return path, problems
+        problems.append(f"{path} is broken ({problem})")
+    return None, problems
+
+
+def resume_training(
+    folder: Path,
+    decoder: nn.Module,
+    optimizer: Optimizer,
+    lr_scheduler: LambdaLR,
+    data_state: Mapping[str, Any],
+    world: World,
+) -> tuple[Path, int] | None:
+    """Continue from the newest checkpoint of a folder that is whole; broken ones are reported.
+
+    Weights, the optimizer's moments and the random states are the checkpoint's; the optimizer's
+    settings and the learning rate schedule are the config's, at the checkpoint's step.
+
+    Args:
+        data_state: what the order of the batches depends on, as `StateWriter.save` got it.
+
+    Returns:
+        The checkpoint and its step; None where there is no checkpoint.
+
+    Raises:
+        ValueError: where the checkpoint is of another model or another order of the data.
+    """
+    found = world.from_main(world.on_main(lambda: newest_whole(folder)))
+    assert found is not None
+    newest, broken = found
+    if world.is_main:
+        for problem in broken:
+            print(f"WARNING: {problem}: ignored", file=sys.stderr)
+    if newest is None:
+        return None
+    configured = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    state = load_training_state(newest, decoder, optimizer, world)
+    if state["data"] != data_state:
+        raise ValueError(
+            f"{newest} was written with {state['data']}, this run has {dict(data_state)}: "
+            "resuming would go on with something else. Use the same data set, data.shuffle, "
+            "global_batch_size, seed and whatever else differs, or start in another output_dir."
+        )
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
+    lr_scheduler.last_epoch = state["step"]
+    for group, base_lr, factor in zip(
+        optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base_lr * factor(state["step"])
+    return newest, state["step"]
+
+
+def load_training_state(
+    checkpoint: Path, decoder: nn.Module, optimizer: Optimizer, world: World
+) -> dict[str, Any]:
+    """Restore weights, optimizer and random states; returns the JSON `state` with its `step`.
+
+    Raises:
+        ValueError: where the checkpoint is of another model.
+    """
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
+    keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    present, converted = split_by_form(
+        cast(State, optimizer_state["state"]), keys, quantized=quantizes(optimizer)
+    )
+    to_read: dict[str, Any] = {
+        "model": model_state,
+        "optimizer": {**optimizer_state, "state": present},
+    }
+    try:
+        with _plain_messages():
+            dcp.load(to_read, checkpoint_id=checkpoint, no_dist=world.mesh is None)
+            world.on_all(lambda: read_converted(converted, checkpoint))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{checkpoint} can't be resumed with this config's `model` ({error}): use the model it "
+            "was written with, or another output_dir"
+        ) from error
+    set_state_dict(
+        decoder,
+        optimizer,
+        model_state_dict=model_state,
+        optim_state_dict=optimizer_state,
+        options=options,
+    )
+    random_file = checkpoint / f"random_{world.rank}.pt"
+    if random_file.exists():  # none for a rank that the saving run didn't have
+        random_state = torch.load(random_file)
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and world.device.type == "cuda":
+            torch.cuda.set_rng_state(random_state["cuda"], world.device)
+    return json.loads((checkpoint / STATE_FILE).read_text())
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is missing of a state; None where it is whole."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+        written = dcp.FileSystemReader(checkpoint).read_metadata().storage_data or {}
+        for part in written.values():
+            file = checkpoint / part.relative_path
+            if file.stat().st_size < part.offset + part.length:
+                return f"{file.name} is cut off"
+        for file in checkpoint.glob("random_*.pt"):
+            if not zipfile.is_zipfile(file):  # torch.save's zip has its directory at the end
+                return f"{file.name} is cut off"
+    except OSError as error:
+        return f"no {Path(error.filename or STATE_FILE).name}"
+    except Exception as error:  # unpickling a damaged file raises anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _write_durably(file: Path, content: bytes) -> None:
+    """It is on the disk, not only in the host's memory, when this returns."""
+    with file.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _tidy(folder: Path) -> None:
+    """Take up what a kill left in the middle of a save."""
+    for earlier in folder.glob("*.earlier"):
+        final = earlier.with_suffix("")
+        if final.exists():
+            shutil.rmtree(earlier)
+        else:
+            earlier.rename(final)
+    for rest in (*folder.glob("*.partial"), *folder.glob("*.removed")):
+        shutil.rmtree(rest)
+
+
+@contextlib.contextmanager
+def _plain_messages() -> Iterator[None]:
+    """The first rank's own error, not a BaseException around it."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state

@@ -1,0 +1,406 @@
+"""Weights in and out: Hugging Face safetensors, read and written by a checkpointer.
+
+A checkpointer is ours or torchtune's. Where a run has none, its weights start from a seed and are
+written in the same format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torchtune.models.convert_weights import (
+    tune_to_peft_adapter_config,
+    tune_to_peft_adapter_weights,
+)
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LoRALinear, get_adapter_params
+from torchtune.modules.tied_linear import TiedLinear
+
+from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.checkpoints.checkpointer import (
+    FolderCheckpointer,
+    HFCheckpointer,
+    ScratchCheckpointer,
+    fresh_weights,
+    plain_name,
+    update_json,
+)
+from steerlm2.checkpoints.hf_names import HEAD
+from steerlm2.checkpoints.safetensors_io import (
+    StoredTensor,
+    copy_part,
+    read_weights,
+    write_safetensors,
+    write_weights,
+)
+from steerlm2.config.loader import instantiate
+from steerlm2.data.records import first_of
+from steerlm2.data.templates import Template
+from steerlm2.data.tokenizers import Tokenizer, spare_token_id
+from steerlm2.distributed.world import World
+from steerlm2.models.llama import context_length, head_shape
+from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
+from steerlm2.models.reward_head import (
+    HF_HEAD,
+    RewardHead,
+    attribute_names,
+    classification_config,
+)
+
+
+class Checkpointer(Protocol):
+    """The part of torchtune's checkpointers that the recipes use."""
+
+    def load_checkpoint(self) -> dict[str, Any]: ...
+
+    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None: ...
+
+
+def open_checkpointer(
+    component: Mapping[str, Any] | None,
+    decoder: TransformerDecoder,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    output_dir: str,
+) -> Checkpointer:
+    """The configured checkpointer, or `ScratchCheckpointer` where there is none.
+
+    Args:
+        output_dir: where it writes, unless the component says so itself; "" only reads.
+
+    Raises:
+        ValueError: where the folder isn't a checkpoint that the checkpointer can read.
+        FileNotFoundError: where it, or a file of it, doesn't exist.
+    """
+    if component is None:
+        return ScratchCheckpointer(decoder, tokenizer, seed=seed, output_dir=output_dir)
+    if not component.get("checkpoint_dir"):
+        raise ValueError("'checkpointer.checkpoint_dir' is missing: the folder of the checkpoint")
+    folder = resolve_checkpoint_dir(component["checkpoint_dir"], "checkpointer.checkpoint_dir")
+    arguments = {"output_dir": output_dir} if output_dir else {}
+    return instantiate(arguments | dict(component) | {"checkpoint_dir": str(folder)})
+
+
+def open_reward_checkpointer(
+    component: Mapping[str, Any] | None,
+    decoder: TransformerDecoder,
+    tokenizer: Tokenizer,
+    template: Template,
+    schema: AttributeSchema,
+    *,
+    seed: int,
+    output_dir: str,
+    load_head: bool,
+) -> Checkpointer:
+    """A checkpointer that writes a LlamaForSequenceClassification with the schema's attributes.
+
+    Args:
+        load_head: the checkpoint must be such a model itself, with the same attributes.
+
+    Raises:
+        ValueError: as `open_checkpointer`; for torchtune's own, which can't write such a model;
+            where `load_head` asks for a head that isn't there or has other attributes.
+        FileNotFoundError: as `open_checkpointer`.
+    """
+    checkpointer = open_checkpointer(
+        component, decoder, tokenizer, seed=seed, output_dir=output_dir
+    )
+    if not isinstance(checkpointer, FolderCheckpointer):
+        raise ValueError(
+            "torchtune's checkpointers can't write attribute models: set checkpointer to "
+            "{_component_: steerlm2.checkpoints.HFCheckpointer, checkpoint_dir: ..., "
+            "output_dir: ...}"
+        )
+    if load_head:
+        found = attribute_names(checkpointer.hf_config)
+        if found is None:
+            raise ValueError(
+                "the checkpoint is a language model without a reward head: train one with "
+                "reward_distributed, where load_reward_head=false starts with a fresh one"
+            )
+        if found and found != list(schema.names):
+            raise ValueError(
+                f"the checkpoint's reward head scores {', '.join(found)}; schema.names has "
+                f"{', '.join(schema.names)}: they must be the same, in the same order"
+            )
+    used = [tokenizer.token_id(token) for token in template.control_tokens]
+    checkpointer.set_pad_token(spare_token_id(tokenizer, used), tokenizer)
+    checkpointer.hf_config |= classification_config(schema.names)
+    return checkpointer
+
+
+def check_vocabulary(decoder: TransformerDecoder, tokenizer: Tokenizer) -> None:
+    """Raises:
+    ValueError: where the tokenizer has ids that the model has no embedding for.
+    """
+    if tokenizer.vocab_size > decoder.tok_embeddings.num_embeddings:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+            f"{decoder.tok_embeddings.num_embeddings} embeddings: `tokenizer` and `model` must be "
+            "of one checkpoint"
+        )
+
+
+def check_context(decoder: TransformerDecoder, longest: int) -> None:
+    """Raises:
+    ValueError: where a prompt with its response is longer than the model's context.
+    """
+    if longest > context_length(decoder):
+        raise ValueError(
+            f"a prompt with its response has {longest} tokens, more than the model's context of "
+            f"{context_length(decoder)}: set a smaller max_seq_len"
+        )
+
+
+def load_weights(
+    decoder: TransformerDecoder,
+    checkpointer: Checkpointer | None,
+    world: World,
+    *,
+    seed: int,
+    fresh_head: bool = False,
+    cpu_offload: bool = False,
+) -> None:
+    """Fill a laid-out decoder on the meta device with weights, and put it on its device.
+
+    Every rank reads its own parts from the files of an `HFCheckpointer`. What another checkpointer
+    reads passes through rank 0, whole. Fresh LoRA adapters come from the seed.
+
+    Args:
+        checkpointer: on rank 0; None on the others.
+        seed: of fresh weights.
+        fresh_head: the output layer starts from the seed, whatever the checkpoint has.
+        cpu_offload: the parameters live on the host (FSDP2's CPU offload).
+
+    Raises:
+        ValueError: on every rank, listing missing, unexpected and misshapen tensors, or the ranks
+            that can't read a file.
+    """
+    heads = head_shape(decoder)
+    expected = {plain_name(name): p.shape for name, p in decoder.named_parameters()}
+    fresh = dict(get_adapter_params(decoder))
+    if fresh_head:
+        fresh[HEAD] = decoder.output.weight
+    is_fresh = {plain_name(name) for name in fresh}
+
+    def find() -> dict[str, StoredTensor] | None:
+        if not isinstance(checkpointer, HFCheckpointer):
+            return None
+        stored = checkpointer.stored_tensors()
+        if isinstance(decoder.output, TiedLinear) and checkpointer.is_tied:
+            stored.pop(HEAD, None)
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+        _check_shapes(expected, shapes | {name: expected[name] for name in is_fresh})
+        return stored
+
+    def read_whole() -> dict[str, Any]:
+        assert checkpointer is not None
+        weights = checkpointer.load_checkpoint()["model"] | dict(fresh_weights(fresh.items(), seed))
+        _check_shapes(expected, {name: tensor.shape for name, tensor in weights.items()})
+        return weights
+
+    stored = world.from_main(world.on_main(find))
+    whole = world.on_main(read_whole) if stored is None else None
+    device = torch.device("cpu") if cpu_offload else world.device
+    decoder.to_empty(device=device)
+    finish_empty(decoder, device)
+    if stored is None:
+        quantized = {
+            plain_name(name): p for name, p in decoder.named_parameters() if is_nf4(_local(p))
+        }
+        for name, parameter in quantized.items():
+            copy_part(
+                parameter, _of_main(whole.pop(name) if whole else None, parameter.shape, world)
+            )
+        options = StateDictOptions(
+            full_state_dict=True,
+            broadcast_from_rank0=world.mesh is not None,
+            strict=not quantized,
+        )
+        set_model_state_dict(decoder, whole or {}, options=options)
+    else:
+        parameters = {plain_name(name): p for name, p in decoder.named_parameters()}
+        read = {name: p for name, p in parameters.items() if name not in is_fresh}
+        world.on_all(lambda: read_weights(read, stored, heads))
+        for name, value in fresh_weights(fresh.items(), seed):
+            copy_part(parameters[name], value)
+    with world.device:
+        for module in decoder.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()
+
+
+def save_weights(
+    decoder: TransformerDecoder,
+    checkpointer: Checkpointer | None,
+    world: World,
+    *,
+    epoch: int,
+    dtype: torch.dtype,
+    output_dir: Path,
+    stop_id: int | None = None,
+    adapter_only: bool = False,
+) -> Path:
+    """Write the weights in `dtype` as `epoch_{epoch}`, LoRA adapters merged into them.
+
+    The ranks write the files by turns, and no rank ever has the whole model; only to torchtune's
+    checkpointers it goes through rank 0. The adapters are written apart too, in PEFT's format, as
+    `output_dir/epoch_{epoch}/adapter`.
+
+    Args:
+        checkpointer: on rank 0; None on the others.
+        stop_id: of a language model, the token that it was trained to end a response with. Servers
+            and transformers stop at it without being told.
+        adapter_only: write the adapters alone, not the merged model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: on every rank, where one of them can't write.
+        OSError: the same of a single process.
+    """
+    for module in decoder.modules():
+        # After a forward without backward some layers still have whole parameters in the dtype of
+        # computation, rounded from those that are trained.
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    parameters = {plain_name(name): p for name, p in decoder.named_parameters()}
+    adapters = [plain_name(name) for name in get_adapter_params(decoder)]
+    lora = next((m for m in decoder.modules() if isinstance(m, LoRALinear)), None)
+    folder = output_dir / f"epoch_{epoch}"
+
+    def whole(name: str) -> Tensor:
+        return _full_tensor(parameters[name], world)
+
+    def merged(name: str) -> Tensor:
+        layer = name.removesuffix("weight")
+        if f"{layer}lora_a.weight" not in adapters:
+            return whole(name)
+        assert lora is not None
+        b, a = (whole(f"{layer}lora_{which}.weight").float() for which in "ba")
+        return whole(name).float() + (lora.alpha / lora.rank) * b @ a
+
+    if lora is not None:
+        tensors = {name: whole(name).to("cpu", dtype) for name in adapters}
+        is_reward_model = isinstance(decoder.output, RewardHead)
+        head = whole(HEAD).to("cpu", dtype) if is_reward_model else None
+        world.on_main(
+            lambda: _save_adapter(folder / "adapter", tensors, lora, head_shape(decoder), head)
+        )
+        if adapter_only:
+            return folder
+    shapes = {name: p.shape for name, p in parameters.items() if name not in adapters}
+    if world.from_main(isinstance(checkpointer, FolderCheckpointer)):
+        ours = cast(FolderCheckpointer, checkpointer)
+        write_weights(
+            cast(Path, world.from_main(world.on_main(lambda: ours.begin(epoch)))),
+            shapes,
+            merged,
+            world,
+            dtype=dtype,
+            heads=head_shape(decoder),
+            is_classifier=isinstance(decoder.output, RewardHead),
+        )
+        world.on_main(lambda: ours.finish(epoch, dtype))
+    else:
+        weights = {}
+        for name in shapes:
+            tensor = merged(name)
+            if world.is_main:
+                weights[name] = tensor.to("cpu", dtype)
+        theirs = cast(Checkpointer, checkpointer)
+        world.on_main(lambda: theirs.save_checkpoint({"model": weights}, epoch=epoch))
+    if stop_id is not None:
+        world.on_main(lambda: _stop_at(stop_id, folder))
+    return folder
+
+
+def _stop_at(stop_id: int, folder: Path) -> None:
+    """Make a token the first of those that end a generation."""
+    file = folder / "generation_config.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    config = json.loads((folder / "config.json").read_text())
+    ends = known.get("eos_token_id", config.get("eos_token_id"))
+    others = ends if isinstance(ends, list) else [ends]
+    ids = [stop_id, *(i for i in others if i not in (stop_id, None))]
+    update_json(file, {"eos_token_id": ids})
+
+
+def _save_adapter(
+    folder: Path,
+    adapter: Mapping[str, Tensor],
+    lora: LoRALinear,
+    heads: Mapping[str, int],
+    reward_head: Tensor | None,
+) -> None:
+    """A PEFT adapter. In a folder of its own: transformers would add one that it finds beside the
+    merged weights to them once more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = tune_to_peft_adapter_weights(adapter, **heads)
+    modules = sorted({name.split(".")[-3] for name in adapter})
+    config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules}
+    config = {"peft_type": "LORA"} | tune_to_peft_adapter_config(config)
+    if reward_head is not None:
+        tensors[f"base_model.model.{HF_HEAD}"] = reward_head
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_safetensors(contiguous, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _full_tensor(parameter: Tensor, world: World) -> Tensor:
+    """A parameter whole, on every rank."""
+    local = _local(parameter.detach())
+    if is_nf4(local):
+        local = dequantized(local)
+        if not isinstance(parameter, DTensor):
+            return local
+        parts = parameter.device_mesh, parameter.placements
+        return DTensor.from_local(local, *parts, run_check=False).full_tensor()
+    if isinstance(parameter, DTensor):
+        placed = cast(DTensor, parameter.detach().to(world.device))  # offloaded: from the host
+        return placed.full_tensor()
+    return parameter.detach()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _of_main(tensor: Tensor | None, shape: torch.Size, world: World) -> Tensor:
+    """Rank 0's tensor, on every rank."""
+    if world.mesh is None:
+        assert tensor is not None
+        return tensor
+    if tensor is None:
+        tensor = torch.empty(shape)
+    tensor = tensor.float().to(world.device)
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def _check_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is not in the model" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {list(found[name])}, the model's is {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] != found[name]
+    ]
+    if problems:
+        raise ValueError(
+            "the checkpoint doesn't fit the model in the config; check `model` and "
+            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(first_of(problems))
+        )

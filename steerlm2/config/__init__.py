@@ -1,0 +1,1 @@
+"""Typed configurations: the loader, and the keys that recipes share."""

@@ -1,0 +1,219 @@
+"""How a model is laid out over the processes of a run, and what is done to its gradients.
+
+Tensor parallel, activation checkpointing, compile and FSDP2 are applied from outside: model code
+knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torchtune.modules import TransformerDecoder
+
+from steerlm2.distributed.world import World
+from steerlm2.models.attention import attend_blocks
+from steerlm2.models.llama import (
+    divide_heads,
+    end_at_hidden_states,
+    tensor_parallel_plan,
+    tensor_parallel_problems,
+    unsupported_parts,
+)
+from steerlm2.models.nf4 import is_nf4, nf4_problems, quantize_frozen
+
+RECOMPILE_LIMIT = 64
+"""Training, validation and scoring each compile static and dynamic lengths; torch stops at 8."""
+
+ActivationCheckpointing = Literal["full", "selective"]
+
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
+    attend_blocks._opoverload,
+    torch.ops.higher_order.flex_attention,
+)
+"""What "selective" activation checkpointing keeps. All else is quick to compute again."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def free_memory() -> None:
+    """Make room for the next model after the last use of one.
+
+    A decoder refers to itself, so that it lives on until the garbage is collected.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def parallelize(
+    decoder: TransformerDecoder,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    activation_checkpointing: ActivationCheckpointing | None = None,
+    compile: bool = False,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Lay a decoder on the meta device out over the processes, in place.
+
+    NF4 -> tensor parallel -> activation checkpointing -> compile -> FSDP2. Its forward then ends at
+    the final norm. Under FSDP2 the parameters keep their own dtype (the optimizer's master weights)
+    and compute in `dtype`; gradients are reduced in float32.
+
+    Args:
+        activation_checkpointing: what of a layer the backward computes again: all of it ("full"),
+            or all but the outputs of matrix products and attention ("selective"; of FlexAttention
+            only in compiled layers).
+
+    Raises:
+        ValueError: where the model can't be split over the tensor-parallel ranks, or has parts that
+            are not supported.
+    """
+    shards = world.mesh["dp_shard"].size() if world.mesh is not None else 1
+    problems = [
+        *unsupported_parts(decoder),
+        *nf4_problems(decoder, shards, world.tp_size, cpu_offload=cpu_offload),
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    quantize_frozen(decoder, dtype)
+    if world.tp_size > 1:
+        assert world.mesh is not None
+        if problems := list(tensor_parallel_problems(decoder, world.tp_size)):
+            raise ValueError("; ".join(problems) + ": choose another tensor_parallel_dim")
+        frozen = {name for name, p in decoder.named_parameters() if not p.requires_grad}
+        parallelize_module(decoder, world.mesh["tp"], tensor_parallel_plan(decoder))
+        for name, parameter in decoder.named_parameters():
+            parameter.requires_grad_(name not in frozen)  # SequenceParallel unfreezes the norms
+        divide_heads(decoder, world.tp_size)
+    end_at_hidden_states(decoder)
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # FlexAttention is compiled anyway
+    for i, layer in enumerate(decoder.layers):
+        if activation_checkpointing == "full":
+            layer = checkpoint_wrapper(layer, preserve_rng_state=False)
+        elif activation_checkpointing == "selective":
+            layer = checkpoint_wrapper(layer, preserve_rng_state=False, context_fn=_keep_products)
+        decoder.layers[i] = layer
+        if compile:
+            # Rows of many lengths: the second length compiles dynamic shapes. dynamic=True from the
+            # start fails under tensor parallel without grouped-query attention (torch 2.13).
+            layer.compile()
+    if world.mesh is not None:
+        _shard(decoder, world.mesh, dtype, reshard_after_forward, cpu_offload)
+
+
+def reduce_gradients(
+    decoder: TransformerDecoder, world: World, *, last: bool, every_time: bool
+) -> None:
+    """Say before a backward whether FSDP2 reduces gradients in it.
+
+    Args:
+        last: whether it is the step's last micro-batch.
+        every_time: reduce-scatter in every micro-batch, and only all-reduce between replicas in the
+            last. Otherwise both wait for the last, which saves traffic and costs memory: every rank
+            keeps whole gradients in float32 until then.
+    """
+    if world.mesh is not None:
+        decoder.set_requires_gradient_sync(last or every_time)
+        decoder.set_requires_all_reduce(last)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The norm of all gradients together, on every rank; they are scaled down to `max_norm`.
+
+    Args:
+        max_norm: None leaves them as they are.
+    """
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(list(PRODUCTS))
+
+
+def check_finite(grad_norm: Tensor, step: int, looked_at: int) -> None:
+    """Raises ValueError where the gradient norm of a step is infinite or not a number.
+
+    On a GPU looking waits for it, so not every step is looked at; after a broken update all
+    following norms are broken too.
+
+    Args:
+        step: counted from 1; its update has not been made yet.
+        looked_at: the step that was looked at before.
+    """
+    if torch.isfinite(grad_norm):
+        return
+    weights = "the weights are as before this step"
+    if step - looked_at > 1:
+        weights = f"it was finite at step {looked_at}, and checkpoints up to there are sound"
+    raise ValueError(
+        f"step {step}: the gradient norm is {grad_norm.item()}; {weights}. Lower lr, or set "
+        "dtype=fp32 to find the cause."
+    )
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """What this rank has of a tensor, and its place in the whole one."""
+    if not isinstance(tensor, DTensor):
+        return tensor, [0] * tensor.dim()
+    (chunk,) = tensor.__create_chunk_list__()
+    with torch.no_grad():
+        return tensor.to_local(), list(chunk.offsets)
+
+
+def _shard(
+    decoder: TransformerDecoder,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    reshard_after_forward: bool,
+    cpu_offload: bool,
+) -> None:
+    replicated = mesh["dp_replicate"].size() > 1
+    dp_mesh = mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    # A mesh of one gathers nothing, and forgets tensors of several parts (torch 2.13).
+    whole = {p for p in decoder.parameters() if is_nf4(p)} if mesh["dp_shard"].size() == 1 else None
+    for layer in decoder.layers:
+        fully_shard(
+            layer,
+            mesh=dp_mesh,
+            mp_policy=precision,
+            reshard_after_forward=reshard_after_forward,
+            offload_policy=offload,
+            ignored_params=whole,
+        )
+    # The log-prob layer reads the output matrix after the root's forward, so the root stays whole.
+    fully_shard(
+        decoder,
+        mesh=dp_mesh,
+        mp_policy=precision,
+        reshard_after_forward=False,
+        offload_policy=offload,
+        ignored_params=whole,
+    )

@@ -1,0 +1,280 @@
+"""The processes of a run.
+
+One process without a launcher has no mesh and a plain module. Processes started by torchrun form
+a mesh (dp_replicate, dp_shard, tp): tensor parallel within a node, FSDP2 over dp_shard, replicas
+over dp_replicate (HSDP). `distributed.parallelize` lays a model out over it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+ObjectT = TypeVar("ObjectT")
+
+TIMEOUT = datetime.timedelta(hours=1)
+"""The others wait while rank 0 reads or writes the weights of a large model."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes. Without a mesh it is the only one."""
+
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+    """Of all processes, for what is exchanged here; None: the one that training uses."""
+    timeout: datetime.timedelta = TIMEOUT
+    """After which a collective that isn't complete ends the run."""
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size() if self.mesh is not None else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if self.mesh is not None else 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def tp_size(self) -> int:
+        return self.mesh["tp"].size() if self.mesh is not None else 1
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """The tensor-parallel group, None where there is nothing to split."""
+        return self.mesh["tp"].get_group() if self.mesh is not None and self.tp_size > 1 else None
+
+    @property
+    def dp_size(self) -> int:
+        return self.size // self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Ranks of one tensor-parallel group have the same: they see the same data."""
+        return self.rank // self.tp_size
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun started the processes again, after one was lost. Called by all ranks."""
+        count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # of this node's launcher
+        return bool(self.max(torch.tensor(float(count), device=self.device)).item())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the data-parallel ranks, on every rank."""
+        if self.mesh is None:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values / self.tp_size  # tensor-parallel ranks hold the same values
+
+    def max(self, values: Tensor) -> Tensor:
+        if self.mesh is None:
+            return values
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def from_main(self, value: ObjectT) -> ObjectT:
+        """Rank 0's picklable value, on every rank."""
+        if self.mesh is None:
+            return value
+        holder: list[Any] = [value]
+        dist.broadcast_object_list(holder, src=0, group=self.group)
+        return holder[0]
+
+    def gather(self, value: ObjectT) -> list[ObjectT]:
+        """The picklable values of all ranks, in their order, on every rank."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def on_main(self, action: Callable[[], ObjectT]) -> ObjectT | None:
+        """Do something on rank 0 only; None on the others.
+
+        Raises:
+            ValueError: on every rank, where the action raised ValueError or OSError on rank 0: the
+                others would wait for it until they time out.
+        """
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except (ValueError, OSError) as error:
+                if self.mesh is None:
+                    raise
+                problem = str(error)
+        if (problem := self.from_main(problem)) is not None:
+            raise ValueError(problem)
+        return result
+
+    def on_all(self, action: Callable[[], ObjectT]) -> ObjectT:
+        """Do something on every rank that may fail on some of them.
+
+        Raises:
+            ValueError: on every rank, where the action raised ValueError or OSError on any; it
+                says on which.
+        """
+        if self.mesh is None:
+            return action()
+        problem, result = None, None
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems = self.gather(problem)
+        if any(problems):
+            raise ValueError(_by_rank(problems))
+        return cast(ObjectT, result)
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier(group=self.group)
+
+
+def init_world(
+    device: str,
+    *,
+    tensor_parallel_dim: int = 1,
+    data_parallel_replicate_dim: int = 1,
+    data_parallel_shard_dim: int = -1,
+    needs_mesh: bool = False,
+    timeout_seconds: float | None = None,
+    flight_records: Path | None = None,
+) -> World:
+    """Join the processes that torchrun started, or be the only one.
+
+    Args:
+        device: "cpu" or "cuda"; a rank takes the GPU of its place on the node.
+        tensor_parallel_dim: ranks that split each matrix; best kept within a node.
+        data_parallel_replicate_dim: replicas of the sharded model (HSDP).
+        data_parallel_shard_dim: ranks that share one copy's parameters; -1: all that are left.
+        needs_mesh: make a mesh of one for a single process too: mixed precision and CPU offload
+            come with FSDP2.
+        timeout_seconds: after which a collective that isn't complete ends the run; None: TIMEOUT.
+        flight_records: a folder for what NCCL's flight recorder writes then, if the environment
+            names no other place: `nccl_trace_rank_*`, for torchfrtrace.
+
+    Raises:
+        ValueError: where the number of processes is not the product of the three dimensions, or
+            CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    shape = mesh_shape(
+        size, data_parallel_replicate_dim, data_parallel_shard_dim, tensor_parallel_dim
+    )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    launched = "RANK" in os.environ
+    if not launched and not needs_mesh:
+        return World(place)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    timeout = TIMEOUT if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
+    if flight_records is not None:
+        _record_flights(flight_records)
+    if launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    names = ("dp_replicate", "dp_shard", "tp")
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # torch gives those 10 minutes
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return World(place, mesh, timeout=timeout)
+
+
+def close_world() -> None:
+    """Leave together: a rank that goes while rank 0 still exports can be aborted by gloo."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def end_rank(status: int = 0) -> None:
+    """Close the world and end the process with it; one that never joined a world goes on.
+
+    gloo's threads can hold tensors of the last collectives still. One that lets go of them while
+    the interpreter finalizes aborts the process (pytorch/pytorch#190489), and a run that is done
+    would count as failed: so there is no finalization, only what `atexit` would have called.
+
+    Args:
+        status: the exit status; where it isn't 0, the other ranks aren't waited for.
+    """
+    if not dist.is_initialized():
+        return
+    if status == 0:
+        close_world()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _by_rank(problems: Sequence[str | None]) -> str:
+    """Each problem once, with the ranks that have it where not all do."""
+    ranks: dict[str, list[str]] = {}
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            ranks.setdefault(problem, []).append(str(rank))
+    return "\n".join(
+        text if len(having) == len(problems) else f"on rank {', '.join(having)}: {text}"
+        for text, having in ranks.items()
+    )
+
+
+def _record_flights(folder: Path) -> None:
+    """What is in the environment goes first; some names are older ones of the same."""
+    for names, value in (
+        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+        (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+        (
+            ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+            str(folder.absolute() / "nccl_trace_rank_"),
+        ),
+    ):
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
+
+
+def mesh_shape(size: int, replicate: int, shard: int, tp: int) -> tuple[int, int, int]:
+    """The mesh (dp_replicate, dp_shard, tp) of so many processes; `shard` may be -1.
+
+    Raises:
+        ValueError: where their product is not the number of processes.
+    """
+    if min(replicate, tp) < 1 or (shard < 1 and shard != -1):
+        raise ValueError(
+            "tensor_parallel_dim and data_parallel_replicate_dim must be at least 1, "
+            "data_parallel_shard_dim at least 1 or -1 (all ranks that are left)"
+        )
+    if shard == -1 and size % (replicate * tp) == 0:
+        shard = size // (replicate * tp)
+    if replicate * shard * tp != size:
+        raise ValueError(
+            f"{size} process(es) can't form data_parallel_replicate_dim={replicate} x "
+            f"data_parallel_shard_dim={shard} x tensor_parallel_dim={tp}: the product must be the "
+            "number of processes that `tune run --nproc_per_node N` starts, or plan_memory's "
+            "world_size (data_parallel_shard_dim=-1 takes what is left, where it divides)"
+        )
+    return replicate, shard, tp

@@ -1,0 +1,221 @@
+"""From a file of prompts to sampled answers: what the recipes that sample have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torchtune.modules import TransformerDecoder
+
+from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoints.weights import (
+    check_context,
+    check_vocabulary,
+    load_weights,
+    open_checkpointer,
+)
+from steerlm2.config.loader import instantiate
+from steerlm2.config.sections import LabelOptions, ServerOptions
+from steerlm2.data.prompts import (
+    DrawLabel,
+    Prompt,
+    draw_labels,
+    labels_in,
+    labels_like,
+    uniform_labels,
+)
+from steerlm2.data.records import Response
+from steerlm2.data.templates import Template, encode_prompt, encode_response
+from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.distributed.world import World
+from steerlm2.inference.completions import CompletionsEngine
+from steerlm2.inference.engines import (
+    STOP,
+    Engine,
+    Request,
+    Sample,
+    SamplingSettings,
+    forbidden_ids,
+    request_seed,
+    response_end,
+)
+from steerlm2.models.llama import end_at_hidden_states, unsupported_parts
+
+
+class Item(NamedTuple):
+    """A prompt with one of its labels, to be answered."""
+
+    prompt: Prompt
+    label: str | None
+    seed: int
+
+    def encode(
+        self, template: Template, tokenizer: Tokenizer, *, show_labels: bool = True
+    ) -> list[int]:
+        """The tokens to continue.
+
+        Args:
+            show_labels: False for a model of P(y|x): no turn has a label then.
+        """
+        turns, label = self.prompt.turns, self.label
+        if not show_labels:
+            turns, label = [dataclasses.replace(turn, label=None) for turn in turns], None
+        return encode_prompt(template, tokenizer, self.prompt.system, turns, label)
+
+
+def with_labels(
+    prompts: Sequence[Prompt],
+    options: LabelOptions,
+    schema: AttributeSchema,
+    *,
+    seed: int,
+    source: str,
+) -> list[Item]:
+    """Every prompt with the labels that the options say, which follow from `seed`.
+
+    Args:
+        source: the file of the prompts, for messages.
+
+    Raises:
+        ValueError: where prompts have no label of their own, though they should, or the labels to
+            draw from are too few or none of the schema's.
+    """
+    draw: DrawLabel | None = None
+    if options.kind == "uniform":
+        draw = uniform_labels(options.attributes or [], schema)
+    elif options.kind == "empirical":
+        known = labels_in(str(options.file))
+        if len(set(known)) < options.labels_per_prompt:
+            raise ValueError(
+                f"label.labels_per_prompt is {options.labels_per_prompt}, but {options.file} "
+                f"has only {len(set(known))} different labels"
+            )
+        draw = labels_like(known)
+    lacking = [i for i, prompt in enumerate(prompts, start=1) if prompt.label is None]
+    if options.kind == "record" and lacking:
+        more = ", ..." if len(lacking) > 10 else ""
+        raise ValueError(
+            f"{source}: {len(lacking)} of {len(prompts)} prompts have no label of their own "
+            f"(number {', '.join(map(str, lacking[:10]))}{more}): choose another label.kind, "
+            "or label them with annotate_attributes"
+        )
+    items = []
+    for index, prompt in enumerate(prompts):
+        own: Sequence[str | None] = [prompt.label]
+        if draw is not None:
+            own = draw_labels(draw, options.labels_per_prompt, seed, index)
+        elif options.kind != "record":
+            own = [options.value]
+        items += [Item(prompt, label, request_seed(seed, index, i)) for i, label in enumerate(own)]
+    return items
+
+
+def sampling_settings(
+    template: Template,
+    tokenizer: Tokenizer,
+    num_embeddings: int = 0,
+    *,
+    n: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+) -> SamplingSettings:
+    """How responses are sampled that end as the template says, without other control tokens.
+
+    Args:
+        num_embeddings: of the model, where it is known: see `forbidden_ids`.
+    """
+    _, stop_id = response_end(template, tokenizer)
+    forbidden = forbidden_ids(template, tokenizer, num_embeddings)
+    return SamplingSettings(n, temperature, top_p, max_new_tokens, stop_id, forbidden)
+
+
+def load_whole_decoder(
+    model: Mapping[str, Any],
+    checkpointer: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    seed: int,
+    compile: bool,
+) -> TransformerDecoder:
+    """A decoder with all its weights on every rank, whose forward ends at the hidden states.
+
+    Args:
+        checkpointer: none: fresh weights from `seed`.
+        compile: the feed-forward layers.
+
+    Raises:
+        ValueError: where tokenizer, model, checkpoint and `max_seq_len` don't fit together.
+        FileNotFoundError: where the checkpoint, or a file of it, doesn't exist.
+    """
+    with torch.device("meta"):
+        decoder = instantiate(model).to(dtype)
+    if problems := list(unsupported_parts(decoder)):
+        raise ValueError("; ".join(problems))
+    check_vocabulary(decoder, tokenizer)
+    check_context(decoder, max_seq_len)
+    source = world.on_main(
+        lambda: open_checkpointer(checkpointer, decoder, tokenizer, seed=seed, output_dir="")
+    )
+    load_weights(decoder, source, world, seed=seed)
+    end_at_hidden_states(decoder)
+    if compile:
+        for layer in decoder.layers:
+            layer.mlp.compile()
+    return decoder.eval()
+
+
+def open_server(
+    options: ServerOptions, settings: SamplingSettings, tokenizer: Tokenizer, max_seq_len: int
+) -> CompletionsEngine:
+    """A server that answers, and has the model.
+
+    Raises:
+        ValueError: where it hasn't the model, or takes no texts of `max_seq_len` tokens.
+        ConnectionError: where it doesn't answer.
+    """
+    more = dataclasses.asdict(options)
+    engine = CompletionsEngine(more.pop("url"), settings, tokenizer.encode, **more)
+    engine.connect(max_seq_len)
+    return engine
+
+
+def sample_everywhere(
+    engine: Engine, requests: Mapping[int, Request], world: World
+) -> dict[int, list[Sample]]:
+    """The samples of all requests, on every rank; long and short prompts go to all ranks."""
+    order = sorted(requests, key=lambda place: len(requests[place].prompt))
+    mine = order[world.rank :: world.size]
+    own = engine.sample([requests[place] for place in mine])
+    samples = dict(zip(mine, own, strict=True))
+    if world.mesh is None:
+        return samples
+    everyones: list[dict[int, list[Sample]]] = [{}] * world.size
+    dist.all_gather_object(everyones, samples)
+    return {place: own for part in everyones for place, own in part.items()}
+
+
+def answer_of(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple[Response, bool]:
+    """The sample's text as a response, and whether its text encodes to other tokens.
+
+    The response has its "finish_reason" and, where it is complete and encodes to the very tokens
+    that were sampled, the engine's log-prob of them as "engine_log_q".
+    """
+    complete = sample.finish_reason == STOP
+    text = tokenizer.decode(sample.tokens[: -1 if complete else None])
+    response = Response(text, extra={"finish_reason": sample.finish_reason})
+    if not complete:
+        return response, False
+    end_of_turn, _ = response_end(template, tokenizer)
+    response.value = text.removesuffix(end_of_turn)
+    if encode_response(template, tokenizer, response.value) != sample.tokens:
+        return response, True
+    if sample.log_prob is not None:
+        response.extra["engine_log_q"] = sample.log_prob
+    return response, False

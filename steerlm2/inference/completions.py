@@ -1,0 +1,101 @@
+"""Sampling from a server with OpenAI's completions API, in practice vLLM's.
+
+Prompts go as token ids, so that the server's chat template has no part in it. These fields of the
+request are vLLM's own: stop_token_ids, return_token_ids, and the ones that switch off what else the
+server's defaults (a checkpoint's generation_config.json) would do to the distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from steerlm2.inference.engines import STOP, Request, Sample, SamplingSettings
+from steerlm2.inference.server_client import ServerClient
+
+NEVER = -100
+"""The bias of a token that must not be sampled: the lowest that the API knows."""
+
+NO_OTHER_CUTS = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+class CompletionsEngine(ServerClient):
+    """Asks for n completions of each prompt. Connect it before it is used.
+
+    Args:
+        settings: of every response.
+        encode: text -> token ids, for servers that return no ids.
+        url, model, concurrency, timeout, retries: as in `ServerClient`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        settings: SamplingSettings,
+        encode: Callable[[str], list[int]],
+        *,
+        model: str | None = None,
+        concurrency: int = 16,
+        timeout: float = 600.0,
+        retries: int = 5,
+    ) -> None:
+        super().__init__(
+            url, model=model, concurrency=concurrency, timeout=timeout, retries=retries
+        )
+        self.settings = settings
+        self.encode = encode
+
+    def sample(self, requests: Sequence[Request]) -> list[list[Sample]]:
+        """[request][n], in their order.
+
+        Raises:
+            ValueError: where the server refuses a request, or answers otherwise than vLLM does.
+            ConnectionError: where it doesn't answer, all retries included.
+        """
+        return self._ask_all(self._samples, requests)
+
+    def _samples(self, request: Request) -> list[Sample]:
+        wanted = self.settings
+        body: dict[str, Any] = NO_OTHER_CUTS | {
+            "model": self.model,
+            "prompt": list(request.prompt),
+            "n": wanted.n,
+            "temperature": wanted.temperature,
+            "top_p": wanted.top_p,
+            "max_tokens": wanted.max_new_tokens,
+            "seed": request.seed,
+            "stop_token_ids": [wanted.stop_id],
+            "logit_bias": {str(token_id): NEVER for token_id in wanted.forbidden_ids},
+            "logprobs": 0,  # of the sampled tokens alone
+            "return_token_ids": True,
+        }
+        answer = self._request("POST", "/v1/completions", body)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            samples = [self._sample(choice) for choice in choices]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._unknown_answer("/v1/completions", answer) from error
+        if len(samples) != wanted.n:
+            raise ValueError(
+                f"{self.url}/v1/completions gave {len(samples)} completions instead of {wanted.n}"
+            )
+        return samples
+
+    def _sample(self, choice: dict[str, Any]) -> Sample:
+        reason = str(choice["finish_reason"])
+        tokens = choice.get("token_ids")
+        if tokens is None:
+            stop = [self.settings.stop_id] if reason == STOP else []
+            return Sample([*self.encode(choice["text"]), *stop], reason, None)
+        if reason == STOP and tokens[-1:] != [self.settings.stop_id]:
+            # vLLM ends at the model's own end of text too, which isn't ours.
+            reason = "other_stop"
+        logprobs: list[float | None] = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        known = [logprob for logprob in logprobs if logprob is not None]
+        return Sample(tokens, reason, sum(known) if len(known) == len(tokens) else None)

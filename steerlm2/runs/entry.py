@@ -1,0 +1,85 @@
+"""The command-line entry of a recipe: `--config FILE key=value ...`, and how a run ends."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch.distributed as dist
+import torchtune.config
+import yaml
+from omegaconf.errors import OmegaConfBaseException
+
+from steerlm2.config.loader import CONFIG_CLASS, LOG, ConfigT, load_config
+from steerlm2.distributed.world import end_rank
+
+USER_ERRORS = (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException)
+
+TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
+
+SECONDS_FOR_RANK_0 = 5.0
+
+
+def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], None]], Callable]:
+    """Make `main(cfg)` a recipe's entry: `--config FILE key=value ...`, as torchtune parses it.
+
+    A user's mistake (ValueError, a missing file, a full or read-only disk) ends in one message on
+    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. Where `main`
+    joined a world, its process ends with it (`end_rank`). SIGTERM ends it, except where `main` says
+    otherwise (`StopRequest`).
+    """
+
+    def decorate(main: Callable[[ConfigT], None]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def entry() -> None:
+            # What on_node starts ignores it, for torchrun's sake.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            try:
+                torchtune.config.parse(
+                    lambda cfg: main(load_config(config_class, cfg, main.__globals__))
+                )()
+            except Exception as error:
+                LOG.error("ended by an error", exc_info=True)
+                if not isinstance(error, USER_ERRORS) or os.environ.get(TRACEBACK_VARIABLE) == "1":
+                    if dist.is_initialized():
+                        traceback.print_exc()
+                        end_rank(1)  # torchrun then ends the other ranks, which wait for this one
+                    raise
+                sys.stdout.flush()
+                if os.environ.get("RANK", "0") != "0":
+                    # Mostly all ranks fail alike: rank 0 speaks, and torchrun ends the others.
+                    time.sleep(SECONDS_FOR_RANK_0)
+                print(_error_message(error), file=sys.stderr, flush=True)
+                end_rank(1)
+                sys.exit(1)
+            end_rank()
+
+        setattr(entry, CONFIG_CLASS, config_class)
+        return entry
+
+    return decorate
+
+
+def _error_message(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    if isinstance(error, FileNotFoundError) and error.filename:
+        text = f"there is no file {os.path.abspath(error.filename)}"
+        if str(error.filename) in map(os.path.abspath, sys.argv):  # an unknown name, to torchtune
+            text += " and no ready-made config of that name (`tune ls` lists them)"
+    if isinstance(error, yaml.YAMLError):
+        text = f"the config is not valid YAML: {text}"
+    rank = os.environ.get("RANK", "0")
+    where = "error" if rank == "0" else f"error on rank {rank}"
+    hint = "" if _raised_by_us(error) else f"\n({TRACEBACK_VARIABLE}=1 shows where)"
+    return f"{where}: {text}{hint}"
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether steerlm2 or the recipe itself raised the error, with a message meant for the user."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].split(".")[0] in ("steerlm2", "__main__")

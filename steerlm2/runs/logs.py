@@ -1,0 +1,109 @@
+"""What each rank has to say, in a file of its own: `output_dir/logs/rank_000.log`.
+
+Python's logging of all packages, warnings, the steps, and the error that ended the rank, with its
+traceback. What libraries below Python print is in torchrun's own files (`--log_dir`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from tqdm import tqdm
+
+from steerlm2.config.loader import LOG
+from steerlm2.distributed.world import World
+
+LOG_FOLDER = "logs"
+
+
+def open_rank_log(output_dir: Path, world: World) -> Path:
+    """Begin this rank's file, or go on with it where an earlier start of a run has one."""
+    path = output_dir / LOG_FOLDER / f"rank_{world.rank:03d}.log"
+    path.parent.mkdir(exist_ok=True)
+    file = _QuietFile(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # With a handler at the root Python no longer shows what has none of its own.
+    stderr = logging.StreamHandler()
+    stderr.setLevel(logging.WARNING)
+    stderr.addFilter(lambda record: not logging.getLogger(record.name).handlers)
+    logging.basicConfig(handlers=[file, stderr], force=True)
+    LOG.setLevel(logging.INFO)
+    _log_warnings()
+    place = world.mesh.get_coordinate() if world.mesh is not None else None
+    LOG.info(
+        f"rank {world.rank} of {world.size}, process {os.getpid()} on {socket.gethostname()}, "
+        f"{world.device}, (dp_replicate, dp_shard, tp) {place}, torch {torch.__version__}: "
+        f"{shlex.join(sys.argv)}"
+    )
+    return path
+
+
+def warn(text: str) -> None:
+    """Into the rank's file and to stderr."""
+    LOG.warning(text)
+    tqdm.write(f"WARNING: {text}", file=sys.stderr)
+
+
+class Progress:
+    """The steps of a run: a bar on a terminal, elsewhere a plain line for each that is logged.
+
+    Used as a context manager; only rank 0 shows anything.
+    """
+
+    def __init__(self, total: int, first: int, world: World) -> None:
+        self.total = total
+        self._is_main = world.is_main
+        self._on_terminal = sys.stderr.isatty()
+        shown = self._is_main and self._on_terminal
+        self._bar = tqdm(total=total, initial=first, disable=not shown, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def logged(self, step: int, text: str) -> None:
+        line = f"step {step}/{self.total}: {text}"
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._is_main:
+            LOG.info(line)
+        if self._is_main and not self._on_terminal:
+            print(line, file=sys.stderr, flush=True)
+
+    def update(self) -> None:
+        self._bar.update()
+
+
+class _QuietFile(logging.FileHandler):
+    """A run doesn't fail, nor say so at every line, because its log can't be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+def _log_warnings() -> None:
+    """Warnings go to the file too; `logging.captureWarnings` would take them from stderr."""
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        shown(message, category, filename, lineno, file, line)
+        if file is None:
+            LOG.warning(warnings.formatwarning(message, category, filename, lineno, line).rstrip())
+
+    warnings.showwarning = show

@@ -1,0 +1,139 @@
+"""metrics.jsonl, and the table and plot that a run ends with.
+
+metrics.jsonl has one JSON object a logged step, whatever other logger is chosen. Validation
+results stand in objects of their own, with keys that begin with `val_`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerlm2.config.loader import instantiate
+from steerlm2.distributed.world import World
+
+
+class JsonLines:
+    """Appends rows with a `step` to a .jsonl file; whole lines survive a kill at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def keep_until(self, step: int) -> None:
+        """Drop rows after `step`: a resumed run writes them again."""
+        if not self.path.exists():
+            return
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("")
+        for row in self.read():
+            if row["step"] <= step:
+                JsonLines(partial).append(row)
+        partial.replace(self.path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows, without a last line that a kill cut off; none where there is no file."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
+
+
+def lacks_validation(metrics: JsonLines, step: int, world: World) -> bool:
+    """Whether no row is of a validation after `step`: it was cut off by the end of a run that saves
+    first, at SIGTERM. Called by all ranks; rank 0 reads."""
+
+    def lacks() -> bool:
+        return not any(row["step"] == step and "val_loss" in row for row in metrics.read())
+
+    return bool(world.from_main(world.on_main(lacks)))
+
+
+def answer_metrics(
+    components: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    labels: Sequence[str | None],
+    responses: Sequence[str],
+) -> dict[str, float]:
+    """What a config's metric functions say of answers.
+
+    Args:
+        components: each is called with the other arguments, which have one length.
+
+    Raises:
+        ValueError: where one gives anything but a mapping from names to numbers, or a name that
+            another has, or `loss`.
+    """
+    metrics: dict[str, float] = {}
+    for component in components:
+        found = instantiate(component, prompts, labels, responses)
+        try:
+            found = {str(name): float(value) for name, value in found.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{component['_component_']} must return a mapping from names to numbers ({error})"
+            ) from error
+        if taken := found.keys() & {"loss", *metrics}:
+            raise ValueError(
+                f"{component['_component_']} returns {', '.join(sorted(taken))}: the validation "
+                "loss or another metric function has that name"
+            )
+        metrics |= found
+    return metrics
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory used so far, GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], parts: int = 5) -> str:
+    """The logged training steps in consecutive parts, each metric averaged over a part, as text."""
+    train = [row for row in rows if keys[0] in row]
+    if not train:
+        return "no training step was logged"
+    parts = min(parts, len(train))
+    edges = [round(i * len(train) / parts) for i in range(parts + 1)]
+    columns = [train[a:b] for a, b in itertools.pairwise(edges)]
+    heads = [
+        f"{part[0]['step']}-{part[-1]['step']}" if len(part) > 1 else str(part[0]["step"])
+        for part in columns
+    ]
+    lines = ["mean over steps".ljust(24) + "".join(head.rjust(14) for head in heads)]
+    lines.append("-" * len(lines[0]))
+    for key in keys:
+        means = (sum(row[key] for row in part) / len(part) for part in columns)
+        lines.append(key.ljust(24) + "".join(f"{mean:>14.4g}" for mean in means))
+    return "\n".join(lines)
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> None:
+    """One panel for each key over steps, with its validation values (`val_` + key), as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(keys), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for name, label, marker in ((key, "train", ""), ("val_" + key, "validation", "o")):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker=marker, label=label)
+        panel.set(xlabel="step", title=key, ylim=(0, None))
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,147 @@
+"""A JSONL output that a stopped run continues: nothing is lost, nothing is written twice.
+
+Lines are appended in slices of a fixed size to `NAME.partial`, which becomes NAME when it is
+complete. A run that starts again cuts it back to its whole slices and goes on from there, so that
+it computes the same slices as a run that was never stopped. `NAME.settings.json` tells what the
+lines were made with: lines of other settings don't get into one file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from steerlm2.checkpoint_dirs import file_digest, is_checkpoint, weights_digest
+from steerlm2.runs.output import make_output_dir
+
+
+class ResumableOutput:
+    """One process writes it: check -> begin -> append, append, ... -> finish.
+
+    Args:
+        path: of the complete file.
+        input_file: what it is made from; its digest is one of the settings.
+        settings: JSON values that the lines depend on; of a checkpoint's folder the weights count,
+            not where it is.
+        slice_size: lines of an `append`; only the last one may have fewer.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        input_file: str | Path,
+        settings: Mapping[str, Any],
+        slice_size: int,
+    ) -> None:
+        self.path = Path(path)
+        self.input_file = Path(input_file)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.settings_file = self.path.with_name(self.path.name + ".settings.json")
+        self.settings = _with_weights_for_folders(settings)
+        self.slice_size = slice_size
+        self._file: IO[bytes] | None = None
+
+    def check(self) -> None:
+        """Raises:
+        ValueError: where the output was begun with other settings, or from another input.
+        FileNotFoundError: where there is no input.
+        """
+        self.settings["input_sha256"] = file_digest(self.input_file)
+        written = self.path if self.path.exists() else self.partial
+        if not written.exists() or (written == self.partial and written.stat().st_size == 0):
+            return  # nor is a run that ended before its first lines a beginning
+        known = self.settings_file.exists()
+        earlier = json.loads(self.settings_file.read_text()) if known else {}
+        changed = [key for key in self.settings if self.settings[key] != earlier.get(key)]
+        if changed:
+            raise ValueError(
+                f"{self.path} was begun with other settings ({', '.join(changed)}): give "
+                f"another output, or remove {self.path}*"
+            )
+
+    def begin(self, num_lines: int) -> int:
+        """Make the output ready for `append`; an incomplete slice of an earlier run is cut off.
+
+        Args:
+            num_lines: of the complete file.
+
+        Returns:
+            How many lines are there.
+
+        Raises:
+            ValueError: where the folder can't be written to, or another run writes to this output.
+        """
+        if self.path.exists():
+            self.partial.unlink(missing_ok=True)  # of a `finish` that was killed
+            return num_lines
+        make_output_dir(self.path.parent, "the folder of output")
+        self._file = self.partial.open("a+b")
+        try:
+            # A worker can outlive the launcher that was killed.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run writes to {self.partial}: wait for it, or end it"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        if self.partial.stat().st_size == 0:
+            self.settings_file.write_text(json.dumps(self.settings, indent=2) + "\n")
+        done, size = self._whole_slices(self._file, num_lines)
+        self._file.truncate(size)
+        return done
+
+    def append(self, lines: Iterable[bytes]) -> None:
+        """Write the next slice; it is on the disk when this returns."""
+        assert self._file is not None
+        self._file.write(b"".join(lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self, final_line: Callable[[bytes], bytes] | None = None) -> None:
+        """Give the file its name, once it has all lines.
+
+        Args:
+            final_line: what an appended line becomes in the complete file; b"" leaves it out.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        if final_line is not None:
+            final = self.path.with_name(self.path.name + ".final")
+            with self.partial.open("rb") as lines, final.open("wb") as file:
+                file.writelines(map(final_line, lines))
+                file.flush()
+                os.fsync(file.fileno())
+            final.rename(self.path)
+            self.partial.unlink()
+        else:
+            self.partial.rename(self.path)
+
+    def _whole_slices(self, file: IO[bytes], num_lines: int) -> tuple[int, int]:
+        """Lines and bytes of the slices that an earlier run has written completely."""
+        done, size, place = 0, 0, 0
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            place += len(line)
+            whole = line.endswith(b"\n")  # a kill may have cut the last line off
+            if whole and (number % self.slice_size == 0 or number == num_lines):
+                done, size = number, place
+        return done, size
+
+
+def _with_weights_for_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint may be moved before a stopped run of ours continues, but not be trained on."""
+    return {
+        key: _with_weights_for_folders(value)
+        if isinstance(value, Mapping)
+        else weights_digest(value)
+        if isinstance(value, str) and is_checkpoint(value)
+        else value
+        for key, value in settings.items()
+    }

@@ -1,0 +1,264 @@
+"""The command that serves a checkpoint with vLLM, for the `server` of a recipe.
+
+    python -m steerlm2.serving.vllm_command DIR --gpus 8 -- \\
+        tune run sample_responses ... server.url=http://127.0.0.1:8000
+    python -m steerlm2.serving.vllm_command DIR --gpus 8
+    $(python -m steerlm2.serving.vllm_command DIR --gpus 8 --port 8001) > vllm.log 2>&1 &
+
+The first starts the server, waits until it answers, runs the command behind `--`, stops the server,
+and exits with the command's status. Without `--` the server's command is printed.
+
+vLLM pins other packages than steerlm2: give it a virtual environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from steerlm2.checkpoint_dirs import INDEX_FILE, resolve_checkpoint_dir
+from steerlm2.runs.background import SECONDS_TO_END, BackgroundProcess
+
+SHARE_FOR_WEIGHTS = 0.6
+"""Of a GPU's memory; the rest is for keys and values."""
+
+
+def vllm_command(
+    checkpoint_dir: str | Path,
+    gpus: int,
+    *,
+    max_seq_len: int = 4096,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    gpu_gib: float = 80,
+    python: str = "python",
+) -> list[str]:
+    """The words of the command: as few GPUs as hold the weights share a copy of the model
+    (tensor parallel), and there are as many copies as the GPUs are enough for (data parallel).
+
+    Args:
+        checkpoint_dir: a Hugging Face folder: downloaded, or exported by a recipe; or the
+            output_dir of a run, whose newest complete epoch_N folder is served.
+        gpus: 0 serves on the CPU, in float32.
+        max_seq_len: tokens of a prompt with a response.
+        gpu_gib: memory of one GPU.
+        python: the interpreter of the environment that has vLLM.
+
+    Raises:
+        FileNotFoundError: where there is no checkpoint.
+        ValueError: where its weights don't fit, or its heads can't be split as it would need.
+    """
+    folder = resolve_checkpoint_dir(checkpoint_dir)
+    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    words += ["--host", host, "--port", str(port), "--max-model-len", str(max_seq_len)]
+    # Without it vLLM takes sampling defaults from the checkpoint.
+    words += ["--generation-config", "vllm"]
+    if gpus == 0:
+        environment = ["env", "VLLM_CPU_KVCACHE_SPACE=1"]
+        return [
+            *environment,
+            *words,
+            *("--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill"),
+        ]
+    gpus_of_a_copy = _tensor_parallel(folder, gpus, gpu_gib)
+    words += ["--dtype", "bfloat16", "--tensor-parallel-size", str(gpus_of_a_copy)]
+    return [*words, "--data-parallel-size", str(gpus // gpus_of_a_copy)]
+
+
+def _tensor_parallel(folder: Path, gpus: int, gpu_gib: float) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    gib = _served_bytes(folder, config) / 2**30
+    for size in range(1, gpus + 1):
+        splits = gpus % size == 0 and config["num_attention_heads"] % size == 0
+        # vLLM gives every rank a copy of a key/value head where there are more ranks than heads.
+        splits = splits and (heads % size == 0 or size % heads == 0)
+        if splits and gib / size <= SHARE_FOR_WEIGHTS * gpu_gib:
+            return size
+    raise ValueError(
+        f"{folder} has {gib:.0f} GiB of weights, which can't be split over {gpus} GPUs of "
+        f"{gpu_gib:g} GiB so that they take at most {SHARE_FOR_WEIGHTS:.0%} of each: use more GPUs"
+    )
+
+
+def _served_bytes(folder: Path, config: Mapping[str, Any]) -> float:
+    """Of the weights in bfloat16; by the index, which is there before the files are."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        stored = json.loads(index.read_text())["metadata"]["total_size"]
+    else:
+        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return stored / 2 if dtype == "float32" else stored
+
+
+def run_with_server(
+    server_command: Sequence[str],
+    command: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    log: Path,
+    start_timeout: float,
+) -> int:
+    """Run a command while a server runs; the server ends with it, and with this process.
+
+    Args:
+        server_command: answers GET /health with 200 at host and port when it is ready.
+        log: the server's output; what an earlier server left there is overwritten.
+        start_timeout: seconds until it must be ready.
+
+    Returns:
+        The command's exit status (128 + n where signal n ended it).
+
+    Raises:
+        ValueError: where something else has the port, or the server doesn't come up.
+        OSError: where the log can't be written, or there is no such command.
+    """
+    address = ("127.0.0.1" if host in ("0.0.0.0", "") else host, port)
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
+        raise ValueError(
+            f"something answers at {address[0]}, port {port} already: stop it, or choose another "
+            "--port"
+        )
+    with _signals_as_exits():
+        _say(f"starting the server, whose output goes to {log}")
+        server = BackgroundProcess(server_command, log)
+        try:
+            _wait_until_healthy(server, f"http://{address[0]}:{port}/health", log, start_timeout)
+            status = _run(command)
+            if server.has_ended():
+                _say(f"the server ended before the command did:\n{_last_lines(log)}")
+            return status
+        finally:
+            server.stop()
+
+
+def _wait_until_healthy(
+    server: BackgroundProcess, url: str, log: Path, start_timeout: float
+) -> None:
+    started = time.monotonic()
+    while not server.has_ended():
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                _say(f"the server answers, after {time.monotonic() - started:.0f} s")
+                return
+        if time.monotonic() - started > start_timeout:
+            raise ValueError(
+                f"the server doesn't answer at {url} after {start_timeout:g} s (--start-timeout); "
+                f"the end of {log}:\n{_last_lines(log)}"
+            )
+        time.sleep(0.2)
+    raise ValueError(f"the server ended before it answered; the end of {log}:\n{_last_lines(log)}")
+
+
+def _run(command: Sequence[str]) -> int:
+    process = subprocess.Popen(command)
+    try:
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """SIGTERM and SIGINT raise SystemExit, once: what stops the processes isn't broken off."""
+
+    def leave(signum: int, frame: object) -> None:
+        for other in earlier:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + signum)
+
+    earlier = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    for signum in earlier:
+        signal.signal(signum, leave)
+    try:
+        yield
+    finally:
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)
+
+
+def _last_lines(log: Path, count: int = 20) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-count:])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    command = words[at + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m steerlm2.serving.vllm_command",
+        usage="%(prog)s [options] --gpus GPUS checkpoint_dir [-- COMMAND ...]",
+        description="Print the command that serves a checkpoint with vLLM; or, with a COMMAND, run "
+        "that while the server runs.",
+    )
+    parser.add_argument("checkpoint_dir")
+    parser.add_argument("--gpus", type=int, required=True, help="0: serve on the CPU")
+    parser.add_argument("--max-seq-len", type=int, default=4096)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--gpu-gib", type=float, default=80, help="memory of one GPU")
+    parser.add_argument("--python", default="python", help="of the environment that has vLLM")
+    parser.add_argument("--log", type=Path, default=Path("vllm.log"), help="of the server")
+    parser.add_argument(
+        *("--start-timeout", "--start_timeout"),
+        type=float,
+        default=1800,
+        help="seconds until the server must answer",
+    )
+    args = parser.parse_args(words[:at])
+    if at < len(words) and not command:
+        parser.error("no COMMAND behind --")
+    try:
+        server_command = vllm_command(
+            args.checkpoint_dir,
+            args.gpus,
+            max_seq_len=args.max_seq_len,
+            host=args.host,
+            port=args.port,
+            gpu_gib=args.gpu_gib,
+            python=args.python,
+        )
+        if not command:
+            print(shlex.join(server_command))
+            return
+        status = run_with_server(
+            server_command,
+            command,
+            host=args.host,
+            port=args.port,
+            log=args.log,
+            start_timeout=args.start_timeout,
+        )
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

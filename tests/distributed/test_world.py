@@ -1,0 +1,157 @@
+"""One process, with and without a mesh of one; what more processes compute, recipe tests say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from steerlm2.distributed.world import World, close_world, init_world
+
+CPU = World(torch.device("cpu"))
+
+
+@pytest.fixture
+def mesh_of_one() -> Iterator[World]:
+    yield init_world("cpu", needs_mesh=True)
+    close_world()
+
+
+def test_a_single_process_needs_no_process_group() -> None:
+    world = init_world("cpu")
+    assert world.mesh is None
+    assert not dist.is_initialized()
+
+
+def test_a_single_process_is_all_there_is() -> None:
+    assert (CPU.size, CPU.rank, CPU.is_main, CPU.dp_size, CPU.dp_rank) == (1, 0, True, 1, 0)
+    assert (CPU.tp_size, CPU.tp_group) == (1, None)
+
+
+def test_reductions_over_one_process_are_the_value() -> None:
+    value = torch.tensor([1.0, -2.0])
+    assert CPU.sum(value).tolist() == CPU.max(value).tolist() == [1, -2]
+    assert CPU.from_main({"a": 1}) == {"a": 1}
+    assert CPU.on_main(lambda: "x") == "x"
+
+
+def test_a_mesh_of_one_reduces_to_the_value_too(mesh_of_one: World) -> None:
+    assert mesh_of_one.mesh is not None
+    value = torch.tensor([1.0, -2.0])
+    assert mesh_of_one.sum(value).tolist() == mesh_of_one.max(value).tolist() == [1, -2]
+    assert mesh_of_one.from_main([3]) == [3]
+    assert mesh_of_one.on_main(lambda: "x") == "x"
+
+
+def test_reductions_leave_their_input_as_it_is(mesh_of_one: World) -> None:
+    value = torch.tensor([1.0])
+    assert mesh_of_one.sum(value) is not value
+    assert mesh_of_one.max(value) is not value
+
+
+def test_closing_ends_the_process_group() -> None:
+    init_world("cpu", needs_mesh=True)
+    close_world()
+    assert not dist.is_initialized()
+    close_world()  # and again: a recipe that failed early has none
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_rank_ends_where_it_says(status: int) -> None:
+    """With what it printed and `atexit` had to do, and without a finalization of Python."""
+    script = f"""
+import atexit
+from steerlm2.distributed.world import end_rank, init_world
+
+class Finalized:
+    def __del__(self):
+        print("finalized")
+
+kept = Finalized()
+atexit.register(print, "at exit")
+end_rank(7)
+print("no world")
+init_world("cpu", needs_mesh=True)
+end_rank({status})
+print("after the end")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (status, "no world\nat exit\n"), ended.stderr
+
+
+def test_every_group_has_the_runs_timeout() -> None:
+    """torch gives the groups of a mesh its own, 10 minutes with NCCL."""
+    world = init_world("cpu", needs_mesh=True, timeout_seconds=7)
+    try:
+        assert world.mesh is not None
+        groups = [dist.group.WORLD, *world.mesh.get_all_groups()]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        assert [b.options._timeout.total_seconds() for b in backends] == [7] * 4
+    finally:
+        close_world()
+
+
+def test_the_flight_recorder_writes_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it says so with a variable's older name."""
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE")
+    for name in (*names, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.setenv(name, "")  # to be put back afterwards
+        monkeypatch.delenv(name)
+    for older in ({}, {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/mine/trace_"}):
+        os.environ.update(older)
+        init_world("cpu", needs_mesh=True, flight_records=tmp_path)
+        close_world()
+        set_by_us = {name: os.environ.pop(name) for name in names if name in os.environ}
+        expected = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+        if not older:
+            expected["TORCH_FR_DUMP_TEMP_FILE"] = f"{tmp_path}/nccl_trace_rank_"
+        assert set_by_us == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "dims"),
+    [
+        (1, {"tensor_parallel_dim": 2}),
+        (4, {"tensor_parallel_dim": 3}),
+        (4, {"data_parallel_shard_dim": 3}),
+        (4, {"data_parallel_replicate_dim": 8}),
+        (8, {"tensor_parallel_dim": 2, "data_parallel_shard_dim": 2}),
+    ],
+)
+def test_processes_that_do_not_divide_are_refused(
+    size: int, dims: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any of them waits for the others."""
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=rf"^{size} process\(es\) can't form .* --nproc_per_node"):
+        init_world("cpu", **dims)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        {"tensor_parallel_dim": 0},
+        {"data_parallel_replicate_dim": -1},
+        {"data_parallel_shard_dim": 0},
+        {"data_parallel_shard_dim": -2},
+    ],
+)
+def test_dimensions_below_one_are_refused(dims: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        init_world("cpu", **dims)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_names_the_fix() -> None:
+    with pytest.raises(ValueError, match="PyTorch sees no GPU here; set device=cpu"):
+        init_world("cuda")

@@ -1,0 +1,199 @@
+"""The completions engine, against a server that answers as vLLM does.
+
+tests/recipes/test_vllm.py has the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from steerlm2.inference import server_client
+from steerlm2.inference.completions import CompletionsEngine
+from steerlm2.inference.engines import Request, Sample, SamplingSettings
+
+SETTINGS = SamplingSettings(
+    n=3, temperature=0.7, top_p=0.9, max_new_tokens=16, stop_id=3, forbidden_ids=(0, 1, 2)
+)
+REQUESTS = [Request([7, 8, i], 1000 * i) for i in range(12)]
+
+
+def answer_of(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Completion j of a prompt: its last token and j, then the stop token, but for the last."""
+    choices = []
+    for j in range(body["n"]):
+        ids = [body["prompt"][-1] + 10, j + 10]
+        ended = j < body["n"] - 1
+        ids += body["stop_token_ids"] if ended else []
+        choices.append(
+            {
+                "index": j,
+                "text": " ".join(map(str, ids[:2])),
+                "finish_reason": "stop" if ended else "length",
+                "token_ids": ids,
+                "logprobs": {"token_logprobs": [-0.5 * (j + 1)] * len(ids)},
+            }
+        )
+    return choices
+
+
+def expected(request: Request) -> list[Sample]:
+    first = request.prompt[-1] + 10
+    return [
+        Sample([first, 10, 3], "stop", -1.5),
+        Sample([first, 11, 3], "stop", -3.0),
+        Sample([first, 12], "length", -3.0),
+    ]
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.bodies: list[dict[str, Any]] = []
+        self.statuses: list[int] = []
+        self.choices = answer_of
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/models"
+        self.reply(200, {"data": [{"id": "served", "max_model_len": 512}]})
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/completions"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.statuses:
+            self.reply(self.server.statuses.pop(0), {"error": {"message": "no"}})
+            return
+        self.server.bodies.append(body)
+        self.reply(200, {"choices": self.server.choices(body)})
+
+    def reply(self, status: int, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def connected(server: Server, **options: Any) -> CompletionsEngine:
+    engine = CompletionsEngine(
+        server.url, SETTINGS, lambda text: [int(word) for word in text.split()], **options
+    )
+    engine.connect(max_seq_len=512)
+    return engine
+
+
+def test_samples_come_in_the_order_of_the_requests(server: Server) -> None:
+    """Each prompt is asked for once, by several threads."""
+    assert connected(server, concurrency=4).sample(REQUESTS) == [expected(r) for r in REQUESTS]
+    assert sorted(body["prompt"] for body in server.bodies) == [r.prompt for r in REQUESTS]
+
+
+def test_what_is_asked_for(server: Server) -> None:
+    """Everything that decides the distribution is said, nothing left to the server's defaults."""
+    connected(server).sample(REQUESTS[2:3])
+    assert server.bodies == [
+        {
+            "model": "served",
+            "prompt": [7, 8, 2],
+            "n": 3,
+            "seed": 2000,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "max_tokens": 16,
+            "stop_token_ids": [3],
+            "logit_bias": {"0": -100, "1": -100, "2": -100},
+            "logprobs": 0,
+            "return_token_ids": True,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+    ]
+
+
+def test_choices_in_another_order(server: Server) -> None:
+    server.choices = lambda body: answer_of(body)[::-1]
+    assert connected(server).sample(REQUESTS[:1]) == [expected(REQUESTS[0])]
+
+
+def test_a_server_without_token_ids(server: Server) -> None:
+    """The text is encoded, the stop token put behind it; log-probs of it are not known."""
+
+    def without(body: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {key: choice[key] for key in ("index", "text", "finish_reason")}
+            for choice in answer_of(body)
+        ]
+
+    server.choices = without
+    wanted = [sample._replace(log_prob=None) for sample in expected(REQUESTS[0])]
+    assert connected(server).sample(REQUESTS[:1]) == [wanted]
+
+
+def test_an_end_at_another_token_is_no_stop(server: Server) -> None:
+    """vLLM says "stop" at the model's own end of text too."""
+
+    def other_end(body: dict[str, Any]) -> list[dict[str, Any]]:
+        choices = answer_of(body)
+        choices[0]["token_ids"] = [20, 9]
+        return choices
+
+    server.choices = other_end
+    (samples,) = connected(server).sample(REQUESTS[:1])
+    assert [sample.finish_reason for sample in samples] == ["other_stop", "stop", "length"]
+
+
+def test_what_may_pass_is_tried_again(server: Server) -> None:
+    server.statuses = [503, 429]
+    samples = connected(server, concurrency=1, retries=2).sample(REQUESTS)
+    assert samples == [expected(request) for request in REQUESTS]
+
+
+def test_retries_end_in_one_clear_error(server: Server) -> None:
+    server.statuses = [503] * 100
+    with pytest.raises(ConnectionError, match=r"doesn't answer, tried 2 times .*the same command"):
+        connected(server, concurrency=1, retries=1).sample(REQUESTS)
+    assert server.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([], "gave 0 completions instead of 3"),
+        ([{"index": 0}], "doesn't answer as a vLLM server does"),
+        (None, "doesn't answer as a vLLM server does"),
+    ],
+)
+def test_other_answers_are_refused(server: Server, choices: Any, message: str) -> None:
+    server.choices = lambda body: choices
+    with pytest.raises(ValueError, match=message):
+        connected(server).sample(REQUESTS[:1])

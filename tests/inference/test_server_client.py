@@ -1,0 +1,162 @@
+"""The client of a vLLM pooling server, against a server that answers as vLLM does.
+
+tests/recipes/test_vllm.py has the real one.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from steerlm2.inference import server_client
+from steerlm2.inference.server_client import ClassifyClient
+
+NAMES = ["humor", "verbosity"]
+TEXTS = [[i, 7, 3 * i] for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
+
+
+def connected(fake: Any, **options: Any) -> ClassifyClient:
+    asked = ClassifyClient(fake.url, NAMES, **options)
+    asked.connect(max_seq_len=512)
+    return asked
+
+
+def test_scores_come_in_the_order_of_the_texts(fake_vllm: Any) -> None:
+    """Each text is sent once, whatever the number of threads."""
+    assert connected(fake_vllm).classify(TEXTS) == [fake_vllm.scores(text) for text in TEXTS]
+    assert sorted(fake_vllm.texts) == sorted(TEXTS)
+
+
+def test_nothing_to_ask_is_not_asked(fake_vllm: Any) -> None:
+    assert connected(fake_vllm).classify([]) == []
+    assert fake_vllm.texts == []
+
+
+def test_concurrency_is_bounded(fake_vllm: Any) -> None:
+    """20 texts of 20 ms by 4 threads: never 5 at a time, and faster than one after the other."""
+    fake_vllm.seconds = 0.02
+    asked = connected(fake_vllm, concurrency=4)
+    started = time.monotonic()
+    asked.classify(TEXTS)
+    assert time.monotonic() - started < 20 * 0.02
+    assert 2 <= fake_vllm.most_in_flight <= 4
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_may_pass_is_tried_again(fake_vllm: Any, status: int) -> None:
+    fake_vllm.statuses = [status] * 2
+    asked = connected(fake_vllm, concurrency=1, retries=2)
+    assert asked.classify(TEXTS) == [fake_vllm.scores(text) for text in TEXTS]
+
+
+def test_retries_end_in_one_clear_error(fake_vllm: Any) -> None:
+    """1 + 2 tries; none of the other texts is sent once the first has failed."""
+    fake_vllm.statuses = [503] * 100
+    with pytest.raises(ConnectionError) as caught:
+        connected(fake_vllm, concurrency=1, retries=2).classify(TEXTS)
+    assert str(caught.value) == (
+        f"the server at {fake_vllm.url} doesn't answer, tried 3 times (status 503: no, 503). Once "
+        "it is up again, the same command continues where it stopped"
+    )
+    assert fake_vllm.texts == []
+
+
+def test_pauses_double(fake_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.05 + 0.1 + 0.2 s before the last of four tries."""
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.05)
+    fake_vllm.statuses = [503] * 3
+    asked = connected(fake_vllm, concurrency=1, retries=3)
+    started = time.monotonic()
+    asked.classify(TEXTS[:1])
+    assert 0.35 <= time.monotonic() - started < 1
+
+
+def test_a_server_that_dies_is_a_connection_error(fake_vllm: Any) -> None:
+    """In the midst of it; the client can be used again."""
+    fake_vllm.dies_after = 7
+    asked = connected(fake_vllm, concurrency=4, retries=1)
+    with pytest.raises(ConnectionError, match="the same command continues"):
+        asked.classify(TEXTS)
+    fake_vllm.dies_after = None
+    assert asked.classify(TEXTS) == [fake_vllm.scores(text) for text in TEXTS]
+
+
+def test_one_failure_ends_the_pauses_of_the_others(
+    fake_vllm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first text is refused while the second waits 20 s for its next try."""
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 20.0)
+    fake_vllm.status_of = lambda ids: 400 if ids == TEXTS[0] else 503
+    asked = connected(fake_vllm, concurrency=2)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="no, 400"):
+        asked.classify(TEXTS)
+    assert time.monotonic() - started < 10
+
+
+def test_no_server_at_all() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(ConnectionError, match=f"the server at {url} doesn't answer, tried 1 times"):
+        ClassifyClient(url, NAMES, retries=0).connect(max_seq_len=512)
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_refusal_is_not_tried_again(fake_vllm: Any, status: int) -> None:
+    """The server's own reason is given."""
+    fake_vllm.statuses = [status]
+    with pytest.raises(ValueError, match=f"/classify refuses .*status {status}: no, {status}"):
+        connected(fake_vllm, concurrency=1).classify(TEXTS[:1])
+    assert (fake_vllm.statuses, fake_vllm.texts) == ([], [])
+
+
+def test_another_number_of_attributes_is_refused(fake_vllm: Any) -> None:
+    asked = ClassifyClient(fake_vllm.url, [*NAMES, "quality"])
+    asked.connect(max_seq_len=512)
+    with pytest.raises(ValueError, match=r"gives 2 scores, schema\.names has 3 attributes"):
+        asked.classify(TEXTS)
+
+
+def test_another_order_of_attributes_is_refused(fake_vllm: Any) -> None:
+    asked = ClassifyClient(fake_vllm.url, NAMES[::-1])
+    asked.connect(max_seq_len=512)
+    with pytest.raises(ValueError, match="calls humor what is verbosity in schema"):
+        asked.classify([[100]])
+
+
+def test_a_model_without_names_of_its_attributes_is_taken(fake_vllm: Any) -> None:
+    """transformers calls them LABEL_0, LABEL_1, ... then."""
+    fake_vllm.names = ["LABEL_0", "LABEL_1"]
+    assert connected(fake_vllm).classify(TEXTS[:1]) == [fake_vllm.scores(TEXTS[0])]
+
+
+def test_longer_texts_than_the_server_takes_are_refused(fake_vllm: Any) -> None:
+    with pytest.raises(ValueError, match="texts of at most 512 tokens: set max_seq_len=512"):
+        ClassifyClient(fake_vllm.url, NAMES).connect(max_seq_len=513)
+
+
+def test_the_model_must_be_served(fake_vllm: Any) -> None:
+    with pytest.raises(ValueError, match="has no model other, only served"):
+        ClassifyClient(fake_vllm.url, NAMES, model="other").connect(max_seq_len=512)
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_the_url_may_be_that_of_the_openai_api(fake_vllm: Any, suffix: str) -> None:
+    asked = ClassifyClient(fake_vllm.url + suffix, NAMES)
+    asked.connect(max_seq_len=512)
+    assert asked.classify(TEXTS[:1]) == [fake_vllm.scores(TEXTS[0])]
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://host:port"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^server\.url"):
+        ClassifyClient(url, NAMES)

@@ -1,0 +1,169 @@
+"""The command-line entry of a recipe: what it is given, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from steerlm2.config.loader import Component
+from steerlm2.runs.entry import recipe_main
+
+TEMPLATE = "steerlm2.data.extra_id_template"
+
+
+@dataclass
+class Inner:
+    strategy: Literal["auto", "two_pass"] = "auto"
+    max_tokens: int = 4096
+    tolerance: float = 0.05
+
+
+@dataclass
+class Config:
+    output_dir: str
+    model: Component
+    lr: float | None = None
+    steps: int | None = None
+    compile: bool = False
+    prompts: list[str] = field(default_factory=list)
+    steerlm2: Inner = field(default_factory=Inner)
+    validation: Inner | None = None
+    named: dict[str, Inner] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        return ["'steps' and 'lr' go together"] if self.steps and self.lr is None else []
+
+
+GOOD: dict[str, Any] = {"output_dir": "out", "model": {"_component_": TEMPLATE}}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Calls an entry with a config file and `key=value` arguments; returns the exit status."""
+
+    def call(main: Callable[[Config], None], text: str, *overrides: str) -> Any:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(path), *overrides])
+        with pytest.raises(SystemExit) as exit:
+            recipe_main(Config)(main)()
+        return exit.value.code
+
+    return call
+
+
+def failing(error: Exception) -> Callable[[Config], None]:
+    def main(cfg: Config) -> None:
+        raise error
+
+    return main
+
+
+WHERE = "(STEERLM2_TRACEBACK=1 shows where)\n"
+"""Follows errors that neither steerlm2 nor the recipe raised, such as those raised in this file."""
+
+
+def test_recipe_gets_the_file_with_the_command_lines_values(run: Callable[..., Any]) -> None:
+    """File: lr 1e-7 as people write it. Command line: a key of a section, a list."""
+    seen: list[Config] = []
+    text = f"output_dir: out\nlr: 1e-7\nmodel:\n  _component_: {TEMPLATE}\n"
+
+    def main(cfg: Config) -> None:
+        seen.append(cfg)
+
+    status = run(main, text, "steerlm2.max_tokens=64", "prompts=[a,b]")
+    assert status is None
+    assert (seen[0].lr, seen[0].steerlm2.max_tokens, seen[0].prompts) == (1e-7, 64, ["a", "b"])
+
+
+def test_problems_end_in_a_message_and_status_1(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(failing(AssertionError("built")), yaml.safe_dump(GOOD), "stepps=3") == 1
+    assert capsys.readouterr().err == (
+        "error: the config has problems:\n  - unknown key 'stepps' (did you mean 'steps'?)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("line 1\nline 2"), "error: line 1\nline 2\n"),
+        (FileNotFoundError("no such thing; make it"), "error: no such thing; make it\n"),
+        (FileNotFoundError(2, "No such file", "/a/b"), "error: there is no file /a/b\n"),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n"),
+        (ValueError(), "error: ValueError\n"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_message(
+    error: Exception, message: str, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(failing(error), yaml.safe_dump(GOOD)) == 1
+    assert capsys.readouterr().err == message + WHERE
+
+
+def test_broken_yaml_ends_in_a_message(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(failing(AssertionError("built")), "output_dir: [out\nlr: }") == 1
+    assert capsys.readouterr().err.startswith("error: the config is not valid YAML: ")
+
+
+def test_other_ranks_name_themselves(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("steerlm2.runs.entry.SECONDS_FOR_RANK_0", 0.0)
+    run(failing(ValueError("line 1\nline 2")), yaml.safe_dump(GOOD))
+    assert capsys.readouterr().err == "error on rank 3: line 1\nline 2\n" + WHERE
+
+
+def test_our_own_bugs_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(path)])
+    with pytest.raises(KeyError):
+        recipe_main(Config)(failing(KeyError("bug")))()
+
+
+def test_a_rank_with_a_bug_ends_at_once(tmp_path: Path) -> None:
+    """With its traceback; waiting for its threads, it would hold up the ranks that wait for it."""
+    script = f"""
+import sys, threading, time
+from dataclasses import dataclass
+from steerlm2.runs.entry import recipe_main
+from steerlm2.distributed.world import init_world
+
+@dataclass
+class Config:
+    name: str
+
+@recipe_main(Config)
+def main(cfg):
+    init_world("cpu", needs_mesh=True)
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    raise KeyError("bug")
+
+sys.argv[1:] = ["--config", "{tmp_path / "config.yaml"}"]
+main()
+"""
+    (tmp_path / "config.yaml").write_text("name: any")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "KeyError: 'bug'" in ended.stderr
+
+
+def test_traceback_is_shown_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(path)])
+    monkeypatch.setenv("STEERLM2_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="mistake"):
+        recipe_main(Config)(failing(ValueError("mistake")))()

@@ -1,0 +1,41 @@
+"""What counts as progress, and how long a place may take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from steerlm2.distributed.world import World
+from steerlm2.runs import hangs
+from steerlm2.runs.hangs import LONG, HangWatch
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    clock = [0.0]
+    monkeypatch.setattr(hangs.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def test_a_forward_is_progress_and_ends_the_patience_of_its_place(now: list[float]) -> None:
+    """A place with 20 times the patience: two forwards may take 20 x 5 seconds, the third one 5."""
+    watch, decoder = HangWatch(World(torch.device("cpu")), 5), nn.Linear(2, 2)
+    watch.follow(decoder)
+    watch.at("validation", patience=LONG)
+    shares = []
+    for _ in range(3):
+        decoder(torch.zeros(2))
+        now[0] += 50
+        shares.append(watch._waited())
+    assert shares == [0.5, 0.5, 10]
+
+
+def test_a_new_place_has_its_own_patience(now: list[float]) -> None:
+    watch = HangWatch(World(torch.device("cpu")), 5)
+    watch.at("saving", patience=LONG)
+    now[0] += 5
+    assert watch._waited() == 1 / LONG
+    watch.at("step 1")
+    now[0] += 5
+    assert watch._waited() == 1

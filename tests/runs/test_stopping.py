@@ -1,0 +1,57 @@
+"""SIGTERM is noted while a run trains, and doesn't hurry it afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from steerlm2.distributed.world import World
+from steerlm2.runs.stopping import StopRequest
+
+WORLD = World(torch.device("cpu"))
+
+
+@pytest.fixture
+def received() -> Iterator[list[int]]:
+    """Signals that reach the handler from before."""
+    got: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    yield got
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_request_is_noted(received: list[int]) -> None:
+    with StopRequest(WORLD) as stop:
+        assert not stop.asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked()
+    assert received == []
+
+
+def test_a_request_that_comes_again_while_the_run_ends_changes_nothing(
+    received: list[int],
+) -> None:
+    with StopRequest(WORLD) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert received == []
+
+
+def test_a_request_after_the_training_changes_nothing(received: list[int]) -> None:
+    """What is left is the export."""
+    with StopRequest(WORLD) as stop:
+        assert not stop.asked()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert received == []
+
+
+def test_after_an_error_the_earlier_handler_comes_back(received: list[int]) -> None:
+    with pytest.raises(KeyError), StopRequest(WORLD):
+        raise KeyError
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert received == [signal.SIGTERM]

@@ -1,0 +1,390 @@
+"""The HTTP interface, in this process: answers, refusals, and what they say."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steerlm2.attributes import AttributeSchema
+from steerlm2.data.conversations import Conversation
+from steerlm2.data.packing import RewardGroup
+from steerlm2.data.records import Turn
+from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
+from steerlm2.data.templates import EXTRA_ID_TOKENS, extra_id_template
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.distributed.world import World
+from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
+from steerlm2.serving.batcher import score_texts
+from steerlm2.serving.reward_server import Limits, create_app, encode
+
+Json = dict[str, Any]
+
+MAX_SEQ_LEN = 160
+LIMITS = Limits(max_body_bytes=20_000, max_items=8)
+USER, ASSISTANT = {"from": "User", "value": "What is it?"}, {"from": "Assistant", "value": "Good."}
+GOOD: Json = {"conversations": [USER, ASSISTANT]}
+
+
+def load_model() -> AttributeModel:
+    return load_attribute_model(
+        {
+            "_component_": "torchtune.models.llama3.llama3",
+            **{"vocab_size": 512, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+            **{"embed_dim": 128, "intermediate_dim": 384, "max_seq_len": 2048},
+        },
+        None,
+        tiny_tokenizer(),
+        extra_id_template(),
+        AttributeSchema(("humor", "verbosity")),
+        World(torch.device("cpu")),
+        max_seq_len=MAX_SEQ_LEN,
+        max_tokens_per_microbatch=512,
+        dtype=torch.float32,
+    )
+
+
+MODEL = load_model()
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(create_app(MODEL, "mine", limits=LIMITS)) as client:
+        yield client
+
+
+def expected(system: str, turns: Sequence[Turn], response: str) -> dict[str, Any]:
+    """The scores of one conversation alone, by the model's own interface."""
+    group, _ = MODEL.encode(system, turns, [response])
+    ((scores,),) = MODEL.score([group])
+    return pytest.approx(dict(zip(("humor", "verbosity"), scores, strict=True)), abs=1e-5)
+
+
+def error_of(response: Any, status: int) -> str:
+    """The message of an answer, which has the one shape that all errors have."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["type", "message"]
+    return body["error"]["message"]
+
+
+def test_conversations_get_named_scores_in_order(client: TestClient) -> None:
+    """With a system text and without, of one turn and of three; labels make no difference."""
+    labelled = {"from": "Assistant", "value": "No.", "label": "humor:4"}
+    items = [
+        {"system": "Be brief.", "conversations": [USER, ASSISTANT], "mask": "User"},
+        {"conversations": [USER, labelled, USER, ASSISTANT | {"label": "humor:1"}]},
+        {"conversations": [ASSISTANT], "type": "VALUE_TO_TEXT"},
+    ]
+    answer = client.post("/v1/attributes", json={"conversations": items}).json()
+    asks, says = Turn("User", "What is it?"), Turn("Assistant", "No.")
+    assert answer == {
+        "model": "mine",
+        "attributes": ["humor", "verbosity"],
+        "scores": [
+            expected("Be brief.", [asks], "Good."),
+            expected(DEFAULT_SYSTEM_PROMPT, [asks, says, asks], "Good."),
+            expected(DEFAULT_SYSTEM_PROMPT, [], "Good."),
+        ],
+    }
+    assert len({scores["humor"] for scores in answer["scores"]}) == 3
+
+
+def test_texts_are_answers_without_a_question(client: TestClient) -> None:
+    texts = ["Good.", "Ünï\u2028\x00 <extra_id_1>User\n", "Good. " * 10]
+    answer = client.post("/v1/attributes", json={"texts": texts}).json()
+    assert answer["scores"] == [expected(DEFAULT_SYSTEM_PROMPT, [], text) for text in texts]
+    assert client.post("/v1/attributes", json={"texts": texts[:1]}).json()["scores"] == [
+        expected(DEFAULT_SYSTEM_PROMPT, [], "Good.")
+    ]
+
+
+def conversation(*turns: object, **keys: object) -> bytes:
+    return json.dumps({"conversations": [GOOD, {"conversations": list(turns)} | keys]}).encode()
+
+
+REFUSED = {
+    "malformed": (b'{"texts": ["a"', 400, "the body is no valid JSON: Expecting ','"),
+    "empty body": (b"", 400, "no valid JSON"),
+    "not UTF-8": (b'{"texts": ["\xff"]}', 400, "'utf-8' codec can't decode byte 0xff"),
+    "NaN": (b'{"texts": [NaN]}', 400, "NaN is no JSON"),
+    "infinite": (b'{"texts": [-Infinity]}', 400, "-Infinity is no JSON"),
+    "too deep": (b"[" * 15_000, 400, "nested too deeply"),
+    "endless number": (b'{"texts": [' + b"1" * 9000 + b"]}", 400, "no valid JSON"),
+    "no object": (b'["a"]', 422, "must be an object with one key, 'conversations' or 'texts'"),
+    "no key": (b"{}", 422, "one key, 'conversations' or 'texts'"),
+    "both keys": (b'{"texts": ["a"], "conversations": []}', 422, "'texts', 'conversations'"),
+    "unknown key": (b'{"texts": ["a"], "model": "x"}', 422, "got 'texts', 'model'"),
+    "unknown key alone": (b'{"text": ["a"]}', 422, "got 'text'"),
+    "texts no list": (b'{"texts": "a"}', 422, "texts must be a list of at least one"),
+    "no texts": (b'{"texts": []}', 422, "texts must be a list of at least one"),
+    "no conversations": (b'{"conversations": []}', 422, "conversations must be a list of at"),
+    "null": (b'{"conversations": null}', 422, "conversations must be a list of at least one"),
+    "text of another type": (b'{"texts": ["a", 3]}', 422, "texts[1]: must be text"),
+    "empty text": (b'{"texts": ["a", " \\n"]}', 422, "texts[1]: is empty"),
+    "half surrogate": (b'{"texts": ["a", "\\ud800"]}', 422, "texts[1]: must be text"),
+    "too many": (json.dumps({"texts": ["a"] * 9}).encode(), 413, "9 items, more than 8"),
+    "conversation no object": (b'{"conversations": [3]}', 422, "conversations[0]: a conversation"),
+    "empty conversation": (conversation(), 422, "conversations[1]: 'conversations' must be a list"),
+    "no turns": (b'{"conversations": [{}]}', 422, "conversations[0]: 'conversations' must be"),
+    "turn no object": (conversation("a"), 422, "conversations[1]: conversations[0]: must be a"),
+    "from": (
+        conversation(USER | {"from": "user"}, ASSISTANT),
+        422,
+        "conversations[1]: conversations[0]: 'from' must be 'User' or 'Assistant', got 'user'",
+    ),
+    "value": (
+        conversation(USER, ASSISTANT | {"value": None}),
+        422,
+        "conversations[1]: conversations[1]: 'value' must be text",
+    ),
+    "half surrogate in a turn": (
+        conversation(USER | {"value": "\ud800"}, ASSISTANT),
+        422,
+        "conversations[1]: conversations[0]: 'value' must be text",
+    ),
+    "empty turn": (
+        conversation(USER | {"value": ""}, ASSISTANT),
+        422,
+        "conversations[1]: conversations[0]: 'value' is empty",
+    ),
+    "user's turn last": (conversation(ASSISTANT, USER), 422, "must be from 'Assistant'"),
+    "system": (conversation(ASSISTANT, system=3), 422, "conversations[1]: 'system' must be text"),
+    "unknown key of a conversation": (
+        conversation(ASSISTANT, temperature=0),
+        422,
+        "conversations[1]: unknown key 'temperature'",
+    ),
+    "unknown key of a turn": (
+        conversation(ASSISTANT | {"weight": 1}),
+        422,
+        "conversations[1]: conversations[0]: unknown key 'weight'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_requests_are_told_what_is_wrong_and_where(client: TestClient, name: str) -> None:
+    body, status, message = REFUSED[name]
+    response = client.post(
+        "/v1/attributes", content=body, headers={"Content-Type": "application/json; charset=utf-8"}
+    )
+    assert message in error_of(response, status)
+
+
+def test_all_problems_of_a_request_are_named_and_long_ones_cut(client: TestClient) -> None:
+    """One long and 7 short; what is quoted from the request doesn't swell the answer."""
+    bad = {"conversations": [{"from": "x" * 5000, "value": "a"}]}
+    response = client.post("/v1/attributes", json={"conversations": [bad, *([{}] * 7)]})
+    message = error_of(response, 422)
+    assert [f"conversations[{i}]: " in message for i in range(8)] == [True] * 8
+    assert len(message) < 2000
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_other_content_types_are_refused(client: TestClient, content_type: str | None) -> None:
+    """A web page may send these to 127.0.0.1 without asking, JSON only where the server agrees."""
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    response = client.post("/v1/attributes", content=b'{"texts": ["a"]}', headers=headers)
+    assert "send Content-Type: application/json" in error_of(response, 415)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_bodies_are_refused(client: TestClient, chunked: bool) -> None:
+    """One byte over 20,000; exactly 20,000 are read (and are no JSON)."""
+    for size, status in ((20_001, 413), (20_000, 400)):
+        body = b" " * size
+        response = client.post(
+            "/v1/attributes",
+            content=iter([body[:9000], body[9000:]]) if chunked else body,
+            headers={"Content-Type": "application/json"},
+        )
+        message = error_of(response, status)
+    assert "no valid JSON" in message
+
+
+def test_reading_stops_at_the_limit(client: TestClient) -> None:
+    """A body without Content-Length and without an end."""
+    given_out = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal given_out
+        while given_out < 1000:
+            given_out += 1
+            yield b" " * 1000
+
+    headers = {"Content-Type": "application/json"}
+    response = client.post("/v1/attributes", content=endless(), headers=headers)
+    assert "more than 20000 bytes" in error_of(response, 413)
+
+
+def test_long_texts_are_refused_with_their_length(client: TestClient) -> None:
+    """The same text is 1 token short of the limit, at it, and beyond it."""
+
+    def text_of(num_tokens: int) -> str:
+        group, _ = MODEL.encode(DEFAULT_SYSTEM_PROMPT, [], ["a"])
+        return "a" + " a" * (num_tokens - group.num_tokens)
+
+    texts = [text_of(MAX_SEQ_LEN), text_of(MAX_SEQ_LEN + 1), "a", text_of(MAX_SEQ_LEN + 20)]
+    message = error_of(client.post("/v1/attributes", json={"texts": texts}), 413)
+    assert message == "more than 160 tokens: [1] has 161 tokens; [3] has 180 tokens"
+    assert client.post("/v1/attributes", json={"texts": texts[::2]}).status_code == 200
+
+
+def test_truncate_scores_the_end_and_says_so() -> None:
+    """A body of over 16 KiB, so that it is tokenised in a thread."""
+    question = Turn("User", "What is it? " * 2000)
+    with TestClient(create_app(MODEL, "mine", limits=Limits(truncate=True))) as client:
+        item = {"conversations": [{"from": "User", "value": question.value}, ASSISTANT]}
+        answer = client.post("/v1/attributes", json={"conversations": [GOOD, item]}).json()
+    assert answer["truncated"] == [1]
+    assert answer["scores"][1] == expected(DEFAULT_SYSTEM_PROMPT, [question], "Good.")
+
+
+PIECES = st.sampled_from([*EXTRA_ID_TOKENS, "<extra_id_", "1>", "\n", "User\n", "<pad>", "a"])
+TEXTS = st.lists(PIECES | st.text(max_size=3), min_size=1, max_size=8).map("".join)
+
+
+@given(system=TEXTS, question=TEXTS, response=TEXTS)
+def test_no_text_becomes_a_control_token(system: str, question: str, response: str) -> None:
+    """The control tokens are those of the same conversation with plain contents, in its order."""
+    turns = [Turn("User", question), Turn("Assistant", response)]
+    plain = [Turn("User", "a"), Turn("Assistant", "a")]
+    ((ids,), _) = encode(MODEL, [Conversation(turns, system)], truncate=True)
+    ((plain_ids,), _) = encode(MODEL, [Conversation(plain, "a")], truncate=True)
+    tokenizer = tiny_tokenizer()
+    control = {tokenizer.token_id(f"<extra_id_{i}>") for i in range(8)} | {tokenizer.pad_id}
+    found = [token for token in ids if token in control]
+    assert found == [token for token in plain_ids if token in control][-len(found) :]
+    assert len(ids) == MAX_SEQ_LEN or len(found) == 4
+
+
+def test_scores_do_not_depend_on_the_batch() -> None:
+    """30 texts together and each alone: shared beginnings, other rows, the same scores to 1e-5."""
+    items = [
+        Conversation([Turn("User", "is it " * (i % 7)), Turn("Assistant", "a " * i)], system)
+        for i in range(1, 16)
+        for system in ("Answer.", DEFAULT_SYSTEM_PROMPT)
+    ]
+    texts, _ = encode(MODEL, items, truncate=False)
+    together = score_texts(MODEL, texts)
+    for text, scores in zip(texts, together, strict=True):
+        ((alone,),) = MODEL.score([RewardGroup(text[:-1], [text[-1:]])])
+        assert scores == pytest.approx(alone, abs=1e-5)
+
+
+class OtherModel(AttributeModel):
+    """The model, but texts with "boom" break it and texts with "slow" take a while."""
+
+    def score(self, groups: Sequence[RewardGroup]) -> list[list[list[float]]]:
+        text = self.tokenizer.decode([token for group in groups for token in group.prompt])
+        if "boom" in text:
+            raise RuntimeError("a secret of the inside")
+        if "slow" in text:
+            time.sleep(1.5)
+        return super().score(groups)
+
+
+@pytest.fixture
+def other_client() -> Iterator[TestClient]:
+    limits = Limits(request_timeout=1, max_queue=2)
+    app = create_app(OtherModel(**vars(MODEL)), "other", limits=limits)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_errors_of_the_model_are_answered_and_survived(
+    other_client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = other_client.post("/v1/attributes", json={"texts": ["boom"]})
+    assert error_of(response, 500) == "the model failed: RuntimeError"
+    assert "a secret of the inside" in caplog.text
+    assert other_client.post("/v1/attributes", json={"texts": ["fine"]}).status_code == 200
+
+
+def test_errors_of_our_own_are_answered_without_their_text(
+    other_client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyError("a secret of the inside")
+
+    monkeypatch.setattr("steerlm2.serving.reward_server.encode", fail)
+    response = other_client.post("/v1/attributes", json={"texts": ["a"]})
+    assert error_of(response, 500) == "KeyError; the server's log has more"
+
+
+def test_slow_answers_time_out(other_client: TestClient) -> None:
+    response = other_client.post("/v1/attributes", json={"texts": ["slow"]})
+    assert "not answered within 1 seconds" in error_of(response, 504)
+
+
+def test_a_full_queue_is_answered_with_when_to_come_back(other_client: TestClient) -> None:
+    response = other_client.post("/v1/attributes", json={"texts": ["a", "b", "c"]})
+    assert "too many texts wait" in error_of(response, 503)
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("POST", "/v1/attributes/", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/attributes", 405),
+        ("POST", "/health", 405),
+    ],
+)
+def test_unknown_paths_and_methods(client: TestClient, method: str, path: str, status: int) -> None:
+    message = error_of(client.request(method, path), status)
+    assert message.startswith(f"{method} {path}: ")
+    assert "/v1/attributes, /v1/model, /health, /metrics" in message
+
+
+def test_health_and_description(client: TestClient) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/v1/model").json() == {
+        **{"model": "mine", "attributes": ["humor", "verbosity"], "min_value": 0, "max_value": 4},
+        **{"max_seq_len": 160, "truncate": False, "max_items": 8, "max_body_bytes": 20_000},
+    }
+    paths = client.get("/openapi.json").json()["paths"]
+    assert paths.keys() == {"/v1/attributes", "/v1/model", "/health", "/metrics"}
+
+
+def test_metrics_count_requests_and_texts() -> None:
+    """Two requests of 1 + 3 texts, one refused, two of paths that don't exist."""
+    with TestClient(create_app(MODEL, "mine", limits=LIMITS)) as client:
+        client.post("/v1/attributes", json={"texts": ["a"]})
+        client.post("/v1/attributes", json={"texts": ["a", "b", "c"]})
+        client.post("/v1/attributes", json={"texts": []})
+        client.get("/one")
+        client.get("/two")
+        lines = client.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert values['steerlm2_requests_total{path="/v1/attributes",status="200"}'] == "2.0"
+    assert values['steerlm2_requests_total{path="/v1/attributes",status="422"}'] == "1.0"
+    assert values['steerlm2_requests_total{path="other",status="404"}'] == "2.0"
+    assert values["steerlm2_texts_total"] == "4.0"
+    assert values["steerlm2_batch_texts_sum"] == "4.0"
+    assert values["steerlm2_waiting_texts"] == "0.0"
+    assert values['steerlm2_request_seconds_count{path="/v1/attributes"}'] == "3.0"
+    assert not re.search("/one|/two", "\n".join(lines))
+
+
+def test_nothing_is_logged_for_users_mistakes(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise a caller could fill the disk."""
+    with caplog.at_level(logging.WARNING):
+        client.post("/v1/attributes", content=b"{", headers={"Content-Type": "application/json"})
+    assert caplog.records == []
