@@ -1,1 +1,5 @@
-"""Typed configurations: the loader, and the keys that recipes share."""
+"""Typed configurations: what reads and checks a YAML file, and the keys that recipes share.
+
+loader  from a parsed file to a dataclass, with all problems at once
+keys    the keys that recipes inherit
+"""

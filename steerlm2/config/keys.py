@@ -1,0 +1,315 @@
+"""The keys that recipes share: a recipe's config class inherits them, flat as in torchtune.
+
+    ModelKeys -> DistributedKeys -> TrainingKeys
+
+Each key is a field with a docstring: `--help` and recipe_configs/KEYS.md are made from them. What a
+key may be stands in `problems`, which a recipe's own `problems` extends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from steerlm2.attributes import parse_label
+from steerlm2.config.loader import Component
+from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
+
+ActivationCheckpointing = Literal["full", "selective"]
+"""What of a layer the backward computes again: all, or all but matrix products and attention."""
+
+
+def default_template() -> Component:
+    return Component(_component_="steerlm2.data.extra_id_template")
+
+
+def default_schedule() -> Component:
+    return Component(_component_="steerlm2.training.warmup_cosine_hold")
+
+
+def at_least_one(config: object, *names: str, section: str = "") -> Iterator[str]:
+    """Which of a config's whole numbers are below 1; None is none.
+
+    Args:
+        section: where they stand in the YAML, with a point at its end.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            yield f"'{section}{name}' must be at least 1, got {value}"
+
+
+def above_zero(config: object, *names: str, section: str = "") -> Iterator[str]:
+    """Which of a config's numbers aren't above 0; arguments as of `at_least_one`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            yield f"'{section}{name}' must be above 0, got {value}"
+
+
+def sampling_problems(config: Any, section: str = "") -> Iterator[str]:
+    """What is wrong with `temperature` and `top_p`."""
+    if not config.temperature >= 0:
+        yield f"'{section}temperature' must be at least 0, got {config.temperature}"
+    if not 0 < config.top_p <= 1:
+        yield f"'{section}top_p' must be above 0 and at most 1, got {config.top_p}"
+
+
+@dataclass(kw_only=True)
+class ModelKeys:
+    """A model with its tokenizer and template, and what it is computed on."""
+
+    tokenizer: Component
+    """Builder of the tokenizer, e.g. steerlm2.data.hf_tokenizer."""
+    model: Component
+    """Builder of the decoder, e.g. torchtune.models.llama3_1.llama3_1_8b; an attribute model's
+    backbone, whose output layer gives way to the head."""
+    template: Component = field(default_factory=default_template)
+    """How a conversation becomes tokens; a model is used with the template it was trained with."""
+    checkpointer: Component | None = None
+    """Where the weights come from, and where trained ones go; null: fresh weights from `seed`."""
+    seed: int = 0
+    """Of fresh weights, of the order of the data, and of sampling."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """What the model is computed on; a rank takes the GPU of its number on the node."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of the computation."""
+    compile: bool = False
+    """Compile the layers with torch.compile."""
+
+    def problems(self) -> list[str]:
+        """What is wrong between keys that are right by themselves."""
+        return []
+
+
+@dataclass(kw_only=True)
+class DistributedKeys(ModelKeys):
+    """How a model is laid out over processes, and how the processes are watched."""
+
+    tensor_parallel_dim: int = 1
+    """Ranks that split each matrix; best kept within a node."""
+    data_parallel_replicate_dim: int = 1
+    """Replicas of the sharded model (HSDP)."""
+    data_parallel_shard_dim: int = -1
+    """Ranks that share one copy of the parameters (FSDP2); -1: all that are left."""
+    fsdp_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in the host's memory."""
+    fsdp_reshard_after_forward: bool = True
+    """Let go of a layer's gathered parameters after its forward: less memory, one more gather."""
+    hang_timeout_seconds: float | None = 45.0
+    """Seconds without progress after which the ranks that are missing are named; null: never."""
+    collective_timeout_seconds: float = 3600.0
+    """Seconds after which a collective that hangs ends the run."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.fsdp_cpu_offload and self.device == "cpu":
+            found.append("'fsdp_cpu_offload' needs 'device: cuda'")
+        found += above_zero(self, "hang_timeout_seconds", "collective_timeout_seconds")
+        return found
+
+    def whole_model_problems(self) -> Iterator[str]:
+        """What can't be had where every process holds the whole model, to sample from it."""
+        for key, default in (
+            ("tensor_parallel_dim", 1),
+            ("data_parallel_replicate_dim", 1),
+            ("data_parallel_shard_dim", -1),
+            ("fsdp_cpu_offload", False),
+            ("fsdp_reshard_after_forward", True),
+        ):
+            if getattr(self, key) != default:
+                yield (
+                    f"'{key}' must be {str(default).lower()}: every process holds the whole model; "
+                    "for a larger one start a vLLM server and give server.url"
+                )
+
+
+@dataclass(kw_only=True)
+class TrainingKeys(DistributedKeys):
+    """What every training run has: data, optimizer, steps, validation, checkpoints, logs."""
+
+    output_dir: str
+    """Folder of the run: checkpoints, exported weights, metrics.jsonl, logs."""
+    dataset: Component
+    """Builder of the training data; steerlm2.datasets has them."""
+    dataset_val: Component | None = None
+    """Builder of the validation data."""
+    optimizer: Component
+    """E.g. torch.optim.AdamW with its arguments."""
+    lr: float | None = None
+    """Peak learning rate; shorthand for optimizer.lr."""
+    lr_scheduler: Component = field(default_factory=default_schedule)
+    """Learning rate schedule; gets the number of steps from `max_steps` and `epochs`."""
+    clip_grad_norm: float | None = None
+    """Norm that all gradients together are scaled down to; null: they are left as they are."""
+    global_batch_size: int = 128
+    """Records (prompts with their responses, conversations, texts or pairs) of an optimizer step,
+    all ranks together."""
+    epochs: int | None = None
+    """Passes over the data; the smaller of `epochs` and `max_steps` ends the run."""
+    max_steps: int | None = None
+    """Optimizer steps."""
+
+    val_every_n_steps: int | None = None
+    """Steps between validations; one comes before the first step, one after the last; null: none."""
+    limit_val_batches: int | None = None
+    """Global batches of a validation; null: all data."""
+    export: Literal["best", "last"] = "best"
+    """Weights to export: those of the lowest validation loss, where there is one, or the last."""
+    save_every_n_steps: int | None = None
+    """Steps between training states, from which a stopped run continues; null: none but at
+    SIGTERM."""
+    keep_last_n_checkpoints: int | None = None
+    """Training states to keep; null: all."""
+    resume_from_checkpoint: bool = False
+    """Continue from the newest training state in `output_dir`."""
+    save_adapter_weights_only: bool = False
+    """Export LoRA adapters alone, without the merged model."""
+
+    param_dtype: Literal["fp32", "bf16"] | None = None
+    """Of the trained weights; null: `dtype`. fp32 with dtype bf16: master weights by FSDP2."""
+    save_dtype: Literal["fp32", "bf16"] | None = None
+    """Of the exported weights; null: `param_dtype`."""
+    float8: bool = False
+    """Matrix products of the layers in 8 bits; H100 and newer, not with adapters."""
+    enable_activation_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them."""
+    ac_mode: ActivationCheckpointing = "full"
+    """Which: all of a layer, or (selective) all but the outputs of matrix products and attention."""
+    fsdp_reduce_every_microbatch: bool = True
+    """Reduce gradients in every micro-batch; false: once a step, which saves traffic and keeps
+    whole float32 gradients on every rank."""
+
+    metric_logger: Component | None = None
+    """torchtune's metric loggers (W&B, TensorBoard, ...), beside metrics.jsonl."""
+    log_every_n_steps: int = 1
+    """Steps between log lines."""
+    log_peak_memory_stats: bool = True
+    """Log peak_memory_gib."""
+    profiler: Component | None = None
+    """torchtune's profiler, e.g. torchtune.training.setup_torch_profiler."""
+
+    TAKEN: ClassVar[dict[str, str]] = {"template": "template"}
+    """Arguments of the data sets that are taken from other keys."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.epochs is None and self.max_steps is None:
+            found.append("set 'epochs' or 'max_steps' (the smaller of the two ends the run)")
+        if self.lr is None and "lr" not in self.optimizer:
+            found.append("'lr' is missing")
+        if self.lr is not None and self.optimizer.get("lr", self.lr) != self.lr:
+            found.append(
+                f"lr={self.lr} and optimizer.lr={self.optimizer['lr']} disagree: set only 'lr'"
+            )
+        found += taken_elsewhere("dataset", self.dataset, self.TAKEN)
+        found += taken_elsewhere("dataset_val", self.dataset_val, self.TAKEN)
+        origin = {"num_training_steps": "max_steps and epochs"}
+        found += taken_elsewhere("lr_scheduler", self.lr_scheduler, origin)
+        found += self._float8_problems()
+        found += above_zero(self, "clip_grad_norm")
+        found += at_least_one(
+            self,
+            *("global_batch_size", "epochs", "max_steps", "log_every_n_steps"),
+            *("val_every_n_steps", "limit_val_batches"),
+            *("save_every_n_steps", "keep_last_n_checkpoints"),
+        )
+        return found
+
+    @property
+    def peak_lr(self) -> float:
+        lr = self.optimizer.get("lr", self.lr)
+        assert lr is not None  # `problems`
+        return float(lr)
+
+    def _float8_problems(self) -> Iterator[str]:
+        if not self.float8:
+            return
+        if self.device != "cuda":
+            yield "'float8' needs 'device: cuda'"
+        if self.dtype != "bf16":
+            yield "'float8' needs 'dtype: bf16' (param_dtype may be fp32)"
+        if self.tensor_parallel_dim > 1:
+            yield "'float8' needs 'tensor_parallel_dim: 1': FSDP2 alone shards the layers then"
+
+
+def taken_elsewhere(
+    section: str, component: Component | None, origins: dict[str, str]
+) -> Iterator[str]:
+    """Arguments of a component that a recipe gives it itself.
+
+    Args:
+        origins: by argument, the key that it is taken from.
+    """
+    for argument, origin in origins.items():
+        if component is not None and argument in component:
+            yield f"'{section}.{argument}' is taken from '{origin}': set that"
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """The `data:` section."""
+
+    shuffle: bool = True
+    """Draw each epoch's order from `seed`; false: the order of the file."""
+
+
+@dataclass(kw_only=True)
+class GenerationOptions:
+    """The `generation:` section: answers sampled at every validation."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Questions to answer."""
+    label: str | None = None
+    """Label under which `prompts` are answered."""
+    system: str = DEFAULT_SYSTEM_PROMPT
+    """System text of `prompts`."""
+    from_dataset_val: int = 0
+    """The first so many records of dataset_val are asked too, each with its own label."""
+    max_new_tokens: int = 64
+    """Tokens of an answer, the stop token among them."""
+    temperature: float = 0.7
+    """Of sampling; 0: the most likely token."""
+    top_p: float = 0.9
+    """Sample from the most likely tokens that together have this probability."""
+    metrics: list[Component] = field(default_factory=list)
+    """Functions called with (prompts, labels, responses), lists of one length; each gives a mapping
+    from names to numbers, logged as val_NAME."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with its values."""
+        if not self.prompts and not self.from_dataset_val:
+            yield "'generation' needs 'prompts' or 'from_dataset_val'"
+        if self.from_dataset_val < 0:
+            yield f"'generation.from_dataset_val' is negative: {self.from_dataset_val}"
+        yield from at_least_one(self, "max_new_tokens", section="generation.")
+        yield from sampling_problems(self, "generation.")
+        if self.label is not None:
+            try:
+                parse_label(self.label)
+            except ValueError as error:
+                yield f"'generation.label': {error}"
+
+
+@dataclass(kw_only=True)
+class ServerOptions:
+    """The `server:` section: a server that samples or scores instead of the checkpoint."""
+
+    url: str
+    """Its address, e.g. http://127.0.0.1:8000."""
+    model: str | None = None
+    """The model's name at the server; null: its first one."""
+    concurrency: int = 64
+    """Requests at a time."""
+    timeout: float = 600.0
+    """Seconds for an answer."""
+    retries: int = 5
+    """Tries more of a failed request, with pauses of 0.5 s, 1 s, 2 s, ..."""
+
+    def problems(self, section: str = "server") -> Iterator[str]:
+        """What is wrong with its values; `section` is where it stands in the config."""
+        yield from at_least_one(self, "concurrency", section=f"{section}.")
+        yield from above_zero(self, "timeout", section=f"{section}.")
+        if self.retries < 0:
+            yield f"'{section}.retries' must be at least 0, got {self.retries}"
