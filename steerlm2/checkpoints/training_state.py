@@ -106,7 +106,7 @@ class StateWriter:
 
         self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
         self._writing: list[tuple[str, Future[None]]] = []
-        self._best: tuple[int, Any] | None = None  # the step and the copy of its weights
+        self._staged: tuple[int, Any] | None = None  # the last step and the copy of its weights
         self._failed: dict[str, ValueError] = {}  # the last "step" or the last "best"
         self._pause = 0.0
         world.on_main(lambda: _tidy(folder))
@@ -116,8 +116,8 @@ class StateWriter:
     ) -> None:
         """Begin to write `step_{step}`: weights, optimizer, random states, and `state` (JSON).
 
-        After `save_best` of the same step the copy of the weights is the same one, so that the run
-        needn't wait until they are written.
+        State and best weights of one step share the copy of the weights, in either order, so that
+        the run needn't wait until the first is written.
 
         Raises:
             ValueError: where the state before couldn't be written and this one can't either, or
@@ -132,10 +132,7 @@ class StateWriter:
                 return {"model": model_state, "optimizer": {**optimizer_state, "state": plain}}
             return {"model": model_state, "optimizer": optimizer_state}
 
-        copied = {}
-        if self._best is not None and self._best[0] == step:
-            copied["model"] = self._best[1]
-        self._begin(self.folder / f"step_{step:06d}", tensors, {"step": step, **state}, copied)
+        self._begin(self.folder / f"step_{step:06d}", tensors, step, state)
 
     def save_best(self, step: int, decoder: nn.Module, state: Mapping[str, Any]) -> None:
         """Begin to write `best`: the trained weights alone, and `state` with the step."""
@@ -144,8 +141,7 @@ class StateWriter:
             options = StateDictOptions(ignore_frozen_params=True)
             return {"model": get_model_state_dict(decoder, options=options)}
 
-        staged = self._begin(self.folder / BEST, tensors, {"step": step, **state}, {})
-        self._best = step, staged["model"]
+        self._begin(self.folder / BEST, tensors, step, state)
 
     def wait(self) -> None:
         """Until what was begun is complete.
@@ -176,12 +172,15 @@ class StateWriter:
         self,
         final: Path,
         tensors: Callable[[], dict[str, Any]],
+        step: int,
         state: Mapping[str, Any],
-        copied: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """Copy the tensors, but for those that are `copied`, and hand all to the thread."""
+    ) -> None:
+        """Copy the tensors, but for weights that are copied already, and hand all to the thread."""
         started = time.perf_counter()
-        state_text = json.dumps(state)
+        state_text = json.dumps({"step": step, **state})
+        copied = {}
+        if self._staged is not None and self._staged[0] == step:
+            copied["model"] = self._staged[1]
         if not copied:  # by the last call, whose other copies the next ones don't touch
             self._collect()
             if self.world.is_main:
@@ -197,8 +196,8 @@ class StateWriter:
         self._writing.append((final.name.partition("_")[0], writing))
         if self._failed and final.name != BEST:
             self.wait()
+        self._staged = step, staged["model"]
         self._pause += time.perf_counter() - started
-        return staged
 
     def _collect(self) -> None:
         """Wait for what is being written; a failure stands until the next of its kind is."""

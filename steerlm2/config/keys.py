@@ -126,9 +126,19 @@ class DistributedKeys(ModelKeys):
 
 
 @dataclass(kw_only=True)
+class DataOptions:
+    """The `data:` section."""
+
+    shuffle: bool = True
+    """Draw each epoch's order from `seed`; false: the order of the file."""
+
+
+@dataclass(kw_only=True)
 class TrainingKeys(DistributedKeys):
     """What every training run has: data, optimizer, steps, validation, checkpoints, logs."""
 
+    data: DataOptions = field(default_factory=DataOptions)
+    """How the data are drawn."""
     output_dir: str
     """Folder of the run: checkpoints, exported weights, metrics.jsonl, logs."""
     dataset: Component
@@ -152,7 +162,8 @@ class TrainingKeys(DistributedKeys):
     """Optimizer steps."""
 
     val_every_n_steps: int | None = None
-    """Steps between validations; one comes before the first step, one after the last; null: none."""
+    """Steps between validations; one comes before the first step and one after the last; null:
+    none."""
     limit_val_batches: int | None = None
     """Global batches of a validation; null: all data."""
     export: Literal["best", "last"] = "best"
@@ -176,7 +187,7 @@ class TrainingKeys(DistributedKeys):
     enable_activation_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
     ac_mode: ActivationCheckpointing = "full"
-    """Which: all of a layer, or (selective) all but the outputs of matrix products and attention."""
+    """Which: all of a layer; or (selective) all but outputs of matrix products and attention."""
     fsdp_reduce_every_microbatch: bool = True
     """Reduce gradients in every micro-batch; false: once a step, which saves traffic and keeps
     whole float32 gradients on every rank."""
@@ -218,6 +229,11 @@ class TrainingKeys(DistributedKeys):
         return found
 
     @property
+    def val_data(self) -> Component | None:
+        """`dataset_val`, where validations are wanted."""
+        return self.dataset_val if self.val_every_n_steps else None
+
+    @property
     def peak_lr(self) -> float:
         lr = self.optimizer.get("lr", self.lr)
         assert lr is not None  # `problems`
@@ -245,14 +261,6 @@ def taken_elsewhere(
     for argument, origin in origins.items():
         if component is not None and argument in component:
             yield f"'{section}.{argument}' is taken from '{origin}': set that"
-
-
-@dataclass(kw_only=True)
-class DataOptions:
-    """The `data:` section."""
-
-    shuffle: bool = True
-    """Draw each epoch's order from `seed`; false: the order of the file."""
 
 
 @dataclass(kw_only=True)

@@ -10,10 +10,13 @@ from typing import Any, Literal
 
 import torch
 
+from steerlm2.data.conversations import Conversation
 from steerlm2.data.packing import Group
 from steerlm2.data.records import (
+    ASSISTANT,
     LOG_PROB_KEYS,
     Record,
+    Turn,
     read_records,
 )
 from steerlm2.data.synthetic import synthetic_records
@@ -47,6 +50,13 @@ class SteerLM2Dataset(Sequence[Group]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.groups[index]
+
+    def conversations(self) -> list[Conversation]:
+        """Each group's prompt, and an empty answer under its label."""
+        records = (self.records[group.index] for group in self.groups)
+        return [
+            Conversation([*r.prompt_turns, Turn(ASSISTANT, "", r.label)], r.system) for r in records
+        ]
 
     def without_label(self) -> list[Group]:
         """The same groups with prompts that show no label, in no turn: the input of log P(y|x)."""

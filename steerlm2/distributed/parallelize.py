@@ -7,8 +7,8 @@ knows nothing of them.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.config.keys import ActivationCheckpointing
 from steerlm2.distributed.world import World
 from steerlm2.models.attention import attend_blocks
 from steerlm2.models.llama import (
@@ -39,8 +40,6 @@ from steerlm2.models.nf4 import is_nf4, nf4_problems, quantize_frozen
 
 RECOMPILE_LIMIT = 64
 """Training, validation and scoring each compile static and dynamic lengths; torch stops at 8."""
-
-ActivationCheckpointing = Literal["full", "selective"]
 
 PRODUCTS = (
     torch.ops.aten.mm.default,
@@ -124,7 +123,7 @@ def parallelize(
 
 
 def reduce_gradients(
-    decoder: TransformerDecoder, world: World, *, last: bool, every_time: bool
+    decoder: TransformerDecoder, world: World, last: bool, every_time: bool
 ) -> None:
     """Say before a backward whether FSDP2 reduces gradients in it.
 
@@ -139,16 +138,17 @@ def reduce_gradients(
         decoder.set_requires_all_reduce(last)
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """The norm of all gradients together, on every rank; they are scaled down to `max_norm`.
 
     Args:
         max_norm: None leaves them as they are.
     """
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    with_grad = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in with_grad if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
+        clip_grads_with_norm_(with_grad, max_norm, norm)
     return norm
 
 

@@ -235,7 +235,7 @@ def pair_cost(decoder: TransformerDecoder) -> float:
     """What attending to one token costs, in tokens passing all layers: FLOPs over FLOPs.
 
     A pair takes 2 multiply-adds per layer and attention dimension (query-key and weight-value), a
-    token one per weight of the layers. Of the whole model, so before it is split over ranks.
+    token one per weight of the layers. Of the whole model, also where it is split over ranks.
     """
     weights = sum(parameter.numel() for parameter in decoder.layers.parameters())
     return 2 * len(decoder.layers) * decoder.num_heads * decoder.head_dim / weights

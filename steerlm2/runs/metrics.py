@@ -120,6 +120,18 @@ def summary_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], parts:
     return "\n".join(lines)
 
 
+def validation_table(entries: Sequence[Mapping[str, Any]], step: int) -> str:
+    """The validation after a step as text; empty where there was none."""
+    lines = [
+        f"  {name.removeprefix('val_'):<34}{value:>10.4g}"
+        for entry in entries
+        if entry["step"] == step
+        for name, value in entry.items()
+        if name.startswith("val_")
+    ]
+    return "\n".join([f"validation at step {step}", *lines]) if lines else ""
+
+
 def plot_curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> None:
     """One panel for each key over steps, with its validation values (`val_` + key), as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

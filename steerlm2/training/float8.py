@@ -6,9 +6,6 @@ are scaled by their largest magnitude and rounded to 8 bits just before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
-
 import torch
 from torch import nn
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -19,25 +16,6 @@ CAPABILITY = (8, 9)
 """The first GPUs with float8 products: Ada (L4, L40S); H100 has 9.0."""
 MULTIPLE_OF = 16
 """Rows and columns of a matrix, for the GPU's product."""
-
-
-class Float8Config(Protocol):
-    float8: bool
-    device: Any
-    dtype: Any
-    tensor_parallel_dim: int
-
-
-def float8_config_problems(cfg: Float8Config) -> Iterator[str]:
-    """What of a training config doesn't go with `float8: true`."""
-    if not cfg.float8:
-        return
-    if cfg.device != "cuda":
-        yield "'float8' needs 'device: cuda'"
-    if cfg.dtype != "bf16":
-        yield "'float8' needs 'dtype: bf16' (param_dtype may be fp32)"
-    if cfg.tensor_parallel_dim > 1:
-        yield "'float8' needs 'tensor_parallel_dim: 1': FSDP2 alone shards the layers then"
 
 
 def check_float8_device(device: torch.device) -> None:
@@ -54,17 +32,21 @@ def check_float8_device(device: torch.device) -> None:
         )
 
 
-def use_float8(decoder: TransformerDecoder, *, emulate: bool = False) -> None:
+def use_float8(decoder: TransformerDecoder, device: torch.device, *, emulate: bool = False) -> None:
     """Exchange the linear layers of the decoder's layers, before it is laid out over processes.
 
     Not the output matrix, which the log-prob layer applies in chunks, nor a reward head.
 
     Args:
+        device: that it will run on.
         emulate: round to float8 but multiply in float32; runs anywhere.
 
     Raises:
-        ValueError: for a decoder with LoRA adapters, whose matrices would stay as they are.
+        ValueError: where the GPU has no float8 products; for a decoder with LoRA adapters, whose
+            matrices would stay as they are.
     """
+    if not emulate:
+        check_float8_device(device)
     if get_adapter_params(decoder):
         raise ValueError(
             "float8 doesn't go with LoRA adapters: set float8=false, or a `model` without"

@@ -24,6 +24,7 @@ from steerlm2.distributed.world import close_world, end_rank
 from steerlm2.planning.jobs import JOBS, Job, PlannedRow
 from steerlm2.planning.trace import fake_world, trace_step
 from steerlm2.planning.tracker import StepTracker
+from steerlm2.training.run import TrainingRun
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "tests" / "recipes")]
@@ -54,10 +55,9 @@ def highest_level(profiler: profile) -> int:
 
 def rows_of_this_rank(job: Job[Any], recipe: Any) -> list[PlannedRow[Any]]:
     """Of the second step."""
-    work = recipe._prepared(1)
-    step = work[0] if isinstance(work, tuple) else work.groups
-    records = [rebuilt(job, record) for record in step]
-    return [ranks[recipe.world.dp_rank] for ranks in job.rows(records, recipe.world.dp_size)]
+    world = recipe.run.world
+    records = [rebuilt(job, record) for record in recipe.prepare(2).records]
+    return [ranks[world.dp_rank] for ranks in job.rows(records, world.dp_size)]
 
 
 def planned(job: Job[Any], rows: list[PlannedRow[Any]], size: int) -> dict[str, float]:
@@ -77,8 +77,9 @@ def rebuilt(job: Job[Any], record: Any) -> Any:
 
 def main(name: str, config: str, result: str, *overrides: str) -> None:
     cfg = recipe_config(name, config, *overrides)
-    recipe = getattr(importlib.import_module(name), CLASSES[name])(cfg)
-    on_gpu, alone = cfg.device == "cuda", recipe.world.size == 1
+    run = TrainingRun(cfg)
+    recipe = getattr(importlib.import_module(name), CLASSES[name])(cfg, run)
+    on_gpu, alone = cfg.device == "cuda", run.world.size == 1
     tracker = StepTracker()
     profiler = profile(enabled=alone and not on_gpu, profile_memory=True)
     with profiler, contextlib.nullcontext() if alone or on_gpu else tracker:
@@ -93,7 +94,7 @@ def main(name: str, config: str, result: str, *overrides: str) -> None:
         measured = torch.cuda.max_memory_allocated()
     else:
         measured = highest_level(profiler) if alone else sum(tracker.at_peak().values())
-    size, main_rank = recipe.world.size, recipe.world.is_main
+    size, main_rank = run.world.size, run.world.is_main
     rows = rows_of_this_rank(JOBS[name](cfg), recipe)
     if not main_rank:
         end_rank()

@@ -1,0 +1,136 @@
+"""What a training run builds before its steps: the model, laid out, its optimizer and schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params
+
+from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoints.decoder import build_decoder, lay_out
+from steerlm2.checkpoints.weights import (
+    Checkpointer,
+    check_context,
+    check_vocabulary,
+    open_checkpointer,
+    open_reward_checkpointer,
+)
+from steerlm2.config.keys import TrainingKeys
+from steerlm2.config.loader import instantiate
+from steerlm2.data.templates import Template
+from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.distributed.parallelize import DTYPES
+from steerlm2.distributed.world import World
+from steerlm2.training.float8 import use_float8
+
+
+def build_model(
+    cfg: TrainingKeys,
+    tokenizer: Tokenizer,
+    *,
+    longest: int,
+    num_attributes: int | None = None,
+) -> TransformerDecoder:
+    """The decoder to be trained, on the meta device.
+
+    Args:
+        longest: tokens of the longest sequence that it will see.
+        num_attributes: of an attribute model: its head takes the place of the output layer.
+
+    Raises:
+        ValueError: where tokenizer or data don't fit the model, or only adapters are to be saved
+            and there are none.
+    """
+    dtype, param_dtype = DTYPES[cfg.dtype], DTYPES[cfg.param_dtype or cfg.dtype]
+    model = build_decoder(cfg.model, dtype, param_dtype=param_dtype, num_attributes=num_attributes)
+    if cfg.save_adapter_weights_only and not get_adapter_params(model):
+        raise ValueError("save_adapter_weights_only needs a `model` with LoRA adapters")
+    check_vocabulary(model, tokenizer)
+    check_context(model, longest)
+    return model
+
+
+@dataclass(frozen=True)
+class RewardHeadOptions:
+    """What an attribute model's checkpoint is written with, beside its weights."""
+
+    template: Template
+    schema: AttributeSchema
+    load_head: bool
+    """The checkpoint that the run starts from has this head."""
+
+
+def open_run_checkpointer(
+    cfg: TrainingKeys,
+    model: TransformerDecoder,
+    tokenizer: Tokenizer,
+    world: World,
+    head: RewardHeadOptions | None = None,
+) -> Checkpointer | None:
+    """Where the weights come from and go to; on rank 0, None on the others.
+
+    Args:
+        head: of an attribute model.
+
+    Raises:
+        ValueError: on every rank, where the folder isn't a checkpoint that can be read, or has
+            another head than it should.
+    """
+
+    def opened() -> Checkpointer:
+        files = {"seed": cfg.seed, "output_dir": cfg.output_dir}
+        if head is None:
+            return open_checkpointer(cfg.checkpointer, model, tokenizer, **files)
+        return open_reward_checkpointer(cfg.checkpointer, model, tokenizer, **vars(head), **files)
+
+    return world.on_main(opened)
+
+
+def lay_out_model(
+    model: TransformerDecoder,
+    checkpointer: Checkpointer | None,
+    world: World,
+    cfg: TrainingKeys,
+    *,
+    fresh_head: bool = False,
+) -> None:
+    """Lay the model out over the processes, and fill it with weights; arguments as of `lay_out`."""
+    if cfg.float8:
+        use_float8(model, world.device)
+    checkpointing = cfg.ac_mode if cfg.enable_activation_checkpointing else None
+    lay_out(
+        model,
+        checkpointer,
+        world,
+        cfg,
+        activation_checkpointing=checkpointing,
+        fresh_head=fresh_head,
+    )
+
+
+def build_schedule(cfg: TrainingKeys, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """The learning rate schedule of a run of so many steps."""
+    return instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps)
+
+
+def check_schedule(cfg: TrainingKeys, total_steps: int) -> None:
+    """Find mistakes in the schedule's arguments before the model is loaded.
+
+    Raises:
+        ValueError: where it can't be built.
+    """
+    build_schedule(cfg, torch.optim.SGD([torch.zeros(1)], lr=cfg.peak_lr), total_steps)
+
+
+def build_optimizer(
+    cfg: TrainingKeys, model: nn.Module, total_steps: int
+) -> tuple[Optimizer, LambdaLR]:
+    """The optimizer of a model's trained parameters, and its schedule."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = instantiate(cfg.optimizer, parameters, lr=cfg.peak_lr)
+    return optimizer, build_schedule(cfg, optimizer, total_steps)
