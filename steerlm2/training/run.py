@@ -317,8 +317,8 @@ class TrainingRun:
         if due.log or due.save or due.validate or step == self.total_steps:
             check_finite(grad_norm, step, self._last_checked)
             self._last_checked = step
-        lr = float(self._optimizer.param_groups[0]["lr"])  # torchao keeps it in a tensor
-        self._of_step = {"grad_norm": grad_norm, "lr": lr}
+        self._grad_norm = grad_norm
+        self._lr = float(self._optimizer.param_groups[0]["lr"])  # torchao keeps it in a tensor
         return due
 
     def log(self, step: int, metrics: Mapping[str, float], shown: Sequence[str]) -> None:
@@ -330,7 +330,7 @@ class TrainingRun:
         """
         world = self.world
         self._stop_clock()
-        of_step = {name: float(value) for name, value in self._of_step.items()}
+        of_step = {"grad_norm": self._grad_norm.item(), "lr": self._lr}
         machine = {"tokens_per_second": self._tokens / self._seconds}
         self._tokens, self._seconds = 0, 0.0
         machine |= self._stragglers.look(step)

@@ -83,10 +83,20 @@ def open_run_checkpointer(
     """
 
     def opened() -> Checkpointer:
-        files = {"seed": cfg.seed, "output_dir": cfg.output_dir}
         if head is None:
-            return open_checkpointer(cfg.checkpointer, model, tokenizer, **files)
-        return open_reward_checkpointer(cfg.checkpointer, model, tokenizer, **vars(head), **files)
+            return open_checkpointer(
+                cfg.checkpointer, model, tokenizer, seed=cfg.seed, output_dir=cfg.output_dir
+            )
+        return open_reward_checkpointer(
+            cfg.checkpointer,
+            model,
+            tokenizer,
+            head.template,
+            head.schema,
+            seed=cfg.seed,
+            output_dir=cfg.output_dir,
+            load_head=head.load_head,
+        )
 
     return world.on_main(opened)
 
