@@ -26,7 +26,7 @@ from steerlm2.checkpoints.safetensors_io import (
     stored_tensors,
     write_weights,
 )
-from steerlm2.data.records import first_of
+from steerlm2.data.records import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.models.llama import head_shape, hf_config
@@ -135,7 +135,7 @@ class HFCheckpointer(FolderCheckpointer):
         if unknown := [name for name in names if decoder_name(name) is None]:
             raise ValueError(
                 f"{self.checkpoint_dir.absolute()} has tensors that a Llama doesn't have: "
-                + ", ".join(first_of(unknown))
+                + ", ".join(shortened(unknown))
             )
         weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
         read_weights(weights, stored, self.heads)

@@ -44,7 +44,7 @@ from steerlm2.checkpoints.safetensors_io import (
     write_weights,
 )
 from steerlm2.config.loader import instantiate
-from steerlm2.data.records import first_of
+from steerlm2.data.records import shortened
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
@@ -402,5 +402,5 @@ def _check_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.
     if problems:
         raise ValueError(
             "the checkpoint doesn't fit the model in the config; check `model` and "
-            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(first_of(problems))
+            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(shortened(problems))
         )

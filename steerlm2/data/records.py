@@ -171,7 +171,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
     return count
 
 
-def first_of(problems: Sequence[str]) -> list[str]:
+def shortened(problems: Sequence[str]) -> list[str]:
     """The first 10 problems, and how many more there are."""
     more = len(problems) - _MAX_REPORTED
     return [*problems[:_MAX_REPORTED], *([f"... and {more} more"] if more > 0 else [])]

@@ -197,7 +197,7 @@ def needed_flops(decoder: TransformerDecoder, records: Sequence[Any]) -> float:
 
 def _num_targets(record: Any) -> int:
     if isinstance(record, Dialogue):
-        return len(record.target_places)
+        return len(record.target_positions)
     if isinstance(record, Group):
         return sum(map(len, record.responses))
     return len(record.responses)

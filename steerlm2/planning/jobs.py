@@ -34,7 +34,7 @@ from steerlm2.losses import bradley_terry_sum, squared_error_sum
 from steerlm2.models.llama import pair_cost
 from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training.forward import attribute_scores, response_logps, target_logps
-from steerlm2.training.step_plan import plan_step, rows_by_rank, slices
+from steerlm2.training.step_plan import microbatches_by_rank, plan_step, slices
 
 RecordT = TypeVar("RecordT", Group, Dialogue, RewardGroup)
 
@@ -231,10 +231,10 @@ class SteerLM2Job(Job[Group]):
             first = slices(plan.two_pass, options.forward_micro_batch_size)
             second = slices(plan.two_pass, options.micro_batch_size)
             forward = [PlannedRow([part], trains=False) for part in first]
-            forward += [PlannedRow([], trains=False)] * (plan.forward_rows - len(forward))
+            forward += [PlannedRow([], trains=False)] * (plan.num_no_grad - len(forward))
             backward = [PlannedRow([_with_targets(part)]) for part in second]
             backward += [PlannedRow(groups) for groups in plan.single_pass]
-            backward += [PlannedRow([])] * (plan.backward_rows - len(backward))
+            backward += [PlannedRow([])] * (plan.num_backward - len(backward))
             ranks.append(forward + backward)
         return [list(row) for row in zip(*ranks, strict=True)]
 
@@ -273,7 +273,7 @@ class SFTJob(Job[Dialogue]):
         return Dialogue(range(length), range(prompt, length))
 
     def rows(self, records: Sequence[Dialogue], num_ranks: int) -> list[list[PlannedRow[Dialogue]]]:
-        return _by_row(rows_by_rank(records, num_ranks, self.budget, self.pair_cost))
+        return _by_row(microbatches_by_rank(records, num_ranks, self.budget, self.pair_cost))
 
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[Dialogue], world: World
@@ -285,7 +285,7 @@ class SFTJob(Job[Dialogue]):
 
     def _lengthened(self, record: Dialogue, tokens: int) -> Dialogue:
         length = len(record.tokens) + tokens
-        return Dialogue(range(length), range(record.target_places[0], length))
+        return Dialogue(range(length), range(record.target_positions[0], length))
 
 
 class RewardJob(Job[RewardGroup]):
@@ -317,7 +317,7 @@ class RewardJob(Job[RewardGroup]):
     def rows(
         self, records: Sequence[RewardGroup], num_ranks: int
     ) -> list[list[PlannedRow[RewardGroup]]]:
-        return _by_row(rows_by_rank(records, num_ranks, self.budget, self.pair_cost))
+        return _by_row(microbatches_by_rank(records, num_ranks, self.budget, self.pair_cost))
 
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[RewardGroup], world: World

@@ -70,7 +70,7 @@ def planned(job: Job[Any], rows: list[PlannedRow[Any]], size: int) -> dict[str, 
 def rebuilt(job: Job[Any], record: Any) -> Any:
     """A record of the data set as planning knows it: by its lengths."""
     if hasattr(record, "tokens"):
-        start = record.target_places[0]
+        start = record.target_positions[0]
         return job.record(start, [len(record.tokens) - start])
     return job.record(len(record.prompt), [len(response) for response in record.responses])
 
