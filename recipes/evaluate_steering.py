@@ -46,10 +46,10 @@ from steerlm2.config.sections import LabelOptions, ServerOptions, sampling_probl
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
     Record,
-    first_of,
     json_line,
     read_records,
     record_to_json,
+    shortened,
     write_records,
 )
 from steerlm2.data.templates import Template, groups_for_scoring
@@ -377,7 +377,7 @@ class EvaluateRecipe:
             except ValueError as error:
                 problems[f"{source}: {error}"] = None
         if problems:
-            raise ValueError("\n".join(first_of(list(problems))))
+            raise ValueError("\n".join(shortened(list(problems))))
         return items
 
     def _given_answers(self) -> list[Path]:
@@ -421,7 +421,7 @@ class EvaluateRecipe:
         """
         cfg = self.cfg
         if options.checkpointer is not None and "checkpoint_dir" in options.checkpointer:
-            with said_of(where):
+            with error_context(where):
                 resolve_checkpoint_dir(options.checkpointer["checkpoint_dir"])
         return {
             "model": options.model or cfg.model,
@@ -435,7 +435,7 @@ class EvaluateRecipe:
         self, name: str, options: ModelOptions, tokenizer: Tokenizer
     ) -> TransformerDecoder:
         cfg = self.cfg
-        with said_of(f"models.{name}"):
+        with error_context(f"models.{name}"):
             return load_whole_decoder(
                 options.model or cfg.model,
                 options.checkpointer,
@@ -471,7 +471,7 @@ class EvaluateRecipe:
         # Every process asks for its share.
         concurrency = max(1, options.server.concurrency // self.world.size)
         server = dataclasses.replace(options.server, concurrency=concurrency)
-        with said_of(f"models.{name}"):
+        with error_context(f"models.{name}"):
             return open_server(server, settings, tokenizer, cfg.max_seq_len)
 
     def _records(self, file: Path) -> list[Record]:
@@ -493,7 +493,7 @@ class EvaluateRecipe:
             except ValueError as error:
                 problems.append(f"{file}, record {number}: {error}")
         if problems:
-            raise ValueError("\n".join(first_of(problems)))
+            raise ValueError("\n".join(shortened(problems)))
         if not any(record.responses for record in records):
             raise ValueError(f"{file} has no answers")
         return records
@@ -564,7 +564,7 @@ class EvaluateRecipe:
         cfg, options = self.cfg, self.cfg.attribute_model
         assert options is not None
         tokenizer, template = self._attribute_tokens
-        with said_of("attribute_model"):
+        with error_context("attribute_model"):
             if options.server is not None:
                 more = dataclasses.asdict(options.server)
                 client = ClassifyClient(more.pop("url"), self.schema.names, **more)
@@ -692,7 +692,7 @@ def requests_of(records: Sequence[Record]) -> list[tuple[Any, ...]]:
 
 
 @contextlib.contextmanager
-def said_of(where: str) -> Iterator[None]:
+def error_context(where: str) -> Iterator[None]:
     """Say in an error's message what part of the config it comes from."""
     try:
         yield

@@ -43,7 +43,7 @@ from steerlm2.planning.estimate import (
     step_time,
 )
 from steerlm2.planning.gpus import find_gpu
-from steerlm2.planning.jobs import JOBS, Job, Lengths, PlannedRow
+from steerlm2.planning.jobs import JOBS, Job, Lengths, PlannedMicrobatch
 from steerlm2.planning.trace import Trace, fake_world, trace_step
 from steerlm2.planning.tracker import KINDS
 from steerlm2.runs.entry import recipe_main
@@ -166,15 +166,17 @@ class PlanRecipe:
         records = [job.record(prompt, responses) for prompt, responses in drawn]
         with fake_world(world_size, job.cfg) as world:
             steps = [
-                job.rows(records[start : start + batch], world.dp_size)
+                job.microbatches(records[start : start + batch], world.dp_size)
                 for start in range(0, len(records), batch)
             ]
-            widest = job.widest_row([row for rows in steps for row in rows])
+            largest = job.largest_microbatch(
+                [each for microbatches in steps for each in microbatches]
+            )
             trace = trace_step(
                 job,
-                widest.records,
+                largest.records,
                 world,
-                accumulates=max(num_backwards(rows) for rows in steps) > 1,
+                accumulates=max(num_backwards(microbatches) for microbatches in steps) > 1,
             )
         shape = mesh_shape(
             world_size,
@@ -206,7 +208,7 @@ class PlanRecipe:
             trace=trace,
             time=seconds,
             records=records,
-            micro_batches=max(num_backwards(rows) for rows in steps),
+            micro_batches=max(num_backwards(microbatches) for microbatches in steps),
             per_gpu_gib=gib,
             host_gib=host_gib,
             fits=gib["total"] <= self.gpu_gib,
@@ -440,8 +442,8 @@ def with_overrides(values: Mapping[str, Any], overrides: tuple[str, ...]) -> Dic
     return merged
 
 
-def num_backwards(rows: list[list[PlannedRow[Any]]]) -> int:
-    return sum(ranks[0].trains for ranks in rows)
+def num_backwards(microbatches: list[list[PlannedMicrobatch[Any]]]) -> int:
+    return sum(ranks[0].trains for ranks in microbatches)
 
 
 def text_of(change: Change, world_size: int) -> str:

@@ -48,11 +48,11 @@ from steerlm2.data.packing import Group
 from steerlm2.data.records import (
     Record,
     Response,
-    first_of,
     iter_records,
     json_line,
     read_records,
     record_to_json,
+    shortened,
 )
 from steerlm2.data.templates import encode_response, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
@@ -496,7 +496,7 @@ def check_labels(records: Sequence[Record], source: str, schema: AttributeSchema
             problems.append(f"{source}, record {number}: {error}")
     if problems:
         raise ValueError(
-            "log_p_attributes needs a label of the schema:\n" + "\n".join(first_of(problems))
+            "log_p_attributes needs a label of the schema:\n" + "\n".join(shortened(problems))
         )
 
 
@@ -532,7 +532,7 @@ def with_log_p_attributes(
     if problems:
         raise ValueError(
             "log_p_attributes needs a label, and `scores` of every response for its attributes:\n"
-            + "\n".join(first_of(problems))
+            + "\n".join(shortened(problems))
         )
     return scored
 

@@ -1,4 +1,4 @@
-"""Makes our recipes known to torchtune's `tune`.
+"""Registers steerlm2's recipes with torchtune's `tune`.
 
 Every install puts `_tune.pth` into site-packages, as steerlm2_tune.pth. Its one line of code runs
 whenever an interpreter starts, so it imports nothing: it only puts a finder into sys.meta_path.
@@ -101,8 +101,8 @@ def recipe_directories() -> tuple[Path, Path]:
 def add_recipes(registry: ModuleType) -> None:
     """Append `RECIPES` to torchtune's `registry` module.
 
-    `tune` joins an entry's path to its own folder, which an absolute path overrides. A registry of
-    another shape than torchtune 0.6.1's is left alone, with a warning: `tune` must go on working.
+    `tune` joins an entry's path to its own folder, which an absolute path overrides. A registry
+    that differs from torchtune 0.6.1's stays unchanged, with a warning: `tune` must go on working.
     """
     recipes, configs = recipe_directories()
     try:

@@ -1,4 +1,4 @@
-"""Attributes: which there are, how a label names their values, and how likely a value is.
+"""Attributes: their schema, the labels that name their values, and the Beta rule for P(a|x,y).
 
 Dimension letters: N responses, A attributes, V values of an attribute.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Bins = Literal["midpoint", "uniform"]
 
 NOT_LABELLED = -100.0
-"""In place of the value of an attribute that nobody gave, in files and tensors."""
+"""The value of an attribute without a label, in files and tensors."""
 
 _NAME = re.compile(r"[^\s:,]+")
 _PIECE = re.compile(r"(?P<name>[^\s:,]+):(?P<value>0|-?[1-9][0-9]*)")
@@ -159,8 +159,8 @@ def draw_label(
 ) -> str:
     """A label with all attributes of the schema, drawn from P(a|x,y): each value by the Beta rule.
 
-    Models trained on labels that are drawn so learn P(y|a,x) as Bayes' rule has it; rounded scores
-    leave the doubt about a label out, and make for a sharper one.
+    A model trained on sampled labels learns the P(y|a,x) of Bayes' rule. Rounded scores ignore the
+    uncertainty of a label, and lead to a sharper distribution.
 
     Args:
         scores: one for each attribute, in the order of the schema.

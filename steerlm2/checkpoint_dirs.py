@@ -1,5 +1,4 @@
-"""Where the checkpoint is: a Hugging Face folder, or the folder of a run that exported some; and
-whether it is still the same."""
+"""Finding a checkpoint (a Hugging Face folder, or the newest export of a run), and its digest."""
 
 from __future__ import annotations
 
@@ -13,9 +12,12 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
 LARGE_FILE = 2**26
-"""Bytes; of a larger file of weights only pieces are read for its digest."""
+"""64 MiB; of a larger file of weights only pieces are read for its digest. A choice: every smaller
+file is hashed in well under a second."""
 
 PIECES, PIECE = 64, 4096
+"""Pieces that are read of a large file, and bytes of each. A choice: 256 KiB are read at once, and
+training changes nearly every weight, so each piece would show it."""
 
 _EXPORT = re.compile(r"epoch_(\d+)")
 
@@ -23,13 +25,13 @@ _EXPORT = re.compile(r"epoch_(\d+)")
 def resolve_checkpoint_dir(
     path: str | Path, key: str = "checkpoint_dir", *, missing_ok: bool = False
 ) -> Path:
-    """The Hugging Face folder that a path means: itself, or the newest export of a run.
+    """The Hugging Face folder for a path: the path itself, or the newest export of a run.
 
     Args:
-        path: a folder with a config.json; or the output_dir of a run, of whose epoch_N folders the
-            complete one of the highest N is meant.
-        key: what the path was given as, for the error.
-        missing_ok: give the path itself where it is neither.
+        path: a folder with a config.json; or the output_dir of a run: then the result is its
+            complete epoch_N folder with the highest N.
+        key: the config key of the path, for the error.
+        missing_ok: return the path itself where it is neither.
 
     Raises:
         FileNotFoundError: where it is neither.
@@ -48,7 +50,7 @@ def resolve_checkpoint_dir(
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether it is a folder that `resolve_checkpoint_dir` knows."""
+    """Whether `resolve_checkpoint_dir` finds a checkpoint for the path."""
     try:
         folder = resolve_checkpoint_dir(path, missing_ok=True)
         return (folder / "config.json").is_file()
@@ -57,7 +59,7 @@ def is_checkpoint(path: str) -> bool:
 
 
 def newest_export(run_dir: Path) -> Path | None:
-    """The complete epoch_N folder of a run that has the highest N; None where there is none."""
+    """The complete epoch_N folder of a run with the highest N; None where there is none."""
     found = [
         (int(match[1]), folder)
         for folder in run_dir.glob("epoch_*")
@@ -67,12 +69,12 @@ def newest_export(run_dir: Path) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether an export is written to its end: config.json comes last."""
+    """Whether an export is complete: config.json is written last."""
     return (folder / "config.json").is_file() and not missing_weights(folder)
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files of weights, by the index where there is one."""
+    """Names of a folder's files of weights, from its index if it has one."""
     index = folder / INDEX_FILE
     if index.is_file():
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -80,13 +82,16 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def missing_weights(folder: Path) -> list[str]:
-    """Names of the files of weights that aren't there."""
+    """Names of a folder's files of weights that don't exist."""
     names = weight_files(folder)
     return [name for name in names if not (folder / name).is_file()] if names else ["*.safetensors"]
 
 
 def file_digest(path: str | Path) -> str:
-    """Of a file's content; of many weights, of pieces of it: training moves all of them."""
+    """SHA-256 of a file, in hexadecimal.
+
+    Of a large file of weights only its size and pieces count, since training changes all weights.
+    """
     path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -100,10 +105,10 @@ def file_digest(path: str | Path) -> str:
 
 
 def weights_digest(checkpoint_dir: str | Path) -> str:
-    """Of a checkpoint's weights: another one where a model was trained again into the same folder.
+    """SHA-256 of a checkpoint's weights: it changes when a model is trained again into its folder.
 
     Args:
-        checkpoint_dir: its folder, or that of a run: see `resolve_checkpoint_dir`.
+        checkpoint_dir: a checkpoint's folder, or that of a run (`resolve_checkpoint_dir`).
 
     Raises:
         FileNotFoundError: where there is no checkpoint.

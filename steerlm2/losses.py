@@ -1,9 +1,9 @@
-"""The losses, their weights and diagnostics: plain tensors in, plain tensors out.
+"""The losses, their weights and diagnostics, as functions of plain tensors.
 
 Dimension letters: G groups (prompts), N responses of all groups together, group after group,
 A attributes, P pairs.
 
-SteerLM 2.0 comes first; the losses of attribute models stand at the end.
+The first part is SteerLM 2.0; the losses of attribute models follow at the end.
 
 For one group, with log Q_theta the model being trained and log Q' the fixed proposal (the model
 that the responses were sampled from; SteerLM 2.0, HelpSteer2 paper, section 4.5):
@@ -13,7 +13,7 @@ that the responses were sampled from; SteerLM 2.0, HelpSteer2 paper, section 4.5
 
 The paper's gradient, -sum_i (w'_i - b'_i) grad log Q_theta(y_i|a,x), is the gradient of
 KL(w' || b'): a softmax cross-entropy over the responses of a prompt. One forward and one backward
-therefore suffice; there is no separate pass for b'.
+therefore suffice, without a separate pass for b'.
 
 Departure from the paper: by default a group's KL is divided by its mean response length, as
 NeMo-Aligner does; `normalize="none"` is the paper's form.
@@ -40,7 +40,7 @@ def target_weights(
     log_q_N: Tensor,
     group_sizes: Sequence[int] | Tensor,
 ) -> Tensor:
-    """w' [N]: how much of its group each response deserves. Sums to 1 within each group.
+    """w' [N]: the target weight of each response in its group. They sum to 1 within each group.
 
     Args:
         log_p_attributes_N: log P(a|x,y), nats.
@@ -54,7 +54,7 @@ def target_weights(
 def baseline_weights(
     logps_N: Tensor, log_q_N: Tensor, group_sizes: Sequence[int] | Tensor
 ) -> Tensor:
-    """b' [N]: how much of its group the model being trained gives each response.
+    """b' [N]: the weight that the trained model gives each response in its group.
 
     Args:
         logps_N: log Q_theta(y|a,x), nats, summed over the response's tokens.
@@ -67,7 +67,12 @@ def baseline_weights(
 def kl_distance(w_N: Tensor, b_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
     """The `distance` metric: mean over groups of sum_i (w'+eps) log((w'+eps) / (b'+eps)), a scalar.
 
-    It falls to 0 as the model's relative probabilities reach the target weights. 0 for no groups.
+    It is 0 when the baseline weights equal the target weights, and 0 for no groups.
+
+    Args:
+        w_N: [N] target weights.
+        b_N: [N] baseline weights.
+        group_sizes: [G] number of responses of each group; sums to N.
     """
     w_N, b_N = w_N + DISTANCE_EPS, b_N + DISTANCE_EPS
     return _mean_over_groups(_sum_by_group(w_N * (w_N / b_N).log(), group_sizes))
@@ -140,9 +145,11 @@ METRIC_NAMES = (
     "share_one_hot_target",
     "mean_log_ratio",
 )
-"""What `metric_sums` adds up, in order."""
+"""The metrics of `metric_sums`, in order."""
 
 ONE_HOT = 0.99
+"""A group whose largest weight is above this counts as one-hot. A choice: its effective sample size
+is then below 1.03 responses."""
 
 
 def metric_sums(
@@ -172,7 +179,7 @@ PairLoss = Literal["regular_bt", "margin_bt", "scaled_bt"]
 
 
 def num_labelled(labels_NA: Tensor) -> int:
-    """How many values are labels."""
+    """The number of values that are labels."""
     return int((labels_NA != NOT_LABELLED).sum())
 
 
@@ -201,12 +208,12 @@ def bradley_terry_sum(rewards_N: Tensor, strength_P: Tensor, kind: PairLoss) -> 
         margin_bt   -log sigmoid(d - |strength|)
         scaled_bt   |strength| * -log sigmoid(d)
 
-    A tie, strength 0, prefers none: it counts as half of a preference for each (nothing under
-    scaled_bt), so that it draws d towards 0.
+    A tie, strength 0, counts as half of a preference for each response, and so pulls d towards 0
+    (with scaled_bt it has no effect).
 
     Args:
-        rewards_N: a pair's two rewards stand one after the other: N = 2 P.
-        strength_P: below 0 the first of the pair is preferred, above 0 the second.
+        rewards_N: [N] the two rewards of a pair are adjacent: N = 2 P.
+        strength_P: [P] below 0 the first of the pair is preferred, above 0 the second.
     """
     first_P, second_P = rewards_N.double().view(-1, 2).unbind(dim=1)
     size_P = strength_P.abs()
@@ -221,8 +228,8 @@ def bradley_terry_sum(rewards_N: Tensor, strength_P: Tensor, kind: PairLoss) -> 
 
 def _group_index(group_sizes: Sequence[int] | Tensor, values_N: Tensor) -> Tensor:
     """[N] the group that each response belongs to."""
-    # Looking into a tensor would wait for all that is queued on a GPU; repeat_interleave does so on
-    # a CPU.
+    # A tensor isn't checked here: reading it would wait for everything that is queued on a GPU.
+    # (repeat_interleave checks it on a CPU.)
     assert isinstance(group_sizes, Tensor) or sum(group_sizes) == len(values_N), (
         f"group_sizes {list(group_sizes)} don't add up to the {len(values_N)} responses"
     )

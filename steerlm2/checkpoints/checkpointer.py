@@ -1,8 +1,8 @@
 """Folders of Hugging Face weights, read and written: a language model or an attribute model.
 
-A checkpointer has `load_checkpoint` and `save_checkpoint` as torchtune's have, and `hf_config`, the
-config.json of what it writes. Names and the order of rotary dimensions are torchtune's inside, and
-Hugging Face's in the folder.
+A checkpointer has `load_checkpoint` and `save_checkpoint` like torchtune's, and `hf_config`, the
+config.json that it writes. In memory the names and the order of rotary dimensions are torchtune's,
+in the folder Hugging Face's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from steerlm2.checkpoints.safetensors_io import (
     stored_tensors,
     write_weights,
 )
-from steerlm2.data.records import first_of
+from steerlm2.data.records import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.models.llama import head_shape, hf_config
@@ -37,10 +37,10 @@ INIT_STD = 0.02
 
 
 class FolderCheckpointer:
-    """What the checkpointers share: they write a folder of Hugging Face weights for each epoch.
+    """Base of the checkpointers, which write a folder of Hugging Face weights for each epoch.
 
-    A recipe calls `begin`, writes the weights itself (`checkpoints.safetensors_io`), and calls
-    `finish`; `save_checkpoint` does all three for weights that are whole.
+    A recipe calls `begin`, writes the weights (`checkpoints.safetensors_io`), and calls `finish`;
+    `save_checkpoint` does all three with a state dict of full tensors.
     """
 
     hf_config: dict[str, Any]
@@ -66,8 +66,10 @@ class FolderCheckpointer:
         self.finish(epoch, dtype)
 
     def set_pad_token(self, token_id: int, tokenizer: Tokenizer) -> None:
-        """What texts are padded with. transformers and vLLM read a classifier's scores at the last
-        token that isn't this one."""
+        """Set the token that texts are padded with.
+
+        transformers and vLLM read a classifier's scores at the last token that isn't this one.
+        """
         self.hf_config["pad_token_id"] = token_id
         self._pad_token = tokenizer.decode([token_id])
 
@@ -98,10 +100,10 @@ class HFCheckpointer(FolderCheckpointer):
 
     Args:
         checkpoint_dir: its folder: config.json, *.safetensors, the tokenizer's files; or the
-            output_dir of a run, whose newest complete `epoch_{n}` folder is meant. The attribute
-            `checkpoint_dir` is that folder.
-        output_dir: where `epoch_{n}` folders go, with the same tokenizer's files; a recipe that
-            only reads needs none.
+            output_dir of a run, for its newest complete `epoch_{n}` folder. The attribute
+            `checkpoint_dir` is the folder with the weights.
+        output_dir: where `epoch_{n}` folders go, with the same tokenizer's files; not needed for
+            reading.
 
     Raises:
         FileNotFoundError: where there is no checkpoint.
@@ -116,15 +118,15 @@ class HFCheckpointer(FolderCheckpointer):
 
     @property
     def is_tied(self) -> bool:
-        """Whether its output layer is its embedding, whatever its files hold."""
+        """Whether config.json ties the output layer to the embedding."""
         return bool(self.hf_config.get("tie_word_embeddings"))
 
     def stored_tensors(self) -> dict[str, StoredTensor]:
-        """Where its tensors are; see `hf_weights.stored_tensors`."""
+        """Its tensors' locations in its files (`safetensors_io.stored_tensors`)."""
         return stored_tensors(self.checkpoint_dir)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Whole tensors, on the host.
+        """A state dict of full tensors, on the host.
 
         Raises:
             ValueError: for a damaged file and for tensors that a Llama doesn't have.
@@ -135,7 +137,7 @@ class HFCheckpointer(FolderCheckpointer):
         if unknown := [name for name in names if decoder_name(name) is None]:
             raise ValueError(
                 f"{self.checkpoint_dir.absolute()} has tensors that a Llama doesn't have: "
-                + ", ".join(first_of(unknown))
+                + ", ".join(shortened(unknown))
             )
         weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
         read_weights(weights, stored, self.heads)
@@ -144,13 +146,13 @@ class HFCheckpointer(FolderCheckpointer):
     def _copy_tokenizer(self, folder: Path) -> None:
         for file in self.checkpoint_dir.iterdir():
             weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf")
-            theirs = weights or file.name.endswith(".index.json") or file.name == "config.json"
-            if file.is_file() and not theirs:
+            rewritten = weights or file.name.endswith(".index.json") or file.name == "config.json"
+            if file.is_file() and not rewritten:
                 shutil.copyfile(file, folder / file.name)
 
 
 class ScratchCheckpointer(FolderCheckpointer):
-    """A checkpointer for a decoder that starts from a seed: fresh weights in, a full folder out.
+    """A checkpointer for a decoder with fresh weights from a seed; it writes a complete folder.
 
     Args:
         decoder: gives names and shapes; may be on the meta device.
@@ -180,7 +182,7 @@ def fresh_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Initial values by name and shape: norms 1, LoRA as in its paper, other matrices normal.
 
-    They follow from the seed and the parameter's place.
+    They depend on the seed and on the parameter's index among `parameters`.
     """
     for i, (name, parameter) in enumerate(parameters):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
@@ -197,18 +199,18 @@ def fresh_weights(
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing puts in."""
+    """A parameter's name without the prefix of activation checkpointing."""
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def update_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Set keys of a JSON object in a file; the others stay."""
+    """Set keys of the JSON object in a file; other keys stay."""
     known = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**known, **values}, indent=2) + "\n")
 
 
 def _heads_of(config: Mapping[str, Any]) -> dict[str, int]:
-    """What torchtune's weight conversion needs to know."""
+    """The arguments of torchtune's weight conversion, from a config.json."""
     num_heads, dim = config["num_attention_heads"], config["hidden_size"]
     return {
         "num_heads": num_heads,

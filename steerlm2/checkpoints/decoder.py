@@ -31,7 +31,7 @@ def build_decoder(
     Args:
         dtype: of the computation.
         param_dtype: of the trained weights; none: `dtype`.
-        num_attributes: of an attribute model: its head takes the place of the output layer.
+        num_attributes: of an attribute model, whose reward head replaces the output layer.
     """
     with torch.device("meta"):
         decoder = instantiate(model)
@@ -63,7 +63,7 @@ def lay_out(
         checkpointer: on rank 0; None on the others.
         keys: the layout, `dtype`, `compile` and `seed`.
         activation_checkpointing: as of `parallelize`.
-        fresh_head: the output layer starts from the seed, whatever the checkpoint has.
+        fresh_head: the output layer starts from the seed, also if the checkpoint has one.
 
     Raises:
         ValueError: on every rank, where model, layout and checkpoint don't fit together.

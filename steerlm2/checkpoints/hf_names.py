@@ -1,8 +1,8 @@
-"""Names and row order of a Llama's tensors in a Hugging Face folder, against a decoder's.
+"""Names and row order of a Llama's tensors: a Hugging Face folder's and a torchtune decoder's.
 
-Both store the same matrices, under other names, and the rows of the query and key projections in
-another order: Hugging Face has the first halves of all rotary pairs of a head before the second
-halves, torchtune has the two of a pair beside each other.
+Both store the same matrices under different names, and the rows of the query and key projections in
+a different order: Hugging Face has the first halves of all rotary pairs of a head before the second
+halves, torchtune has the two halves of a pair next to each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEAD = "output.weight"
 """The decoder's output layer: of a language model or, as a reward head, of an attribute model."""
 
 _ROW_PAIR = torch.zeros(2, 1)
-"""Stands for a weight where only the name is asked for: one head of one rotary pair."""
+"""A smallest weight (one head of one rotary pair), to convert its name only."""
 
 
 def decoder_name(hf_name: str) -> str | None:
@@ -28,7 +28,7 @@ def decoder_name(hf_name: str) -> str | None:
         return HEAD
     try:
         (name,) = hf_to_tune({hf_name: _ROW_PAIR}, 1, 1, 1, head_dim=2)
-    except Exception:  # torchtune raises no other for an unknown name
+    except Exception:  # torchtune raises a bare Exception for an unknown name
         return None
     return name
 
@@ -36,11 +36,11 @@ def decoder_name(hf_name: str) -> str | None:
 def to_hf(
     name: str, tensor: Tensor, heads: Mapping[str, int], *, is_classifier: bool
 ) -> tuple[str, Tensor]:
-    """A decoder's tensor as it stands in a Hugging Face folder.
+    """A decoder's tensor, with its name, as a Hugging Face folder stores it.
 
     Args:
         heads: of the whole model, from `head_shape`.
-        is_classifier: the decoder's output layer is a reward head.
+        is_classifier: whether the decoder's output layer is a reward head.
     """
     if is_classifier and name == HEAD:
         return HF_HEAD, tensor
@@ -49,7 +49,7 @@ def to_hf(
 
 
 def row_order(name: str, heads: Mapping[str, int]) -> Tensor | None:
-    """For every row of a decoder's tensor, the row of the Hugging Face tensor that it is.
+    """[rows] index of each row of a decoder's tensor in the Hugging Face tensor.
 
     None where the order is the same.
     """

@@ -1,10 +1,10 @@
 """Moments of torchao's 8-bit, 4-bit and float8 optimizers, in a training state.
 
-They are tensor subclasses of codes and of one scale for each block of codes. What writes a state
-without a pause can't copy such tensors, and a block belongs to the part of a parameter that one
-rank has: on another layout the blocks are others. So a state holds codes and scales as plain
-tensors, named after their part of the parameter. The same layout finds its own parts, bit for bit;
-another one puts its parts together from the numbers that they stand for, and quantizes these again.
+They are tensor subclasses of codes and of one scale for each block of codes. Asynchronous saving
+can't stage such tensors, and the blocks divide the shard of a parameter that one rank has, so they
+depend on the layout. A state therefore holds codes and scales as plain tensors, named after their
+shard. A run with the same layout reads its own shards, bit for bit; a run with another layout
+dequantizes the overlapping shards and quantizes its own again.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from torchao.optim.subclass_fp8 import OptimStateFp8
 from steerlm2.distributed.parallelize import local_part
 
 State = dict[str, dict[str, Any]]
-"""Of an optimizer: {parameter: {"exp_avg": ...}}."""
+"""The state of an optimizer: {parameter: {"exp_avg": ...}}."""
 
 QUANTIZED = {kind.__name__: kind for kind in (OptimState8bit, OptimState4bit, OptimStateFp8)}
 NUMBERS = "float"
-"""Stands for a kind where a rank's part is too small to be quantized: another rank's may not be."""
+"""The kind of a shard that is too small to be quantized; other ranks' shards of it may be."""
 STATE_KEY = "optimizer.state."
 
 _PART_KEY = re.compile(r"(?P<moment>.+)\.(?P<kind>\w+)@(?P<offsets>[\d,]+)\+(?P<shape>[\d,]+)")
 
 
 class Part(NamedTuple):
-    """What a state holds of a moment that one rank had."""
+    """A rank's shard of a moment in a state."""
 
     name: str
     moment: str
@@ -54,8 +54,7 @@ def quantizes(optimizer: Optimizer) -> bool:
 
 
 def plain_state(state: State) -> State:
-    """The state of an optimizer that quantizes, with codes and scales in place of moments; they
-    share memory."""
+    """A quantizing optimizer's state with its codes and scales as plain tensors (not copied)."""
     return {
         parameter: {
             key: part
@@ -67,11 +66,11 @@ def plain_state(state: State) -> State:
 
 
 def split_by_form(state: State, stored: Iterable[str], *, quantized: bool) -> tuple[State, State]:
-    """What to read of a checkpoint as it is; and the moments that it holds in another form only.
+    """The moments that a checkpoint holds in this run's form, and those that must be converted.
 
     Args:
         stored: the checkpoint's keys.
-        quantized: of an optimizer that quantizes.
+        quantized: whether the state is of an optimizer that quantizes.
     """
     keys = set(stored)
     known = keys | {part.moment for part in _parts(keys)}
@@ -90,7 +89,7 @@ def split_by_form(state: State, stored: Iterable[str], *, quantized: bool) -> tu
 
 @torch.no_grad()
 def read_converted(state: State, checkpoint: Path) -> None:
-    """Fill moments from a checkpoint that holds them quantized in other parts, or not quantized."""
+    """Fill moments from a checkpoint that holds them in other shards, or not quantized."""
     if not state:
         return
     reader = _Reader(checkpoint)
@@ -135,8 +134,8 @@ def _plain(name: str, value: Any) -> dict[str, Any]:
     if local.numel() == 0:
         return {}
     kind = type(local).__name__ if type(local).__name__ in QUANTIZED else NUMBERS
-    place = f"{','.join(map(str, offsets))}+{','.join(map(str, local.shape))}"
-    return {f"{name}.{kind}@{place}.{key}": part for key, part in _tensors(kind, local).items()}
+    shard = f"{','.join(map(str, offsets))}+{','.join(map(str, local.shape))}"
+    return {f"{name}.{kind}@{shard}.{key}": part for key, part in _tensors(kind, local).items()}
 
 
 def _tensors(kind: str, local: Tensor) -> dict[str, Tensor]:
@@ -170,7 +169,7 @@ def _parts(keys: Iterable[str]) -> Iterator[Part]:
 def _copy_overlap(
     target: Tensor, offsets: list[int], part: Part, reader: _Reader, *, signed: bool
 ) -> None:
-    """Copy what a stored part has of the place at `offsets`."""
+    """Copy the overlap of a stored shard with the shard `target`, which begins at `offsets`."""
     starts = [max(ours, theirs) for ours, theirs in zip(offsets, part.offsets, strict=True)]
     ends = [
         min(ours + n, theirs + m)
@@ -189,11 +188,11 @@ def _copy_overlap(
     tensors = {f"{part.name}.{key}": value for key, value in _tensors(part.kind, stored).items()}
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     source = stored if part.kind == NUMBERS else stored.dequantize()
-    place, taken = (
+    to_copy, stored_slices = (
         tuple(
             slice(start - first, end - first)
             for start, end, first in zip(starts, ends, firsts, strict=True)
         )
         for firsts in (offsets, part.offsets)
     )
-    target[place] = source[taken]
+    target[to_copy] = source[stored_slices]

@@ -1,14 +1,14 @@
-"""Weights between the safetensors of a Hugging Face folder and a decoder that is laid out over
-processes, without the whole model in any of them.
+"""Reading and writing the safetensors of a Hugging Face folder for a decoder that is sharded.
 
-Reading: every rank maps the files into memory and copies its own part of one tensor after another.
-What it doesn't keep it never touches, and the ranks of a node share the pages that they read: a
-node reads each byte once, from a file system that is cached in memory, and has at most one tensor's
-part in another row order or data type above what the ranks keep. To quantize a part, a rank looks
-at the whole tensor once.
+No process ever holds the full model.
 
-Writing: the tensors of one file after another are gathered, one at a time, and kept by the rank
-that writes this file, another one for the next file.
+Reading: every rank maps the files into memory and copies its own shard of one tensor after another.
+It reads nothing else, and the ranks of a node share the page cache, so a node reads each byte once.
+Beside its shards a rank holds at most one shard more, to convert its row order or data type. To
+quantize a shard, a rank reads the full tensor once.
+
+Writing: tensors are gathered one at a time, file by file. One rank keeps the tensors of a file and
+writes it; the ranks take turns.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor of a Hugging Face folder is."""
+    """A tensor's location in a Hugging Face folder, with its shape and dtype."""
 
     file: Path
     hf_name: str
@@ -52,8 +52,9 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder by the decoder's names, or by their own where a Llama has no such
-    tensor. Only the files' headers are read.
+    """The tensors of a folder, by the decoder's names. Only the files' headers are read.
+
+    A tensor that a Llama doesn't have keeps its own name.
 
     Raises:
         ValueError: for damaged files.
@@ -88,10 +89,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def read_weights(
     parameters: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], heads: Mapping[str, int]
 ) -> None:
-    """Fill parameters, or this rank's parts of them, from the files.
+    """Fill parameters, or this rank's shards of them, from the files.
 
     Args:
-        parameters: by name; each has its place and its shape in `stored`.
+        parameters: by name; `stored` has each of them, with its shape.
         heads: of the whole model, from `head_shape`.
 
     Raises:
@@ -112,11 +113,11 @@ def read_weights(
 
 @torch.no_grad()
 def copy_part(parameter: Tensor, whole: Any, order: Tensor | None = None) -> None:
-    """Fill a parameter, or this rank's part of it, from the whole tensor.
+    """Fill a parameter, or this rank's shard of it, from the full tensor.
 
     Args:
-        whole: a tensor, or what can be indexed by slices as one.
-        order: for every row of the parameter, its row in `whole`.
+        whole: a tensor, or something that can be sliced like one.
+        order: [rows] index of each row of the parameter in `whole`; None: the same order.
     """
     local, offsets = local_part(parameter)
     if local.numel() == 0:
@@ -124,14 +125,14 @@ def copy_part(parameter: Tensor, whole: Any, order: Tensor | None = None) -> Non
     fill: Callable[[Tensor], Any] = local.copy_
     if is_nf4(local):
         fill = functools.partial(fill_nf4, local, mean=mean_scale(whole))
-    place = [slice(start, start + n) for start, n in zip(offsets, local.shape, strict=True)]
+    region = [slice(start, start + n) for start, n in zip(offsets, local.shape, strict=True)]
     if order is None:
-        fill(whole[tuple(place)])
+        fill(whole[tuple(region)])
         return
-    rows = order[place[0]]
+    rows = order[region[0]]
     first = int(rows.min())
-    around = whole[(slice(first, int(rows.max()) + 1), *place[1:])]
-    fill(around[rows - first])
+    covering = whole[(slice(first, int(rows.max()) + 1), *region[1:])]
+    fill(covering[rows - first])
 
 
 def write_weights(
@@ -144,17 +145,18 @@ def write_weights(
     heads: Mapping[str, int],
     is_classifier: bool,
 ) -> None:
-    """Write the safetensors of a folder, and their index where there are several.
+    """Write the safetensors of a folder, and an index if there are several files.
 
     Args:
         shapes: of all tensors, by the decoder's names.
-        whole: a tensor by its name; called by all ranks in the same order.
+        whole: returns a full tensor by its name; called by all ranks in the same order.
+        dtype: of the files.
         heads: of the whole model, from `head_shape`.
-        is_classifier: the decoder's output layer is a reward head.
+        is_classifier: whether the decoder's output layer is a reward head.
 
     Raises:
-        ValueError: on every rank, where one of them couldn't write.
-        OSError: the same of a single process.
+        ValueError: on every rank, where a rank couldn't write.
+        OSError: instead of ValueError, in a run of a single process.
     """
     names: dict[str, str] = {}
     sizes: dict[str, Tensor] = {}
@@ -196,7 +198,7 @@ def write_weights(
 
 
 def _writer(number: int, world_size: int) -> int:
-    """The rank that writes a file: one node after another, then other ranks of them."""
+    """The rank that writes the file `number`: nodes take turns, and so do the ranks of a node."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     nodes = max(world_size // per_node, 1)
     turn, node = divmod(number, nodes)
@@ -208,17 +210,18 @@ def _error_of(writing: Future[None] | None) -> BaseException | None:
 
 
 def _to_write(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the host, with a storage of its own: one gathered from uneven shards is a view."""
+    """A copy on the host with its own storage; a tensor gathered from uneven shards is a view."""
     tensor = tensor.detach().to("cpu", dtype).contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """One file, with the permissions of any new one: safetensors leaves it to its owner alone, and
-    a server often runs as somebody else.
+    """Write one safetensors file, with the permissions of any new file (the umask).
+
+    safetensors makes files that only their owner can read, but a server often runs as another user.
 
     Raises:
-        OSError: where that isn't possible.
+        OSError: where the file can't be written.
     """
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})

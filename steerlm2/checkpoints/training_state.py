@@ -1,8 +1,9 @@
 """The state that a stopped run continues from, written while the run goes on.
 
 A state is a torch.distributed.checkpoint directory `step_000100`, each rank writing its own shards.
-The run stops only for a copy of them in the host's memory; a thread writes that copy under another
-name and renames it when it is complete, so that a directory of the right name is always whole.
+The run pauses only while they are copied to the host's memory. A thread writes the copy to a
+directory of another name and renames that when it is complete, so a directory named `step_...` is
+always complete.
 """
 
 from __future__ import annotations
@@ -50,29 +51,31 @@ from steerlm2.distributed.world import World
 
 STATE_FILE = "state.json"
 SECONDS_TO_CLOSE = 600.0
+"""How long a failed run waits for a state that is being written. A choice: enough for the state of
+a large model on a slow file system; a run that has lost a rank ends so much later, at most."""
 BEST = "best"
 CLOSES_STAGERS = not torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 """Before 2.13 a stager is closed after its first use (pytorch/pytorch#183413)."""
 
-# A single process without a mesh saves without process groups, and means to.
+# A single process without a mesh has no process group; dcp warns of that on every save.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 class StateWriter:
-    """Writes a run's states into a folder, one at a time, in a thread of its own.
+    """Writes a run's states into a folder, one at a time, in a background thread.
 
-    This is what `dcp.async_save` does, with a place for what comes after the shards: the renaming,
-    and the removal of old states.
+    It works like `dcp.async_save`, and then renames the directory and removes old states.
 
-    A state that can't be written doesn't end the run, nor keep the next one (of a SIGTERM, say)
-    from being written: a warning is printed, and the run waits for that next one. It ends where
-    that fails too, or none follows; or where the best weights are lost, which don't come again.
+    A run doesn't end when a state can't be written: it prints a warning, and waits until the next
+    state is written. It ends if that one can't be written either, if no other follows, or if the
+    best weights can't be written, which would be lost.
 
     Args:
-        folder: made when something is saved.
-        keep_last_n: older states are removed once a newer one is complete; None keeps all. States
-            of later steps stay: a resumed run overtakes those that it found broken.
-        on_complete: called on rank 0, in the thread, with each directory that is complete.
+        folder: created at the first save.
+        keep_last_n: number of states to keep; older ones are removed once a newer one is complete.
+            None keeps all. States of later steps, which a resumed run found broken, are not
+            removed until the run has passed them.
+        on_complete: called on rank 0, in the thread, with each complete directory.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class StateWriter:
         self.folder = folder
         self.keep_last_n = keep_last_n
         self.on_complete = on_complete
-        # The thread's collectives must not meet those of training.
+        # A separate group: the thread's collectives must not mix with those of training.
         group = None
         if world.mesh is not None:
             group = dist.new_group(timeout=world.timeout, backend="gloo")
@@ -101,15 +104,15 @@ class StateWriter:
         self._stager = DefaultStager(self._staging)
 
         def begin() -> None:
-            if on_gpu:  # or every rank's thread would open a context on GPU 0
+            if on_gpu:  # otherwise every rank's thread would create a context on GPU 0
                 torch.cuda.set_device(world.device)
 
         self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
         self._writing: list[tuple[str, Future[None]]] = []
-        self._staged: tuple[int, Any] | None = None  # the last step and the copy of its weights
-        self._failed: dict[str, ValueError] = {}  # the last "step" or the last "best"
+        self._staged: tuple[int, Any] | None = None  # step and copied weights of the last call
+        self._failed: dict[str, ValueError] = {}  # of the last "step" and of the last "best"
         self._pause = 0.0
-        world.on_main(lambda: _tidy(folder))
+        world.on_main(lambda: _recover(folder))
 
     def save(
         self, step: int, decoder: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
@@ -120,8 +123,8 @@ class StateWriter:
         the run needn't wait until the first is written.
 
         Raises:
-            ValueError: where the state before couldn't be written and this one can't either, or
-                where the best weights couldn't be; this state has been tried in any case.
+            ValueError: where neither the previous state nor this one could be written, or the best
+                weights couldn't be written (after an attempt to write this state).
         """
 
         def tensors() -> dict[str, Any]:
@@ -135,7 +138,7 @@ class StateWriter:
         self._begin(self.folder / f"step_{step:06d}", tensors, step, state)
 
     def save_best(self, step: int, decoder: nn.Module, state: Mapping[str, Any]) -> None:
-        """Begin to write `best`: the trained weights alone, and `state` with the step."""
+        """Begin to write `best`: only the trained weights, and `state` with the step."""
 
         def tensors() -> dict[str, Any]:
             options = StateDictOptions(ignore_frozen_params=True)
@@ -144,7 +147,7 @@ class StateWriter:
         self._begin(self.folder / BEST, tensors, step, state)
 
     def wait(self) -> None:
-        """Until what was begun is complete.
+        """Wait until everything that was begun is complete.
 
         Raises:
             ValueError: on every rank, where the last state or the last best weights couldn't be
@@ -154,17 +157,19 @@ class StateWriter:
         if self._failed:
             failures = "; ".join(map(str, self._failed.values()))
             raise ValueError(
-                f"{failures}. Earlier checkpoints are as they were; make room, and resume with "
-                "resume_from_checkpoint=true"
+                f"{failures}. Earlier checkpoints are unchanged; free some disk space, and resume "
+                "with resume_from_checkpoint=true"
             )
 
     def close(self) -> None:
-        """Let what was begun be completed where the run has failed, but not for ever: the ranks
-        write together, and one of them may be lost."""
+        """After a failure: wait for what was begun, but at most SECONDS_TO_CLOSE.
+
+        The ranks write a state together, and one of them may be lost.
+        """
         futures.wait([writing for _, writing in self._writing], timeout=SECONDS_TO_CLOSE)
 
     def take_pause(self) -> float:
-        """Seconds that the run has stood still for its states since this was asked last."""
+        """Seconds that the run has paused for its states since the last call."""
         pause, self._pause = self._pause, 0.0
         return pause
 
@@ -175,13 +180,13 @@ class StateWriter:
         step: int,
         state: Mapping[str, Any],
     ) -> None:
-        """Copy the tensors, but for weights that are copied already, and hand all to the thread."""
+        """Copy the tensors, except weights that are copied already; the thread writes all."""
         started = time.perf_counter()
         state_text = json.dumps({"step": step, **state})
         copied = {}
         if self._staged is not None and self._staged[0] == step:
             copied["model"] = self._staged[1]
-        if not copied:  # by the last call, whose other copies the next ones don't touch
+        if not copied:  # otherwise the thread may go on writing the copied weights, which stay
             self._collect()
             if self.world.is_main:
                 for error in self._failed.values():
@@ -200,7 +205,7 @@ class StateWriter:
         self._pause += time.perf_counter() - started
 
     def _collect(self) -> None:
-        """Wait for what is being written; a failure stands until the next of its kind is."""
+        """Wait for what is being written; keep a failure until the next of its kind succeeds."""
         while self._writing:
             kind, writing = self._writing.pop(0)
             self._failed.pop(kind, None)
@@ -210,7 +215,7 @@ class StateWriter:
                 self._failed[kind] = error
 
     def _write(self, final: Path, staged: Any, state_text: str, random: bytes) -> None:
-        """The earlier directory of the same name stays until this one is complete."""
+        """Write a state; an earlier directory of the same name stays until it is complete."""
         world, partial = self.world, final.with_suffix(".partial")
 
         def make_room() -> None:
@@ -225,11 +230,11 @@ class StateWriter:
             partial.rename(final)
             shutil.rmtree(earlier, ignore_errors=True)
             if self.keep_last_n is not None and final.name != BEST:
-                # Those of later steps were broken when the run resumed: they replace nothing.
+                # States of later steps were broken when the run resumed, so they don't count.
                 states = checkpoints(self.folder)
                 upto_now = states[: states.index(final) + 1]
                 for old in upto_now[: -self.keep_last_n]:
-                    # A kill leaves it under a name that `_tidy` knows, not half of it.
+                    # A kill leaves it a renamed directory, which `_recover` removes.
                     shutil.rmtree(old.rename(old.with_suffix(".removed")))
 
         try:
@@ -252,7 +257,7 @@ class StateWriter:
 
 
 def best_state(folder: Path) -> dict[str, Any] | None:
-    """The `state` that was saved with the best weights, with its step; None where there are none.
+    """The `state` that was saved with the best weights, and its step; None where there are none.
 
     Raises:
         ValueError: where the file can't be read as JSON.
@@ -262,7 +267,7 @@ def best_state(folder: Path) -> dict[str, Any] | None:
 
 
 def load_best_weights(folder: Path, decoder: nn.Module, world: World) -> None:
-    """Give the decoder the weights of `folder/best`."""
+    """Load the weights of `folder/best` into the decoder."""
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     tensors = {"model": get_model_state_dict(decoder, options=options)}
     with _plain_messages():
@@ -277,7 +282,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest state of a folder that can be read, and what is wrong with newer ones."""
+    """The newest readable state of a folder (None: there is none), and problems of newer ones."""
     problems: list[str] = []
     steps = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
     for path in sorted(steps, key=_step, reverse=True):
@@ -295,13 +300,14 @@ def resume_training(
     data_state: Mapping[str, Any],
     world: World,
 ) -> tuple[Path, int] | None:
-    """Continue from the newest checkpoint of a folder that is whole; broken ones are reported.
+    """Continue from the newest complete checkpoint of a folder; broken ones are reported.
 
     Weights, the optimizer's moments and the random states are the checkpoint's; the optimizer's
     settings and the learning rate schedule are the config's, at the checkpoint's step.
 
     Args:
-        data_state: what the order of the batches depends on, as `StateWriter.save` got it.
+        data_state: what the order of the batches depends on, as it was passed to
+            `StateWriter.save`.
 
     Returns:
         The checkpoint and its step; None where there is no checkpoint.
@@ -386,7 +392,7 @@ def _step(path: Path) -> int:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is missing of a state; None where it is whole."""
+    """Why a state can't be read; None where it is complete."""
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
         written = dcp.FileSystemReader(checkpoint).read_metadata().storage_data or {}
@@ -405,15 +411,15 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _write_durably(file: Path, content: bytes) -> None:
-    """It is on the disk, not only in the host's memory, when this returns."""
+    """Write a file, and wait until it is on the disk (fsync)."""
     with file.open("wb") as opened:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
 
 
-def _tidy(folder: Path) -> None:
-    """Take up what a kill left in the middle of a save."""
+def _recover(folder: Path) -> None:
+    """Complete or remove what a killed run left of an unfinished save."""
     for earlier in folder.glob("*.earlier"):
         final = earlier.with_suffix("")
         if final.exists():
@@ -426,7 +432,7 @@ def _tidy(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _plain_messages() -> Iterator[None]:
-    """The first rank's own error, not a BaseException around it."""
+    """Raise the first rank's own error in place of the CheckpointException around it."""
     try:
         yield
     except CheckpointException as error:

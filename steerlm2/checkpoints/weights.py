@@ -1,7 +1,7 @@
-"""Weights in and out: Hugging Face safetensors, read and written by a checkpointer.
+"""Loading a laid-out decoder's weights, and saving them, with a checkpointer.
 
-A checkpointer is ours or torchtune's. Where a run has none, its weights start from a seed and are
-written in the same format.
+The checkpointer is one of this package or of torchtune. A run without one starts with fresh weights
+from a seed, and writes the same format.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from steerlm2.checkpoints.safetensors_io import (
     write_weights,
 )
 from steerlm2.config.loader import instantiate
-from steerlm2.data.records import first_of
+from steerlm2.data.records import shortened
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
@@ -77,7 +77,7 @@ def open_checkpointer(
     """The configured checkpointer, or `ScratchCheckpointer` where there is none.
 
     Args:
-        output_dir: where it writes, unless the component says so itself; "" only reads.
+        output_dir: where it writes, unless the component has its own output_dir; "" only reads.
 
     Raises:
         ValueError: where the folder isn't a checkpoint that the checkpointer can read.
@@ -106,11 +106,11 @@ def open_reward_checkpointer(
     """A checkpointer that writes a LlamaForSequenceClassification with the schema's attributes.
 
     Args:
-        load_head: the checkpoint must be such a model itself, with the same attributes.
+        load_head: whether the checkpoint must be such a model, with the same attributes.
 
     Raises:
-        ValueError: as `open_checkpointer`; for torchtune's own, which can't write such a model;
-            where `load_head` asks for a head that isn't there or has other attributes.
+        ValueError: as `open_checkpointer`; for torchtune's checkpointers, which can't write such a
+            model; with `load_head`, where the checkpoint has no reward head or other attributes.
         FileNotFoundError: as `open_checkpointer`.
     """
     checkpointer = open_checkpointer(
@@ -141,8 +141,10 @@ def open_reward_checkpointer(
 
 
 def check_vocabulary(decoder: TransformerDecoder, tokenizer: Tokenizer) -> None:
-    """Raises:
-    ValueError: where the tokenizer has ids that the model has no embedding for.
+    """Check that the model has an embedding for every token of the tokenizer.
+
+    Raises:
+        ValueError: where it doesn't.
     """
     if tokenizer.vocab_size > decoder.tok_embeddings.num_embeddings:
         raise ValueError(
@@ -153,8 +155,13 @@ def check_vocabulary(decoder: TransformerDecoder, tokenizer: Tokenizer) -> None:
 
 
 def check_context(decoder: TransformerDecoder, longest: int) -> None:
-    """Raises:
-    ValueError: where a prompt with its response is longer than the model's context.
+    """Check that a prompt with its response fits into the model's context.
+
+    Args:
+        longest: tokens of the longest prompt with its response.
+
+    Raises:
+        ValueError: where it doesn't.
     """
     if longest > context_length(decoder):
         raise ValueError(
@@ -174,14 +181,14 @@ def load_weights(
 ) -> None:
     """Fill a laid-out decoder on the meta device with weights, and put it on its device.
 
-    Every rank reads its own parts from the files of an `HFCheckpointer`. What another checkpointer
-    reads passes through rank 0, whole. Fresh LoRA adapters come from the seed.
+    With an `HFCheckpointer` every rank reads its own shards from the files. Another checkpointer's
+    full state dict is read by rank 0 and broadcast. Fresh LoRA adapters come from the seed.
 
     Args:
         checkpointer: on rank 0; None on the others.
         seed: of fresh weights.
-        fresh_head: the output layer starts from the seed, whatever the checkpoint has.
-        cpu_offload: the parameters live on the host (FSDP2's CPU offload).
+        fresh_head: the output layer starts from the seed, also if the checkpoint has one.
+        cpu_offload: the parameters are kept on the host (FSDP2's CPU offload).
 
     Raises:
         ValueError: on every rank, listing missing, unexpected and misshapen tensors, or the ranks
@@ -252,28 +259,30 @@ def save_weights(
     stop_id: int | None = None,
     adapter_only: bool = False,
 ) -> Path:
-    """Write the weights in `dtype` as `epoch_{epoch}`, LoRA adapters merged into them.
+    """Write the weights in `dtype` as `epoch_{epoch}`, with LoRA adapters merged into them.
 
-    The ranks write the files by turns, and no rank ever has the whole model; only to torchtune's
-    checkpointers it goes through rank 0. The adapters are written apart too, in PEFT's format, as
+    The ranks take turns to write the files, and no rank ever has the full model, except rank 0 with
+    a torchtune checkpointer. LoRA adapters are also written separately, in PEFT's format, to
     `output_dir/epoch_{epoch}/adapter`.
 
     Args:
         checkpointer: on rank 0; None on the others.
-        stop_id: of a language model, the token that it was trained to end a response with. Servers
-            and transformers stop at it without being told.
-        adapter_only: write the adapters alone, not the merged model.
+        dtype: of the files.
+        stop_id: of a language model, the token that it was trained to end a response with. It
+            becomes the first eos token of generation_config.json, which servers and transformers
+            stop at.
+        adapter_only: write only the adapters, not the merged model.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: on every rank, where one of them can't write.
-        OSError: the same of a single process.
+        ValueError: on every rank, where a rank can't write.
+        OSError: instead of ValueError, in a run of a single process.
     """
     for module in decoder.modules():
-        # After a forward without backward some layers still have whole parameters in the dtype of
-        # computation, rounded from those that are trained.
+        # After a forward without a backward some layers are still unsharded, in the dtype of
+        # computation, which is rounded from the trained parameters.
         if isinstance(module, FSDPModule):
             module.reshard()
     parameters = {plain_name(name): p for name, p in decoder.named_parameters()}
@@ -328,7 +337,7 @@ def save_weights(
 
 
 def _stop_at(stop_id: int, folder: Path) -> None:
-    """Make a token the first of those that end a generation."""
+    """Make a token the first eos token of generation_config.json."""
     file = folder / "generation_config.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     config = json.loads((folder / "config.json").read_text())
@@ -345,8 +354,10 @@ def _save_adapter(
     heads: Mapping[str, int],
     reward_head: Tensor | None,
 ) -> None:
-    """A PEFT adapter. In a folder of its own: transformers would add one that it finds beside the
-    merged weights to them once more."""
+    """Write a PEFT adapter.
+
+    It has its own folder, because transformers adds an adapter beside the merged weights to them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = tune_to_peft_adapter_weights(adapter, **heads)
     modules = sorted({name.split(".")[-3] for name in adapter})
@@ -361,7 +372,7 @@ def _save_adapter(
 
 
 def _full_tensor(parameter: Tensor, world: World) -> Tensor:
-    """A parameter whole, on every rank."""
+    """The full tensor of a parameter, on every rank."""
     local = _local(parameter.detach())
     if is_nf4(local):
         local = dequantized(local)
@@ -370,7 +381,9 @@ def _full_tensor(parameter: Tensor, world: World) -> Tensor:
         parts = parameter.device_mesh, parameter.placements
         return DTensor.from_local(local, *parts, run_check=False).full_tensor()
     if isinstance(parameter, DTensor):
-        placed = cast(DTensor, parameter.detach().to(world.device))  # offloaded: from the host
+        placed = cast(
+            DTensor, parameter.detach().to(world.device)
+        )  # with CPU offload it is on the host
         return placed.full_tensor()
     return parameter.detach()
 
@@ -402,5 +415,5 @@ def _check_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.
     if problems:
         raise ValueError(
             "the checkpoint doesn't fit the model in the config; check `model` and "
-            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(first_of(problems))
+            "`checkpointer.checkpoint_dir`:\n  - " + "\n  - ".join(shortened(problems))
         )

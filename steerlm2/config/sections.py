@@ -1,4 +1,4 @@
-"""Config sections of the recipes that sample, and what can be wrong with their keys."""
+"""Config sections of the recipes that sample, with the checks of their keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LabelOptions:
     labels_per_prompt: int = 1  # of kinds uniform and empirical, all different
 
     def problems(self, schema: AttributeSchema) -> Iterator[str]:
-        """What is wrong between its keys."""
+        """Problems of its keys."""
         if self.labels_per_prompt < 1:
             yield f"'label.labels_per_prompt' must be at least 1, got {self.labels_per_prompt}"
         for kind, key in (("fixed", "value"), ("uniform", "attributes"), ("empirical", "file")):
@@ -57,7 +57,7 @@ class ServerOptions:
     retries: int = 5  # of a request, with pauses of 0.5 s, 1 s, 2 s, ...
 
     def problems(self, section: str = "server") -> Iterator[str]:
-        """What is wrong with its values; `section` is where it stands in the config."""
+        """Problems of its keys; `section` is the config key of the section."""
         if self.concurrency < 1:
             yield f"'{section}.concurrency' must be at least 1, got {self.concurrency}"
         if self.retries < 0:
@@ -69,7 +69,7 @@ class ServerOptions:
 def sampling_problems(
     *, n: int, temperature: float, top_p: float, max_new_tokens: int, max_seq_len: int
 ) -> Iterator[str]:
-    """What is wrong between the keys of the same names, which are at least 1 where they count."""
+    """Problems of the keys of the same names; those that count something are at least 1."""
     if temperature < 0:
         yield f"'temperature' must be at least 0, got {temperature}"
     if temperature == 0 and n > 1:

@@ -1,8 +1,8 @@
 """Records, templates, tokenizers, and what turns them into packed sequences.
 
-The names below are for `_component_` in YAML files; they outlive moves of the modules. They are
-imported when they are asked for: records alone need no PyTorch. What a recipe makes data sets from
-is in `steerlm2.data.sources`.
+The names below are for `_component_` in YAML files, and stay the same when modules move. They are
+imported on first use, so that reading records doesn't import PyTorch. The sources of prepare_data
+are in `steerlm2.data.sources`.
 """
 
 import importlib

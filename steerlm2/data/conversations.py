@@ -28,7 +28,7 @@ _KNOWN_TURN_KEYS = {"value", "from", "label"}
 
 @dataclass
 class Conversation:
-    """A conversation whose assistant turns may have labels. Roles may follow in any order."""
+    """A conversation whose assistant turns may have labels. Roles may come in any order."""
 
     turns: list[Turn]
     system: str
@@ -38,7 +38,7 @@ class Conversation:
 def parse_conversation(
     obj: object, *, schema: AttributeSchema | None = None, default_system: str | None = None
 ) -> Conversation:
-    """Check one decoded JSON object of the conversation format. Keys we don't know are kept.
+    """Check one decoded JSON object of the conversation format. Unknown keys are kept.
 
     Args:
         schema: if given, labels may use only its names and values.
@@ -95,7 +95,10 @@ def iter_conversations(
 ) -> Iterator[Conversation]:
     """The conversations of a .jsonl or .jsonl.gz file, in constant memory.
 
-    Args: as in `parse_conversation`.
+    Args:
+        path: of the file.
+        schema: as in `parse_conversation`.
+        default_system: as in `parse_conversation`.
 
     Raises:
         FileNotFoundError: with the absolute path.
@@ -137,8 +140,10 @@ def regression_records(
 
 
 def turns_in(text: str) -> list[Turn]:
-    """A text cut where a line is "<extra_id_1>User" or "<extra_id_1>Assistant"; what stands before
-    the first such line counts as the user's."""
+    """The turns of a text, which begin at lines "<extra_id_1>User" and "<extra_id_1>Assistant".
+
+    The text before the first such line is a turn of the user.
+    """
     first, *pieces = _TURN_START.split(text)
     later = [Turn(*piece) for piece in zip(pieces[::2], pieces[1::2], strict=True)]
     return [Turn(USER, first), *later]
@@ -147,8 +152,8 @@ def turns_in(text: str) -> list[Turn]:
 def parse_regression_text(text: str) -> tuple[str, list[Turn]]:
     """(system, turns) of a text of the regression format; the last turn is the one to be scored.
 
-    A text of that format can't say whether "<extra_id_1>User" was typed by somebody: wherever it
-    begins a line, it begins a turn (as HelpSteer2 writes the turns of a long prompt).
+    The format can't distinguish a turn from a line "<extra_id_1>User" inside a turn: every such
+    line begins a turn (HelpSteer2 writes the turns of a long prompt in this way).
 
     Raises:
         ValueError: where the text isn't of that format.

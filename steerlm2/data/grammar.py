@@ -1,9 +1,9 @@
-"""A small world whose probabilities are known: questions, and a grammar that answers them.
+"""Synthetic questions, and a grammar of their answers with known probabilities.
 
-Every response to a question can be listed with its exact P(y|x), the attribute scores r(y) are
-counted in its text, and P(a|x,y) is the Beta rule of `steerlm2.attributes` on those scores. So
-P(y|a,x) = P(a|x,y) P(y|x) / P(a|x) is a finite table, and what a model has learned of it is
-computed (`steerlm2.evaluation.exact_kl`), not estimated. Nothing here stands for human preference.
+All responses to a question can be listed with their exact P(y|x). The attribute scores r(y) are
+counted in a response's text, and P(a|x,y) is the Beta rule of `steerlm2.attributes` on those
+scores. So P(y|a,x) = P(a|x,y) P(y|x) / P(a|x) is a finite table, and a model's divergence from it
+is computed exactly (`steerlm2.evaluation.exact_kl`). It models no human preference.
 
     response -> opening body tail closing      (pieces joined by spaces, empty ones left out)
 
@@ -35,7 +35,7 @@ Split = Literal["train", "validation", "all"]
 LabelRule = Literal["sampled", "rounded"]
 
 LABEL_VALUES = tuple(itertools.product(range(5), repeat=len(ATTRIBUTES)))
-"""Of every label, the values of `ATTRIBUTES`."""
+"""The values of `ATTRIBUTES` for each of `LABELS`."""
 
 LABELS = tuple(encode_label(dict(zip(ATTRIBUTES, v, strict=True))) for v in LABEL_VALUES)
 
@@ -43,11 +43,11 @@ WEIGHT_TOTAL = 100**4
 """The weights of all responses to a question add up to this."""
 
 LOG_ZERO = math.log(5e-324)
-"""log P(y|x) of a text that the grammar can't make: never -inf, as in `beta_log_prob`."""
+"""log P(y|x) of a text that the grammar can't produce: finite, as in `beta_log_prob`."""
 
 
 class Pair(NamedTuple):
-    """A question with the label that an answer to it should have."""
+    """A question with a requested label."""
 
     prompt: str
     label: str
@@ -61,20 +61,20 @@ class Answers:
     weights: tuple[int, ...]
     """P(y|x) in units of 1 / WEIGHT_TOTAL."""
     scores_NA: Tensor
-    """r(y), from 0 to 4."""
+    """[N, A] r(y), from 0 to 4."""
     log_p_N: Tensor
-    """log P(y|x)."""
+    """[N] log P(y|x)."""
     log_p_label_NL: Tensor
-    """log P(a|x,y)."""
+    """[N, L] log P(a|x,y)."""
 
     @property
     def log_p_label_L(self) -> Tensor:
-        """log P(a|x) = log sum_y P(a|x,y) P(y|x)."""
+        """[L] log P(a|x) = log sum_y P(a|x,y) P(y|x)."""
         return (self.log_p_label_NL + self.log_p_N[:, None]).logsumexp(dim=0)
 
     @property
     def log_posterior_NL(self) -> Tensor:
-        """log P(y|a,x), by Bayes' rule."""
+        """[N, L] log P(y|a,x), by Bayes' rule."""
         return self.log_p_label_NL + self.log_p_N[:, None] - self.log_p_label_L
 
 
@@ -85,7 +85,7 @@ def prompts() -> tuple[str, ...]:
 
 @functools.cache
 def answers(prompt: str) -> Answers:
-    """The whole table of a question.
+    """The table of all responses to a question.
 
     Raises:
         ValueError: for a question that isn't one of `prompts`.
@@ -110,8 +110,8 @@ def grammar_pairs(split: Split) -> list[Pair]:
     """The pairs of a split, by question.
 
     Of the 25 labels of a question 5 are held out for validation, with every value of either
-    attribute once; of the 5 questions of a kind, each holds out other labels. So every label of
-    every kind is held out exactly once, whatever the seed of the data.
+    attribute once. The 5 questions of a kind hold out different labels, so every label is held out
+    exactly once for every kind. This doesn't depend on a seed.
 
     Raises:
         ValueError: for an unknown split.
@@ -131,12 +131,13 @@ def draw_answers(
 ) -> Iterator[tuple[Pair, str]]:
     """Draws (x, a, y): x uniform, y from P(y|x), a from P(a|x,y), given that (x, a) is in `split`.
 
-    Given x and a, y follows P(y|a,x) exactly, also within a split: a model that learns from these
-    draws can learn P(y|a,x), and P(a|x) says how often it sees a label.
+    Given x and a, y follows P(y|a,x) exactly, also within a split, so a model can learn P(y|a,x)
+    from these draws. Labels occur with the frequencies P(a|x).
 
     Args:
-        labels: "rounded" takes the scores, rounded, instead of a draw from P(a|x,y). y given x and
-            a is then no longer P(y|a,x), as in a data set annotated by a regression model.
+        labels: "rounded" takes the rounded scores instead of a draw from P(a|x,y). The
+            distribution of y given x and a is then not P(y|a,x), as in a data set that a regression
+            model annotated.
 
     Raises:
         ValueError: for an unknown split or rule.
@@ -165,8 +166,8 @@ def grammar_conversations(
 ) -> Iterator[Conversation]:
     """Draws as conversations: with labels for Q'(y|a,x), with None for P(y|x).
 
-    Without labels there are no pairs, so a split is only another seed: leaving out responses by
-    their label would leave something else than P(y|x).
+    Without labels the splits differ only by their seed: if responses were left out by their labels,
+    the others wouldn't follow P(y|x).
     """
     if labels is None:
         draws = ((p, y, None) for (p, _), y in draw_answers(num, _seed(seed, split), "all"))
@@ -177,14 +178,14 @@ def grammar_conversations(
 
 
 def grammar_prompts(split: Split) -> list[Record]:
-    """Every pair of a split as a record without responses: what to sample from Q'."""
+    """Every pair of a split as a record without responses, to sample responses from Q' for."""
     return [grammar_record(pair, []) for pair in grammar_pairs(split)]
 
 
 def grammar_record(pair: Pair, texts: Sequence[str]) -> Record:
-    """Given responses with their exact scores, log P(a|x,y) and log P(y|x).
+    """A record of the given responses with their exact scores, log P(a|x,y) and log P(y|x).
 
-    A text that the grammar can't make has the scores that are counted in it, and LOG_ZERO.
+    The log P(y|x) of a text that the grammar can't produce is LOG_ZERO.
     """
     wanted = parse_label(pair.label)
     log_p_of = dict(
@@ -211,13 +212,13 @@ def _conversation(prompt: str, text: str, label: str | None) -> Conversation:
 
 
 def _seed(seed: int, split: Split) -> int:
-    """Another seed for every split."""
+    """A different seed for every split."""
     return random.Random(f"{split}:{seed}:unlabelled").getrandbits(32)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How questions of one kind are answered: weights in percent."""
+    """Weights, in percent, of the openings and bodies of answers to one kind of question."""
 
     opening: tuple[int, int, int]
     body: tuple[int, int]
@@ -257,7 +258,7 @@ def _capitalized(text: str) -> str:
 _OPENINGS = ("", "Wow!", "Oh boy! Wow!")
 _CLOSINGS = ("", "Yay!", "Ta da! Yay!")
 _CLOSING_WEIGHTS = ((70, 20, 10), (40, 35, 25), (30, 30, 40))
-"""By opening: who begins with a joke often ends with one."""
+"""By opening: an answer that begins with exclamations ends with them more often."""
 
 _TAILS = (
     "",
@@ -267,7 +268,7 @@ _TAILS = (
     "We learn it at school. It has been so for long.",
 )
 _TAIL_WEIGHTS = ((40, 20, 20, 12, 8), (25, 15, 20, 20, 20))
-"""By body: a short one is less often followed by more."""
+"""By body: the short one has long tails less often."""
 
 _TEMPLATES = (
     (

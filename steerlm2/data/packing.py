@@ -1,16 +1,16 @@
-"""Groups that share their prompt, packed into rows.
+"""Packed sequences: prompts with their responses, or conversations, without padding in between.
 
-Dimension letters: T tokens of a packed row, R response tokens to predict, N responses, G groups,
-A attributes.
+Dimension letters: T tokens of a packed sequence, R response tokens to predict, N responses,
+G groups, A attributes, X attention blocks.
 
-A prompt and its n responses stand in one row, [prompt | y_1 | ... | y_n]: the prompt is computed
-once instead of n times and nothing is padded. Each response attends to the prompt and to itself,
-and its positions continue the prompt's. A response's first token is predicted at the last prompt
-position; its last token (the stop token) predicts nothing, so it is a target but no input. Several
-groups can stand in one row; they don't see each other.
+A prompt and its n responses form one packed sequence, [prompt | y_1 | ... | y_n]: the prompt is
+computed once instead of n times. Each response attends to the prompt and to itself, and its
+position ids continue the prompt's. A response's first token is predicted at the last prompt
+position; its last token (the stop token) predicts nothing, so it is a target but no input. A packed
+sequence can hold several groups, which don't attend to each other.
 
-An attribute model reads the same rows with one difference: a response ends with the token at which
-its scores are read, so that one is an input too.
+For an attribute model a response ends with the token at which its scores are read, so that its last
+token is an input too.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from torch import Tensor
 from steerlm2.models.attention import attention_blocks
 
 PADDING = -1
-"""The group number of padding tokens."""
+"""The group number of padding tokens in `PackedSequence.group_T`."""
 
 
 class Packable(Protocol):
-    """What rows are filled with."""
+    """What packed sequences are filled with."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in a packed row."""
+        """Input tokens in a packed sequence."""
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a token and one that it sees."""
+        """Pairs of a token and a token that it attends to."""
 
 
 PackableT = TypeVar("PackableT", bound=Packable)
@@ -49,7 +49,7 @@ PackableT = TypeVar("PackableT", bound=Packable)
 class PromptGroup(abc.ABC):
     """One prompt with its tokenised responses.
 
-    `index` is the place of the record in its data set, `responses_kept` the places of the
+    `index` is the index of the record in its data set, `responses_kept` the indices of the
     responses in their record.
     """
 
@@ -61,23 +61,23 @@ class PromptGroup(abc.ABC):
     @property
     @abc.abstractmethod
     def input_lengths(self) -> list[int]:
-        """Tokens of each response in a packed row."""
+        """Input tokens of each response in a packed sequence."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the group in a packed row."""
+        """Input tokens of the group in a packed sequence."""
         return len(self.prompt) + sum(self.input_lengths)
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a token and one that it sees."""
+        """Pairs of a token and a token that it attends to."""
         prompt = len(self.prompt)
         return _triangle(prompt) + sum(prompt * n + _triangle(n) for n in self.input_lengths)
 
     def slices(self, size: int) -> list[Self]:
         """The group as groups of at most `size` responses: prompt and responses only.
 
-        Their `index` is this group's; `responses_kept` are places in this group.
+        Their `index` is this group's; their `responses_kept` are indices of this group's responses.
         """
         starts = range(0, len(self.responses), size)
         return [self._part(start, min(start + size, len(self.responses))) for start in starts]
@@ -136,12 +136,12 @@ class RewardGroup(PromptGroup):
 class Dialogue:
     """A conversation as one sequence, for supervised fine-tuning.
 
-    `target_places` are those of the tokens to be predicted, in ascending order; the first is above
-    0. `index` is the place of the conversation in its data set.
+    `target_positions` are the positions of the tokens to be predicted, in ascending order; the
+    first is above 0. `index` is the index of the conversation in its data set.
     """
 
     tokens: Sequence[int]
-    target_places: Sequence[int]
+    target_positions: Sequence[int]
     index: int = 0
 
     @property
@@ -154,22 +154,24 @@ class Dialogue:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Groups in one row of tokens. An empty row (no groups) is padding."""
+class PackedSequence:
+    """Groups one after the other, as inputs of a decoder. Without groups it is all padding."""
 
     tokens_T: Tensor
+    """[T] token ids, int64, padding at the end."""
     input_pos_T: Tensor
+    """[T] position ids, int64: from 0 in a prompt; each response continues its prompt's."""
     group_T: Tensor
-    """Which group of the row a token is of; PADDING for padding."""
+    """[T] index of a token's group in the packed sequence, int64; PADDING for padding."""
     segment_T: Tensor
-    """0 in a prompt, 1 + i in the i-th response of the row."""
+    """[T] int64: 0 in a prompt, 1 + i in the i-th response of the packed sequence."""
     blocks_X5: Tensor
-    """`attention_mask_TT` as the pairs to compute (`attention_blocks`)."""
+    """[X, 5] the pairs of `attention_mask_TT` as blocks, int64 (`attention_blocks`)."""
 
     def attention_mask_TT(self) -> Tensor:
-        """Boolean [T, T]: query (row) sees key (column): its own prompt and itself, causally."""
-        place_T = torch.arange(len(self.tokens_T), device=self.tokens_T.device)
-        causal_TT = place_T[:, None] >= place_T
+        """Boolean [T, T]: a query (row) attends to a key (column) of its own prompt or segment."""
+        position_T = torch.arange(len(self.tokens_T), device=self.tokens_T.device)
+        causal_TT = position_T[:, None] >= position_T
         same_group_TT = self.group_T[:, None] == self.group_T
         visible_TT = (self.segment_T == 0) | (self.segment_T[:, None] == self.segment_T)
         return causal_TT & same_group_TT & visible_TT
@@ -183,12 +185,13 @@ class Targets:
     """What the loss needs to know of groups, one group after the other."""
 
     sizes_G: Tensor
-    """Responses of each group."""
+    """[G] responses of each group, int64."""
     response_lengths_N: Tensor
-    """Tokens of each response, its stop token included."""
+    """[N] tokens of each response, its stop token included, int64."""
     log_q_N: Tensor | None
+    """[N] log-probs in nats, float64; None where a group doesn't have them yet."""
     w_N: Tensor | None
-    """As `log_q_N` None where a group doesn't have them yet."""
+    """[N] weights w', float64; None where a group doesn't have them yet."""
 
     @property
     def num_responses(self) -> int:
@@ -199,34 +202,38 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class PackedRow(Row, Targets):
-    """A row of groups with the targets of the loss; none in an empty row."""
+class PackedGroups(PackedSequence, Targets):
+    """Groups in a packed sequence with the targets of the loss; without groups there are none."""
 
     source_R: Tensor
-    """Position in the row that predicts the target."""
+    """[R] position in the packed sequence that predicts the target, int64."""
     targets_R: Tensor
+    """[R] token ids to be predicted, int64."""
     response_R: Tensor
-    """Which response of the row a target belongs to."""
+    """[R] index of the target's response in the packed sequence, int64."""
 
 
 @dataclass(frozen=True)
-class DialogueRow(Row):
-    """A row of conversations with what is to be predicted; nothing in an empty row."""
+class PackedDialogues(PackedSequence):
+    """Conversations in a packed sequence with their targets; an empty one has none."""
 
     source_R: Tensor
-    """Position in the row that predicts the target."""
+    """[R] position in the packed sequence that predicts the target, int64."""
     targets_R: Tensor
+    """[R] token ids to be predicted, int64."""
 
 
 @dataclass(frozen=True)
-class RewardRow(Row):
-    """A row of groups for an attribute model; an empty one has nothing to read."""
+class PackedRewardGroups(PackedSequence):
+    """Groups in a packed sequence for an attribute model; an empty one has no responses."""
 
-    read_N: Tensor
-    """Place of each response's last token."""
+    score_position_N: Tensor
+    """[N] position of each response's last token, where its scores are read, int64."""
     labels_NA: Tensor | None
+    """[N, A] attribute values, float64, NOT_LABELLED where there is none; None where a group has no
+    labels."""
     strength_G: Tensor | None
-    """As `labels_NA` None where a group has none."""
+    """[G] strengths of preferences, float64; None where a group has none."""
 
 
 def targets_of(groups: Sequence[Group]) -> Targets:
@@ -240,24 +247,24 @@ def targets_of(groups: Sequence[Group]) -> Targets:
     )
 
 
-def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> PackedRow:
-    """Groups as one row, padded at the end to a multiple of `multiple_of` tokens."""
+def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> PackedGroups:
+    """Groups in one packed sequence, padded at the end to a multiple of `multiple_of` tokens."""
     source: list[int] = []
     targets: list[int] = []
     response_ids: list[int] = []
-    place = 0
+    position = 0
     for group in groups:
-        place += len(group.prompt)
-        last_prompt_place = place - 1
+        position += len(group.prompt)
+        prompt_end = position - 1
         for response in group.responses:
             response_ids += [response_ids[-1] + 1 if response_ids else 0] * len(response)
-            source += [last_prompt_place, *range(place, place + len(response) - 1)]
+            source += [prompt_end, *range(position, position + len(response) - 1)]
             targets += response
-            place += len(response) - 1
+            position += len(response) - 1
     inputs = [(group.prompt, [response[:-1] for response in group.responses]) for group in groups]
-    return PackedRow(
+    return PackedGroups(
         **vars(targets_of(groups)),
-        **vars(_row(inputs, pad_id, multiple_of)),
+        **vars(_lay_out(inputs, pad_id, multiple_of)),
         source_R=torch.tensor(source, dtype=torch.long),
         targets_R=torch.tensor(targets, dtype=torch.long),
         response_R=torch.tensor(response_ids, dtype=torch.long),
@@ -266,20 +273,20 @@ def pack(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> P
 
 def pack_dialogues(
     dialogues: Sequence[Dialogue], *, pad_id: int = 0, multiple_of: int = 1
-) -> DialogueRow:
-    """Conversations as one row, padded at the end to a multiple of `multiple_of` tokens."""
+) -> PackedDialogues:
+    """Conversations in one packed sequence, padded at the end to a multiple of `multiple_of`."""
     source: list[int] = []
     targets: list[int] = []
     start = 0
     for dialogue in dialogues:
-        source += [start + place - 1 for place in dialogue.target_places]
-        targets += [dialogue.tokens[place] for place in dialogue.target_places]
+        source += [start + position - 1 for position in dialogue.target_positions]
+        targets += [dialogue.tokens[position] for position in dialogue.target_positions]
         start += dialogue.num_tokens
     inputs: list[tuple[Sequence[int], list[Sequence[int]]]] = [
         (dialogue.tokens[:-1], []) for dialogue in dialogues
     ]
-    return DialogueRow(
-        **vars(_row(inputs, pad_id, multiple_of)),
+    return PackedDialogues(
+        **vars(_lay_out(inputs, pad_id, multiple_of)),
         source_R=torch.tensor(source, dtype=torch.long),
         targets_R=torch.tensor(targets, dtype=torch.long),
     )
@@ -287,34 +294,34 @@ def pack_dialogues(
 
 def pack_for_reward(
     groups: Sequence[RewardGroup], *, pad_id: int = 0, multiple_of: int = 1
-) -> RewardRow:
-    """Groups as one row to be scored, padded at the end to a multiple of `multiple_of` tokens."""
-    read: list[int] = []
-    place = 0
+) -> PackedRewardGroups:
+    """Groups to be scored in one packed sequence, padded to a multiple of `multiple_of` tokens."""
+    score_positions: list[int] = []
+    position = 0
     for group in groups:
-        place += len(group.prompt)
+        position += len(group.prompt)
         for response in group.responses:
-            place += len(response)
-            read.append(place - 1)
+            position += len(response)
+            score_positions.append(position - 1)
     labels = [group.labels for group in groups]
-    return RewardRow(
-        **vars(_row([(g.prompt, g.responses) for g in groups], pad_id, multiple_of)),
-        read_N=torch.tensor(read, dtype=torch.long),
+    return PackedRewardGroups(
+        **vars(_lay_out([(g.prompt, g.responses) for g in groups], pad_id, multiple_of)),
+        score_position_N=torch.tensor(score_positions, dtype=torch.long),
         labels_NA=_join(labels),
         strength_G=_join([None if g.strength is None else [g.strength] for g in groups]),
     )
 
 
-def _row(
+def _lay_out(
     groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_id: int, multiple_of: int
-) -> Row:
-    """The layout of prompts and the input tokens of their responses."""
+) -> PackedSequence:
+    """Lay out prompts, each with the input tokens of its responses, one after the other."""
     tokens: list[int] = []
     positions: list[int] = []
     group_ids: list[int] = []
     segments: list[int] = []
     causal: list[tuple[int, int]] = []
-    whole: list[tuple[int, int, int, int]] = []
+    full_blocks: list[tuple[int, int, int, int]] = []
     num_responses = 0
     for g, (prompt, responses) in enumerate(groups):
         start, stop = len(tokens), len(tokens) + len(prompt)
@@ -328,17 +335,17 @@ def _row(
             tokens += response
             positions += range(len(prompt), len(prompt) + len(response))
             segments += [num_responses] * len(response)
-        whole.append((stop, len(tokens), start, stop))
+        full_blocks.append((stop, len(tokens), start, stop))
         group_ids += [g] * (len(tokens) - len(group_ids))
-    # two tokens for an empty row: a compiled model would specialise on a length of one
+    # An empty sequence has two tokens: a compiled model would specialise on a length of one.
     padding = -len(tokens) % multiple_of if tokens else 2 * multiple_of
     causal.append((len(tokens), len(tokens) + padding))
-    return Row(
+    return PackedSequence(
         tokens_T=torch.tensor(tokens + [pad_id] * padding),
         input_pos_T=torch.tensor(positions + [0] * padding),
         group_T=torch.tensor(group_ids + [PADDING] * padding),
         segment_T=torch.tensor(segments + [0] * padding),
-        blocks_X5=attention_blocks(causal, whole),
+        blocks_X5=attention_blocks(causal, full_blocks),
     )
 
 
@@ -347,15 +354,16 @@ def _triangle(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def _tensors_on(device: torch.device, row: Row | Targets) -> dict[str, Any]:
-    tensors = {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
+def _tensors_on(device: torch.device, batch: PackedSequence | Targets) -> dict[str, Any]:
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     if device.type != "cuda":
         return {name: value.to(device) for name, value in tensors.items()}
-    # From pageable memory it would wait for all that is queued on the GPU.
+    # A copy from pageable memory would wait for everything that is queued on the GPU.
     return {n: value.pin_memory().to(device, non_blocking=True) for n, value in tensors.items()}
 
 
 def _join(values: Sequence[Sequence[Any] | None]) -> Tensor | None:
+    """The values of all groups in one float64 tensor; None where a group has none."""
     known = [v for v in values if v is not None]
     if len(known) < len(values):
         return None

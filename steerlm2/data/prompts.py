@@ -1,4 +1,4 @@
-"""Prompts to be answered, and the labels that their answers shall have."""
+"""Prompts to be answered, and the labels that are requested for their answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RECORD_KEYS = {"system", "prompt_turns", "label", "responses"}
 
 @dataclass
 class Prompt:
-    """What comes before a response, and the label that stands in the file with it."""
+    """A conversation before a response, and the label that the file has for the response."""
 
     system: str
     turns: list[Turn]
@@ -37,13 +37,13 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """The prompts of conversations, or of SteerLM2 records, which may do without responses.
+    """The prompts of conversations, or of SteerLM2 records (with or without responses).
 
-    A conversation's prompt is everything before the last turn if that is the assistant's, whose
-    label it then has; otherwise all of it. Labels of earlier turns stay.
+    If a conversation's last turn is the assistant's, its prompt is everything before that turn, and
+    the label is the turn's; otherwise the prompt is all of it. Labels of earlier turns stay.
 
     Args:
-        limit: the first so many; none: all.
+        limit: read only so many; None: all.
 
     Raises:
         FileNotFoundError: with the absolute path.
@@ -111,7 +111,7 @@ def labels_in(path: str | Path) -> list[str]:
 
 
 def uniform_labels(attributes: list[str], schema: AttributeSchema) -> DrawLabel:
-    """Draws any values of these attributes, all of the schema's range equally likely.
+    """A function that draws values of these attributes, uniformly from the schema's range.
 
     Raises:
         ValueError: for attributes that the schema doesn't have.
@@ -122,12 +122,12 @@ def uniform_labels(attributes: list[str], schema: AttributeSchema) -> DrawLabel:
 
 
 def labels_like(labels: Sequence[str]) -> DrawLabel:
-    """Draws labels as often as they are in the list."""
+    """A function that draws a label of the list, each occurrence with the same probability."""
     return lambda rng: rng.choice(labels)
 
 
 def draw_labels(draw: DrawLabel, count: int, seed: int, index: int) -> list[str]:
-    """`count` different labels for the prompt of that index: they depend on nothing else."""
+    """`count` different labels for a prompt, which depend only on the seed and its index."""
     rng = random.Random(f"labels:{seed}:{index}")
     drawn: dict[str, None] = {}
     while len(drawn) < count:

@@ -1,7 +1,7 @@
 """SteerLM2 records: a prompt, the wanted attribute values and the responses to weigh.
 
-The published JSON key names ("from", "log(P(a|x,y))", ...) exist at the file boundary only: inside,
-everything has Python names. Keys that we don't know are kept and written back.
+The published JSON key names ("from", "log(P(a|x,y))", ...) are used in files only; in memory
+everything has Python names. Unknown keys are kept and written back.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
     return count
 
 
-def first_of(problems: Sequence[str]) -> list[str]:
+def shortened(problems: Sequence[str]) -> list[str]:
     """The first 10 problems, and how many more there are."""
     more = len(problems) - _MAX_REPORTED
     return [*problems[:_MAX_REPORTED], *([f"... and {more} more"] if more > 0 else [])]
@@ -186,16 +186,22 @@ class LineProblems:
         self._first: list[str] = []
 
     def add(self, line_number: int, problem: str, path: str | Path | None = None) -> None:
-        """Args:
-        path: of the file that the line is in, where that isn't `self.path`.
+        """Note a bad line.
+
+        Args:
+            line_number: from 1.
+            path: the line's file, if it isn't `self.path`.
         """
         self.count += 1
         if len(self._first) < _MAX_REPORTED:
             self._first.append(f"{path or self.path}:{line_number}: {problem}")
 
     def raise_if_any(self) -> None:
-        """Raises:
-        ValueError: "FILE:LINE: problem" for the first 10 bad lines, and how many more there are.
+        """Report the bad lines, if there are any.
+
+        Raises:
+            ValueError: "FILE:LINE: problem" for the first 10 bad lines, and how many more there
+                are.
         """
         if not self.count:
             return
@@ -205,9 +211,10 @@ class LineProblems:
 
 
 def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, decoded JSON) of every line of a .jsonl or .jsonl.gz file that decodes.
+    """(line number from 1, decoded JSON) of the lines of a .jsonl or .jsonl.gz file.
 
-    Blank lines are skipped, undecodable ones go to `problems`; the caller raises them at the end.
+    Blank lines are skipped. Lines that can't be decoded go to `problems`, which the caller raises
+    at the end.
 
     Raises:
         FileNotFoundError: with the absolute path.
@@ -248,14 +255,14 @@ def _json_hint(error: Exception) -> str:
 def json_line(obj: dict[str, Any]) -> bytes:
     """One line of a JSONL file: UTF-8, text as it is, with the line end."""
     line = json.dumps(obj, ensure_ascii=False)
-    if not _is_unicode(line):  # half a surrogate pair in a key that isn't ours: only \u can say it
+    if not _is_unicode(line):  # half a surrogate pair in an unknown key needs a \u escape
         line = json.dumps(obj, ensure_ascii=True)
     return line.encode("utf-8") + b"\n"
 
 
 @contextlib.contextmanager
 def _open_for_writing(path: Path, compressed: bool) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The same records give the same bytes: no time and no name go into the gzip header."""
+    """Open a file; the gzip header has neither time nor name, so equal records give equal bytes."""
     with open(path, "wb") as raw:
         if compressed:
             with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:

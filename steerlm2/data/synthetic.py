@@ -1,10 +1,9 @@
 """A synthetic data set for first runs and tests: small, made up, and scored by counting.
 
-Nothing here stands for human preference. Short questions get templated answers of which two
-attributes can be computed from the text alone: how long an answer is (verbosity) and how many
-exclamations it makes (humor). A record wants certain values of both, and `beta_log_prob` of the
-computed scores says how well each answer fits. log P(y|x) and log Q'(y|a,x) stay open, because they
-depend on the model that is trained.
+It models no human preference. Short questions get templated answers of which two attributes can be
+computed from the text alone: the length of an answer (verbosity) and the number of its exclamations
+(humor). A record's label has values of both, and log P(a|x,y) is `beta_log_prob` of the computed
+scores. Records have no log P(y|x) and log Q'(y|a,x), which depend on the model that is trained.
 """
 
 from __future__ import annotations
@@ -84,10 +83,10 @@ def synthetic_records(
 ) -> list[Record]:
     """Records of one split; the same arguments give the same records.
 
-    A question with a label belongs to one split only, whatever the seed: no pair of both appears
-    in training and in validation (a question alone does, with other labels). More records than
-    there are pairs repeat pairs with other responses. The responses of a record differ from each
-    other, and their attribute values are spread over the whole range.
+    A pair of a question and a label belongs to one split only, for every seed; a question is in
+    both splits, with different labels. If there are more records than pairs, pairs are repeated
+    with other responses. The responses of a record differ from each other, and their attribute
+    values are spread over the whole range.
 
     Raises:
         ValueError: for an unknown split, no records, and fewer than 2 or too many responses.
@@ -116,7 +115,7 @@ def synthetic_records(
 def build_tiny_tokenizer(directory: str | Path) -> HFTokenizer:
     """Train the tokenizer that `steerlm2.data.tiny_tokenizer` loads, and save it.
 
-    Its text is this module's: the synthetic records and a page of plain English.
+    It is trained on the synthetic records and a page of plain English.
     """
     trained = train_byte_level_bpe(_corpus(), TINY_VOCAB_SIZE, TINY_SPECIAL_TOKENS)
     config = {
@@ -183,7 +182,7 @@ def _answer(question: _Question, humor: int, verbosity: int, rng: random.Random)
 
 
 def _pairs(split: str) -> Iterator[tuple[_Question, dict[str, int]]]:
-    """Every question with every label, as far as the split owns it."""
+    """The pairs of a question and a label that belong to the split."""
     rng = random.Random("the split of the synthetic data")
     for question, level in itertools.product(_questions(), _LEVELS):
         if (rng.random() < _VALIDATION_FRACTION) == (split == "validation"):

@@ -1,7 +1,7 @@
-"""Templates: how a conversation, an attribute label and a response become one text, and its ids.
+"""Templates: how a conversation, an attribute label and a response become one text and token ids.
 
 A template yields segments. A control segment is one control token; every other segment is plain
-text and is tokenised by itself, so that no content can spell a control token, and no token spans
+text that is tokenised by itself, so that content never becomes a control token, and no token spans
 the boundary between prompt and response.
 """
 
@@ -28,7 +28,7 @@ class Segment:
 
 
 class Template(Protocol):
-    """What a template offers. Its texts are exactly those that a model is trained on."""
+    """The interface of templates. Its texts are exactly those that a model is trained on."""
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def extra_id_template(control_tokens: Mapping[str, str] | None = None) -> ExtraI
     """The published SteerLM template, usable as `_component_`.
 
     Args:
-        control_tokens: tokens of the tokenizer to use in place of <extra_id_0>, <extra_id_1> and
+        control_tokens: tokens of the tokenizer to use instead of <extra_id_0>, <extra_id_1> and
             <extra_id_2>. Llama 3: `<|reserved_special_token_0|>` and so on. Llama 2 reserves none,
             but has byte tokens that text doesn't use: `<0x01>`, `<0x02>`, `<0x03>` (the control
             characters U+0001 to U+0003 are then left out of contents).
@@ -178,7 +178,7 @@ def llama3_template() -> Llama3Template:
 
 
 def segments_to_text(segments: Sequence[Segment]) -> str:
-    """The text that the segments make, for people to read: tokenising it is not safe."""
+    """The text of the segments, for people to read; tokenising it could give control tokens."""
     return "".join(segment.text for segment in segments)
 
 
@@ -201,8 +201,8 @@ def encode_segments(
         if segment.control:
             ids.append(ids_of[segment.text])
         else:
-            # Only the byte tokens of `extra_id_template` are dropped here: the tokenizer itself
-            # keeps all other control tokens out of plain text.
+            # This drops only the byte tokens of `extra_id_template`: of other control tokens the
+            # tokenizer never yields the ids for plain text.
             ids += (
                 token_id for token_id in tokenizer.encode(segment.text) if token_id not in reserved
             )
@@ -243,9 +243,10 @@ def encode_dialogue(
     max_seq_len: int | None = None,
     train_on_input: bool = False,
 ) -> tuple[Dialogue | None, int]:
-    """A conversation up to its last assistant turn that fits, and which of its tokens are trained
-    on: those of every assistant turn's text, end-of-turn text and stop token, as in
-    `Template.response`; labels are not among them.
+    """A conversation as a `Dialogue`, up to its last assistant turn that fits.
+
+    The tokens to be predicted are those of every assistant turn's text, end-of-turn text and stop
+    token, as in `Template.response`, but not those of labels.
 
     Args:
         max_seq_len: tokens that the conversation may have; None for any number.
@@ -260,13 +261,13 @@ def encode_dialogue(
     """
     done: list[Segment] = []
     tokens: list[int] = []
-    places: list[int] = []
+    positions: list[int] = []
     num_turns = 0
     for i, turn in enumerate(turns):
         if turn.role != ASSISTANT:
             continue
         prompt = template.prompt(system, turns[:i], turn.label)
-        assert prompt[: len(done)] == done, "a prompt goes on where the answer before it ended"
+        assert prompt[: len(done)] == done, "a prompt begins with the prompt and answer before it"
         new = encode_segments(prompt[len(done) :], tokenizer, template.control_tokens)
         if not done:
             new = _with_bos(new, tokenizer)
@@ -274,15 +275,15 @@ def encode_dialogue(
         if max_seq_len is not None and len(tokens) + len(new) + len(response) > max_seq_len:
             break
         tokens += new
-        places += range(len(tokens), len(tokens) + len(response))
+        positions += range(len(tokens), len(tokens) + len(response))
         tokens += response
         done = prompt + template.response(turn.value)
         num_turns = i + 1
     if not tokens:
         return None, 0
     if train_on_input:
-        places = list(range(1, len(tokens)))
-    return Dialogue(array("i", tokens), array("i", places)), num_turns
+        positions = list(range(1, len(tokens)))
+    return Dialogue(array("i", tokens), array("i", positions)), num_turns
 
 
 def encode_for_scoring(
@@ -293,10 +294,10 @@ def encode_for_scoring(
     responses: Sequence[str],
     max_seq_len: int,
 ) -> tuple[RewardGroup, int]:
-    """The texts of a prompt's responses as an attribute model reads them: no turn shows a label.
+    """The texts of a prompt's responses as an attribute model reads them, without any label.
 
-    Where the longest text has more than `max_seq_len` tokens, all lose the beginning of their
-    conversation, but for the bos token; a response longer than that loses its own beginning too.
+    Where the longest text has more than `max_seq_len` tokens, the beginning of the conversation is
+    cut off for all of them (the bos token stays), and also that of a response that is longer alone.
 
     Returns:
         The group, and how many of its texts were cut.
@@ -328,8 +329,10 @@ def groups_for_scoring(
     responses: Sequence[str],
     max_seq_len: int,
 ) -> tuple[list[RewardGroup], int]:
-    """`encode_for_scoring`, but what a text loses doesn't depend on the length of the others: where
-    not all fit, each response is a group of its own. All responses, in their order."""
+    """Like `encode_for_scoring`, but each text is cut independently of the others.
+
+    Where not all responses fit, each is a group of its own, in their order.
+    """
     group, num_cut = encode_for_scoring(template, tokenizer, system, turns, responses, max_seq_len)
     if num_cut == 0:
         return [group], 0

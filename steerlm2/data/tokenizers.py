@@ -1,13 +1,13 @@
-"""Tokenizers whose plain text can never turn into a control token.
+"""Tokenizers that never encode plain text as a control token.
 
-A Hugging Face tokenizer looks for its added tokens ("<|eot_id|>", "<extra_id_1>") in any text that
-it encodes, special or not. Content therefore goes through a second tokenizer built from the same
-file without them. What is left are vocabularies that spell a control token as an ordinary piece:
-such a piece is found by its id and cut in two.
+A Hugging Face tokenizer finds its added tokens ("<|eot_id|>", "<extra_id_1>") in any text that it
+encodes. Content is therefore encoded by a second tokenizer, built from the same file without them.
+A vocabulary may also hold a control token as an ordinary piece; such a piece is found by its id and
+cut in two.
 
-The dummy space that SentencePiece-style tokenizers (Llama 2) put in front of every text is turned
-off: a conversation is encoded in segments, and a space per segment would be neither what the model
-saw in pretraining nor what decoding gives back. All other normalisation of the tokenizer stays.
+SentencePiece-style tokenizers (Llama 2) put a dummy space in front of every text. It is turned off:
+a conversation is encoded in segments, and a space before each would match neither pretraining nor
+the decoded text. All other normalisation of the tokenizer stays.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unk>"
 
 
 class Tokenizer(Protocol):
-    """What templates, datasets and recipes need of a tokenizer."""
+    """The interface of tokenizers that templates, data sets and recipes use."""
 
     def __hash__(self) -> int: ...
 
@@ -74,7 +74,8 @@ class HFTokenizer:
     """A Hugging Face tokenizer file. Build it with `hf_tokenizer` or `tiny_tokenizer`."""
 
     def __init__(self, tokenizer_json: str, side_files: dict[str, str]) -> None:
-        """
+        """Load a tokenizer from texts of its files.
+
         Args:
             tokenizer_json: the text of tokenizer.json.
             side_files: file name -> text of the files beside it, kept for `save`.
@@ -102,10 +103,9 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never the id of an added token, whatever the text.
 
-        Where the vocabulary holds a control token as an ordinary piece, the piece is cut in two;
-        a single character that only a control token could stand for is left out. Added tokens
-        made of white space only are text, not control. Halves of surrogate pairs, which aren't
-        Unicode text, become "?".
+        Where the vocabulary holds a control token as an ordinary piece, the piece is cut in two; a
+        single character whose only token is a control token is left out. Added tokens of white
+        space only count as text. Halves of surrogate pairs, which aren't Unicode text, become "?".
         """
         encoding = self._content.encode(
             text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False
@@ -159,7 +159,8 @@ class HFTokenizer:
     def _find_bos(self, config: dict[str, Any]) -> int | None:
         """The token that the tokenizer itself puts first.
 
-        Having a bos_token isn't enough: GPT-NeoX names one that its models never saw in front.
+        A bos_token in its config isn't enough: GPT-NeoX has one that its models weren't trained
+        with.
         """
         adds_bos = self._config("tokenizer_config.json").get("add_bos_token")
         if isinstance(adds_bos, bool):
@@ -247,7 +248,7 @@ def train_byte_level_bpe(
 
 
 def _is_control(added_token: dict[str, Any]) -> bool:
-    """Some tokenizers (GPT-NeoX, Gemma) add runs of spaces or newlines: those are text."""
+    """Whether an added token is no text; some tokenizers (GPT-NeoX, Gemma) add runs of spaces."""
     return added_token["special"] or bool(added_token["content"].strip())
 
 
@@ -258,8 +259,8 @@ def _content_spec(spec: dict[str, Any]) -> dict[str, Any]:
         model["dropout"] = None
     text_tokens = [token for token in spec["added_tokens"] if not _is_control(token)]
     if isinstance(model.get("vocab"), dict):
-        # An added token that the model's vocabulary lacks is numbered after the last one: with the
-        # control tokens gone it would get another id.
+        # Added tokens that the model's vocabulary lacks are numbered after its last token; without
+        # the control tokens they would get other ids.
         model["vocab"] = model["vocab"] | {token["content"]: token["id"] for token in text_tokens}
     else:
         text_tokens = []

@@ -45,7 +45,7 @@ class DialogueDataset(Sequence[Dialogue]):
         return sum(turn.label is not None for turn in self._answers())
 
     def summary(self) -> str:
-        targets = sum(len(dialogue.target_places) for dialogue in self.dialogues)
+        targets = sum(len(dialogue.target_positions) for dialogue in self.dialogues)
         return (
             f"{len(self)} conversations of {len(self._answers())} answers, {self.num_labelled()} "
             f"under a label, with {targets} tokens to predict ({self.num_shortened} lost their "

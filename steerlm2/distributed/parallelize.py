@@ -115,8 +115,9 @@ def parallelize(
             layer = checkpoint_wrapper(layer, preserve_rng_state=False, context_fn=_keep_products)
         decoder.layers[i] = layer
         if compile:
-            # Rows of many lengths: the second length compiles dynamic shapes. dynamic=True from the
-            # start fails under tensor parallel without grouped-query attention (torch 2.13).
+            # Packed sequences have many lengths: the second one compiles dynamic shapes.
+            # dynamic=True from the start fails under tensor parallel without grouped-query
+            # attention (torch 2.13).
             layer.compile()
     if world.mesh is not None:
         _shard(decoder, world.mesh, dtype, reshard_after_forward, cpu_offload)
@@ -156,21 +157,25 @@ def _keep_products() -> Any:
     return create_selective_checkpoint_contexts(list(PRODUCTS))
 
 
-def check_finite(grad_norm: Tensor, step: int, looked_at: int) -> None:
-    """Raises ValueError where the gradient norm of a step is infinite or not a number.
+def check_finite(grad_norm: Tensor, step: int, last_checked: int) -> None:
+    """Check that the gradient norm of a step is a finite number.
 
-    On a GPU looking waits for it, so not every step is looked at; after a broken update all
-    following norms are broken too.
+    On a GPU the check waits for the step's kernels, so not every step is checked; after a broken
+    update all following norms are broken too.
 
     Args:
+        grad_norm: [], of all gradients together.
         step: counted from 1; its update has not been made yet.
-        looked_at: the step that was looked at before.
+        last_checked: the step that was checked before.
+
+    Raises:
+        ValueError: where it is infinite or not a number.
     """
     if torch.isfinite(grad_norm):
         return
     weights = "the weights are as before this step"
-    if step - looked_at > 1:
-        weights = f"it was finite at step {looked_at}, and checkpoints up to there are sound"
+    if step - last_checked > 1:
+        weights = f"it was finite at step {last_checked}, and checkpoints up to there are sound"
     raise ValueError(
         f"step {step}: the gradient norm is {grad_norm.item()}; {weights}. Lower lr, or set "
         "dtype=fp32 to find the cause."
@@ -178,7 +183,7 @@ def check_finite(grad_norm: Tensor, step: int, looked_at: int) -> None:
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """What this rank has of a tensor, and its place in the whole one."""
+    """What this rank has of a tensor, and its offset in each dimension of the whole tensor."""
     if not isinstance(tensor, DTensor):
         return tensor, [0] * tensor.dim()
     (chunk,) = tensor.__create_chunk_list__()

@@ -75,7 +75,7 @@ class World:
         return bool(self.max(torch.tensor(float(count), device=self.device)).item())
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the data-parallel ranks, on every rank."""
+        """The element-wise sum of a tensor [...] over the data-parallel ranks, on every rank."""
         if self.mesh is None:
             return values
         values = values.clone()
@@ -83,6 +83,7 @@ class World:
         return values / self.tp_size  # tensor-parallel ranks hold the same values
 
     def max(self, values: Tensor) -> Tensor:
+        """The element-wise maximum of a tensor [...] over all ranks, on every rank."""
         if self.mesh is None:
             return values
         values = values.clone()

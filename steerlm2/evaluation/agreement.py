@@ -1,5 +1,4 @@
-"""How well attribute scores agree with human labels and preferences, and answers with the labels
-that they were asked for.
+"""Agreement of attribute scores with human labels and preferences, and with requested labels.
 
 Dimension letters: N responses, A attributes, P pairs.
 """
@@ -15,10 +14,10 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from steerlm2.attributes import NOT_LABELLED, AttributeSchema
 
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Bins of the calibration of preferences: how sure the model is of the response it prefers."""
+"""Bins of sigmoid(|d|), the model's confidence, for the calibration of preferences."""
 
 Table = list[dict[str, float | int | str]]
-"""Rows by column."""
+"""Rows, each with its values by column."""
 
 
 def attribute_metrics(
@@ -28,9 +27,13 @@ def attribute_metrics(
 ) -> dict[str, float]:
     """`mse_NAME`, `pearson_NAME`, `spearman_NAME` and `pairwise_accuracy_NAME` of every attribute.
 
-    Pairwise accuracy is the share of pairs of responses with different labels that the scores put
-    into the same order; equal scores count as half. An attribute without labels has no metrics,
-    one whose labels (or scores) are all equal has no correlation.
+    Pairwise accuracy is the share of pairs of responses with different labels that the scores order
+    in the same way; equal scores count as half. An attribute without labels has no metrics, one
+    whose labels (or scores) are all equal has no correlation.
+
+    Args:
+        scores_NA: [N, A] of the model.
+        labels_NA: [N, A], NOT_LABELLED where there is none.
     """
     metrics = {}
     for name, scores_N, labels_N in _labelled(scores_NA, labels_NA, schema):
@@ -65,7 +68,7 @@ def attribute_calibration(
     labels_NA: Sequence[Sequence[float]],
     schema: AttributeSchema,
 ) -> Table:
-    """Where the rounded score is k: how many responses, their mean score and their mean label."""
+    """For every attribute and rounded score: the number of responses, mean score and mean label."""
     rows: Table = []
     for name, scores_N, labels_N in _labelled(scores_NA, labels_NA, schema):
         rounded_N = np.clip(np.rint(scores_N), schema.min_value, schema.max_value)
@@ -97,7 +100,7 @@ def preference_metrics(
 def preference_calibration(
     rewards_P2: Sequence[Sequence[float]], strength_P: Sequence[float]
 ) -> Table:
-    """Where the model is so sure of one response, sigmoid(|d|): how often people prefer it."""
+    """For every bin of the model's confidence, sigmoid(|d|): how often people prefer its choice."""
     right_P, confidence_P = _decided(rewards_P2, strength_P)
     rows: Table = []
     for low, high in itertools.pairwise(CONFIDENCE_EDGES):
@@ -119,18 +122,19 @@ def steering_metrics(
     requested_NA: Sequence[Sequence[float]],
     schema: AttributeSchema,
 ) -> dict[str, float]:
-    """How near answers come to what was asked for, by attribute and over all of them.
+    """Errors of the answers' scores against the requested values, by attribute and over all.
 
     `mae_NAME` is the mean |score - requested value|, `exact_match_NAME` the share of scores that
     round to it, `pearson_NAME` their correlation; `steering_mae` and `steering_exact_match` are the
-    means over the attributes that were asked for.
+    means over the requested attributes.
 
     Args:
-        scores_NA: of the answers, by the attribute model.
-        requested_NA: values of the answers' labels, NOT_LABELLED where a label doesn't name one.
+        scores_NA: [N, A] of the answers, by the attribute model.
+        requested_NA: [N, A] values of the answers' labels, NOT_LABELLED where a label doesn't name
+            the attribute.
 
     Raises:
-        ValueError: where nothing was asked for.
+        ValueError: where no attribute was requested.
     """
     metrics = {}
     errors, hits = [], []
@@ -156,7 +160,7 @@ def errors_by_request(
     """For every request, the mean |score - requested value| of its answers and attributes.
 
     Args:
-        request_N: which request an answer belongs to; answers of one request are not independent.
+        request_N: [N] the answers' requests; answers of one request are not independent.
     """
     requested = np.asarray(requested_NA, dtype=np.float64)
     error_NA = np.abs(np.asarray(scores_NA, dtype=np.float64) - requested)
@@ -169,7 +173,7 @@ def errors_by_request(
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; NaN of fewer than two."""
+    """The standard error of the mean of independent values; NaN of fewer than two."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
@@ -178,11 +182,11 @@ def cross_talk(
     requested_NA: Sequence[Sequence[float]],
     schema: AttributeSchema,
 ) -> dict[str, dict[str, float]]:
-    """[requested][obtained]: by how much an attribute's score rises with one more point of another.
+    """[requested][obtained] slopes: the change of a score for one more point of a requested value.
 
-    The least-squares slopes over all requested attributes at once, so that labels which ask for two
-    things together don't count for both. Ideal is 1 for an attribute itself and 0 for the others.
-    Attributes that are asked for in every answer, with more than one value, take part.
+    They are least-squares slopes over all requested attributes at once, so that correlations
+    between the requested values don't count. Ideal is 1 for an attribute itself and 0 for others.
+    Only attributes that all labels request, with more than one value, are included.
     """
     scores = np.asarray(scores_NA, dtype=np.float64)
     requested = np.asarray(requested_NA, dtype=np.float64)
@@ -241,7 +245,7 @@ def _labelled(
     labels_NA: Sequence[Sequence[float]],
     schema: AttributeSchema,
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, scores, labels) of every attribute that has labels, the others left out."""
+    """(name, scores, labels) of every attribute with labels, over the responses that have one."""
     shape = (-1, len(schema.names))
     scores = np.asarray(scores_NA, dtype=np.float64).reshape(shape)
     labels = np.asarray(labels_NA, dtype=np.float64).reshape(shape)
@@ -254,7 +258,7 @@ def _labelled(
 
 
 def _concordance(scores_N: np.ndarray, labels_N: np.ndarray) -> float:
-    """By the Mann-Whitney statistic of every two label values: no list of all pairs."""
+    """Pairwise accuracy by the Mann-Whitney statistic of every two label values, in O(N log N)."""
     groups = [scores_N[labels_N == value] for value in np.unique(labels_N)]
     right, pairs = 0.0, 0
     for lower, higher in itertools.combinations(groups, 2):
@@ -267,7 +271,7 @@ def _concordance(scores_N: np.ndarray, labels_N: np.ndarray) -> float:
 def _decided(
     rewards_P2: Sequence[Sequence[float]], strength_P: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of pairs that aren't ties: whether the reward agrees (0, 0.5 or 1), and sigmoid(|d|)."""
+    """For pairs that aren't ties: whether the rewards agree (0, 0.5 or 1), and sigmoid(|d|)."""
     rewards = np.asarray(rewards_P2, dtype=np.float64).reshape(-1, 2)
     strength = np.asarray(strength_P, dtype=np.float64)
     gap_P = (rewards[:, 1] - rewards[:, 0])[strength != 0]

@@ -1,8 +1,8 @@
-"""How far a model is from the grammar's P(y|a,x): exactly, by scoring every response there is.
+"""The exact KL divergence between the grammar's P(y|a,x) and a model, over all possible responses.
 
 KL(P(.|a,x) || Q(.|a,x)) = sum_y P(y|a,x) (log P(y|a,x) - log Q(y|a,x)), where Q(y|a,x) is the
-model's probability of y's tokens, the stop token included. What the model gives to other strings,
-and to other tokenisations of the same ones, is lost to the sum and so counts against it.
+model's probability of y's tokens, the stop token included. The probability that the model gives to
+other strings, or to other tokenisations of the same strings, increases the KL.
 
 Dimension letters: P pairs of a question and a label (or questions alone), N responses, A
 attributes.
@@ -40,32 +40,33 @@ Scorer = Callable[[Sequence[Group]], Sequence[Sequence[float]]]
 
 @dataclass(frozen=True)
 class ExactKL:
-    """What a model has learned of P(y|a,x), pair by pair; float64."""
+    """The divergence of a model from P(y|a,x), for each pair; float64."""
 
     pairs: list[Pair]
     kl_P: Tensor
-    """KL(P(.|a,x) || Q(.|a,x)), nats."""
+    """[P] KL(P(.|a,x) || Q(.|a,x)), nats."""
     mass_P: Tensor
-    """The model's probability of the grammar's responses together, at most 1."""
+    """[P] the sum of the model's probabilities of the grammar's responses, at most 1."""
     p_label_P: Tensor
-    """P(a|x)."""
+    """[P] P(a|x)."""
     steering_error_PA: Tensor
-    """E |r(y) - a| over the model's own answers, as far as the grammar has them."""
+    """[P, A] E |r(y) - a| over the model's answers, given that the grammar can produce them."""
     least_error_PA: Tensor
-    """The same of P(y|a,x) itself: what a perfect model has."""
+    """[P, A] the same for P(y|a,x) itself, the error of a perfect model."""
 
     def mean(self) -> float:
-        """Every pair counts the same: what somebody gets who asks for any label alike.
+        """The mean KL over the pairs, each with the same weight.
 
-        That is how the pairs to be sampled and the grid of a steering evaluation are chosen, so
-        it is the mean to compare with steering errors.
+        Pairs to be sampled, and the grid of a steering evaluation, are chosen with equal weights
+        too, so this is the mean to compare with steering errors.
         """
         return self.kl_P.mean().item()
 
     def weighted_mean(self) -> float:
-        """Pairs weighted by P(a|x): what attribute-conditioned SFT on the grammar's draws minimises
+        """The mean KL over the pairs, weighted by P(a|x).
 
-        (its expected loss less a constant), since it sees rare labels rarely.
+        Up to a constant it is the expected loss of attribute-conditioned SFT on the grammar's
+        draws, in which labels occur with the frequencies P(a|x).
         """
         return ((self.kl_P * self.p_label_P).sum() / self.p_label_P.sum()).item()
 
@@ -93,13 +94,13 @@ class ExactKL:
 
 @dataclass(frozen=True)
 class ExactResponseKL:
-    """What a model without labels has learned of P(y|x), question by question; float64."""
+    """The divergence of a model without labels from P(y|x), for each question; float64."""
 
     prompts: list[str]
     kl_P: Tensor
-    """KL(P(.|x) || Q(.|x)), nats."""
+    """[P] KL(P(.|x) || Q(.|x)), nats."""
     mass_P: Tensor
-    """The model's probability of the grammar's responses together, at most 1."""
+    """[P] the sum of the model's probabilities of the grammar's responses, at most 1."""
 
     def summary(self) -> dict[str, float]:
         """Means over the questions, by the name of a metric."""
@@ -112,7 +113,7 @@ class ExactResponseKL:
 def model_scorer(
     decoder: TransformerDecoder, world: World, *, max_tokens_per_microbatch: int = 500
 ) -> Scorer:
-    """The trainer's own code path, `score_groups`, with the weights as they are."""
+    """A scorer that uses the trainer's code path, `score_groups`."""
     return lambda groups: score_groups(
         decoder, groups, world, max_tokens_per_microbatch=max_tokens_per_microbatch
     )
@@ -126,11 +127,11 @@ def exact_kl(
     *,
     show_labels: bool = True,
 ) -> ExactKL:
-    """A model against P(y|a,x), for the given pairs: all, a split's, or any others.
+    """The divergence of a model from P(y|a,x), for the given pairs.
 
     Args:
-        show_labels: False for a model of P(y|x), whose prompt has no label: it answers every label
-            of a question alike.
+        pairs: for example of `grammar_pairs`.
+        show_labels: False for a model of P(y|x), whose prompts have no label.
 
     Raises:
         ValueError: for no pairs, and for a question that the grammar doesn't have.
@@ -160,7 +161,7 @@ def exact_kl(
 def exact_response_kl(
     score: Scorer, tokenizer: Tokenizer, template: Template, prompts: Sequence[str]
 ) -> ExactResponseKL:
-    """A model without labels against P(y|x)."""
+    """The divergence of a model without labels from P(y|x)."""
     log_q = _log_q(score, tokenizer, template, [(prompt, None) for prompt in prompts])
     kl = [_kl(answers(p).log_p_N, log_q_N) for p, log_q_N in zip(prompts, log_q, strict=True)]
     mass = [log_q_N.exp().sum() for log_q_N in log_q]
@@ -175,14 +176,19 @@ def grammar_metrics(
     show_labels: bool = True,
     split: Split = "validation",
 ) -> dict[str, float]:
-    """`exact_kl` over a split's pairs, as metrics whose names begin with `exact_`: what
-    `exact_kl` of evaluate_steering asks for. Arguments as there."""
+    """`exact_kl` over a split's pairs, as metrics whose names begin with `exact_`.
+
+    It is meant for the key `exact_kl` of evaluate_steering.
+
+    Args:
+        show_labels: as in `exact_kl`.
+    """
     found = exact_kl(score, tokenizer, template, grammar_pairs(split), show_labels=show_labels)
     return {f"exact_{name.removeprefix('exact_')}": v for name, v in found.summary().items()}
 
 
 def _kl(log_p_N: Tensor, log_q_N: Tensor) -> Tensor:
-    """sum p (log p - log q), of a q that may add up to less than 1."""
+    """[] sum p (log p - log q), for a q that may add up to less than 1."""
     return (log_p_N.exp() * (log_p_N - log_q_N)).sum()
 
 
@@ -192,7 +198,7 @@ def _log_q(
     template: Template,
     asked: Sequence[tuple[str, str | None]],
 ) -> list[Tensor]:
-    """[pair] -> [N] log-probs of all responses to a question under a label; each asked once."""
+    """[pair] -> [N] log-probs of all responses to a question under a label; each scored once."""
     groups: dict[tuple[str, str | None], Group] = {}
     for prompt, label in asked:
         if (prompt, label) not in groups:

@@ -1,4 +1,4 @@
-"""From a file of prompts to sampled answers: what the recipes that sample have in common."""
+"""Sampling answers to a file of prompts: functions that the sampling recipes share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from steerlm2.models.llama import end_at_hidden_states, unsupported_parts
 
 
 class Item(NamedTuple):
-    """A prompt with one of its labels, to be answered."""
+    """A prompt with one of its labels and a seed, to be answered."""
 
     prompt: Prompt
     label: str | None
@@ -55,10 +55,10 @@ class Item(NamedTuple):
     def encode(
         self, template: Template, tokenizer: Tokenizer, *, show_labels: bool = True
     ) -> list[int]:
-        """The tokens to continue.
+        """The prompt's tokens.
 
         Args:
-            show_labels: False for a model of P(y|x): no turn has a label then.
+            show_labels: False leaves the labels of all turns out, for a model of P(y|x).
         """
         turns, label = self.prompt.turns, self.label
         if not show_labels:
@@ -74,14 +74,14 @@ def with_labels(
     seed: int,
     source: str,
 ) -> list[Item]:
-    """Every prompt with the labels that the options say, which follow from `seed`.
+    """Every prompt with its labels, as the options say; draws depend on `seed`.
 
     Args:
         source: the file of the prompts, for messages.
 
     Raises:
-        ValueError: where prompts have no label of their own, though they should, or the labels to
-            draw from are too few or none of the schema's.
+        ValueError: where prompts have no label and `label.kind` is "record", or where the labels to
+            draw from are too few or not of the schema.
     """
     draw: DrawLabel | None = None
     if options.kind == "uniform":
@@ -123,10 +123,10 @@ def sampling_settings(
     top_p: float,
     max_new_tokens: int,
 ) -> SamplingSettings:
-    """How responses are sampled that end as the template says, without other control tokens.
+    """Sampling settings for a template: its stop token, and no other control tokens.
 
     Args:
-        num_embeddings: of the model, where it is known: see `forbidden_ids`.
+        num_embeddings: of the model, if it is known (see `forbidden_ids`).
     """
     _, stop_id = response_end(template, tokenizer)
     forbidden = forbidden_ids(template, tokenizer, num_embeddings)
@@ -144,11 +144,11 @@ def load_whole_decoder(
     seed: int,
     compile: bool,
 ) -> TransformerDecoder:
-    """A decoder with all its weights on every rank, whose forward ends at the hidden states.
+    """An unsharded decoder on every rank, whose forward ends at the hidden states.
 
     Args:
-        checkpointer: none: fresh weights from `seed`.
-        compile: the feed-forward layers.
+        checkpointer: None: fresh weights from `seed`.
+        compile: compile the feed-forward layers.
 
     Raises:
         ValueError: where tokenizer, model, checkpoint and `max_seq_len` don't fit together.
@@ -174,10 +174,11 @@ def load_whole_decoder(
 def open_server(
     options: ServerOptions, settings: SamplingSettings, tokenizer: Tokenizer, max_seq_len: int
 ) -> CompletionsEngine:
-    """A server that answers, and has the model.
+    """An engine that is connected to the server of the options.
 
     Raises:
-        ValueError: where it hasn't the model, or takes no texts of `max_seq_len` tokens.
+        ValueError: where the server doesn't have the model, or accepts fewer than `max_seq_len`
+            tokens.
         ConnectionError: where it doesn't answer.
     """
     more = dataclasses.asdict(options)
@@ -189,23 +190,23 @@ def open_server(
 def sample_everywhere(
     engine: Engine, requests: Mapping[int, Request], world: World
 ) -> dict[int, list[Sample]]:
-    """The samples of all requests, on every rank; long and short prompts go to all ranks."""
-    order = sorted(requests, key=lambda place: len(requests[place].prompt))
+    """[request index] -> samples, on every rank; each rank samples long and short prompts alike."""
+    order = sorted(requests, key=lambda index: len(requests[index].prompt))
     mine = order[world.rank :: world.size]
-    own = engine.sample([requests[place] for place in mine])
+    own = engine.sample([requests[index] for index in mine])
     samples = dict(zip(mine, own, strict=True))
     if world.mesh is None:
         return samples
-    everyones: list[dict[int, list[Sample]]] = [{}] * world.size
-    dist.all_gather_object(everyones, samples)
-    return {place: own for part in everyones for place, own in part.items()}
+    of_ranks: list[dict[int, list[Sample]]] = [{}] * world.size
+    dist.all_gather_object(of_ranks, samples)
+    return {index: own for of_rank in of_ranks for index, own in of_rank.items()}
 
 
 def answer_of(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple[Response, bool]:
-    """The sample's text as a response, and whether its text encodes to other tokens.
+    """The sample's text as a response, and whether the text is tokenised differently.
 
-    The response has its "finish_reason" and, where it is complete and encodes to the very tokens
-    that were sampled, the engine's log-prob of them as "engine_log_q".
+    The response has its "finish_reason". If it is complete, and its text is encoded as the tokens
+    that were sampled, it has the engine's log-prob of them as "engine_log_q".
     """
     complete = sample.finish_reason == STOP
     text = tokenizer.decode(sample.tokens[: -1 if complete else None])

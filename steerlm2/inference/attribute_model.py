@@ -1,4 +1,4 @@
-"""An attribute model that scores texts: loaded once, then asked.
+"""An attribute model that is loaded once and scores texts.
 
 Dimension letters: A attributes.
 """
@@ -32,7 +32,7 @@ from steerlm2.training.forward import score_attributes
 
 @dataclass
 class AttributeModel:
-    """A decoder with its reward head, and what is needed to ask it. See `load_attribute_model`."""
+    """A decoder with a reward head, and what scoring needs beside it (`load_attribute_model`)."""
 
     decoder: TransformerDecoder
     tokenizer: Tokenizer
@@ -45,8 +45,10 @@ class AttributeModel:
     def encode(
         self, system: str, turns: Sequence[Turn], responses: Sequence[str]
     ) -> tuple[RewardGroup, int]:
-        """The texts of a conversation's responses, and how many of them were cut at the beginning
-        to have `max_seq_len` tokens."""
+        """The texts of a conversation's responses, and how many of them were cut.
+
+        Texts are cut at the beginning, to `max_seq_len` tokens.
+        """
         return encode_for_scoring(
             self.template, self.tokenizer, system, turns, responses, self.max_seq_len
         )
@@ -81,7 +83,7 @@ def load_attribute_model(
 
     Args:
         model: the backbone's builder.
-        checkpointer: of a checkpoint with a reward head; none: fresh weights from `seed`.
+        checkpointer: of a checkpoint with a reward head; None: fresh weights from `seed`.
 
     Raises:
         ValueError: where tokenizer, model, checkpoint, schema and `max_seq_len` don't fit together.

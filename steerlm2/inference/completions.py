@@ -1,8 +1,8 @@
-"""Sampling from a server with OpenAI's completions API, in practice vLLM's.
+"""Sampling from a vLLM server through OpenAI's completions API.
 
-Prompts go as token ids, so that the server's chat template has no part in it. These fields of the
-request are vLLM's own: stop_token_ids, return_token_ids, and the ones that switch off what else the
-server's defaults (a checkpoint's generation_config.json) would do to the distribution.
+Prompts are sent as token ids, so the server's chat template isn't used. These fields of a request
+are vLLM's extensions: stop_token_ids, return_token_ids, and NO_OTHER_CUTS, which switches off the
+sampling defaults of the server (from a checkpoint's generation_config.json).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from steerlm2.inference.engines import STOP, Request, Sample, SamplingSettings
 from steerlm2.inference.server_client import ServerClient
 
 NEVER = -100
-"""The bias of a token that must not be sampled: the lowest that the API knows."""
+"""The logit bias of a token that must not be sampled: the lowest that the API allows."""
 
 NO_OTHER_CUTS = {
     "top_k": -1,
@@ -26,7 +26,7 @@ NO_OTHER_CUTS = {
 
 
 class CompletionsEngine(ServerClient):
-    """Asks for n completions of each prompt. Connect it before it is used.
+    """Requests n completions of each prompt. Call `connect` before it is used.
 
     Args:
         settings: of every response.
@@ -52,11 +52,11 @@ class CompletionsEngine(ServerClient):
         self.encode = encode
 
     def sample(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """[request][n], in their order.
+        """[request][n] samples, in the order of the requests.
 
         Raises:
-            ValueError: where the server refuses a request, or answers otherwise than vLLM does.
-            ConnectionError: where it doesn't answer, all retries included.
+            ValueError: where the server refuses a request, or its answer isn't in vLLM's format.
+            ConnectionError: where it doesn't answer after all retries.
         """
         return self._ask_all(self._samples, requests)
 

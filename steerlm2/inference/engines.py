@@ -1,4 +1,4 @@
-"""What recipes need of something that samples: token ids in, n sampled responses out."""
+"""The interface of sampling engines: token ids of prompts in, n sampled responses each out."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ STOP, LENGTH = "stop", "length"
 class SamplingSettings:
     """How every response is sampled.
 
-    A control token other than the stop token can't stand in a response, for no text yields its id:
-    the sampler doesn't choose it, and the probabilities of the others are scaled up.
+    Control tokens other than the stop token are forbidden, because no text is encoded as them: the
+    sampler doesn't choose them, and renormalizes the probabilities of the other tokens.
     """
 
     n: int
     temperature: float
     top_p: float
     max_new_tokens: int
-    """The stop token is one of them."""
+    """Including the stop token."""
     stop_id: int
     forbidden_ids: tuple[int, ...]
 
 
 class Request(NamedTuple):
-    """A prompt for n responses; the j-th one's random numbers follow from `seed` + j."""
+    """A prompt for n responses; the random numbers of the j-th depend on `seed` + j."""
 
     prompt: Sequence[int]
     seed: int
@@ -42,30 +42,30 @@ class Sample(NamedTuple):
     """One sampled response."""
 
     tokens: list[int]
-    """The stop token at the end, where it ended with it."""
+    """With the stop token at the end, if the response is complete."""
     finish_reason: str
-    """STOP, LENGTH, or what a server says."""
+    """STOP, LENGTH, or another reason of a server."""
     log_prob: float | None
-    """Of the tokens, by the engine: nats, neither tempered nor cut. None: the server didn't say."""
+    """Of the tokens, by the engine, in nats, before temperature and top-p; None: not known."""
 
 
 class Engine(Protocol):
-    """Something that samples. Its settings are given to whatever makes it."""
+    """A sampling engine. Its settings are arguments of its constructor."""
 
     def sample(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """[request][n], in their order."""
+        """[request][n] samples, in the order of the requests."""
 
     def close(self) -> None: ...
 
 
 def request_seed(seed: int, record: int, label: int) -> int:
-    """The seed for a record with one of its labels: the same whatever is sampled beside it."""
+    """The seed of a record with one of its labels; it depends on nothing else."""
     digest = hashlib.sha256(f"{seed}:{record}:{label}".encode()).digest()
     return int.from_bytes(digest[:6])  # JSON keeps whole numbers up to 2^53
 
 
 def response_end(template: Template, tokenizer: Tokenizer) -> tuple[str, int]:
-    """What the template puts behind a response: its end-of-turn text, and the stop token's id."""
+    """The template's end of a response: the end-of-turn text, and the stop token's id."""
     segments = template.response("")
     text = "".join(segment.text for segment in segments if not segment.control)
     return text, encode_response(template, tokenizer, "")[-1]
@@ -74,10 +74,10 @@ def response_end(template: Template, tokenizer: Tokenizer) -> tuple[str, int]:
 def forbidden_ids(
     template: Template, tokenizer: Tokenizer, num_embeddings: int = 0
 ) -> tuple[int, ...]:
-    """The control tokens of tokenizer and template, but for the stop token.
+    """The ids of the control tokens of tokenizer and template, except the stop token.
 
     Args:
-        num_embeddings: of the model; those that the tokenizer has no token for are forbidden too.
+        num_embeddings: of the model; ids without a token of the tokenizer are forbidden too.
     """
     of_template = {tokenizer.token_id(token) for token in template.control_tokens}
     known = {token_id for token_id in of_template if token_id is not None}

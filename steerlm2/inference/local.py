@@ -1,15 +1,16 @@
 """Sampling with the decoder itself: every prompt is computed once for its n samples.
 
-Dimension letters: P prompts (rows), S tokens of a row, M slots of a row for samples, N samples of
-a prompt, C columns of the cache, T tokens of a response, D hidden, V vocabulary, K key/value heads,
-G query heads that share one, E head size.
+Dimension letters: P cached sequences (one a prompt), S tokens of a forward, M slots of a sequence
+for samples, N samples of a prompt, C columns of the cache, T tokens of a response, L live samples,
+D hidden, V vocabulary, K key/value heads, G query heads that share one, H all query heads, E head
+size.
 
-A row of the cache is a prompt, and all its samples: as in a packed training row, a token of a
-sample sees the prompt and the tokens of its own sample. The prompt's keys and values are neither
-copied nor read n times, and the n next tokens of a prompt are one step of its row. Which column
-belongs to whom is kept beside the cache, so that columns may have any order: prompts of different
-lengths have columns of nobody behind them, and what finished samples leave is taken out every now
-and then.
+A sequence of the key/value cache is a prompt with all its samples: as in a packed sequence of
+training, a token of a sample attends to the prompt and to its own sample. The prompt's keys and
+values are neither copied nor read n times, and the n next tokens of a prompt are computed together.
+A tensor beside the cache holds the owner of each column, so columns can have any order: behind a
+short prompt there are empty columns, and the columns of finished samples are removed from time to
+time (`compact`).
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ from steerlm2.inference.engines import LENGTH, STOP, Request, Sample, SamplingSe
 from steerlm2.inference.sampling import choose_tokens
 from steerlm2.models.llama import end_at_hidden_states, output_weight
 
-PROMPT, NOBODY = -1, -2
-"""Owners of columns and slots that aren't the number of a sample."""
+PROMPT, EMPTY = -1, -2
+"""Owners of columns and slots besides the samples, which have numbers from 0."""
 
-STEPS_BETWEEN_TIDYING = 32
+STEPS_BETWEEN_COMPACTIONS = 32
+"""A choice: a compaction copies the cache, and until the next one finished samples keep their
+columns, and the cache has room for this many tokens more of every sample."""
 
 
 class LocalEngine:
-    """Samples with a decoder on one device; the decoder is changed for it, and belongs to it.
+    """Samples with a decoder on one device. It changes the decoder, which can't be used otherwise.
 
     Args:
-        decoder: with its weights, whole on this device.
+        decoder: with its weights, not sharded, on this device.
         settings: of every response.
-        max_cache_tokens: prompts are sampled together as long as their tokens, and those of all
-            their samples at full length, are at most so many. A single prompt may have more.
+        max_cache_tokens: prompts are sampled together while their tokens and those of all their
+            samples at full length are at most so many. A single prompt may have more.
     """
 
     def __init__(
@@ -53,10 +56,10 @@ class LocalEngine:
         )
 
     def sample(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """[request][n], in their order.
+        """[request][n] samples, in the order of the requests.
 
-        What is sampled for a request doesn't depend on the others, up to rounding: a draw can turn
-        out differently where it falls between two tokens to the last digits.
+        The samples of a request don't depend on the other requests, up to rounding: a draw within
+        rounding of the boundary between two tokens can go either way.
 
         Raises:
             ValueError: where the model's probabilities are not finite.
@@ -70,11 +73,11 @@ class LocalEngine:
         self.decoder.clear()
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Places of requests that are sampled together, the longest prompts first."""
-        of_samples = self.settings.n * self.settings.max_new_tokens
+        """Indices of the requests that are sampled together, the longest prompts first."""
+        sample_tokens = self.settings.n * self.settings.max_new_tokens
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt))
         while order:
-            size = max(1, self.max_cache_tokens // (len(requests[order[0]].prompt) + of_samples))
+            size = max(1, self.max_cache_tokens // (len(requests[order[0]].prompt) + sample_tokens))
             yield order[:size]
             order = order[size:]
 
@@ -92,7 +95,7 @@ class LocalEngine:
         hidden_PD = self.decoder.prefill([request.prompt for request in requests])
         logits_PMV = self.decoder.logits(hidden_PD)[:, None].expand(-1, wanted.n, -1)
         for step in range(wanted.max_new_tokens):
-            live_PM = sample_PM != NOBODY
+            live_PM = sample_PM != EMPTY
             live = (request_PM[live_PM], sample_PM[live_PM])
             next_L, log_prob_L = self._draw(logits_PMV[live_PM], uniform_PNT[(*live, step)])
             tokens_PNT[(*live, step)] = next_L
@@ -100,17 +103,17 @@ class LocalEngine:
             num_tokens_PN[live] += 1
 
             next_PM = torch.zeros_like(sample_PM).masked_scatter(live_PM, next_L)
-            sample_PM = sample_PM.where(next_PM != wanted.stop_id, NOBODY)
-            live_PM = sample_PM != NOBODY
+            sample_PM = sample_PM.where(next_PM != wanted.stop_id, EMPTY)
+            live_PM = sample_PM != EMPTY
             if step + 1 == wanted.max_new_tokens or not live_PM.any():
                 break
-            if step % STEPS_BETWEEN_TIDYING == 0:
-                rows_P = live_PM.any(dim=1).nonzero().squeeze(1)
-                slots_PM = _first(live_PM[rows_P])
+            if step % STEPS_BETWEEN_COMPACTIONS == 0:
+                kept_P = live_PM.any(dim=1).nonzero().squeeze(1)
+                slots_PM = _first(live_PM[kept_P])
                 sample_PM, request_PM, next_PM = (
-                    each[rows_P].gather(1, slots_PM) for each in (sample_PM, request_PM, next_PM)
+                    each[kept_P].gather(1, slots_PM) for each in (sample_PM, request_PM, next_PM)
                 )
-                self.decoder.tidy(rows_P, sample_PM)
+                self.decoder.compact(kept_P, sample_PM)
             logits_PMV = self.decoder.logits(self.decoder.step(next_PM, sample_PM))
 
         if not log_prob_PN.isfinite().all():
@@ -119,15 +122,15 @@ class LocalEngine:
         return [
             [
                 self._sample_of(tokens[:length], log_prob)
-                for tokens, length, log_prob in zip(*rows, strict=True)
+                for tokens, length, log_prob in zip(*samples, strict=True)
             ]
-            for rows in zip(
+            for samples in zip(
                 tokens_PNT.tolist(), num_tokens_PN.tolist(), log_prob_PN.tolist(), strict=True
             )
         ]
 
     def _draw(self, logits_LV: Tensor, uniform_L: Tensor) -> tuple[Tensor, Tensor]:
-        """[L] tokens and their log-probs, which are those before anything is scaled or cut."""
+        """[L] tokens, and [L] their log-probs before temperature, top-p and forbidden tokens."""
         wanted = self.settings
         allowed_LV = logits_LV.index_fill(-1, self._forbidden, -torch.inf)
         next_L = choose_tokens(allowed_LV, wanted.temperature, wanted.top_p, uniform_L)
@@ -135,7 +138,7 @@ class LocalEngine:
         return next_L, log_prob_L.double()
 
     def _uniform(self, requests: Sequence[Request]) -> Tensor:
-        """[P, N, T] numbers from [0, 1): a response's own, from its seed alone."""
+        """[P, N, T] numbers from [0, 1): those of a response depend on its seed alone."""
         length = self.settings.max_new_tokens
         numbers = [
             [_uniform(request.seed + j, length) for j in range(self.settings.n)]
@@ -149,9 +152,10 @@ class LocalEngine:
 
 
 class SharedPromptDecoder:
-    """A decoder with a cache whose rows are prompts with all their samples.
+    """A decoder with a key/value cache in which all samples of a prompt are one sequence.
 
-    prefill -> step, step, ..., now and then tidy -> step, ...
+    Call `prefill`, then `compact`, and then `step` at most STEPS_BETWEEN_COMPACTIONS times between
+    two calls of `compact`.
     """
 
     def __init__(self, decoder: TransformerDecoder) -> None:
@@ -176,23 +180,25 @@ class SharedPromptDecoder:
         return (hidden @ output_weight(self.decoder).t()).float()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """[P, D] hidden states at the ends of prompts, which become the rows of the cache."""
+        """[P, D] hidden states at the last tokens of prompts; each begins a cached sequence."""
         self.clear()
-        rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-        tokens_PS = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        sequences = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+        tokens_PS = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(self.device)
         length_P = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        place_S = torch.arange(tokens_PS.shape[1], device=self.device)
-        # Padding stands behind the prompts: the causal mask keeps them from seeing it.
-        hidden_PSD = self.decoder(tokens_PS, input_pos=place_S.expand_as(tokens_PS))
-        self._owner_PC = torch.where(place_S < length_P[:, None], PROMPT, NOBODY)
+        position_S = torch.arange(tokens_PS.shape[1], device=self.device)
+        # Padding comes after the prompts, so the causal mask hides it from them.
+        hidden_PSD = self.decoder(tokens_PS, input_pos=position_S.expand_as(tokens_PS))
+        self._owner_PC = torch.where(position_S < length_P[:, None], PROMPT, EMPTY)
         self._next_pos_P = length_P
-        return hidden_PSD[torch.arange(len(rows), device=self.device), length_P - 1]
+        return hidden_PSD[torch.arange(len(sequences), device=self.device), length_P - 1]
 
     def step(self, tokens_PM: Tensor, sample_PM: Tensor) -> Tensor:
         """[P, M, D] hidden states at the next token of each sample.
 
         Args:
-            sample_PM: which sample of its prompt a token belongs to; NOBODY for an empty slot.
+            tokens_PM: [P, M] the next tokens, one a slot.
+            sample_PM: [P, M] which sample of its prompt a token belongs to; EMPTY for an empty
+                slot.
         """
         self._owner_PC = torch.cat([self._owner_PC, sample_PM], dim=1)
         owner_P1C = self._owner_PC[:, None]
@@ -206,22 +212,22 @@ class SharedPromptDecoder:
         self._next_pos_P = self._next_pos_P + 1
         return hidden_PMD
 
-    def tidy(self, rows_P: Tensor, sample_PM: Tensor) -> None:
-        """Keep some rows, and of their columns the prompts' and those of samples that go on.
+    def compact(self, kept_P: Tensor, sample_PM: Tensor) -> None:
+        """Remove finished sequences, and the columns of finished samples from the others.
 
         Args:
-            rows_P: the rows that stay, in their new order.
-            sample_PM: the samples that go on in them.
+            kept_P: [P] indices of the sequences to keep, in their new order.
+            sample_PM: [P, M] their unfinished samples; EMPTY for an empty slot.
         """
-        owner_PC = self._owner_PC[rows_P]
-        kept_PC = (owner_PC[:, :, None] == sample_PM[:, None]).any(dim=-1) & (owner_PC != NOBODY)
+        owner_PC = self._owner_PC[kept_P]
+        kept_PC = (owner_PC[:, :, None] == sample_PM[:, None]).any(dim=-1) & (owner_PC != EMPTY)
         kept_PC |= owner_PC == PROMPT
         columns_PC = _first(kept_PC)
-        self._owner_PC = owner_PC.where(kept_PC, NOBODY).gather(1, columns_PC)
-        self._next_pos_P = self._next_pos_P[rows_P]
-        room = STEPS_BETWEEN_TIDYING * sample_PM.shape[1]
+        self._owner_PC = owner_PC.where(kept_PC, EMPTY).gather(1, columns_PC)
+        self._next_pos_P = self._next_pos_P[kept_P]
+        room = STEPS_BETWEEN_COMPACTIONS * sample_PM.shape[1]
         for attention in self.attentions:
-            attention.keep(rows_P, columns_PC, room)
+            attention.keep(kept_P, columns_PC, room)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -238,7 +244,7 @@ class CachedAttention(nn.Module):
         super().__init__()
         assert attention.q_norm is None, "no Llama normalises its queries"
         self.attention = attention
-        # The decoder asks its layers for them; this cache is none of its business.
+        # The decoder reads these attributes of its layers; None means that it has no cache to fill.
         self.kv_cache, self.cache_enabled = None, False
         self.clear()
 
@@ -249,14 +255,13 @@ class CachedAttention(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None, input_pos: Tensor
     ) -> Tensor:
-        """[P, S, D]
+        """The attention layer's output, [P, S, D].
 
         Args:
-            x: [P, S, D].
-            y: the same.
-            mask: [P, S, C], added to the scores of the S tokens with all columns, their own among
-                them.
-            input_pos: [P, S].
+            x: [P, S, D] hidden states.
+            y: the same; torchtune's decoder passes it.
+            mask: [P, S, C], added to the attention scores; C includes the columns of these tokens.
+            input_pos: [P, S] position ids.
         """
         own = self.attention
         P, S, _ = x.shape
@@ -272,7 +277,7 @@ class CachedAttention(nn.Module):
             )
             return own.output_proj(out_PHSE.transpose(1, 2).reshape(P, S, -1))
         keys_PKCE, values_PKCE = self._extended(k_PKSE, v_PKSE)
-        # The heads that share keys and values are further queries: nothing is copied for them.
+        # Query heads that share a key/value head count as further queries, so nothing is copied.
         q_PKGSE = q_PSHE.view(P, S, own.num_kv_heads, -1, own.head_dim).permute(0, 2, 3, 1, 4)
         G = q_PKGSE.shape[2]
         out_PKQE = scaled_dot_product_attention(
@@ -281,37 +286,46 @@ class CachedAttention(nn.Module):
         out_PSKGE = out_PKQE.view(P, -1, G, S, own.head_dim).permute(0, 3, 1, 2, 4)
         return own.output_proj(out_PSKGE.reshape(P, S, -1))
 
-    def keep(self, rows_P: Tensor, columns_PC: Tensor, room: int) -> None:
-        """Keep some rows and of each some columns, with room for so many more."""
-        self.keys_PKCE = self._kept(self.keys_PKCE, rows_P, columns_PC, room)
-        self.values_PKCE = self._kept(self.values_PKCE, rows_P, columns_PC, room)
+    def keep(self, kept_P: Tensor, columns_PC: Tensor, room: int) -> None:
+        """Keep some sequences and some columns of each, with room for so many columns more.
+
+        Args:
+            kept_P: [P] indices of the sequences to keep, in their new order.
+            columns_PC: [P, C] indices of the columns to keep, in their new order.
+            room: columns that can be added before the next call.
+        """
+        self.keys_PKCE = self._kept(self.keys_PKCE, kept_P, columns_PC, room)
+        self.values_PKCE = self._kept(self.values_PKCE, kept_P, columns_PC, room)
         self.num_columns = columns_PC.shape[1]
 
     def _extended(self, k_PKSE: Tensor, v_PKSE: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values, the new ones at the end."""
         start, end = self.num_columns, self.num_columns + k_PKSE.shape[2]
-        assert end <= self.keys_PKCE.shape[2], "tidy makes room for the steps that follow"
+        assert end <= self.keys_PKCE.shape[2], "compact makes room for the steps that follow"
         self.keys_PKCE[:, :, start:end] = k_PKSE
         self.values_PKCE[:, :, start:end] = v_PKSE
         self.num_columns = end
         return self.keys_PKCE[:, :, :end], self.values_PKCE[:, :, :end]
 
-    def _kept(self, cache_PKCE: Tensor, rows_P: Tensor, columns_PC: Tensor, room: int) -> Tensor:
+    def _kept(self, cache_PKCE: Tensor, kept_P: Tensor, columns_PC: Tensor, room: int) -> Tensor:
         _, K, _, E = cache_PKCE.shape
         P, C = columns_PC.shape
         kept_PKCE = cache_PKCE.new_empty(P, K, C + room, E)
         columns_PKCE = columns_PC[:, None, :, None].expand(P, K, C, E)
-        kept_PKCE[:, :, :C] = cache_PKCE[rows_P].gather(2, columns_PKCE)
+        kept_PKCE[:, :, :C] = cache_PKCE[kept_P].gather(2, columns_PKCE)
         return kept_PKCE
 
 
 def _first(marked_PC: Tensor) -> Tensor:
-    """[P, c] places of the marked columns of each row, in their order; c is the most that a row
-    has, and rows with fewer go on with places that aren't marked."""
+    """[P, c] indices of the marked columns of each sequence, in their order.
+
+    c is the largest number of marked columns of a sequence; those with fewer are filled up with
+    indices of columns that aren't marked.
+    """
     most = int(marked_PC.sum(dim=1).max())
     return marked_PC.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
 
 
 def _uniform(seed: int, count: int) -> np.ndarray:
-    """Numbers from [0, 1), float32: a stream of its own for every seed."""
+    """[count] numbers from [0, 1), float32: an independent stream for every seed."""
     return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float32)

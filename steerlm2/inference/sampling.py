@@ -1,9 +1,9 @@
 """Drawing tokens, and sampling a few answers while training, at any world size.
 
-Dimension letters: P prompts, D hidden, V vocabulary.
+Dimension letters: P prompts, T tokens of a packed sequence, D hidden, V vocabulary.
 
-`sample_tokens` has no key/value cache: every token recomputes the packed row, with the very forward
-that trains. That suits a handful of short answers at validation; training data are sampled by the
+`sample_tokens` has no key/value cache: every token recomputes the packed sequence, with the forward
+of training. It is meant for a few short answers at validation; training data are sampled by the
 engines (`steerlm2.inference.local`, `steerlm2.inference.completions`).
 """
 
@@ -51,7 +51,7 @@ def sample_tokens(
         uniform_P = torch.rand(len(texts), generator=generator, device=world.device)
         next_P = choose_tokens(logits_PV, temperature, top_p, uniform_P)
         if world.mesh is not None:
-            dist.broadcast(next_P, src=0)  # ranks may round differently, but must stop together
+            dist.broadcast(next_P, src=0)  # rounding can differ between ranks, but not the tokens
         for i, token in zip(open_answers, next_P.tolist(), strict=True):
             answers[i].append(token)
         open_answers = [i for i in open_answers if answers[i][-1] != stop_id]
@@ -62,11 +62,13 @@ def choose_tokens(logits_PV: Tensor, temperature: float, top_p: float, uniform_P
     """[P] token ids drawn from the tempered distribution, cut to its `top_p` nucleus.
 
     A draw inverts the cumulative distribution over the ids in their order, not over the sorted
-    probabilities: rounding that swaps two nearly equal ones then changes no draw.
+    probabilities, so that a swap of two nearly equal ones by rounding changes no draw.
 
     Args:
+        logits_PV: [P, V].
         temperature: 0 takes the most likely token.
-        uniform_P: numbers from [0, 1), one a row.
+        top_p: probability of the nucleus, above 0; 1 keeps all tokens.
+        uniform_P: [P] numbers from [0, 1).
     """
     if temperature == 0:
         return logits_PV.argmax(dim=-1)
@@ -81,15 +83,15 @@ def choose_tokens(logits_PV: Tensor, temperature: float, top_p: float, uniform_P
     below_total_P1 = total_P1.nextafter(torch.zeros_like(total_P1))
     drawn_P1 = torch.minimum(uniform_P[:, None] * total_P1, below_total_P1)
     found_P = torch.searchsorted(cumulative_PV, drawn_P1, right=True).squeeze(1)
-    return found_P.clamp(max=logits_PV.shape[1] - 1)  # NaN is beyond the end
+    return found_P.clamp(max=logits_PV.shape[1] - 1)  # NaN is found beyond the end
 
 
 def _next_token_logits(
     decoder: TransformerDecoder, texts: Sequence[Sequence[int]], world: World
 ) -> Tensor:
-    """[P, V] float32 logits of the token after each text, the texts packed into one row."""
-    row = pack([Group(text, []) for text in texts], multiple_of=world.tp_size).to(world.device)
-    hidden_TD = hidden_states(decoder, row)
+    """[P, V] float32 logits of the token after each text, from one packed sequence of all texts."""
+    batch = pack([Group(text, []) for text in texts], multiple_of=world.tp_size).to(world.device)
+    hidden_TD = hidden_states(decoder, batch)
     ends = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
     logits_PV = (hidden_TD[ends.to(world.device)] @ output_weight(decoder).t()).float()
     if world.tp_group is None:

@@ -1,9 +1,9 @@
-"""Clients of a vLLM server: what they share, and attribute scores from one that pools.
+"""Clients of a vLLM server: their base class, and the one for attribute scores.
 
-`python -m vllm.entrypoints.openai.api_server --model DIR --runner pooling`, where DIR is what
-reward_distributed exports: POST /classify takes the token ids of a text, so that the server's own
-chat template and tokenizer have no part in it, and gives one score an attribute, which it calls
-`probs`: of a model with the problem type "regression" they are the raw scores.
+The server of attribute scores is `python -m vllm.entrypoints.openai.api_server --model DIR --runner
+pooling`, where DIR is an export of reward_distributed. POST /classify takes the token ids of a
+text, so the server's chat template and tokenizer aren't used. It returns one score an attribute as
+`probs`; for a model with the problem type "regression" these are the raw scores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import httpx
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before the first retry, which double with each further one, and their limit."""
+"""Seconds before the first retry, doubled for each further one, and their limit. A choice: a server
+that is busy for a moment is asked again at once, one that restarts isn't asked too often."""
 
 TOO_MANY_REQUESTS = 429
 
@@ -26,11 +27,11 @@ AnswerT = TypeVar("AnswerT")
 
 
 class ServerClient:
-    """Asks a server from several threads. Connection errors, 429 and 5xx are tried again.
+    """Sends requests from several threads. Connection errors, 429 and 5xx are retried.
 
     Args:
         url: of the server, "http://127.0.0.1:8000".
-        model: the server's name for the model; none: its first one.
+        model: the server's name for the model; None: its first one.
         concurrency: requests at a time.
         timeout: seconds for an answer.
         retries: of a request, with pauses of 0.5 s, 1 s, 2 s, ... before them.
@@ -52,10 +53,11 @@ class ServerClient:
         self._stop = threading.Event()
 
     def connect(self, max_seq_len: int) -> None:
-        """Ask the server which models it has; `model` is then the name of one of them.
+        """Check that the server has the model; without a name, `model` becomes its first one.
 
         Raises:
-            ValueError: where it hasn't the model, or takes no texts of `max_seq_len` tokens.
+            ValueError: where the server doesn't have the model, or accepts fewer than `max_seq_len`
+                tokens.
             ConnectionError: where it doesn't answer.
         """
         answer = self._request("GET", "/v1/models")
@@ -82,12 +84,12 @@ class ServerClient:
     def _ask_all(
         self, ask: Callable[[AskedT], AnswerT], everything: Iterable[AskedT]
     ) -> list[AnswerT]:
-        """The answers in order, by `concurrency` threads; the first failure ends them all."""
+        """The answers in order, from `concurrency` threads; the first failure ends all of them."""
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             return list(pool.map(ask, everything))
         except BaseException:
-            self._stop.set()  # the other threads give up too
+            self._stop.set()  # ends the retries of the other threads
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -96,10 +98,10 @@ class ServerClient:
     def _request(
         self, method: str, path: str, body: dict[str, Any] | None = None, hint: str = ""
     ) -> Any:
-        """The decoded answer.
+        """The decoded answer to a request.
 
         Args:
-            hint: at what may be wrong where the server refuses the request.
+            hint: added to the message if the server refuses the request.
         """
         problem = ""
         for attempt in range(self.retries + 1):
@@ -142,7 +144,7 @@ class ServerClient:
 
 
 class ClassifyClient(ServerClient):
-    """Asks for attribute scores.
+    """Requests attribute scores.
 
     Args:
         attributes: the names that the scores are for, in their order.
@@ -169,7 +171,7 @@ class ClassifyClient(ServerClient):
 
         Raises:
             ValueError: where the server refuses a text, or its model has other attributes.
-            ConnectionError: where it doesn't answer, all retries included.
+            ConnectionError: where it doesn't answer after all retries.
         """
         return self._ask_all(self._scores, texts)
 
@@ -188,7 +190,7 @@ class ClassifyClient(ServerClient):
                 f"{len(self.attributes)} attributes ({', '.join(self.attributes)}): they must be "
                 "the ones that it was trained for, in the same order"
             )
-        # The server names the attribute of the highest score; LABEL_0 where it doesn't know.
+        # The server names the attribute of the highest score, or LABEL_0 if it has no names.
         ours = self.attributes[scores.index(max(scores))]
         if label not in (None, ours) and not label.startswith("LABEL_"):
             raise ValueError(
@@ -200,7 +202,7 @@ class ClassifyClient(ServerClient):
 
 
 def _reason(response: httpx.Response) -> str:
-    """What the server says about a failure: vLLM's message, or the beginning of the body."""
+    """The server's message about a failure: vLLM's, or the beginning of the body."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

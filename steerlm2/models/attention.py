@@ -1,20 +1,21 @@
-"""Attention over packed rows that never computes what a token doesn't see.
+"""Attention over packed sequences that skips the masked pairs.
 
-Dimension letters: B rows of a batch, H heads, T tokens of a row, E size of a head, X blocks,
-Q tokens of a block.
+Dimension letters: B sequences of a batch, H heads, T tokens of a packed sequence, E size of a head,
+X blocks, Q queries of a block.
 
-In a row [prompt | y_1 | ... | y_n] a response's token sees the prompt and its own response. A dense
-mask over the row would compute all T^2 pairs and throw most of them away. Two ways around it:
+In a packed sequence [prompt | y_1 | ... | y_n] a response's token attends to the prompt and to its
+own response. A dense mask would compute all T^2 pairs and discard most of them. Two ways avoid it:
 
-- By blocks (CPU): every token is in one causal block, with its own prompt or response, and may see
-  further blocks of keys whole. Each block is one flash attention; where a token is in two, their
-  outputs are merged by their log-sum-exps. Given the merged output and log-sum-exp, the flash
-  backward of a block is that block's part of the whole gradient (as in ring attention,
-  arXiv 2310.01889), so nothing is computed twice there either.
-- FlexAttention (GPU): one kernel over a block mask, which `flex_mask` makes once for a row.
+- By blocks (CPU): every token is a query of one causal block (its own prompt or response), and can
+  be one of further blocks, in which every query attends to all keys. Each block is one flash
+  attention; outputs of one query in two blocks are merged by their log-sum-exps. Given the merged
+  output and log-sum-exp, the flash backward of a block is that block's part of the whole gradient
+  (as in ring attention, arXiv 2310.01889), so the backward recomputes nothing more either.
+- FlexAttention (GPU): one kernel over a block mask, which `flex_mask` makes once for a packed
+  sequence.
 
-Blocks travel as a tensor and their attention is an operator of its own, so that compiled layers
-neither break at it nor compile again for other blocks.
+The blocks are passed as a tensor, and their attention is a custom operator: compiled layers have no
+graph break there and aren't recompiled for other blocks.
 """
 
 from __future__ import annotations
@@ -48,15 +49,16 @@ def attend(
     dropout_p: float,
     is_causal: bool,
 ) -> Tensor:
-    """[B, H, T, E], with the arguments of torchtune's attention call.
+    """Attention with the arguments of torchtune's attention call, [B, H, T, E].
 
     Args:
-        mask: blocks too, as `attention_blocks` makes them (integers), and torchtune's own masks.
+        q: [B, H, T, E]; k and v alike.
+        mask: `attention_blocks` [X, 5] (int64), a `BlockMask`, or torchtune's own mask [B, T, T].
     """
     if isinstance(mask, BlockMask):
-        # A compiled function can't be a part of another one, and needn't be.
-        inside = torch.compiler.is_compiling() or not q.is_cuda
-        attention = flex_attention if inside else _compiled_flex_attention
+        # Inside a compiled layer FlexAttention is compiled with it; on a CPU it runs uncompiled.
+        as_it_is = torch.compiler.is_compiling() or not q.is_cuda
+        attention = flex_attention if as_it_is else _compiled_flex_attention
         return attention(q, k, v, block_mask=mask, kernel_options=KERNEL_OPTIONS)
     if mask is not None and mask.dtype == torch.long:
         return attend_blocks(q, k, v, mask)[0]
@@ -65,18 +67,20 @@ def attend(
 
 
 def attention_blocks(
-    causal: Sequence[tuple[int, int]], whole: Sequence[tuple[int, int, int, int]]
+    causal: Sequence[tuple[int, int]], full_blocks: Sequence[tuple[int, int, int, int]]
 ) -> Tensor:
-    """[X, 5] the pairs of a row to compute; empty blocks are left out.
+    """[X, 5] the blocks of pairs to compute, int64; empty ones are left out.
+
+    A block is (query start, query stop, key start, key stop, 1 if causal else 0).
 
     Args:
-        causal: (start, stop) of tokens that see each other up to themselves: prompts, responses,
+        causal: (start, stop) of tokens that attend to each other causally: prompts, responses,
             padding. Every token is in exactly one.
-        whole: (start, stop) of tokens, and of others before them that they see all of: the
-            responses of a group, and their prompt.
+        full_blocks: (start, stop) of queries and (start, stop) of earlier keys, all of which each
+            query attends to: the responses of a group, and their prompt.
     """
     blocks = [(start, stop, start, stop, 1) for start, stop in causal]
-    blocks += [(*asking_and_seen, 0) for asking_and_seen in whole]
+    blocks += [(*queries_and_keys, 0) for queries_and_keys in full_blocks]
     kept = [block for block in blocks if block[0] < block[1] and block[2] < block[3]]
     return torch.tensor(kept, dtype=torch.long).view(-1, 5)
 
@@ -85,22 +89,24 @@ def attention_blocks(
 def attend_blocks(
     q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, blocks_X5: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(E)) v over what each token sees, [B, H, T, E], and the logarithm of what
-    the softmax divides by, [B, H, T] float32; on the CPU.
+    """Attention over the pairs of the blocks, on the CPU.
+
+    Returns:
+        softmax(q k^T / sqrt(E)) v, [B, H, T, E], and its log-sum-exps, [B, H, T] float32.
     """
     out_BHTE = torch.empty_like(q_BHTE)
     lse_BHT = q_BHTE.new_empty(q_BHTE.shape[:-1], dtype=torch.float32)
-    for asking, seen, is_causal in _slices(blocks_X5):
+    for queries, keys, is_causal in _slices(blocks_X5):
         out_BHQE, lse_BHQ = _flash(
-            q_BHTE[:, :, asking], k_BHTE[:, :, seen], v_BHTE[:, :, seen], is_causal=is_causal
+            q_BHTE[:, :, queries], k_BHTE[:, :, keys], v_BHTE[:, :, keys], is_causal=is_causal
         )
         if is_causal:
-            out_BHTE[:, :, asking], lse_BHT[:, :, asking] = out_BHQE, lse_BHQ
+            out_BHTE[:, :, queries], lse_BHT[:, :, queries] = out_BHQE, lse_BHQ
             continue
         # out = (e^lse_0 out_0 + e^lse out) / (e^lse_0 + e^lse)
-        lse_0_BHQ = lse_BHT[:, :, asking]
+        lse_0_BHQ = lse_BHT[:, :, queries]
         share_BHQ1 = torch.sigmoid(lse_BHQ - lse_0_BHQ)[..., None].to(q_BHTE.dtype)
-        out_BHTE[:, :, asking].lerp_(out_BHQE, share_BHQ1)
+        out_BHTE[:, :, queries].lerp_(out_BHQE, share_BHQ1)
         torch.logaddexp(lse_0_BHQ, lse_BHQ, out=lse_0_BHQ)
     return out_BHTE, lse_BHT
 
@@ -115,31 +121,31 @@ def _attend_blocks_backward(
     lse_BHT: Tensor,
     blocks_X5: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    """The gradients of q, k and v, each [B, H, T, E]."""
     grads = torch.empty_like(q_BHTE), torch.empty_like(k_BHTE), torch.empty_like(v_BHTE)
-    for asking, seen, is_causal in _slices(blocks_X5):
+    for queries, keys, is_causal in _slices(blocks_X5):
         parts = _flash_backward(
-            grad_BHTE[:, :, asking],
-            q_BHTE[:, :, asking],
-            k_BHTE[:, :, seen],
-            v_BHTE[:, :, seen],
-            out_BHTE[:, :, asking],
-            lse_BHT[:, :, asking],
+            grad_BHTE[:, :, queries],
+            q_BHTE[:, :, queries],
+            k_BHTE[:, :, keys],
+            v_BHTE[:, :, keys],
+            out_BHTE[:, :, queries],
+            lse_BHT[:, :, queries],
             0.0,
             is_causal,
         )
-        for grad, place, part in zip(grads, (asking, seen, seen), parts, strict=True):
+        for grad, tokens, part in zip(grads, (queries, keys, keys), parts, strict=True):
             if is_causal:
-                grad[:, :, place] = part
+                grad[:, :, tokens] = part
             else:
-                grad[:, :, place] += part
+                grad[:, :, tokens] += part
     return grads
 
 
 def _slices(blocks_X5: Tensor) -> Iterator[tuple[slice, slice, bool]]:
-    """Who asks, what is seen, and whether causally."""
-    for start, stop, first, end, is_causal in blocks_X5.tolist():
-        yield slice(start, stop), slice(first, end), bool(is_causal)
+    """Each block's queries, its keys, and whether it is causal."""
+    for query_start, query_stop, key_start, key_stop, is_causal in blocks_X5.tolist():
+        yield slice(query_start, query_stop), slice(key_start, key_stop), bool(is_causal)
 
 
 @attend_blocks.register_fake
@@ -161,7 +167,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _backward(ctx: Any, grad_BHTE: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """`attend` hands out no log-sum-exp, so it has no gradient."""
+    """The gradients of the inputs; the log-sum-exps have none, as `attend` doesn't return them."""
     return *_attend_blocks_backward(grad_BHTE, *ctx.saved_tensors), None
 
 
@@ -170,9 +176,12 @@ attend_blocks.register_autograd(_backward, setup_context=_save)
 
 @torch.no_grad()
 def flex_mask(group_T: Tensor, segment_T: Tensor) -> BlockMask:
-    """FlexAttention's mask of a row: `steerlm2.data.packing.Row.attention_mask_TT`, by blocks.
+    """`steerlm2.data.packing.PackedSequence.attention_mask_TT` as FlexAttention's block mask.
 
     On a GPU it is computed there, without the dense mask [T, T].
+
+    Args:
+        group_T: [T] as in `PackedSequence`; segment_T alike.
     """
     length = len(group_T)
     create = _compiled_create_block_mask if group_T.is_cuda else create_block_mask
@@ -184,6 +193,6 @@ def flex_mask(group_T: Tensor, segment_T: Tensor) -> BlockMask:
     return create(sees, None, None, length, length, device=group_T.device)
 
 
-# Rows have many lengths: static shapes would compile each anew.
+# Packed sequences have many lengths: static shapes would be compiled anew for each.
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
 _compiled_create_block_mask = torch.compile(create_block_mask, dynamic=True)

@@ -1,10 +1,10 @@
-"""What training needs to know of a Llama decoder as torchtune builds it, from outside its code.
+"""Functions on torchtune's Llama decoders that training needs; the decoders' code stays unchanged.
 
 Dimension letters: T tokens, D hidden, V vocabulary.
 
-The decoders stay torchtune's. This file makes their forward end at the final norm (the output
-matrix is applied in chunks by `steerlm2.models.logprobs`), names the tensor-parallel layout of each
-module, and writes the Hugging Face config that belongs to a decoder.
+They make a decoder's forward end at the final norm (the output matrix is applied in chunks by
+`steerlm2.models.logprobs`), give the tensor-parallel layout of each module, and derive a decoder's
+Hugging Face config.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ from torchtune.modules.tied_linear import TiedLinear
 from steerlm2.models.attention import attend
 from steerlm2.models.reward_head import RewardHead
 
-ROW_LENGTH_LIMIT = 1 << 30
-"""A packed row may be longer than the model's context: its positions restart in every response."""
+PACKED_LENGTH_LIMIT = 1 << 30
+"""Tokens of a packed sequence. It can be longer than the model's context, because its position ids
+restart in every prompt; this is only a number that none reaches."""
 
 
 def end_at_hidden_states(decoder: TransformerDecoder) -> None:
     """Make `decoder(tokens, mask=..., input_pos=...)` return the hidden states after the norm.
 
-    It then reads rows longer than its context, and takes attention blocks as a mask.
+    It then accepts packed sequences longer than its context, and attention blocks as a mask.
     """
     decoder.unembed = lambda hidden: decoder.norm(hidden)
-    decoder.max_seq_len = ROW_LENGTH_LIMIT
+    decoder.max_seq_len = PACKED_LENGTH_LIMIT
     for layer in decoder.layers:
         layer.attn._attention_call = attend
 
@@ -60,12 +61,13 @@ def output_weight(decoder: TransformerDecoder) -> Tensor:
 
 
 def gather_sequence(hidden: Tensor, *, sharded_use: bool = True) -> Tensor:
-    """Hidden states of the whole row on every tensor-parallel rank.
+    """Hidden states [1, T, D] of all T tokens on every tensor-parallel rank.
 
     Args:
-        sharded_use: each rank computes its vocabulary shard's part of the loss, so the gradients
-            that come back are summands, reduced and scattered over the sequence in one collective.
-            Otherwise all ranks compute the same, and have the same gradients.
+        hidden: [1, T, D], sharded over T under tensor parallel.
+        sharded_use: True: each rank computes its vocabulary shard's part of the loss, so the ranks'
+            gradients are summands, which one collective reduces and scatters over the sequence.
+            False: all ranks compute the same, and have the same gradients.
     """
     if not isinstance(hidden, DTensor):
         return hidden
@@ -76,8 +78,8 @@ def gather_sequence(hidden: Tensor, *, sharded_use: bool = True) -> Tensor:
 def tensor_parallel_plan(decoder: TransformerDecoder) -> dict[str, ParallelStyle]:
     """The layout of every module by name: sequence-sharded activations between the linear layers.
 
-    Norms are sequence-parallel, so that all parameters live on one mesh (a gradient norm over
-    parameters on different meshes is an error).
+    Norms are sequence-parallel, so that all parameters are on one mesh (torch can't compute a
+    gradient norm over parameters on different meshes).
     """
     plan: dict[str, ParallelStyle] = {
         "tok_embeddings": EmbeddingParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
@@ -109,7 +111,7 @@ def tensor_parallel_plan(decoder: TransformerDecoder) -> dict[str, ParallelStyle
 
 
 def unsupported_parts(decoder: TransformerDecoder) -> Iterator[str]:
-    """What of this decoder would be left out or trained wrongly; nothing for a supported one."""
+    """Problems of a decoder with parts that training would ignore or train wrongly."""
     if not isinstance(decoder.output, nn.Linear | TiedLinear):
         yield "an adapted output layer is not supported: set model.apply_lora_to_output=false"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules()) or any(
@@ -121,14 +123,14 @@ def unsupported_parts(decoder: TransformerDecoder) -> Iterator[str]:
 
 
 def divide_heads(decoder: TransformerDecoder, tp_size: int) -> None:
-    """Tell the attention modules how many heads this rank has."""
+    """Set the attention modules' numbers of heads to those of this rank."""
     for layer in decoder.layers:
         layer.attn.num_heads //= tp_size
         layer.attn.num_kv_heads //= tp_size
 
 
 def tensor_parallel_problems(decoder: TransformerDecoder, tp_size: int) -> Iterator[str]:
-    """Why this decoder can't be split over `tp_size` ranks; nothing where it can."""
+    """Problems of splitting a decoder over `tp_size` ranks."""
     attention = decoder.layers[0].attn
     mlp = decoder.layers[0].mlp
     for name, size in (
@@ -144,8 +146,8 @@ def tensor_parallel_problems(decoder: TransformerDecoder, tp_size: int) -> Itera
 class EmbeddingParallel(RowwiseParallel):
     """Vocabulary-parallel embedding that waits for its collective.
 
-    The pending tensor that torch's style returns enters a compiled layer without its gradient:
-    the embedding would silently not be trained (torch 2.13).
+    torch's style returns a tensor whose collective is pending. In a compiled layer such an input
+    has no gradient, so the embedding would silently not be trained (torch 2.13).
     """
 
     @staticmethod
@@ -160,7 +162,7 @@ class EmbeddingParallel(RowwiseParallel):
 
 
 class Replicated(ParallelStyle):
-    """Parameters whole on every tensor-parallel rank, but on the mesh of all others."""
+    """Parameters replicated on every tensor-parallel rank, as DTensors on the common mesh."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -179,7 +181,7 @@ class LoRAParallel(ParallelStyle):
 
     Args:
         weight: how W is sharded: Shard(0) is column-parallel, Shard(1) row-parallel.
-        output_layout: the layout that the output is brought into.
+        output_layout: the layout of the output.
     """
 
     def __init__(self, weight: Shard, output_layout: Placement) -> None:
@@ -217,7 +219,7 @@ class LoRAParallel(ParallelStyle):
 
 
 def head_shape(decoder: TransformerDecoder) -> dict[str, int]:
-    """What torchtune's weight conversion needs to know, of the whole model on every rank."""
+    """The arguments of torchtune's weight conversion, for the whole model, on every rank."""
     return {
         "num_heads": decoder.num_heads,
         "num_kv_heads": decoder.layers[0].attn.k_proj.weight.shape[0] // decoder.head_dim,
@@ -227,15 +229,16 @@ def head_shape(decoder: TransformerDecoder) -> dict[str, int]:
 
 
 def context_length(decoder: TransformerDecoder) -> int:
-    """Positions that the rotary embedding has; a prompt with its response must fit."""
+    """The rotary embedding's number of positions; a prompt with its response must fit."""
     return decoder.layers[0].attn.pos_embeddings.max_seq_len
 
 
 def pair_cost(decoder: TransformerDecoder) -> float:
-    """What attending to one token costs, in tokens passing all layers: FLOPs over FLOPs.
+    """FLOPs of attending to one token, over the FLOPs of a token's weights, in all layers.
 
     A pair takes 2 multiply-adds per layer and attention dimension (query-key and weight-value), a
-    token one per weight of the layers. Of the whole model, also where it is split over ranks.
+    token one per weight of the layers. It is that of the whole model, also on a tensor-parallel
+    rank.
     """
     weights = sum(parameter.numel() for parameter in decoder.layers.parameters())
     return 2 * len(decoder.layers) * decoder.num_heads * decoder.head_dim / weights
@@ -244,8 +247,8 @@ def pair_cost(decoder: TransformerDecoder) -> float:
 def hf_config(decoder: TransformerDecoder, dtype: str = "float32") -> dict[str, Any]:
     """The config.json of a Hugging Face Llama that computes what this decoder computes.
 
-    For decoders built from scratch; a decoder loaded from a checkpoint keeps that checkpoint's own.
-    Token ids are left to the tokenizer's files.
+    It is for decoders that are built from scratch; one that is loaded from a checkpoint keeps the
+    checkpoint's config. Token ids come from the tokenizer.
     """
     attention, mlp = decoder.layers[0].attn, decoder.layers[0].mlp
     rope = attention.pos_embeddings

@@ -3,10 +3,10 @@
 Dimension letters: R response tokens, C tokens of one chunk, D hidden, V vocabulary (under tensor
 parallel: this rank's shard of it), N responses.
 
-Full logits [R, V] never exist: a chunk's logits are used and dropped, and computed again in the
-backward, all but the last chunk's, with which the backward begins. Only one tensor of the size of
-a chunk exists at a time. Under tensor parallel each rank has a shard of the output matrix and of a
-chunk's logits; three numbers a token travel between the ranks.
+Full logits [R, V] never exist: a chunk's logits are used, freed, and recomputed in the backward,
+except those of the last chunk, with which the backward begins. Only one tensor of the size of a
+chunk exists at a time. Under tensor parallel each rank has a shard of the output matrix and of a
+chunk's logits; the ranks exchange three numbers a token.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
-"""Of a chunk's logits, by device. The output matrix is read once a chunk: a GPU needs some hundred
-tokens a chunk to be busy with more than that."""
+"""Bytes of a chunk's logits in float32, by device. A choice: the output matrix is read once for
+every chunk, so small chunks are bound by memory bandwidth, and large ones take more memory. 512 MiB
+are 1,046 tokens of a vocabulary of 128,256; a GPU is bound by its FLOPs from about 300 tokens on
+(H100 in bfloat16). On a CPU chunks of 64 MiB took less time than full logits (measured:
+tests/benchmarks/README.md, "Memory of the log-prob layer"); the GPU's value isn't measured yet."""
 
 
 def token_logps(
@@ -34,12 +37,13 @@ def token_logps(
     """log softmax(hidden @ weight^T)[target], float32 [R].
 
     Args:
-        hidden_RD: hidden states at the positions that predict the targets, after the final norm.
-        weight_VD: the output matrix; under tensor parallel this rank's rows of it.
-        targets_R: token ids of the whole vocabulary.
-        chunk_size: tokens whose logits exist at one time; none: what fits into CHUNK_BYTES.
-        tp_group: the tensor-parallel group. The ranks of it pass the same `hidden_RD` and
-            `targets_R`; the gradient of `hidden_RD` is this rank's summand of the whole one.
+        hidden_RD: [R, D] hidden states at the positions that predict the targets, after the final
+            norm.
+        weight_VD: [V, D] the output matrix; under tensor parallel this rank's rows of it.
+        targets_R: [R] token ids of the whole vocabulary.
+        chunk_size: tokens of a chunk; None: as many as fit into CHUNK_BYTES.
+        tp_group: the tensor-parallel group. Its ranks pass the same `hidden_RD` and `targets_R`;
+            the gradient of `hidden_RD` is this rank's summand of the full gradient.
     """
     if chunk_size is None:
         chunk_size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (4 * len(weight_VD)))
@@ -47,10 +51,15 @@ def token_logps(
 
 
 def sum_by_response(logps_R: Tensor, response_R: Tensor, num_responses: int) -> Tensor:
-    """[N] sums of token log-probs, float64; `response_R` says which response a token belongs to.
+    """[N] sums of token log-probs by response, float64.
 
-    A sum of hundreds of nats rounds to 1e-5 to 1e-4 nats in float32, in another way for every
-    packing. The loss depends on differences of such sums, so two runs that should agree would not.
+    In float32 a sum of hundreds of nats is rounded by 1e-5 to 1e-4 nats, differently for every
+    packing. The loss depends on differences of such sums, so runs that should agree would not.
+
+    Args:
+        logps_R: [R] log-probs of tokens, nats.
+        response_R: [R] index of each token's response.
+        num_responses: N.
     """
     sums_N = logps_R.new_zeros(num_responses, dtype=torch.float64)
     return sums_N.index_add(0, response_R, logps_R.double())
@@ -72,7 +81,7 @@ class _TokenLogProbs(torch.autograd.Function):
         normalizer_R = torch.empty_like(logps_R)
         chunk_CV: Tensor | None = None
         for chunk in _chunks(len(targets_R), chunk_size):
-            chunk_CV = None  # before there is another
+            chunk_CV = None  # frees it before the next one is allocated
             chunk_CV = _logits(hidden_RD[chunk], exact_weight_VD)
             row_C, owned_C = _local_rows(targets_R[chunk], first_row, len(weight_VD))
             target_C = chunk_CV.gather(1, row_C[:, None]).squeeze(1) * owned_C
@@ -99,7 +108,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chunk_CV, ctx.softmax_CV = ctx.softmax_CV, None
         exact_weight_VD = _exact(weight_VD)
         grad_hidden_RD = torch.empty_like(hidden_RD)
-        # float32, or the sum over many chunks would lose what each adds
+        # In float32: in bfloat16 the sum over many chunks would round small summands away.
         grad_weight_VD = (
             torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
@@ -116,20 +125,20 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_hidden_RD[chunk] = chunk_CV @ weight_VD
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, chunk_CV.t(), hidden_CD)
-            chunk_CV = None  # before there is another
+            chunk_CV = None  # frees it before the next one is allocated
         grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_RD, grad_weight, None, None, None
 
 
 def _exact(weight_VD: Tensor) -> Tensor:
-    """The output matrix as `_logits` needs it."""
+    """The output matrix in the dtype that `_logits` needs: float32 on a CPU."""
     return weight_VD if weight_VD.is_cuda else weight_VD.float()
 
 
 def _logits(hidden_CD: Tensor, exact_weight_VD: Tensor) -> Tensor:
-    """[C, V] float32; bfloat16 inputs are accumulated in float32 and not rounded in between.
+    """[C, V] logits, float32; products of bfloat16 inputs are accumulated in float32.
 
-    A logit of 16 rounded to bfloat16 is off by up to 0.06 nats.
+    A logit of 16 rounded to bfloat16 would be off by up to 0.06 nats.
     """
     if hidden_CD.is_cuda and hidden_CD.dtype != torch.float32:
         return torch.mm(hidden_CD, exact_weight_VD.t(), out_dtype=torch.float32)
@@ -148,14 +157,14 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 
 def _first_row(weight_VD: Tensor, tp_group: dist.ProcessGroup | None) -> int:
-    """The token id of this rank's first row: shards are contiguous, in rank order."""
+    """The token id of the first row of this rank's shard: shards are contiguous, in rank order."""
     if tp_group is None:
         return 0
     return dist.get_rank(tp_group) * len(weight_VD)
 
 
 def _local_rows(targets_C: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Each target's row in this shard (clamped if another rank has it), and whether it is here."""
+    """[C] each target's row in this shard (clamped into it), and [C] whether this shard has it."""
     row_C = targets_C - first_row
     owned_C = (row_C >= 0) & (row_C < num_rows)
     return row_C.clamp(0, num_rows - 1), owned_C

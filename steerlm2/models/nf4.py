@@ -1,9 +1,11 @@
-"""QLoRA's frozen weights: torchao's NF4 tensors, quantized part by part.
+"""QLoRA's frozen weights: torchao's NF4 tensors, quantized shard by shard.
 
-Dimension letters: O outputs, I inputs of a matrix; B its blocks of 64 numbers that share a scale.
+Dimension letters: O outputs, I inputs of a matrix; B its blocks of 64 numbers that share a scale,
+N numbers of a block.
 
-The scales are quantized themselves, as differences from their mean over the whole matrix. All else
-of a block follows from its own numbers. So a rank needs that mean, and its own rows.
+The scales are themselves quantized, as differences from their mean over the whole matrix.
+Everything else of a block depends on its own numbers only, so a rank needs that mean and its own
+rows.
 """
 
 from __future__ import annotations
@@ -21,25 +23,26 @@ from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import LoRALinear
 
 BLOCK = 64
+"""Numbers that share a scale (QLoRA paper, arXiv 2305.14314, and torchao's default)."""
 SCALE_BLOCK = 256
-"""Scales that share a second scale."""
+"""Scales that share a second scale (QLoRA paper and torchao's default)."""
 UNIT = BLOCK * SCALE_BLOCK
-"""A rank's part of a matrix must hold whole ones."""
+"""Numbers of a rank's shard of a matrix must be a multiple of this."""
 
 SMALLEST = 1e-12
-"""Below it the scales of a group count as equal."""
+"""Lower bound of the largest scale difference of a group, against a division by 0."""
 
 CHUNK = 1 << 24
-"""Numbers that are looked at together."""
+"""Numbers that `mean_scale` reads at once. A choice: 64 MiB in float32."""
 
 
 def quantize_frozen(decoder: TransformerDecoder, dtype: torch.dtype) -> None:
-    """Make the matrices NF4 that a decoder was built with as NF4; on the meta device.
+    """Make a decoder's frozen base matrices NF4 again after a cast; on the meta device.
 
-    A cast of the decoder has made them ordinary, and left no sign of it in the state_dict.
+    A cast (`decoder.to(dtype)`) turns the NF4 tensors that torchtune built into ordinary ones.
 
     Args:
-        dtype: of what they are turned back into, to compute with.
+        dtype: that they are dequantized to for the computation.
     """
 
     @functools.cache  # torchao takes a tenth of a second for a large matrix, meta or not
@@ -49,7 +52,7 @@ def quantize_frozen(decoder: TransformerDecoder, dtype: torch.dtype) -> None:
     for _, module in _quantized(decoder):
         module.weight = nn.Parameter(empty(module.weight.shape).detach(), requires_grad=False)
     if has_quantized(decoder):
-        # torchtune's hook would turn every state_dict into whole tensors on the host.
+        # torchtune's hook would dequantize them to full tensors on the host in every state_dict.
         decoder._state_dict_hooks.clear()
 
 
@@ -60,7 +63,7 @@ def has_quantized(decoder: TransformerDecoder) -> bool:
 def nf4_problems(
     decoder: TransformerDecoder, num_shards: int, tp_size: int, *, cpu_offload: bool = False
 ) -> Iterator[str]:
-    """Why NF4 matrices can't be laid out over so many ranks; nothing where they can."""
+    """Problems of laying NF4 matrices out over so many ranks."""
     if has_quantized(decoder) and tp_size > 1:
         yield (
             "a model with quantize_base can't be split by tensor parallel: set "
@@ -80,10 +83,10 @@ def nf4_problems(
 
 
 def finish_empty(decoder: TransformerDecoder, device: torch.device) -> None:
-    """Storage for the parts of NF4 matrices that `to_empty` leaves on the meta device."""
+    """Allocate the tensors of NF4 matrices that `to_empty` leaves on the meta device."""
     for _, module in _quantized(decoder):
         weight = module.weight
-        # to_local() would be another object, whose attributes are its own
+        # to_local() returns a new object, and setting its attributes wouldn't change the weight.
         local: Any = weight._local_tensor if isinstance(weight, DTensor) else weight
         local.nf4 = torch.empty_like(local.nf4, device=device)
         local.scaler_mean = torch.empty_like(local.scaler_mean, device=device)
@@ -94,10 +97,10 @@ def is_nf4(tensor: Tensor) -> bool:
 
 
 def mean_scale(whole_OI: Any) -> Tensor:
-    """The mean of the largest magnitudes of all blocks, a few rows at a time.
+    """[] the mean over all blocks of the largest magnitude, float64; reads a few rows at a time.
 
     Args:
-        whole_OI: a matrix, or what can be indexed by slices as one; in any order of its rows.
+        whole_OI: [O, I] a matrix, or something that can be sliced like one; rows in any order.
     """
     rows, columns = whole_OI.shape if isinstance(whole_OI, Tensor) else whole_OI.get_shape()
     total = torch.zeros((), dtype=torch.float64)
@@ -113,8 +116,9 @@ def fill_nf4(target: Tensor, part_OI: Tensor, mean: Tensor) -> None:
     """Quantize a rank's rows into its NF4 tensor, as `NF4Tensor.from_tensor` does a whole matrix.
 
     Args:
-        target: of any content, after `finish_empty`.
-        mean: of the whole matrix, from `mean_scale`.
+        target: the NF4 tensor to fill, after `finish_empty`.
+        part_OI: [rows of this rank, I].
+        mean: [] of the whole matrix, from `mean_scale`.
     """
     assert isinstance(target, NF4Tensor)
     device, dtype = target.quantized_data.device, target.dtype

@@ -2,7 +2,7 @@
 
 Dimension letters: D hidden, A attributes.
 
-It stands in the place of the decoder's output layer and is read at one token of a text (see
+It replaces the decoder's output layer and is applied at one token of a text (see
 `steerlm2.training.forward.attribute_scores`). In Hugging Face terms the model is a
 LlamaForSequenceClassification with the problem type "regression".
 """
@@ -29,12 +29,12 @@ class RewardHead(nn.Linear):
 
 
 def add_reward_head(decoder: TransformerDecoder, num_attributes: int) -> None:
-    """Put a reward head in the place of the output layer (tied or not), in place."""
+    """Replace the output layer (tied or not) by a reward head, in place."""
     decoder.output = RewardHead(decoder.tok_embeddings.embedding_dim, num_attributes)
 
 
 def classification_config(names: Sequence[str]) -> dict[str, Any]:
-    """What the config.json of an attribute model has beside (or instead of) its backbone's.
+    """The keys of an attribute model's config.json that differ from its backbone's.
 
     Args:
         names: of the attributes, in the order of the scores.
@@ -50,8 +50,10 @@ def classification_config(names: Sequence[str]) -> dict[str, Any]:
 
 
 def attribute_names(config: Mapping[str, Any]) -> list[str] | None:
-    """The attributes that a checkpoint's config.json names; none where its labels have no names of
-    their own (LABEL_0, ...). None where it has no reward head."""
+    """The attributes that a checkpoint's config.json names; None where it has no reward head.
+
+    The list is empty where the labels have only generic names (LABEL_0, ...).
+    """
     if config.get("architectures") != [HF_ARCHITECTURE]:
         return None
     labels = config.get("id2label")

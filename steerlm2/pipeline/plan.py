@@ -1,10 +1,10 @@
-"""What a pipeline runs: its stages in order, each a `tune run` command with a folder of its own.
+"""The plan of a pipeline: its stages in order, each a `tune run` command with its own folder.
 
-Overrides of a stage may name places, which `plan_stages` fills in:
+Overrides of a stage may have placeholders, which `plan_stages` fills in:
 
     {here}         the stage's own folder
     {NAME}         the folder of stage NAME; inside the loop and after it, the latest iteration's
-    {proposal}     the model to sample from: the last one before this stage
+    {proposal}     the folder of the model to sample from: the latest before this stage
     {iteration}    in the loop: 1, 2, ...
     {stage}        the stage's name, with its iteration
     {output_dir}   the pipeline's
@@ -26,9 +26,9 @@ import torchtune
 import yaml
 from torchtune._recipe_registry import Recipe, get_all_recipes
 
-PLACE = re.compile(r"\{(\w+)\}")
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
 TORCHTUNE = Path(torchtune.__file__).parents[1]
-"""What paths of its registry are relative to; ours are absolute."""
+"""The folder that the paths of torchtune's registry are relative to; ours are absolute."""
 
 RESERVED_NAMES = {"here", "proposal", "iteration", "output_dir", "stage"}
 
@@ -44,7 +44,7 @@ class StageOptions:
     each_iteration: bool = False
     when: bool | None = None  # false: left out
     torchrun: str | None = None  # its arguments; none: the pipeline's, where the recipe can
-    launch: str | None = None  # what stands before `tune run`; none: the pipeline's, with torchrun
+    launch: str | None = None  # put before `tune run`; none: the pipeline's, with torchrun
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Stage:
     recipe: str
     config: str
     arguments: tuple[str, ...]
-    """Of the recipe: key=value and ~key."""
+    """The recipe's arguments: key=value and ~key."""
     needs: tuple[str, ...]
-    """The stages whose folders it reads."""
+    """Names of the stages whose folders it reads."""
     command: str
-    """For a shell."""
+    """The whole command, for a shell."""
 
 
 def plan_stages(
@@ -80,7 +80,7 @@ def plan_stages(
         iterations: of the loop.
         proposal: stages that train a model to sample from.
         torchrun: arguments for recipes that can run on several processes.
-        launch: stands before `tune run` in commands that have torchrun arguments.
+        launch: put before `tune run` in commands that have torchrun arguments.
 
     Raises:
         ValueError: naming all problems.
@@ -91,13 +91,13 @@ def plan_stages(
         raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
 
     planned: list[Stage] = []
-    places: dict[str, Stage] = {}  # the latest stage of each name
+    latest: dict[str, Stage] = {}  # the latest stage of each name
     of_iteration: dict[int, dict[str, Stage]] = {}
 
     def add(name: str, iteration: int | None) -> None:
         own = options[name]
         full_name = name if iteration is None else f"{name}_iter{iteration}"
-        filler = _Filler(full_name, output_dir, iteration, places)
+        filler = _Filler(full_name, output_dir, iteration, latest)
         arguments = [f"~{key}" for key in own.remove]
         for key, value in _flat(own.overrides):
             if "{iteration}" in key and iteration is None and (of_iteration or not iterations):
@@ -126,9 +126,9 @@ def plan_stages(
             f"{start} {shlex.join(words)}",
         )
         planned.append(stage)
-        places[name] = stage
+        latest[name] = stage
         if name in proposal:
-            places["proposal"] = stage
+            latest["proposal"] = stage
 
     loop = [name for name, stage in chosen.items() if stage.each_iteration]
     names = list(chosen)
@@ -138,7 +138,7 @@ def plan_stages(
     for k in range(1, iterations + 1):
         for name in loop:
             add(name, k)
-        of_iteration[k] = dict(places)
+        of_iteration[k] = dict(latest)
     for name in names[end:]:
         add(name, None)
     if problems:
@@ -149,7 +149,9 @@ def plan_stages(
 def select(
     plan: Sequence[Stage], only: str | Sequence[str] | None, first: str | None
 ) -> list[Stage]:
-    """The stages of these names, or from this one on; a name without its iteration means all.
+    """The stages of the names `only`, or those from `first` on.
+
+    A name without an iteration stands for all iterations.
 
     Raises:
         ValueError: for a name that no stage has.
@@ -170,12 +172,12 @@ def select(
 
 
 def find_recipe(name: str) -> Recipe | None:
-    """As `tune` knows it; None for a path."""
+    """The recipe of a name in `tune`'s registry; None for a path."""
     return next((recipe for recipe in get_all_recipes() if recipe.name == name), None)
 
 
 def config_file(recipe: str, config: str) -> Path:
-    """Where the YAML of a config is that `tune run RECIPE --config CONFIG` would take."""
+    """The YAML file that `tune run RECIPE --config CONFIG` would take."""
     own = find_recipe(recipe)
     for known in [*([own] if own else []), *get_all_recipes()]:
         for entry in known.configs:
@@ -185,7 +187,7 @@ def config_file(recipe: str, config: str) -> Path:
 
 
 def recipe_file(name: str) -> Path:
-    """Where the Python file of a recipe is, known by name or given as a path."""
+    """The Python file of a recipe, by its name or path."""
     recipe = find_recipe(name)
     if recipe is None:
         return Path(name).with_suffix(".py")
@@ -231,7 +233,7 @@ def _order_problems(chosen: Mapping[str, StageOptions]) -> Iterator[str]:
 
 
 class _Filler:
-    """Fills in the places of one stage's texts, and notes which stages they are of."""
+    """Fills in the placeholders of one stage's texts, and collects the stages that they name."""
 
     def __init__(
         self,
@@ -253,16 +255,17 @@ class _Filler:
             self.own["iteration"] = str(iteration)
 
     def fill(self, text: str, *, quoted: bool = False) -> str:
-        """
+        """A text with its placeholders filled in.
+
         Args:
-            quoted: for a shell.
+            quoted: quote the values for a shell.
         """
         if quoted:
-            return PLACE.sub(lambda match: shlex.quote(self._place(match)), text)
-        return PLACE.sub(self._place, text)
+            return PLACEHOLDER.sub(lambda match: shlex.quote(self._value(match)), text)
+        return PLACEHOLDER.sub(self._value, text)
 
     def argument(self, value: Any) -> str:
-        """A YAML value as a command line gives it: text, or JSON, which is YAML."""
+        """A YAML value as an argument: text, or JSON, which is YAML too."""
         if not isinstance(value, str):
             return self.fill(json.dumps(value))
         text = self.fill(value)
@@ -272,15 +275,15 @@ class _Filler:
         except yaml.YAMLError:
             return json.dumps(text)
 
-    def _place(self, match: re.Match[str]) -> str:
+    def _value(self, match: re.Match[str]) -> str:
         name = match[1]
         if name in self.own:
             return self.own[name]
         if name in self.stages:
             self.needs.append(self.stages[name].name)
             return str(self.stages[name].folder)
-        known = ", ".join(f"{{{place}}}" for place in [*self.own, *self.stages])
+        known = ", ".join(f"{{{key}}}" for key in [*self.own, *self.stages])
         self.problems.append(
-            f"'{self.name}' names {match[0]}, which isn't there; it can be {known}"
+            f"'{self.name}' has the unknown placeholder {match[0]}; it can be {known}"
         )
         return match[0]

@@ -1,9 +1,9 @@
-"""What a training run will need, found out without GPUs and without weights.
+"""Memory, FLOPs, traffic and time of a training run, predicted without GPUs and without weights.
 
-gpus      what the cards can do
+gpus      memory and rates of GPUs
 jobs      what each training recipe computes in a step, over records of given lengths
-tracker   memory, FLOPs and collectives of whatever runs under it, real or fake
+tracker   a dispatch mode that counts memory, FLOPs and collectives, on real or fake tensors
 trace     a step of the laid-out model with fake tensors on a fake process group
 estimate  seconds and GPU-hours from a trace
-advice    what to change where a run doesn't fit
+advice    changes of a config that make a run fit into memory
 """

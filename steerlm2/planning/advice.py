@@ -1,4 +1,4 @@
-"""What to change where a run doesn't fit, the cheapest first."""
+"""Changes of a config that make a run fit into memory, the cheapest first."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from steerlm2.models.llama import tensor_parallel_problems
 from steerlm2.planning.jobs import Job
 
 SMALLEST_BUDGET = 1024
+"""The smallest token budget of a micro-batch that is suggested. A choice: with fewer tokens a GPU
+isn't busy, and many responses don't fit."""
 LORA = (
     "model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",
     "model.apply_lora_to_mlp=true",
@@ -21,18 +23,18 @@ LORA = (
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides of the config, and what they cost."""
+    """Overrides of the config, and their price in words."""
 
     overrides: tuple[str, ...]
     price: str
     shrinks_state: bool
-    """Parameters, gradients or optimizer state become less; otherwise only the rest does."""
+    """Whether parameters, gradients or optimizer state shrink, not only activations."""
     more_gpus: int = 1
-    """Times as many."""
+    """Factor of the number of GPUs."""
 
 
 def changes(job: Job[Any], gpus_per_node: int) -> Iterator[Change]:
-    """In the order of their price: time, then what is learned, then GPUs."""
+    """Changes in the order of their price: time, then what is trained, then GPUs."""
     cfg = job.cfg
     if not cfg.fsdp_reshard_after_forward:
         yield Change(
@@ -47,13 +49,15 @@ def changes(job: Job[Any], gpus_per_node: int) -> Iterator[Change]:
         yield Change((budget,), "more micro-batches", False)
     if not cfg.enable_activation_checkpointing:
         yield Change(
-            (checkpointing, "ac_mode=selective"), "all but products is computed twice", False
+            (checkpointing, "ac_mode=selective"),
+            "all operations but matrix products and attention run twice",
+            False,
         )
-        yield Change((checkpointing,), "forwards are computed twice", False)
+        yield Change((checkpointing,), "every forward runs twice", False)
         for budget in smaller[:1]:
             yield Change((checkpointing, budget), "both of these", False)
     elif cfg.ac_mode == "selective":
-        yield Change(("ac_mode=full",), "forwards are computed twice", False)
+        yield Change(("ac_mode=full",), "every forward runs twice", False)
     for budget in smaller[1:]:
         more = () if cfg.enable_activation_checkpointing else (checkpointing,)
         yield Change((*more, budget), "many more micro-batches", False)

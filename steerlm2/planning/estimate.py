@@ -1,13 +1,13 @@
-"""Seconds of a step and hours of a job, from a trace, a card's rates and what is assumed.
+"""Seconds of a step and hours of a job, from a trace, the GPU's rates and assumed efficiencies.
 
-A row other than the traced one is taken to cost in proportion: matrix products and what tensor
-parallelism sends with its tokens, attention with its pairs of tokens. What FSDP2 sends is the same
-for every row. It overlaps with the computation, tensor parallelism's collectives don't:
+A micro-batch costs in proportion to the traced one: matrix products and tensor-parallel traffic by
+its tokens, attention by its pairs of tokens. FSDP2's traffic is the same for every micro-batch. It
+overlaps with the computation, tensor-parallel collectives don't:
 
-    seconds of a row = max(computation + tensor parallel, data parallel)
+    seconds of a micro-batch = max(computation + tensor parallel, data parallel)
 
-All ranks wait for each other in every row, so the costliest row of the ranks counts. Gradients are
-reduced between replicas in a step's last row only.
+All ranks wait for each other in every micro-batch, so the costliest one of the ranks counts.
+Gradients are reduced between replicas in a step's last micro-batch only.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from torchtune.modules.peft import LoRALinear
 
 from steerlm2.data.packing import Dialogue, Group
 from steerlm2.planning.gpus import HOST_LINK_BYTES, Gpu
-from steerlm2.planning.jobs import PlannedRow
+from steerlm2.planning.jobs import PlannedMicrobatch
 from steerlm2.planning.trace import Trace
 from steerlm2.planning.tracker import Collective
 
 LINK_EFFICIENCY = 0.8
-"""Share of a link's rate that large collectives reach."""
+"""Share of a link's rate that large collectives reach. An assumption, typical of NCCL's all-gather
+and reduce-scatter of large messages; not measured here."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the ranks are; ranks of one tensor-parallel group follow each other."""
+    """The mesh of the ranks on the nodes; ranks of a tensor-parallel group are consecutive."""
 
     gpu: Gpu
     gpus_per_node: int
@@ -47,7 +48,7 @@ class Cluster:
     def bytes_per_second(self, dimension: str) -> float:
         """What each rank can send within a group of the mesh's dimension.
 
-        The ranks of a group that share a node share that node's network, or have it for themselves.
+        In a group over several nodes, its ranks on a node use that node's network together.
         """
         stride, size = {
             "tp": (1, self.tp),
@@ -68,10 +69,10 @@ class StepTime:
     compute: float
     tensor_parallel: float
     data_parallel: float
-    """Of its collectives only what the computation doesn't hide."""
+    """Only the part that doesn't overlap with the computation."""
     update: float
     tokens: float
-    """Of all ranks, padding left out."""
+    """Of all ranks, without padding."""
 
     @property
     def seconds(self) -> float:
@@ -84,7 +85,7 @@ class StepTime:
 
 def step_time(
     trace: Trace,
-    steps: Sequence[Sequence[Sequence[PlannedRow[Any]]]],
+    steps: Sequence[Sequence[Sequence[PlannedMicrobatch[Any]]]],
     cluster: Cluster,
     dtype: torch.dtype,
     efficiency: float,
@@ -92,47 +93,50 @@ def step_time(
     cpu_offload: bool = False,
     reduce_every_microbatch: bool = True,
 ) -> StepTime:
-    """The mean over steps.
+    """The mean time over steps.
 
     Args:
-        steps: [step][row][rank] micro-batches.
-        efficiency: share of the card's peak rate that computation reaches.
-        cpu_offload: shards travel to the GPU and back.
-        reduce_every_microbatch: otherwise gradients are reduced in a step's last row only.
+        steps: [step][micro-batch][rank].
+        efficiency: share of the GPU's peak rate that the computation reaches.
+        cpu_offload: whether shards are copied to the GPU and back.
+        reduce_every_microbatch: False: gradients are reduced in a step's last micro-batch only.
     """
     compute = tensor = data = tokens = 0.0
     rate = cluster.gpu.flops(dtype) * efficiency
-    for rows in steps:
-        for number, ranks in enumerate(rows, start=1):
-            length = max(row.num_tokens for row in ranks) / trace.tokens
+    for microbatches in steps:
+        for number, ranks in enumerate(microbatches, start=1):
+            length = max(each.num_tokens for each in ranks) / trace.tokens
             phases = ("forward", "backward") if ranks[0].trains else ("forward",)
             attention = sum(trace.attention_flops.get(phase, 0) for phase in phases)
             linear = sum(trace.flops.get(phase, 0) for phase in phases) - attention
-            row_compute = (
+            own_compute = (
                 max(
-                    linear * row.num_tokens / trace.tokens + attention * row.num_pairs / trace.pairs
-                    for row in ranks
+                    linear * each.num_tokens / trace.tokens
+                    + attention * each.num_pairs / trace.pairs
+                    for each in ranks
                 )
                 / rate
             )
-            row_tensor = row_data = 0.0
+            own_tensor = own_data = 0.0
             for collective, traffic in trace.traffic.items():
                 if collective.phase not in phases:
                     continue
-                if number < len(rows) and _waits_for_the_last(collective, reduce_every_microbatch):
+                if number < len(microbatches) and _waits_for_the_last(
+                    collective, reduce_every_microbatch
+                ):
                     continue
                 seconds = traffic.sent / cluster.bytes_per_second(collective.dimension)
                 if collective.dimension == "tp":
-                    row_tensor += seconds * length
+                    own_tensor += seconds * length
                 else:
-                    row_data += seconds
-            compute += row_compute
-            tensor += row_tensor
-            data += max(0.0, row_data - row_compute - row_tensor)
+                    own_data += seconds
+            compute += own_compute
+            tensor += own_tensor
+            data += max(0.0, own_data - own_compute - own_tensor)
             if ranks[0].trains:
-                tokens += sum(row.num_tokens for row in ranks)
+                tokens += sum(each.num_tokens for each in ranks)
     state = sum(trace.state.values())
-    # every byte of the state is read, all but the gradients written
+    # The update reads all of the state, and writes all but the gradients.
     update = (2 * state - trace.state["gradients"]) / cluster.gpu.memory_bytes
     if cpu_offload:
         moved = trace.state["parameters"] + trace.state["gradients"]
@@ -142,7 +146,7 @@ def step_time(
 
 
 def _waits_for_the_last(collective: Collective, reduce_every_microbatch: bool) -> bool:
-    """Whether it takes part in a step once: `training.distributed.reduce_gradients`."""
+    """Whether it runs only once a step (`distributed.parallelize.reduce_gradients`)."""
     if collective.dimension == "dp_replicate":
         return True
     reduces = collective.operation == "reduce_scatter" and collective.dimension == "dp_shard"
@@ -170,8 +174,10 @@ def collectives(trace: Trace) -> list[dict[str, Any]]:
 
 
 def needed_flops(decoder: TransformerDecoder, records: Sequence[Any]) -> float:
-    """FLOPs that the mathematics of a step asks for, of all ranks: no recomputation, attention only
-    where a token sees another, 2 a multiply-add; adapters' bases need no weight gradients.
+    """FLOPs of a step on all ranks, as for the model FLOPs utilization: without recomputation.
+
+    Attention counts only unmasked pairs, a multiply-add counts as 2, and frozen weights need no
+    weight gradients.
 
     Args:
         decoder: not laid out.
@@ -197,14 +203,15 @@ def needed_flops(decoder: TransformerDecoder, records: Sequence[Any]) -> float:
 
 def _num_targets(record: Any) -> int:
     if isinstance(record, Dialogue):
-        return len(record.target_places)
+        return len(record.target_positions)
     if isinstance(record, Group):
         return sum(map(len, record.responses))
     return len(record.responses)
 
 
 PAPER_NODE_HOURS = 1184
-"""H100 nodes of 8 GPUs, two iterations of SteerLM 2.0 with Llama 3 70B (HelpSteer2 paper)."""
+"""Hours of H100 nodes of 8 GPUs for two iterations of SteerLM 2.0 with Llama 3 70B (HelpSteer2
+paper)."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,7 @@ def iteration_hours(
     packed_tokens: float,
     training: float,
 ) -> Iteration:
-    """Sampling every response, three forwards over them (the attribute model, P and Q'), training.
+    """GPU-hours of an iteration: sampling, three scoring forwards (attributes, P, Q') and training.
 
     Args:
         sampling_efficiency: share of the peak rate that an engine reaches at 2 FLOPs for each
@@ -243,6 +250,6 @@ def iteration_hours(
     """
     rate = cluster.gpu.flops(dtype)
     sampling = 2 * num_parameters * sampled_tokens / (rate * sampling_efficiency)
-    of_row = trace.flops["forward"] * cluster.tp  # attention is that of the traced row
-    scoring = 3 * of_row * packed_tokens / trace.tokens / (rate * efficiency)
+    forward = trace.flops["forward"] * cluster.tp  # attention as in the traced micro-batch
+    scoring = 3 * forward * packed_tokens / trace.tokens / (rate * efficiency)
     return Iteration(sampling / 3600, scoring / 3600, training)

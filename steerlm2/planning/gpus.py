@@ -1,4 +1,4 @@
-"""What the cards can do, by their makers' data sheets: dense rates, one direction of a link."""
+"""Memory and rates of GPUs from data sheets: FLOPs without sparsity, one direction of a link."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Gpu:
     link_bytes: float
     """To the other GPUs of its node."""
     network_bytes: float
-    """Its share of what the node has to other nodes."""
+    """To other nodes: its share of the node's network."""
 
     def flops(self, dtype: torch.dtype) -> float:
         return self.bf16_flops if dtype == torch.bfloat16 else self.fp32_flops
@@ -37,15 +37,19 @@ GPUS = {
         Gpu("RTX4090", 23.5, 165e12, 82.6e12, 1.0e12, 32e9, 12.5e9),
     )
 }
-"""A100 and H100 are those with 80 GB on SXM boards."""
+"""A100 and H100 are those with 80 GB on SXM boards. The network is one 400 Gbit/s link a GPU for
+H100 and later, 200 Gbit/s for A100 and 100 Gbit/s for the others, as is usual in clusters."""
 
 HOST_LINK_BYTES = 25e9
-"""Between a GPU and its host's memory, of a PCIe 4 or 5 link that other GPUs use too."""
+"""Between a GPU and its host's memory. An assumption: a PCIe 4 or 5 x16 link (32 or 64 GB/s) that
+is shared with other GPUs."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """Raises:
-    ValueError: for a card that isn't in the list.
+    """The GPU of a name in any case.
+
+    Raises:
+        ValueError: for a GPU that isn't in the list.
     """
     found = {known.lower(): gpu for known, gpu in GPUS.items()}.get(name.lower())
     if found is None:

@@ -1,7 +1,7 @@
 """What each training recipe computes in an optimizer step, over records of given lengths.
 
 The forward, the losses and the packing are the library functions that the recipes call, in the
-same order; that the memory of a real run is that of these is tested.
+same order. A test compares the memory with that of a real run.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ from steerlm2.losses import bradley_terry_sum, squared_error_sum
 from steerlm2.models.llama import pair_cost
 from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training.forward import attribute_scores, response_logps, target_logps
-from steerlm2.training.step_plan import plan_step, rows_by_rank, slices
+from steerlm2.training.step_plan import microbatches_by_rank, plan_step, slices
 
 RecordT = TypeVar("RecordT", Group, Dialogue, RewardGroup)
 
 SPREAD = 0.8
-"""Standard deviation of the logarithm of a length: a tenth are over 2.8 times the median."""
+"""Standard deviation of the logarithm of a length. A choice: a tenth of the lengths are then over
+2.8 times the median."""
 SHORTEST = 8
+"""Tokens of the shortest prompt or response that is drawn; a choice."""
 
 
 class TrainingConfig(Protocol):
@@ -70,16 +72,16 @@ class TrainingConfig(Protocol):
 
 @dataclass(frozen=True)
 class Lengths:
-    """Records to plan with: lengths are drawn from log-normal distributions of these means."""
+    """Lengths of the records to plan with, drawn from log-normal distributions with these means."""
 
     prompt_tokens: int
     response_tokens: int
     responses: int
     max_seq_len: int
-    """Of a prompt with one response; what is drawn longer is cut, it wouldn't be trained on."""
+    """Of a prompt with one response; longer draws are cut to it."""
 
     def draw(self, count: int, seed: int = 0) -> list[tuple[int, list[int]]]:
-        """[record] (tokens of the prompt, tokens of each response)."""
+        """[record] -> (tokens of the prompt, tokens of each response)."""
         rng = random.Random(seed)
 
         def length(mean: int, longest: int) -> int:
@@ -100,7 +102,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class PlannedRow(Generic[RecordT]):
+class PlannedMicrobatch(Generic[RecordT]):
     """A micro-batch of one rank."""
 
     records: Sequence[RecordT]
@@ -113,7 +115,7 @@ class PlannedRow(Generic[RecordT]):
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a token and one that it sees."""
+        """Pairs of a token and a token that it attends to."""
         return sum(record.num_pairs for record in self.records)
 
 
@@ -137,25 +139,27 @@ class Job(abc.ABC, Generic[RecordT]):
     @property
     @abc.abstractmethod
     def responses(self) -> int | None:
-        """Responses of a record, where the recipe says how many there are."""
+        """Responses of a record; None where the recipe doesn't determine their number."""
 
     @abc.abstractmethod
     def record(self, prompt: int, responses: Sequence[int]) -> RecordT:
         """A record of these lengths."""
 
     @abc.abstractmethod
-    def rows(self, records: Sequence[RecordT], num_ranks: int) -> list[list[PlannedRow[RecordT]]]:
-        """[row][rank]: the micro-batches of a step in the order in which they are computed."""
+    def microbatches(
+        self, records: Sequence[RecordT], num_ranks: int
+    ) -> list[list[PlannedMicrobatch[RecordT]]]:
+        """[micro-batch][rank]: those of a step, in the order in which they are computed."""
 
     @abc.abstractmethod
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[RecordT], world: World
     ) -> Callable[[], None]:
-        """Run a micro-batch's forward and loss; returns what runs its backward."""
+        """Run a micro-batch's forward and loss; returns a function that runs its backward."""
 
     @functools.cached_property
     def pair_cost(self) -> float:
-        """What attending to a token costs, in tokens passing the layers."""
+        """`models.llama.pair_cost` of the model."""
         return pair_cost(self.build())
 
     def build(self) -> TransformerDecoder:
@@ -174,23 +178,28 @@ class Job(abc.ABC, Generic[RecordT]):
         lr = self.cfg.optimizer.get("lr", self.cfg.lr)
         return instantiate(self.cfg.optimizer, parameters, lr=lr)
 
-    def widest_row(self, rows: Sequence[Sequence[PlannedRow[RecordT]]]) -> PlannedRow[RecordT]:
-        """The largest micro-batch, filled up to the token budget as other data could fill it."""
-        widest = max(
-            (row for ranks in rows for row in ranks), key=lambda row: (row.trains, row.num_tokens)
-        )
-        missing = self.budget - widest.num_tokens
-        sliced = any(not row.trains for ranks in rows for row in ranks)
+    def largest_microbatch(
+        self, microbatches: Sequence[Sequence[PlannedMicrobatch[RecordT]]]
+    ) -> PlannedMicrobatch[RecordT]:
+        """The largest micro-batch, lengthened to the token budget, which other data could fill.
+
+        Args:
+            microbatches: [micro-batch][rank].
+        """
+        each = [microbatch for ranks in microbatches for microbatch in ranks]
+        largest = max(each, key=lambda microbatch: (microbatch.trains, microbatch.num_tokens))
+        missing = self.budget - largest.num_tokens
+        sliced = any(not microbatch.trains for microbatch in each)
         if missing <= 0 or sliced:
-            return widest
-        *others, last = widest.records
-        return PlannedRow([*others, self._lengthened(last, missing)])
+            return largest
+        *others, last = largest.records
+        return PlannedMicrobatch([*others, self._lengthened(last, missing)])
 
     def _decoder(self) -> TransformerDecoder:
         return instantiate(self.cfg.model)
 
     def _unfreeze(self, decoder: TransformerDecoder) -> None:
-        """What else is trained beside adapters."""
+        """Make further parameters trainable beside the adapters."""
 
     @abc.abstractmethod
     def _lengthened(self, record: RecordT, tokens: int) -> RecordT: ...
@@ -214,7 +223,9 @@ class SteerLM2Job(Job[Group]):
     def record(self, prompt: int, responses: Sequence[int]) -> Group:
         return _with_targets(Group(range(prompt), [range(length) for length in responses]))
 
-    def rows(self, records: Sequence[Group], num_ranks: int) -> list[list[PlannedRow[Group]]]:
+    def microbatches(
+        self, records: Sequence[Group], num_ranks: int
+    ) -> list[list[PlannedMicrobatch[Group]]]:
         options = self.options
         ranks = []
         for rank in range(num_ranks):
@@ -230,21 +241,23 @@ class SteerLM2Job(Job[Group]):
             )
             first = slices(plan.two_pass, options.forward_micro_batch_size)
             second = slices(plan.two_pass, options.micro_batch_size)
-            forward = [PlannedRow([part], trains=False) for part in first]
-            forward += [PlannedRow([], trains=False)] * (plan.forward_rows - len(forward))
-            backward = [PlannedRow([_with_targets(part)]) for part in second]
-            backward += [PlannedRow(groups) for groups in plan.single_pass]
-            backward += [PlannedRow([])] * (plan.backward_rows - len(backward))
+            forward = [PlannedMicrobatch([part], trains=False) for part in first]
+            forward += [PlannedMicrobatch([], trains=False)] * (plan.num_no_grad - len(forward))
+            backward = [PlannedMicrobatch([_with_targets(part)]) for part in second]
+            backward += [PlannedMicrobatch(groups) for groups in plan.single_pass]
+            backward += [PlannedMicrobatch([])] * (plan.num_backward - len(backward))
             ranks.append(forward + backward)
-        return [list(row) for row in zip(*ranks, strict=True)]
+        return [list(of_ranks) for of_ranks in zip(*ranks, strict=True)]
 
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[Group], world: World
     ) -> Callable[[], None]:
-        row = pack(records, multiple_of=world.tp_size).to(world.device)
-        logps_N = response_logps(decoder, row, world)
+        batch = pack(records, multiple_of=world.tp_size).to(world.device)
+        logps_N = response_logps(decoder, batch, world)
         leaf_N = logps_N.detach().requires_grad_()
-        loss = self.loss_fn(leaf_N, row.log_q_N, row.w_N, row.sizes_G, row.response_lengths_N)
+        loss = self.loss_fn(
+            leaf_N, batch.log_q_N, batch.w_N, batch.sizes_G, batch.response_lengths_N
+        )
         grad_N = torch.autograd.grad(loss, leaf_N)[0]
         return lambda: logps_N.backward(grad_N * world.dp_size)
 
@@ -272,20 +285,22 @@ class SFTJob(Job[Dialogue]):
         length = prompt + sum(responses)
         return Dialogue(range(length), range(prompt, length))
 
-    def rows(self, records: Sequence[Dialogue], num_ranks: int) -> list[list[PlannedRow[Dialogue]]]:
-        return _by_row(rows_by_rank(records, num_ranks, self.budget, self.pair_cost))
+    def microbatches(
+        self, records: Sequence[Dialogue], num_ranks: int
+    ) -> list[list[PlannedMicrobatch[Dialogue]]]:
+        return _by_microbatch(microbatches_by_rank(records, num_ranks, self.budget, self.pair_cost))
 
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[Dialogue], world: World
     ) -> Callable[[], None]:
-        row = pack_dialogues(records, multiple_of=world.tp_size).to(world.device)
-        logps_R = target_logps(decoder, row, world)
-        loss = -logps_R.double().sum() / max(len(row.targets_R), 1)
+        batch = pack_dialogues(records, multiple_of=world.tp_size).to(world.device)
+        logps_R = target_logps(decoder, batch, world)
+        loss = -logps_R.double().sum() / max(len(batch.targets_R), 1)
         return (loss * world.dp_size).backward
 
     def _lengthened(self, record: Dialogue, tokens: int) -> Dialogue:
         length = len(record.tokens) + tokens
-        return Dialogue(range(length), range(record.target_places[0], length))
+        return Dialogue(range(length), range(record.target_positions[0], length))
 
 
 class RewardJob(Job[RewardGroup]):
@@ -314,22 +329,22 @@ class RewardJob(Job[RewardGroup]):
         labels = [[0.0] * len(self.schema.names)] * len(texts)
         return RewardGroup(range(prompt), texts, labels=labels)
 
-    def rows(
+    def microbatches(
         self, records: Sequence[RewardGroup], num_ranks: int
-    ) -> list[list[PlannedRow[RewardGroup]]]:
-        return _by_row(rows_by_rank(records, num_ranks, self.budget, self.pair_cost))
+    ) -> list[list[PlannedMicrobatch[RewardGroup]]]:
+        return _by_microbatch(microbatches_by_rank(records, num_ranks, self.budget, self.pair_cost))
 
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[RewardGroup], world: World
     ) -> Callable[[], None]:
-        row = pack_for_reward(records, multiple_of=world.tp_size).to(world.device)
-        scores_NA = attribute_scores(decoder, row)
+        batch = pack_for_reward(records, multiple_of=world.tp_size).to(world.device)
+        scores_NA = attribute_scores(decoder, batch)
         if self.loss == "regression":
-            assert row.labels_NA is not None
-            loss = squared_error_sum(scores_NA, row.labels_NA)
+            assert batch.labels_NA is not None
+            loss = squared_error_sum(scores_NA, batch.labels_NA)
         else:
-            assert row.strength_G is not None
-            loss = bradley_terry_sum(scores_NA[:, 0], row.strength_G, self.loss)
+            assert batch.strength_G is not None
+            loss = bradley_terry_sum(scores_NA[:, 0], batch.strength_G, self.loss)
         return (loss * world.dp_size).backward
 
     def _decoder(self) -> TransformerDecoder:
@@ -354,7 +369,11 @@ def _with_targets(group: Group) -> Group:
     return dataclasses.replace(group, log_q=[0.0] * n, weights=[1 / n] * n)
 
 
-def _by_row(
+def _by_microbatch(
     ranks: list[list[list[RecordT]]],
-) -> list[list[PlannedRow[RecordT]]]:
-    return [[PlannedRow(records) for records in row] for row in zip(*ranks, strict=True)]
+) -> list[list[PlannedMicrobatch[RecordT]]]:
+    """[micro-batch][rank] from [rank][micro-batch]."""
+    return [
+        [PlannedMicrobatch(records) for records in of_ranks]
+        for of_ranks in zip(*ranks, strict=True)
+    ]

@@ -1,12 +1,13 @@
-"""A training step with fake tensors: the real layout, on a process group that only pretends.
+"""A training step with fake tensors: the real layout, on a fake process group.
 
 The model is built on the meta device and laid out by `steerlm2.distributed.parallelize.parallelize`
-over a fake process group, of which this process is rank 0 (where shards are uneven, the one with
-the most). Then the optimizer's update, a micro-batch's forward and backward, and the gradient norm
-run under FakeTensorMode: every operation and every collective, without data.
+over a fake process group, of which this process is rank 0 (which has the largest shards, where they
+are uneven). Then the optimizer's update, a micro-batch's forward and backward, and the gradient
+norm run under FakeTensorMode: every operation and every collective, without data.
 
-What differs from the real run: compile is off, so memory that compiled kernels save is counted;
-attention is the CPU's, which like the GPU's keeps its inputs, its output and a number a token.
+Differences from the real run: it isn't compiled, so memory that compiled kernels save is counted;
+attention is that of the CPU, which keeps its inputs, its output and one number a token for the
+backward, like that of the GPU.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ MESH = ("dp_replicate", "dp_shard", "tp")
 
 @dataclass(frozen=True)
 class Trace:
-    """What one rank's step takes; bytes and FLOPs of one micro-batch of `tokens` tokens."""
+    """Bytes and FLOPs of one rank's step of one micro-batch with `tokens` tokens."""
 
     peak: dict[Kind, float]
-    """Bytes by kind when most is in use."""
+    """Bytes by kind at the moment of the highest use."""
     state: dict[Kind, float]
     """Bytes of parameters, gradients and optimizer, whether or not they are in `peak`."""
     flops: dict[str, float]
@@ -53,7 +54,7 @@ class Trace:
     traffic: dict[Collective, Traffic]
     tokens: int
     pairs: int
-    """Pairs of a token and one that it sees."""
+    """Pairs of a token and a token that it attends to."""
 
     @property
     def peak_bytes(self) -> float:
@@ -62,10 +63,10 @@ class Trace:
 
 @contextlib.contextmanager
 def fake_world(world_size: int, cfg: TrainingConfig) -> Iterator[World]:
-    """Rank 0 of `world_size` processes that aren't there, laid out as the config says.
+    """Rank 0 of `world_size` fake processes, with the mesh of the config.
 
     Raises:
-        ValueError: where the config's parallel dimensions don't make `world_size`.
+        ValueError: where the config's parallel dimensions don't multiply to `world_size`.
     """
     if world_size < 1:
         raise ValueError(f"'world_size' must be at least 1, got {world_size}")
@@ -84,7 +85,7 @@ def fake_world(world_size: int, cfg: TrainingConfig) -> Iterator[World]:
         yield World(torch.device("cpu"), init_device_mesh("cpu", shape, mesh_dim_names=MESH))
     finally:
         dist.destroy_process_group()
-        # DTensor remembers what it did on a mesh of the same shape, with that mesh's groups.
+        # DTensor caches its plans by the shape of a mesh, but they hold the groups of this one.
         _clear_sharding_prop_cache()
         clear_redistribute_planner_cache()
 
@@ -97,13 +98,12 @@ def trace_step(
     accumulates: bool,
     num_layers: int | None = None,
 ) -> Trace:
-    """Trace a step of one micro-batch in its steady state, the optimizer's state being there.
+    """Trace a step of one micro-batch after the first step, so that the optimizer has its state.
 
     Args:
         records: of the micro-batch.
-        accumulates: the step has other micro-batches before this one, so that their gradients are
-            there too.
-        num_layers: of the model, if not all.
+        accumulates: whether the step has earlier micro-batches, whose gradients are kept.
+        num_layers: use only so many layers of the model; None: all.
 
     Raises:
         ValueError: where the model can't be laid out as the config says.
@@ -123,7 +123,7 @@ def trace_step(
         for module in decoder.modules():
             if hasattr(module, "rope_init"):
                 module.to_empty(device="cpu")
-                module.rope_init()  # looks at values, so it must be real
+                module.rope_init()  # reads values, so its tensors must be real
 
     pairs = sum(record.num_pairs for record in records)
     tracker = StepTracker(dimensions=_dimensions(world), attention_pairs=pairs)
@@ -148,7 +148,7 @@ def _traced(
     parameters = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = job.optimizer(parameters)
     decoder.train()
-    # A step begins here with the previous one's update: what follows finds the optimizer's state.
+    # The trace begins with the previous step's update, which creates the optimizer's state.
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     tracker.mark(_gradients(parameters), "gradients")
@@ -160,7 +160,7 @@ def _traced(
     every_time = job.cfg.fsdp_reduce_every_microbatch
     if not (accumulates and every_time):
         optimizer.zero_grad(set_to_none=True)
-    if accumulates and not every_time:  # its gradients stay whole
+    if accumulates and not every_time:  # its gradients stay unsharded
         tracker.phase = "earlier"
         reduce_gradients(decoder, world, last=False, every_time=False)
         job.forward(decoder, records, world)()
@@ -187,17 +187,17 @@ def _traced(
 
 
 def _first_use(job: Job[Any]) -> None:
-    """A real update of a small matrix: torchao's tables are computed, from values, and kept."""
+    """Update a small real matrix: torchao computes its quantization tables once, from values."""
     parameter = nn.Parameter(torch.zeros(64, 64))
     parameter.grad = torch.zeros(64, 64)
     job.optimizer([parameter]).step()
 
 
 def _materialize(decoder: TransformerDecoder) -> None:
-    """Storage on the (fake) device for what is on the meta device."""
+    """Allocate the tensors of the meta device on the (fake) device."""
     for module in decoder.modules():
         if not hasattr(module, "rope_init"):
-            # not the module's own method: LoRALinear's leaves its weight out
+            # nn.Module's method: LoRALinear's own leaves its weight out
             nn.Module.to_empty(module, device="cpu", recurse=False)
     finish_empty(decoder, torch.device("cpu"))
 
@@ -225,8 +225,11 @@ def _dimensions(world: World) -> dict[str, tuple[str, int]]:
 
 
 def _gpu_logits() -> Any:
-    """`token_logps` lets a GPU's matrix product accumulate and answer in float32; on a CPU it
-    makes float32 copies of its inputs instead, which no GPU will hold. Its chunks are larger."""
+    """Make `token_logps` compute as on a GPU, with the GPU's chunk size.
+
+    There a matrix product of bfloat16 inputs has a float32 result; on a CPU the inputs are copied
+    to float32 instead, which would count as memory.
+    """
 
     def logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
         if hidden_CD.dtype == torch.float32:
@@ -248,7 +251,7 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # NF4's
         logger = logging.getLogger("torch.distributed.tensor._redistribute")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # that a gradient norm is reduced over two dimensions
+        logger.setLevel(logging.ERROR)  # warns of a gradient norm over two mesh dimensions
         try:
             yield
         finally:

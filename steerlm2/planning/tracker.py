@@ -1,10 +1,10 @@
-"""Memory, FLOPs and collectives of whatever runs under it, on real or on fake tensors.
+"""A dispatch mode that counts memory, FLOPs and collectives, on real or on fake tensors.
 
-Every storage that an operation makes is an allocation with a kind; allocations and what becomes of
-them stand in a log, from which the highest level and what it consists of can be read afterwards,
-when more is known of what they were (a gradient is born as a buffer of a collective).
+Every storage that an operation creates is an allocation with a kind. A log of all changes of
+allocations gives the peak and its parts afterwards, when the kinds are known (a gradient, for
+example, begins as a buffer of a collective).
 
-Nothing is known of what a kernel allocates and frees inside itself.
+Memory that a kernel allocates and frees internally isn't counted.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ _KIND_BY_FILE: dict[str, Kind] = {
     "torchao/optim/": "optimizer",
     "torch/nn/utils/clip_grad.py": "other",
 }
-"""Who asked for the memory, by the file of the innermost such caller."""
+"""The kind of an allocation, by the file of the innermost caller that is listed here."""
 
 _FLOPS_OF_A_PAIR = {"steerlm2::attend_blocks": 4, "steerlm2::attend_blocks_backward": 10}
-"""For each head and its dimension: 2 or 5 products of 2 FLOPs, the scores computed again."""
+"""By head and head dimension: 2 products forward, 5 backward (with the scores recomputed), each
+of 2 FLOPs."""
 
 
 @dataclass
@@ -64,31 +65,32 @@ class Collective:
 class Traffic:
     count: int = 0
     nbytes: float = 0
-    """Of the whole tensors: what is gathered, what is reduced."""
+    """Bytes of the full tensors that are gathered or reduced."""
     sent: float = 0
-    """By each rank, in rings: (n - 1) / n of it, twice for an all-reduce."""
+    """Bytes that each rank sends with ring algorithms: (n - 1) / n of `nbytes`, twice that for an
+    all-reduce."""
 
 
 @dataclass
 class StepTracker(TorchDispatchMode):
-    """A dispatch mode; put it inside of FakeTensorMode.
+    """The dispatch mode; enter it inside of FakeTensorMode.
 
     Args:
         dimensions: the dimension of the mesh and its size by the name of the process group;
             collectives of other groups aren't counted.
-        attention_pairs: pairs of a token and one that it sees, in the row that is computed.
+        attention_pairs: pairs of a token and a token that it attends to, in the micro-batch.
     """
 
     dimensions: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     attention_pairs: int = 0
     phase: str = ""
-    """What the FLOPs and collectives from now on are counted under."""
+    """The phase that FLOPs and collectives are counted under."""
 
     def __post_init__(self) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()
         self.attention_flops: Counter[str] = Counter()
-        """Those of `flops` that grow with the pairs, not with the tokens."""
+        """The part of `flops` that is proportional to the pairs, not to the tokens."""
         self.traffic: dict[Collective, Traffic] = {}
         self._live: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}
         self._log: list[tuple[Allocation, int]] = []
@@ -97,7 +99,7 @@ class StepTracker(TorchDispatchMode):
     def __enter__(self) -> StepTracker:
         resize = self._resize
 
-        # FSDP2 empties and refills storages without an operation that a dispatch mode sees.
+        # FSDP2 resizes storages, which a dispatch mode doesn't see.
         @functools.wraps(resize)
         def tracked(storage: UntypedStorage, size: int) -> UntypedStorage:
             result = resize(storage, size)
@@ -133,13 +135,13 @@ class StepTracker(TorchDispatchMode):
         return result
 
     def mark(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Say what tensors are; what was allocated for them has been that all along."""
+        """Set the kind of tensors' allocations, also for the past."""
         for tensor in tensors:
             for part in _plain_parts(tensor):
                 self._see(part, kind).kind = kind
 
     def at_peak(self) -> Counter[Kind]:
-        """Bytes by kind at the moment of the highest level of all."""
+        """Bytes by kind at the moment of the highest use."""
         now: Counter[Kind] = Counter()
         highest, total, peak = 0, 0, Counter[Kind]()
         for allocation, delta in self._log:
@@ -150,18 +152,18 @@ class StepTracker(TorchDispatchMode):
         return peak
 
     def now(self) -> Counter[Kind]:
-        """Bytes by kind."""
+        """Bytes by kind at present."""
         levels: Counter[Kind] = Counter()
         for _, allocation in self._live.values():
             levels[allocation.kind] += allocation.nbytes
         return levels
 
     def forget_the_past(self) -> None:
-        """`at_peak` counts from the present level on."""
+        """Let `at_peak` start from the present allocations."""
         self._log = [(allocation, allocation.nbytes) for _, allocation in self._live.values()]
 
     def _see(self, tensor: Tensor, kind: Kind | None = None) -> Allocation:
-        """The allocation that a tensor is (a part) of; a new one where it isn't known."""
+        """The allocation of a tensor's storage; a new one if it isn't known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
@@ -223,7 +225,7 @@ _COLLECTIVES: dict[str, tuple[Any, str]] = {
     "_c10d_functional::all_reduce_coalesced": ("all_reduce", "input"),
     "_c10d_functional::all_to_all_single": ("all_to_all", "input"),
     "_c10d_functional::broadcast": ("broadcast", "input"),
-    # the first argument is the output: of a gather the whole tensor, of a scatter a part of it
+    # Their first argument is the output: of a gather the full tensor, of a scatter a shard.
     "c10d::_allgather_base_": ("all_gather", "input"),
     "c10d::_reduce_scatter_base_": ("reduce_scatter", "n x input"),
     "c10d::allreduce_": ("all_reduce", "input"),
@@ -236,14 +238,14 @@ def _group_name(argument: Any) -> str:
         try:
             argument = dist.ProcessGroup.unbox(argument)
         except RuntimeError:
-            return ""  # a reduction, say
+            return ""  # another type, such as a reduction
     if isinstance(argument, dist.ProcessGroup):
         return argument.group_name
     return argument if isinstance(argument, str) else ""
 
 
 def _plain_parts(tensor: Tensor) -> list[Tensor]:
-    """The tensors with storages that a tensor consists of: a DTensor's shard, say."""
+    """The tensors with storages that a tensor subclass consists of, such as a DTensor's shard."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -252,7 +254,7 @@ def _plain_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def _is_only_for_shapes(frame: FrameType | None) -> bool:
-    """DTensor finds out the shape of a whole result with fake tensors of its own."""
+    """Whether DTensor's sharding propagation, which infers shapes with fake tensors, called."""
     while frame is not None:
         if frame.f_code.co_filename.endswith("torch/distributed/tensor/_sharding_prop.py"):
             return True

@@ -1,4 +1,4 @@
-"""Where the ranks are when none comes further (hang_watch.py), as text."""
+"""The text of the hang watch's report (`runs.hangs`)."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Note:
-    """Where a rank is."""
+    """A rank's heartbeat and its position in the run."""
 
     host: str
     beat: int
-    """Counts on while the process lives."""
+    """Heartbeats so far: it increases while the process lives."""
     count: int
-    """Of the places so far; the same on ranks that are at the same."""
-    place: str
+    """Positions and forwards so far; ranks at the same position have the same count."""
+    position: str
     doing: str
-    """The Python function that the main thread is in."""
+    """The Python function in which the main thread is, with its file and line."""
     communicates: bool
-    """Whether that was called by something of torch.distributed."""
+    """Whether torch.distributed is on the main thread's stack."""
     overdue: bool
-    """Whether it is there for longer than it may."""
+    """Whether it has been there for longer than is allowed."""
 
 
 def describe(notes: Sequence[Note], silent: Collection[int]) -> str:
-    """Which ranks are waited for, and where each one is.
+    """Which ranks the others wait for, and the position of each rank.
 
     Args:
-        silent: the ranks whose process gives no sign.
+        silent: the ranks without heartbeats.
     """
     furthest = max(note.count for rank, note in enumerate(notes) if rank not in silent)
     behind = [rank for rank, note in enumerate(notes) if note.count < furthest]
     if missing := sorted(silent) or behind:
         lines = [f"All wait for {_names(missing, notes)}, which did not arrive."]
     else:
-        lines = ["All have come to the same place."]
+        lines = ["All ranks are at the same position."]
         busy = [rank for rank, note in enumerate(notes) if not note.communicates]
         if 0 < len(busy) < len(notes):
             lines[0] += f" Not in a collective there: {_names(busy, notes)}."
     groups: dict[str, list[int]] = {}
     for rank, note in enumerate(notes):
-        where = f"{note.place}, in {note.doing}"
+        where = f"{note.position}, in {note.doing}"
         text = f"no sign of life; the last was at {where}" if rank in silent else where
         groups.setdefault(text, []).append(rank)
     lines += [f"  {_names(ranks, notes)}: {text}" for text, ranks in groups.items()]

@@ -1,7 +1,7 @@
 """metrics.jsonl, and the table and plot that a run ends with.
 
-metrics.jsonl has one JSON object a logged step, whatever other logger is chosen. Validation
-results stand in objects of their own, with keys that begin with `val_`.
+metrics.jsonl has one entry (a JSON object) a logged step, whatever other logger is chosen.
+Validation results are entries of their own, with keys that begin with `val_`.
 """
 
 from __future__ import annotations
@@ -21,40 +21,42 @@ from steerlm2.distributed.world import World
 
 
 class JsonLines:
-    """Appends rows with a `step` to a .jsonl file; whole lines survive a kill at any moment."""
+    """Appends entries with a `step` to a .jsonl file; whole lines survive a kill at any moment."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, entry: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def keep_until(self, step: int) -> None:
-        """Drop rows after `step`: a resumed run writes them again."""
+        """Drop entries after `step`: a resumed run writes them again."""
         if not self.path.exists():
             return
         partial = self.path.with_suffix(".partial")
         partial.write_text("")
-        for row in self.read():
-            if row["step"] <= step:
-                JsonLines(partial).append(row)
+        for entry in self.read():
+            if entry["step"] <= step:
+                JsonLines(partial).append(entry)
         partial.replace(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows, without a last line that a kill cut off; none where there is no file."""
+        """The entries, without a last line that a kill cut off; none where there is no file."""
         if not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
 
 
 def lacks_validation(metrics: JsonLines, step: int, world: World) -> bool:
-    """Whether no row is of a validation after `step`: it was cut off by the end of a run that saves
-    first, at SIGTERM. Called by all ranks; rank 0 reads."""
+    """Whether metrics.jsonl has no validation results for `step`. Called by all ranks.
+
+    A run that SIGTERM ends saves first, and may end before the validation that was due after it.
+    """
 
     def lacks() -> bool:
-        return not any(row["step"] == step and "val_loss" in row for row in metrics.read())
+        return not any(e["step"] == step and "val_loss" in e for e in metrics.read())
 
     return bool(world.from_main(world.on_main(lacks)))
 
@@ -65,14 +67,15 @@ def answer_metrics(
     labels: Sequence[str | None],
     responses: Sequence[str],
 ) -> dict[str, float]:
-    """What a config's metric functions say of answers.
+    """The values of a config's metric functions for answers.
 
     Args:
-        components: each is called with the other arguments, which have one length.
+        components: metric functions of the config; each is called with the three lists below.
+        prompts: one a response; labels and responses alike.
 
     Raises:
-        ValueError: where one gives anything but a mapping from names to numbers, or a name that
-            another has, or `loss`.
+        ValueError: where a function returns anything but a mapping from names to numbers, or a
+            name that another function returns, or `loss`.
     """
     metrics: dict[str, float] = {}
     for component in components:
@@ -93,16 +96,22 @@ def answer_metrics(
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory used so far, GiB: allocated on a GPU, resident on a CPU."""
+    """Peak memory of this process so far, GiB: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def summary_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], parts: int = 5) -> str:
-    """The logged training steps in consecutive parts, each metric averaged over a part, as text."""
-    train = [row for row in rows if keys[0] in row]
+def summary_table(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], parts: int = 5) -> str:
+    """A text table: the logged training steps in consecutive parts, each metric's mean over each.
+
+    Args:
+        entries: of metrics.jsonl; an entry without the first key is no training step.
+        keys: the metrics to show.
+        parts: at most so many columns.
+    """
+    train = [entry for entry in entries if keys[0] in entry]
     if not train:
         return "no training step was logged"
     parts = min(parts, len(train))
@@ -115,7 +124,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], parts:
     lines = ["mean over steps".ljust(24) + "".join(head.rjust(14) for head in heads)]
     lines.append("-" * len(lines[0]))
     for key in keys:
-        means = (sum(row[key] for row in part) / len(part) for part in columns)
+        means = (sum(entry[key] for entry in part) / len(part) for part in columns)
         lines.append(key.ljust(24) + "".join(f"{mean:>14.4g}" for mean in means))
     return "\n".join(lines)
 
@@ -132,7 +141,7 @@ def validation_table(entries: Sequence[Mapping[str, Any]], step: int) -> str:
     return "\n".join([f"validation at step {step}", *lines]) if lines else ""
 
 
-def plot_curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> None:
+def plot_curves(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> None:
     """One panel for each key over steps, with its validation values (`val_` + key), as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -141,7 +150,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Pa
     FigureCanvasAgg(figure)
     for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         for name, label, marker in ((key, "train", ""), ("val_" + key, "validation", "o")):
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(e["step"], e[name]) for e in entries if name in e]
             if points:
                 panel.plot(*zip(*points, strict=True), marker=marker, label=label)
         panel.set(xlabel="step", title=key, ylim=(0, None))

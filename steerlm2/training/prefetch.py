@@ -1,4 +1,4 @@
-"""What a step needs from the host is made while the step before it runs."""
+"""Prefetching: the host prepares the batch of the next step while this step runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-def ahead(
+def prefetch(
     make: Callable[[ItemT], ResultT], items: Iterable[ItemT]
 ) -> Iterator[tuple[ItemT, ResultT]]:
-    """Each item with `make(item)`; a thread makes the next one meanwhile.
+    """Each item with `make(item)`, which a thread computes one item ahead of its use.
 
-    What `make` raises is raised where its item would come.
+    An exception of `make` is raised when its item is asked for.
     """
     with ThreadPoolExecutor(max_workers=1) as worker:
         waiting: tuple[ItemT, Future[ResultT]] | None = None

@@ -15,17 +15,20 @@ Strategy = Literal["auto", "single_pass", "two_pass"]
 class StepPlan:
     """What one data-parallel rank computes in one optimizer step.
 
-    `single_pass` holds micro-batches: lists of groups that make one row each. `two_pass` holds the
-    groups too large for one. `rows` are how many rows every rank runs of each kind (a rank with
-    fewer runs empty rows): under FSDP all ranks must take part in every forward and backward.
+    Under FSDP all ranks must take part in every forward and backward, so every rank runs as many
+    micro-batches of each kind as the busiest one; a rank that has fewer runs empty ones.
     """
 
     single_pass: list[list[Group]]
+    """Micro-batches: the groups of one packed sequence each."""
     two_pass: list[Group]
-    forward_rows: int
-    backward_rows: int
+    """Groups that are too large for one micro-batch."""
+    num_no_grad: int
+    """Micro-batches that every rank runs without a graph (the first pass of `two_pass`)."""
+    num_backward: int
+    """Micro-batches that every rank runs forward and backward."""
     imbalance: float
-    """How much more the busiest rank has to do than the average one."""
+    """Load of the busiest rank over the average load, minus 1: 0 if all have the same."""
 
 
 def plan_step(
@@ -46,6 +49,8 @@ def plan_step(
     A group over the budget takes two passes (`auto`) or a micro-batch of its own (`single_pass`).
 
     Args:
+        micro_batch_size: responses of a two-pass group in one backward.
+        forward_micro_batch_size: responses of a two-pass group in one forward without a graph.
         pair_cost: what a pair of `num_pairs` costs in tokens (`models.llama.pair_cost`).
     """
     costs = costs_of(groups, pair_cost)
@@ -63,42 +68,40 @@ def plan_step(
     return StepPlan(
         single_pass,
         two_pass,
-        forward_rows=max(_num_slices(two, forward_micro_batch_size) for _, two in plans),
-        backward_rows=max(
-            len(single) + _num_slices(two, micro_batch_size) for single, two in plans
-        ),
+        num_no_grad=max(_num_slices(two, forward_micro_batch_size) for _, two in plans),
+        num_backward=max(len(single) + _num_slices(two, micro_batch_size) for single, two in plans),
         imbalance=imbalance(costs, assigned),
     )
 
 
-def rows_by_rank(
+def microbatches_by_rank(
     groups: Sequence[PackableT], num_ranks: int, max_tokens: int, pair_cost: float = 0
 ) -> list[list[list[PackableT]]]:
-    """[rank][row] -> groups: spread by cost, rows filled up to the budget.
+    """[rank][micro-batch] -> groups: spread by cost, micro-batches filled up to the token budget.
 
-    Every rank has the same number of rows; those that it lacks are empty.
+    Every rank has the same number of micro-batches, as under FSDP it must; some can be empty.
     """
-    rows = [
+    filled = [
         fill_microbatches([groups[i] for i in indices], max_tokens)
         for indices in assign_to_ranks(costs_of(groups, pair_cost), num_ranks)
     ]
-    most = max(map(len, rows))
-    return [own + [[]] * (most - len(own)) for own in rows]
+    most = max(map(len, filled))
+    return [own + [[]] * (most - len(own)) for own in filled]
 
 
 def costs_of(groups: Sequence[Packable], pair_cost: float) -> list[float]:
-    """Estimated cost of each, in tokens: a linear and a quadratic term."""
+    """Estimated cost of each group, in tokens: a linear and a quadratic term."""
     return [group.num_tokens + pair_cost * group.num_pairs for group in groups]
 
 
 def imbalance(costs: Sequence[float], assigned: Sequence[Sequence[int]]) -> float:
-    """How much more the busiest rank has to do than the average one: 0 for the same."""
+    """Load of the busiest rank over the average load, minus 1: 0 if all have the same."""
     loads = [sum(costs[i] for i in indices) for indices in assigned]
     return max(loads) * len(loads) / sum(loads) - 1 if sum(loads) else 0.0
 
 
 def assign_to_ranks(sizes: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Indices of the items for each rank: the largest first, each to the rank with the least."""
+    """[rank] -> indices of its items: the largest first, each to the least loaded rank."""
     loads = [0.0] * num_ranks
     assigned: list[list[int]] = [[] for _ in range(num_ranks)]
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -109,9 +112,9 @@ def assign_to_ranks(sizes: Sequence[float], num_ranks: int) -> list[list[int]]:
 
 
 def fill_microbatches(groups: Sequence[PackableT], max_tokens: int) -> list[list[PackableT]]:
-    """Groups into few micro-batches, by best fit decreasing; one over the budget stands alone.
+    """Fill few micro-batches, by best fit decreasing; a group over the budget gets its own.
 
-    The fullest come first, so that ranks that wait for each other do the like at the same time.
+    The fullest come first, so that the ranks run micro-batches of similar size at the same time.
     """
     batches: list[list[PackableT]] = []
     loads: list[int] = []

@@ -32,7 +32,7 @@ from torchtune.modules import TransformerDecoder
 from train_step import Cell
 from two_pass_reference import two_pass_step
 
-from steerlm2.data.packing import Group, PackedRow, pack
+from steerlm2.data.packing import Group, PackedGroups, pack
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
 from steerlm2.losses import SteerLM2Loss
@@ -69,7 +69,7 @@ def needed_flops(model: TransformerDecoder, groups: list[Group]) -> float:
     )
 
 
-def our_step(model: TransformerDecoder, rows: list[PackedRow], num_groups: int) -> None:
+def our_step(model: TransformerDecoder, rows: list[PackedGroups], num_groups: int) -> None:
     loss_fn = SteerLM2Loss()
     for row in rows:
         row = row.to(DEVICE)
@@ -129,7 +129,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         # Compiling and autotuning may wait for the GPU.
         mode = "error" if args.no_sync and i >= args.warm_up else "default"
 
-        def step(rows: list[PackedRow] = rows, count: int = len(groups), mode: str = mode) -> None:
+        def step(
+            rows: list[PackedGroups] = rows, count: int = len(groups), mode: str = mode
+        ) -> None:
             torch.cuda.set_sync_debug_mode(mode)
             our_step(ours, rows, count)
             torch.cuda.set_sync_debug_mode("default")

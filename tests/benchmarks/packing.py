@@ -87,7 +87,7 @@ def measure(groups: list[Group], args: argparse.Namespace) -> dict[str, Any]:
         ]
         imbalances.append(plans[0].imbalance)
         rows = [
-            plan.single_pass + [[]] * (plan.backward_rows - len(plan.single_pass)) for plan in plans
+            plan.single_pass + [[]] * (plan.num_backward - len(plan.single_pass)) for plan in plans
         ]
         computed += sum(_row_tokens(row, args.multiple_of) for own in rows for row in own)
         needed += sum(group.num_tokens for group in batch)

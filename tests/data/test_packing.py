@@ -19,8 +19,8 @@ from steerlm2.data.packing import (
     PADDING,
     Dialogue,
     Group,
+    PackedSequence,
     RewardGroup,
-    Row,
     pack,
     pack_dialogues,
     pack_for_reward,
@@ -246,7 +246,7 @@ def test_pairs_are_those_of_the_mask(groups: list[Group]) -> None:
     assert sum(g.num_pairs for g in reward_groups) == _pairs_seen(pack_for_reward(reward_groups))
 
 
-def _pairs_seen(row: Row) -> int:
+def _pairs_seen(row: PackedSequence) -> int:
     return int((row.attention_mask_TT() & (row.group_T != PADDING)).sum())
 
 
@@ -272,7 +272,7 @@ def test_reward_row_holds_every_token_of_every_response() -> None:
 
 def test_scores_are_read_at_the_last_token_of_each_response() -> None:
     row = pack_for_reward(two_reward_groups(), multiple_of=16)
-    assert text(row.tokens_T[row.read_N]) == "ef" + "ikn"
+    assert text(row.tokens_T[row.score_position_N]) == "ef" + "ikn"
 
 
 def test_positions_of_a_reward_row_restart_after_the_prompt() -> None:
@@ -300,7 +300,7 @@ def test_reward_mask_shows_a_token_its_prompt_and_its_own_response() -> None:
 def test_a_response_may_stand_without_a_prompt() -> None:
     """A text that was cut down to its response: |ab sees itself alone."""
     row = pack_for_reward([reward_group("|ab"), reward_group("c|d")])
-    assert text(row.tokens_T[row.read_N]) == "bd"
+    assert text(row.tokens_T[row.score_position_N]) == "bd"
     assert row.attention_mask_TT().int().tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
@@ -331,7 +331,7 @@ def test_an_empty_reward_row_has_nothing_to_read() -> None:
     assert row.group_T.tolist() == [PADDING] * 4
     assert row.labels_NA is not None
     assert row.strength_G is not None
-    assert len(row.read_N) == len(row.labels_NA) == len(row.strength_G) == 0
+    assert len(row.score_position_N) == len(row.labels_NA) == len(row.strength_G) == 0
 
 
 def test_num_tokens_of_a_reward_group_are_those_of_its_row() -> None:

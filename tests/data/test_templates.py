@@ -414,7 +414,7 @@ def trained_on(pair: str, turns: list[Turn], **options: Any) -> tuple[list[str],
     template, tokenizer = PAIRS[pair]
     dialogue, _ = encode_dialogue(template, tokenizer, "S", turns, **options)
     assert dialogue is not None
-    targets = set(dialogue.target_places)
+    targets = set(dialogue.target_positions)
     pieces: tuple[list[str], list[str]] = ([], [])
     for is_target, places in itertools.groupby(
         range(len(dialogue.tokens)), key=lambda place: place in targets
@@ -472,7 +472,7 @@ def test_published_examples_are_trained_on_from_where_the_loss_starts(
             assert dialogue is not None
             assert TINY.decode(dialogue.tokens) == expected["full_text"][i]
             answers = sum(turn.role == "Assistant" for turn in _turns(example)) + 1
-            targets = list(dialogue.target_places)
+            targets = list(dialogue.target_positions)
             starts = [place for place in targets if place - 1 not in targets]
             assert len(starts) == answers
             before = TINY.decode(dialogue.tokens[: starts[-1]])
@@ -489,7 +489,7 @@ def test_train_on_input_takes_all_tokens_but_the_first() -> None:
     assert dialogue is not None
     assert answers is not None
     assert dialogue.tokens == answers.tokens
-    assert list(dialogue.target_places) == list(range(1, len(dialogue.tokens)))
+    assert list(dialogue.target_positions) == list(range(1, len(dialogue.tokens)))
 
 
 def test_conversation_ends_with_its_last_answer() -> None:
@@ -542,7 +542,7 @@ def test_no_content_makes_a_control_token_or_moves_the_targets(
             ids = [*prompt, *response]
             assert list(dialogue.tokens[: len(ids)]) == ids
             places += range(len(prompt), len(ids))
-    assert list(dialogue.target_places) == places
+    assert list(dialogue.target_positions) == places
 
     reserved = {tokenizer.token_id(token) for token in template.control_tokens}
     reserved |= {tokenizer.bos_id, tokenizer.eos_id}

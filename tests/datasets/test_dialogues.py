@@ -124,7 +124,7 @@ def test_every_kept_answer_ends_with_its_stop_token(tmp_path: Path, tokenizer: H
         dataset = read(tmp_path, tokenizer, line, max_seq_len=limit, use_labels=False)
         (dialogue,) = dataset
         assert len(dialogue.tokens) <= limit
-        places = list(dialogue.target_places)
+        places = list(dialogue.target_positions)
         ends = [place for place in places if place + 1 not in places]
         answers = sum(turn.role == "Assistant" for turn in dataset.conversations[0].turns)
         assert [dialogue.tokens[place] for place in ends] == [stop] * answers
@@ -140,7 +140,7 @@ def test_index_is_the_place_among_the_kept_conversations(
 
 def test_train_on_input_reaches_the_dialogues(tmp_path: Path, tokenizer: HFTokenizer) -> None:
     (dialogue,) = read(tmp_path, tokenizer, LABELLED, train_on_input=True)
-    assert list(dialogue.target_places) == list(range(1, len(dialogue.tokens)))
+    assert list(dialogue.target_positions) == list(range(1, len(dialogue.tokens)))
 
 
 def test_nothing_that_fits_is_an_error_that_says_so(tmp_path: Path, tokenizer: HFTokenizer) -> None:

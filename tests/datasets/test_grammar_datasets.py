@@ -29,7 +29,7 @@ def test_dialogues_are_the_draws_of_their_split(use_labels: bool) -> None:
     assert data.conversations == conversations
     for dialogue, conversation in zip(data.dialogues, conversations, strict=True):
         text = TOKENIZER.decode(dialogue.tokens)
-        targets = TOKENIZER.decode([dialogue.tokens[i] for i in dialogue.target_places])
+        targets = TOKENIZER.decode([dialogue.tokens[i] for i in dialogue.target_positions])
         assert targets == f"{conversation.turns[1].value}\n<extra_id_1>"
         assert (f"<extra_id_2>{conversation.turns[1].label}\n" in text) == use_labels
         assert ("<extra_id_2>" in text) == use_labels

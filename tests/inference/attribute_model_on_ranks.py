@@ -33,7 +33,7 @@ from steerlm2.inference.attribute_model import AttributeModel, load_attribute_mo
 from steerlm2.losses import PairLoss, bradley_terry_sum, num_labelled, squared_error_sum
 from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training.forward import attribute_scores, score_attributes
-from steerlm2.training.step_plan import rows_by_rank
+from steerlm2.training.step_plan import microbatches_by_rank
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "plain": {"tp": 1, "size": 1},
@@ -120,7 +120,7 @@ def backward(decoder: TransformerDecoder, world: World, loss: Loss) -> float:
     labels = torch.tensor([labels for group in groups for labels in group.labels or ()])
     count = num_labelled(labels) if loss == "regression" else len(groups)
     total = torch.zeros((), dtype=torch.float64)
-    for microbatch in rows_by_rank(groups, world.dp_size, MAX_TOKENS)[world.dp_rank]:
+    for microbatch in microbatches_by_rank(groups, world.dp_size, MAX_TOKENS)[world.dp_rank]:
         row = pack_for_reward(microbatch, multiple_of=world.tp_size)
         scores_NA = attribute_scores(decoder, row)
         if loss == "regression":

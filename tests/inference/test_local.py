@@ -20,7 +20,7 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.inference.engines import Request, Sample, SamplingSettings, request_seed
-from steerlm2.inference.local import NOBODY, LocalEngine, SharedPromptDecoder
+from steerlm2.inference.local import EMPTY, LocalEngine, SharedPromptDecoder
 
 VOCABULARY = 48
 STOP = 5
@@ -80,14 +80,14 @@ def uncached_logits(decoder: TransformerDecoder, text: list[int]) -> Tensor:
     return decoder(torch.tensor([text]))[0, -1]
 
 
-@pytest.mark.parametrize("tidying", [False, True])
+@pytest.mark.parametrize("compacting", [False, True])
 @torch.no_grad()
 def test_cached_logits_are_those_of_an_uncached_forward(
-    decoder: TransformerDecoder, tidying: bool
+    decoder: TransformerDecoder, compacting: bool
 ) -> None:
     """To 1e-4, for prompts of different lengths with three samples each, of which some end.
 
-    With `tidying` rows and columns are taken out between the steps, and slots are moved.
+    With `compacting` sequences and columns are removed between the steps, and slots are moved.
     """
     cached = SharedPromptDecoder(copy.deepcopy(decoder))
     logits_PV = cached.logits(cached.prefill(PROMPTS))
@@ -97,10 +97,10 @@ def test_cached_logits_are_those_of_an_uncached_forward(
     texts = {(p, m): list(prompt) for p, prompt in enumerate(PROMPTS) for m in range(3)}
     alive = [[(p, m) for m in range(3)] for p in range(len(PROMPTS))]
     generator = torch.Generator().manual_seed(1)
-    cached.tidy(torch.arange(len(PROMPTS)), torch.arange(3).expand(len(PROMPTS), 3))
+    cached.compact(torch.arange(len(PROMPTS)), torch.arange(3).expand(len(PROMPTS), 3))
     for step in range(20):
         sample_PM = torch.tensor(
-            [[NOBODY if one is None else one[1] for one in row] for row in alive]
+            [[EMPTY if one is None else one[1] for one in row] for row in alive]
         )
         tokens_PM = torch.randint(VOCABULARY, sample_PM.shape, generator=generator)
         logits_PMV = cached.logits(cached.step(tokens_PM, sample_PM))
@@ -110,17 +110,17 @@ def test_cached_logits_are_those_of_an_uncached_forward(
                     texts[one].append(token)
                     expected_V = uncached_logits(decoder, texts[one])
                     torch.testing.assert_close(logits_V, expected_V, rtol=0, atol=1e-4)
-        if step == 4:  # the third row has ended, and single samples of others
+        if step == 4:  # the third prompt has ended, and single samples of others
             alive = [[one if one not in {(0, 1), (4, 0), (4, 1)} else None for one in row]
                      if p != 2 else [None] * 3 for p, row in enumerate(alive)]  # fmt: skip
-        if step == 9 and tidying:
+        if step == 9 and compacting:
             alive = [
                 [(4, 2), None, None],
                 [(0, 2), (0, 0), None],
                 [(3, 0), (3, 1), (3, 2)],
             ]
-            rows_P = torch.tensor([4, 0, 3])
-            cached.tidy(rows_P, torch.tensor([[2, NOBODY, NOBODY], [2, 0, NOBODY], [0, 1, 2]]))
+            kept_P = torch.tensor([4, 0, 3])
+            cached.compact(kept_P, torch.tensor([[2, EMPTY, EMPTY], [2, 0, EMPTY], [0, 1, 2]]))
 
 
 def sequence_log_prob(decoder: TransformerDecoder, prompt: list[int], tokens: list[int]) -> float:
@@ -235,8 +235,8 @@ def test_more_responses_begin_with_the_same_ones(decoder: TransformerDecoder) ->
     assert [samples[:2] for samples in many] == few
 
 
-def test_long_responses_survive_tidying(decoder: TransformerDecoder) -> None:
-    """Some end early, some go on over several tidyings: each is the model's greedy continuation,
+def test_long_responses_survive_compacting(decoder: TransformerDecoder) -> None:
+    """Some end early, some go on over several compactions: each is the model's greedy continuation,
     or, cut at its stop token, the beginning of it."""
     sampler = engine(decoder, n=1, temperature=0, max_new_tokens=100, stop_id=-1)
     whole = [samples[0].tokens for samples in sampler.sample(REQUESTS)]

@@ -17,8 +17,8 @@ from torchtune.models.llama3 import llama3
 from steerlm2.data.packing import (
     Dialogue,
     Group,
+    PackedSequence,
     RewardGroup,
-    Row,
     pack,
     pack_dialogues,
     pack_for_reward,
@@ -40,7 +40,7 @@ def group(prompt: int, *lengths: int) -> Group:
     return Group(tokens(prompt), [tokens(length + 1) for length in lengths])
 
 
-ROWS: dict[str, Row] = {
+ROWS: dict[str, PackedSequence] = {
     "one group": pack([group(40, 13, 1, 70)]),
     "groups, a response of the stop token alone, padding": pack(
         [group(5, 0, 30), group(1, 4, 0), group(600, 20, 9)], multiple_of=64
@@ -54,7 +54,7 @@ ROWS: dict[str, Row] = {
 }
 
 
-def inputs(row: Row, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(row: PackedSequence, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """q, k, v [B, H, T, E] as torchtune has them, [B, T, H, E] in memory, and a gradient."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, len(row.tokens_T), H, E)
@@ -63,7 +63,7 @@ def inputs(row: Row, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def attended(
-    row: Row, mask: Tensor, dtype: torch.dtype = torch.float32
+    row: PackedSequence, mask: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and the gradients of q, k and v."""
     *qkv, grad_BHTE = inputs(row, dtype)

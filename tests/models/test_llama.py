@@ -31,7 +31,7 @@ from steerlm2.data.packing import Group, pack
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.models.llama import (
-    ROW_LENGTH_LIMIT,
+    PACKED_LENGTH_LIMIT,
     EmbeddingParallel,
     LoRAParallel,
     divide_heads,
@@ -231,7 +231,7 @@ def test_rows_may_be_longer_than_the_context() -> None:
     end_at_hidden_states(decoder)
     row = pack([Group([1, 2], [[3] * 6] * 3) for _ in range(3)])
     assert len(row.tokens_T) > 8
-    assert decoder.max_seq_len == ROW_LENGTH_LIMIT
+    assert decoder.max_seq_len == PACKED_LENGTH_LIMIT
     logps_N = response_logps(decoder, row, CPU)
     torch.testing.assert_close(logps_N, logps_N[:1].expand(9))
 

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.profiler import profile, record_function
 
 from steerlm2.distributed.world import close_world, end_rank
-from steerlm2.planning.jobs import JOBS, Job, PlannedRow
+from steerlm2.planning.jobs import JOBS, Job, PlannedMicrobatch
 from steerlm2.planning.trace import fake_world, trace_step
 from steerlm2.planning.tracker import StepTracker
 from steerlm2.training.run import TrainingRun
@@ -53,14 +53,14 @@ def highest_level(profiler: profile) -> int:
     return highest
 
 
-def rows_of_this_rank(job: Job[Any], recipe: Any) -> list[PlannedRow[Any]]:
+def microbatches_of_this_rank(job: Job[Any], recipe: Any) -> list[PlannedMicrobatch[Any]]:
     """Of the second step."""
     world = recipe.run.world
     records = [rebuilt(job, record) for record in recipe.prepare(2).records]
-    return [ranks[world.dp_rank] for ranks in job.rows(records, world.dp_size)]
+    return [ranks[world.dp_rank] for ranks in job.microbatches(records, world.dp_size)]
 
 
-def planned(job: Job[Any], rows: list[PlannedRow[Any]], size: int) -> dict[str, float]:
+def planned(job: Job[Any], rows: list[PlannedMicrobatch[Any]], size: int) -> dict[str, float]:
     widest = max(rows, key=lambda row: (row.trains, row.num_tokens))
     with fake_world(size, job.cfg) as fake:
         trace = trace_step(job, widest.records, fake, accumulates=len(rows) > 1)
@@ -70,7 +70,7 @@ def planned(job: Job[Any], rows: list[PlannedRow[Any]], size: int) -> dict[str, 
 def rebuilt(job: Job[Any], record: Any) -> Any:
     """A record of the data set as planning knows it: by its lengths."""
     if hasattr(record, "tokens"):
-        start = record.target_places[0]
+        start = record.target_positions[0]
         return job.record(start, [len(record.tokens) - start])
     return job.record(len(record.prompt), [len(response) for response in record.responses])
 
@@ -95,7 +95,7 @@ def main(name: str, config: str, result: str, *overrides: str) -> None:
     else:
         measured = highest_level(profiler) if alone else sum(tracker.at_peak().values())
     size, main_rank = run.world.size, run.world.is_main
-    rows = rows_of_this_rank(JOBS[name](cfg), recipe)
+    rows = microbatches_of_this_rank(JOBS[name](cfg), recipe)
     if not main_rank:
         end_rank()
     close_world()

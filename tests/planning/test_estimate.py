@@ -18,7 +18,7 @@ from steerlm2.planning.estimate import (
     step_time,
 )
 from steerlm2.planning.gpus import Gpu
-from steerlm2.planning.jobs import Job, PlannedRow
+from steerlm2.planning.jobs import Job, PlannedMicrobatch
 from steerlm2.planning.trace import Trace
 from steerlm2.planning.tracker import Collective, Traffic
 
@@ -51,12 +51,12 @@ def cluster(replicate: int = 1, shard: int = 1, tp: int = 1) -> Cluster:
     return Cluster(GPU, 8, replicate, shard, tp)
 
 
-def row(*lengths: int, trains: bool = True) -> list[PlannedRow[Group]]:
+def row(*lengths: int, trains: bool = True) -> list[PlannedMicrobatch[Group]]:
     """A row of each rank with a group of so many tokens (its one response adds none)."""
-    return [PlannedRow([Group(range(length), [[0]])], trains) for length in lengths]
+    return [PlannedMicrobatch([Group(range(length), [[0]])], trains) for length in lengths]
 
 
-def seconds(trace: Trace, rows: list[list[PlannedRow[Group]]], where: Cluster) -> float:
+def seconds(trace: Trace, rows: list[list[PlannedMicrobatch[Group]]], where: Cluster) -> float:
     time = step_time(trace, [rows], where, torch.bfloat16, 0.5)
     return time.seconds - time.update
 

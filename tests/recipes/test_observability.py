@@ -197,7 +197,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(start: Start, tmp_p
     where = r"step \d+, (micro-batch \d+|update), in \w+ \(\w+\.py:\d+\)"
     assert re.search(rf"\n  rank 0, 2 on {HOST}: {where}\n", stderr)
     assert re.search(rf"\n  rank 1 on {HOST}: no sign of life; the last was at ", stderr)
-    assert stderr.count("no rank has come further") == 1
+    assert stderr.count("no rank has made progress") == 1
     assert stderr.count("the ranks go on") == 1
     log = (tmp_path / "logs" / "rank_000.log").read_text()
     assert "this one is at step" in log

@@ -369,7 +369,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(
     os.kill(stopped, signal.SIGCONT)
     stderr = process.communicate()[1]
     assert process.returncode == 0
-    assert "WARNING: no rank has come further for 2 seconds" in stderr
+    assert "WARNING: no rank has made progress for 2 seconds" in stderr
     assert re.search(r"rank 0 on \S+: group \d+, in ", stderr)
 
 

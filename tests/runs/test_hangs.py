@@ -1,4 +1,4 @@
-"""What counts as progress, and how long a place may take."""
+"""What counts as progress, and how long a position may take."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return clock
 
 
-def test_a_forward_is_progress_and_ends_the_patience_of_its_place(now: list[float]) -> None:
-    """A place with 20 times the patience: two forwards may take 20 x 5 seconds, the third one 5."""
+def test_a_forward_is_progress_and_ends_the_patience_of_its_position(now: list[float]) -> None:
+    """With 20 times the patience two forwards may take 20 x 5 seconds, the third one 5."""
     watch, decoder = HangWatch(World(torch.device("cpu")), 5), nn.Linear(2, 2)
     watch.follow(decoder)
     watch.at("validation", patience=LONG)
@@ -31,7 +31,7 @@ def test_a_forward_is_progress_and_ends_the_patience_of_its_place(now: list[floa
     assert shares == [0.5, 0.5, 10]
 
 
-def test_a_new_place_has_its_own_patience(now: list[float]) -> None:
+def test_a_new_position_has_its_own_patience(now: list[float]) -> None:
     watch = HangWatch(World(torch.device("cpu")), 5)
     watch.at("saving", patience=LONG)
     now[0] += 5

@@ -28,28 +28,28 @@ def lines(tmp_path: Path) -> JsonLines:
     return JsonLines(tmp_path / "run" / "metrics.jsonl")
 
 
-def rows_of(*steps: int) -> list[dict[str, Any]]:
+def entries_of(*steps: int) -> list[dict[str, Any]]:
     return [{"step": step, "loss": 1 / (1 + step)} for step in steps]
 
 
 def write(lines: JsonLines, *steps: int) -> None:
-    for row in rows_of(*steps):
-        lines.append(row)
+    for entry in entries_of(*steps):
+        lines.append(entry)
 
 
 def test_one_json_object_a_line(lines: JsonLines) -> None:
     write(lines, 1, 2)
-    assert [json.loads(line) for line in lines.path.read_text().splitlines()] == rows_of(1, 2)
+    assert [json.loads(line) for line in lines.path.read_text().splitlines()] == entries_of(1, 2)
 
 
-def test_rows_are_read_back(lines: JsonLines) -> None:
+def test_entries_are_read_back(lines: JsonLines) -> None:
     """Any text, also with line breaks of its own."""
-    row = {"step": 1, "response": 'Grüße\n"\u2028"\x85日本'}
-    lines.append(row)
-    assert lines.read() == [row]
+    entry = {"step": 1, "response": 'Grüße\n"\u2028"\x85日本'}
+    lines.append(entry)
+    assert lines.read() == [entry]
 
 
-def test_no_file_has_no_rows(lines: JsonLines) -> None:
+def test_no_file_has_no_entries(lines: JsonLines) -> None:
     assert lines.read() == []
 
 
@@ -57,7 +57,7 @@ def test_a_cut_last_line_is_not_read(lines: JsonLines) -> None:
     write(lines, 1, 2)
     whole = lines.path.read_text()
     lines.path.write_text(whole[:-3])
-    assert lines.read() == rows_of(1)
+    assert lines.read() == entries_of(1)
 
 
 def test_appending_after_a_cut_last_line_leaves_whole_lines(lines: JsonLines) -> None:
@@ -66,7 +66,7 @@ def test_appending_after_a_cut_last_line_leaves_whole_lines(lines: JsonLines) ->
     lines.path.write_text(lines.path.read_text()[:-3])
     lines.keep_until(1)
     write(lines, 2, 3)
-    assert lines.read() == rows_of(1, 2, 3)
+    assert lines.read() == entries_of(1, 2, 3)
 
 
 def test_a_cut_only_line_is_removed_too(lines: JsonLines) -> None:
@@ -74,17 +74,17 @@ def test_a_cut_only_line_is_removed_too(lines: JsonLines) -> None:
     lines.path.write_text('{"ste')
     lines.keep_until(5)
     write(lines, 6)
-    assert lines.read() == rows_of(6)
+    assert lines.read() == entries_of(6)
 
 
-def test_keep_until_drops_later_rows_only(lines: JsonLines) -> None:
+def test_keep_until_drops_later_entries_only(lines: JsonLines) -> None:
     write(lines, 1, 2, 3, 4)
     lines.keep_until(3)
-    assert lines.read() == rows_of(1, 2, 3)
+    assert lines.read() == entries_of(1, 2, 3)
 
 
-def test_keep_until_may_drop_all_rows(lines: JsonLines) -> None:
-    """Logged every 20 steps, saved every 10: the checkpoint of step 10 is older than every row."""
+def test_keep_until_may_drop_all_entries(lines: JsonLines) -> None:
+    """Logged every 20 steps, saved every 10: the checkpoint of step 10 is older than any."""
     write(lines, 20)
     lines.keep_until(10)
     assert lines.read() == []
@@ -103,8 +103,8 @@ def test_keep_until_leaves_no_other_file(lines: JsonLines) -> None:
 
 def test_table_averages_consecutive_parts_of_the_run() -> None:
     """Steps 1..10 in 5 parts of 2; loss = step: means 1.5, 3.5, ... 9.5."""
-    rows = [{"step": step, "loss": step, "lr": 1e-7} for step in range(1, 11)]
-    header, _, loss, lr = summary_table(rows, ("loss", "lr")).split("\n")
+    entries = [{"step": step, "loss": step, "lr": 1e-7} for step in range(1, 11)]
+    header, _, loss, lr = summary_table(entries, ("loss", "lr")).split("\n")
     assert header.split()[-5:] == ["1-2", "3-4", "5-6", "7-8", "9-10"]
     assert loss.split() == ["loss", "1.5", "3.5", "5.5", "7.5", "9.5"]
     assert lr.split() == ["lr"] + ["1e-07"] * 5
@@ -112,21 +112,21 @@ def test_table_averages_consecutive_parts_of_the_run() -> None:
 
 @pytest.mark.parametrize("count", [1, 4, 5, 6, 11, 299])
 def test_parts_of_the_table_cover_every_step_once(count: int) -> None:
-    """Every row weighs 1: the heads' ranges follow each other from the first to the last step."""
-    header, *_ = summary_table(rows_of(*range(count)), ("loss",)).split("\n")
+    """Every entry weighs 1: the heads' ranges follow each other from the first to the last step."""
+    header, *_ = summary_table(entries_of(*range(count)), ("loss",)).split("\n")
     spans = [head.split("-") for head in header.removeprefix("mean over steps").split()]
     steps = [step for span in spans for step in range(int(span[0]), int(span[-1]) + 1)]
     assert steps == list(range(count))
 
 
 def test_table_of_few_steps_has_a_column_for_each() -> None:
-    header, _, loss = summary_table(rows_of(1, 3), ("loss",)).split("\n")
+    header, _, loss = summary_table(entries_of(1, 3), ("loss",)).split("\n")
     assert (header.split()[-2:], loss.split()) == (["1", "3"], ["loss", "0.5", "0.25"])
 
 
-def test_table_leaves_validation_rows_out() -> None:
-    rows = [{"step": 0, "val_loss": 3.0}, *rows_of(1), {"step": 1, "val_loss": 2.0}]
-    assert summary_table(rows, ("loss",)) == summary_table(rows_of(1), ("loss",))
+def test_table_leaves_validation_entries_out() -> None:
+    entries = [{"step": 0, "val_loss": 3.0}, *entries_of(1), {"step": 1, "val_loss": 2.0}]
+    assert summary_table(entries, ("loss",)) == summary_table(entries_of(1), ("loss",))
 
 
 def test_table_of_nothing_says_so() -> None:
@@ -135,15 +135,15 @@ def test_table_of_nothing_says_so() -> None:
     )
 
 
-def drawn(rows: list[dict[str, Any]], path: Path) -> np.ndarray:
-    plot_curves(rows, ("loss", "distance"), path)
+def drawn(entries: list[dict[str, Any]], path: Path) -> np.ndarray:
+    plot_curves(entries, ("loss", "distance"), path)
     return matplotlib.image.imread(path, format="png")
 
 
 def test_plot_is_a_picture_with_a_panel_for_each_key(tmp_path: Path) -> None:
     """2 panels of 5 x 3.6 inches at 120 dots an inch: 432 x 1200 points of 4 colours."""
-    rows = [{"step": step, "loss": 1.0, "distance": 2.0} for step in range(3)]
-    assert drawn(rows, tmp_path / "plot.png").shape == (432, 1200, 4)
+    entries = [{"step": step, "loss": 1.0, "distance": 2.0} for step in range(3)]
+    assert drawn(entries, tmp_path / "plot.png").shape == (432, 1200, 4)
 
 
 def test_plot_shows_validation_values(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_functions_may_not_share_a_name(metric: Any) -> None:
 
 
 def test_a_validation_that_was_cut_off_is_lacking(lines: JsonLines) -> None:
-    for row in (*rows_of(1, 2), {"step": 2, "val_loss": 0.5}, *rows_of(3)):
-        lines.append(row)
+    for entry in (*entries_of(1, 2), {"step": 2, "val_loss": 0.5}, *entries_of(3)):
+        lines.append(entry)
     world = World(torch.device("cpu"))
     assert [lacks_validation(lines, step, world) for step in (1, 2, 3)] == [True, False, True]

@@ -286,7 +286,7 @@ def targets_one_at_a_time(
     for dialogue in dialogues:
         tokens_T = torch.tensor(dialogue.tokens)
         logps_TV = logits_of(tokens_T[None])[0].double().log_softmax(dim=1)
-        logps += [logps_TV[place - 1, tokens_T[place]] for place in dialogue.target_places]
+        logps += [logps_TV[place - 1, tokens_T[place]] for place in dialogue.target_positions]
     return torch.stack(logps)
 
 
@@ -325,7 +325,7 @@ def test_gradients_of_targets_equal_one_conversation_at_a_time(
     decoder: TransformerDecoder, packed_decoder: TransformerDecoder, dialogues: list[Dialogue]
 ) -> None:
     """Of the mean over all targets; in two rows, the mean is of both together."""
-    count = sum(len(dialogue.target_places) for dialogue in dialogues)
+    count = sum(len(dialogue.target_positions) for dialogue in dialogues)
     (-targets_one_at_a_time(decoder, dialogues).mean()).backward()
     for part in (dialogues[:3], dialogues[3:]):
         (-target_logps(packed_decoder, pack_dialogues(part), CPU).sum() / count).backward()

@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-from steerlm2.training.prefetch import ahead
+from steerlm2.training.prefetch import prefetch
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_items_come_in_order_with_their_results(count: int) -> None:
-    assert list(ahead(lambda i: i * i, range(count))) == [(i, i * i) for i in range(count)]
+    assert list(prefetch(lambda i: i * i, range(count))) == [(i, i * i) for i in range(count)]
 
 
 def test_the_next_item_is_made_while_one_is_used() -> None:
@@ -23,20 +23,20 @@ def test_the_next_item_is_made_while_one_is_used() -> None:
             made.set()
         return item
 
-    for item, _ in ahead(make, range(2)):
+    for item, _ in prefetch(make, range(2)):
         assert item != 0 or made.wait(timeout=60)
 
 
 def test_no_more_than_one_is_made_ahead() -> None:
     """While item 0 is used 1 may have been made, 2 is not even begun."""
     begun: list[int] = []
-    for item, _ in ahead(begun.append, range(5)):
+    for item, _ in prefetch(begun.append, range(5)):
         assert len(begun) <= item + 2
 
 
 def test_errors_come_at_their_item() -> None:
     """1 / 1 is there before 1 / 0 fails."""
-    items = ahead(lambda i: 1 / i, [1, 0])
+    items = prefetch(lambda i: 1 / i, [1, 0])
     assert next(items) == (1, 1)
     with pytest.raises(ZeroDivisionError):
         next(items)

@@ -19,8 +19,8 @@ from steerlm2.training.step_plan import (
     costs_of,
     fill_microbatches,
     imbalance,
+    microbatches_by_rank,
     plan_step,
-    rows_by_rank,
 )
 
 
@@ -192,15 +192,15 @@ def test_all_ranks_run_as_many_rows_as_the_busiest_has(
     backward = [
         len(plan.single_pass) + sum(len(g.slices(size)) for g in plan.two_pass) for plan in plans
     ]
-    assert {plan.forward_rows for plan in plans} == {max(forward)}
-    assert {plan.backward_rows for plan in plans} == {max(backward)}
+    assert {plan.num_no_grad for plan in plans} == {max(forward)}
+    assert {plan.num_backward for plan in plans} == {max(backward)}
 
 
 def test_a_rank_without_groups_runs_the_rows_of_the_others() -> None:
     """One group of 5 tokens, budget 5, two ranks: the second has nothing but runs one row."""
     first, second = plans_of([group("g|hi jk lmn")], 2, max_tokens_per_microbatch=5)
     assert (len(first.single_pass), second.single_pass, second.two_pass) == (1, [], [])
-    assert (second.forward_rows, second.backward_rows) == (0, 1)
+    assert (second.num_no_grad, second.num_backward) == (0, 1)
 
 
 reward_groups_of_any_size = groups_of_any_size.map(
@@ -214,7 +214,7 @@ def test_rows_hold_every_group_once(
     groups: list[RewardGroup], num_ranks: int, max_tokens: int
 ) -> None:
     """Whole groups (a pair is one): over all ranks and rows, each of them stands in one row."""
-    rows = rows_by_rank(groups, num_ranks, max_tokens)
+    rows = microbatches_by_rank(groups, num_ranks, max_tokens)
     placed = [made.index for own in rows for row in own for made in row]
     assert sorted(placed) == list(range(len(groups)))
 
@@ -227,7 +227,7 @@ def test_all_ranks_have_as_many_rows(
     """One with fewer would leave the others waiting in FSDP2's collectives; no row is empty on all
     ranks.
     """
-    rows = rows_by_rank(groups, num_ranks, max_tokens)
+    rows = microbatches_by_rank(groups, num_ranks, max_tokens)
     assert len(rows) == num_ranks
     assert len({len(own) for own in rows}) == 1
     assert all(any(own) for own in zip(*rows, strict=True))
@@ -239,6 +239,6 @@ def test_rows_stay_within_the_budget(
     groups: list[RewardGroup], num_ranks: int, max_tokens: int
 ) -> None:
     """But for a single group that is larger by itself."""
-    for own in rows_by_rank(groups, num_ranks, max_tokens):
+    for own in microbatches_by_rank(groups, num_ranks, max_tokens):
         for row in own:
             assert len(row) <= 1 or sum(made.num_tokens for made in row) <= max_tokens
