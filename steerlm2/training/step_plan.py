@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
-from steerlm2.data.packing import Group, Packable, PackableT
+from steerlm2.data.packing import (
+    Group,
+    Packable,
+    PackableT,
+    PackedGroups,
+    PackedSequence,
+    pack,
+)
 
 Strategy = Literal["auto", "single_pass", "two_pass"]
 
@@ -137,3 +144,82 @@ def slices(groups: Sequence[Group], size: int) -> list[Group]:
 
 def _num_slices(groups: Sequence[Group], size: int) -> int:
     return sum(-(-len(group.responses) // size) for group in groups)
+
+
+RecordT = TypeVar("RecordT", bound=Packable)
+PackedT = TypeVar("PackedT", bound=PackedSequence)
+
+
+@dataclass(frozen=True)
+class StepBatches(Generic[RecordT, PackedT]):
+    """What one rank computes in an optimizer step, packed on the host."""
+
+    records: list[RecordT]
+    """Of all ranks."""
+    micro_batches: list[PackedT]
+    """Of this rank; under FSDP every rank has as many, those it lacks are empty."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Packed tokens of all ranks."""
+        return sum(record.num_tokens for record in self.records)
+
+
+@dataclass(frozen=True)
+class GroupBatches:
+    """What one rank computes in an optimizer step of SteerLM 2.0, packed on the host."""
+
+    records: list[Group]
+    """Of all ranks."""
+    own_records: list[Group]
+    """Of this rank, in the order of its log-probs: those of two passes first."""
+    two_pass: list[Group]
+    """Too large for a micro-batch."""
+    no_grad: list[PackedGroups]
+    """Micro-batches of `two_pass` for the pass without a graph."""
+    second_pass: list[PackedGroups]
+    """The same for the pass with one."""
+    single_pass: list[PackedGroups]
+    """All other groups."""
+    imbalance: float
+    """How much more the busiest rank has to do than the average one, estimated."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Packed tokens of all ranks."""
+        return sum(group.num_tokens for group in self.records)
+
+
+def pack_step(
+    groups: list[Group],
+    plan: StepPlan,
+    *,
+    micro_batch_size: int,
+    forward_micro_batch_size: int,
+    multiple_of: int,
+) -> GroupBatches:
+    """A rank's plan of a step as packed micro-batches; empty ones where other ranks have more.
+
+    Args:
+        groups: of all ranks.
+        micro_batch_size: responses of a backward of two passes, as the plan was made with.
+        forward_micro_batch_size: the same of a forward without a graph.
+        multiple_of: tokens that packed sequences are padded to a multiple of.
+    """
+    no_grad = [[part] for part in slices(plan.two_pass, forward_micro_batch_size)]
+    no_grad += [[]] * (plan.num_no_grad - len(no_grad))
+    second_pass = [[part] for part in slices(plan.two_pass, micro_batch_size)]
+    num_empty = plan.num_backward - len(second_pass) - len(plan.single_pass)
+
+    def packed(microbatches: list[list[Group]]) -> list[PackedGroups]:
+        return [pack(microbatch, multiple_of=multiple_of) for microbatch in microbatches]
+
+    return GroupBatches(
+        records=groups,
+        own_records=plan.two_pass + [group for batch in plan.single_pass for group in batch],
+        two_pass=plan.two_pass,
+        no_grad=packed(no_grad),
+        second_pass=packed(second_pass),
+        single_pass=packed(plan.single_pass + [[]] * num_empty),
+        imbalance=plan.imbalance,
+    )
