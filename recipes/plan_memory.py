@@ -14,7 +14,6 @@ the efficiencies below. compile is off in the trace, so a compiled run takes les
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import resource
 import sys
@@ -29,7 +28,7 @@ from omegaconf import DictConfig
 from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from steerlm2._tune import RECIPES, recipe_directories
-from steerlm2.config.loader import CONFIG_CLASS, REST, config_problems, load_config
+from steerlm2.config.loader import CONFIG_CLASS, REST, config_problems, load_config, load_recipe
 from steerlm2.distributed.world import mesh_shape
 from steerlm2.planning.advice import Change, changes
 from steerlm2.planning.estimate import (
@@ -417,15 +416,8 @@ def named_recipe(arguments: list[str]) -> str | None:
 
 
 def recipe_main_of(name: str) -> Any:
-    """The `main` of a ready-made recipe, which isn't a module that could be imported by name."""
-    file = recipe_directories()[0] / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"_planned_{name}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "main"):
-        spec.loader.exec_module(module)
-    return module.main
+    """The `main` of a ready-made recipe."""
+    return load_recipe(recipe_directories()[0] / f"{name}.py").main
 
 
 def filled_in(value: Any) -> Any:

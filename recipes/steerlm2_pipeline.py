@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -45,7 +44,7 @@ from torchtune.config._utils import _merge_yaml_and_cli_args
 from yaml import YAMLError
 
 from steerlm2.checkpoint_dirs import newest_export
-from steerlm2.config.loader import as_yaml, config_problems
+from steerlm2.config.loader import as_yaml, config_problems, load_recipe
 from steerlm2.evaluation.report import html_page, markdown_table, read_report
 from steerlm2.pipeline.plan import (
     Stage,
@@ -296,13 +295,7 @@ def stage_problems(stage: Stage, values: dict[str, Any]) -> list[str]:
     file = recipe_file(stage.recipe)
     if not file.is_file():
         return [f"there is no recipe {stage.recipe} (`tune ls` lists them)"]
-    spec = importlib.util.spec_from_file_location(f"_recipe_of_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "main"):  # not loaded for an earlier stage
-        spec.loader.exec_module(module)
-    return config_problems(getattr(module, "main", None), values)
+    return config_problems(getattr(load_recipe(file), "main", None), values)
 
 
 def run_command(command: str, log: Path | None, lock: int) -> int:

@@ -2,15 +2,19 @@
 
 Every install puts `_tune.pth` into site-packages, as steerlm2_tune.pth. Its one line of code runs
 whenever an interpreter starts, so it imports nothing: it only puts a finder into sys.meta_path.
-When, and only when, torchtune's registry of recipes is imported, that calls `find_registry`.
+When, and only when, torchtune's registry of recipes is imported, that calls `find_registry`, which
+then also looks out for `tune run`, so that `tune run RECIPE --help` reaches the recipe.
 """
 
+import argparse
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Recipe NAME is the file recipes/NAME.py, config NAME is recipe_configs/NAME.yaml.
 RECIPES: dict[str, list[str]] = {
@@ -127,10 +131,60 @@ def add_recipes(registry: ModuleType) -> None:
         )
 
 
-class _RegistryLoader(SourceFileLoader):
+def let_help_through(cli_run: ModuleType) -> None:
+    """Make `tune run RECIPE --help` reach the recipe, which torchtune's `cli_run` module refuses.
+
+    It asks for `--config` first. With an empty one it goes on, to our recipes and to those that
+    aren't in the registry; torchtune's own are left alone, and so is a module of another shape than
+    that of 0.6.1.
+    """
+    try:
+        run_command = cli_run.Run._run_cmd
+        recipes = cli_run.get_all_recipes
+    except AttributeError:
+        return
+
+    def run_command_or_help(self: Any, args: argparse.Namespace) -> None:
+        theirs = {recipe.name for recipe in recipes()} - RECIPES.keys()
+        asks = not {"-h", "--help"}.isdisjoint(args.recipe_args)
+        if asks and "--config" not in args.recipe_args and args.recipe not in theirs:
+            args.recipe_args += ["--config", ""]
+        run_command(self, args)
+
+    cli_run.Run._run_cmd = run_command_or_help
+
+
+class _PatchingLoader(SourceFileLoader):
+    """Loads a module and then calls `patch` on it."""
+
+    def __init__(self, name: str, path: str, patch: Callable[[ModuleType], None]) -> None:
+        super().__init__(name, path)
+        self.patch = patch
+
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
-        add_recipes(module)
+        self.patch(module)
+
+
+def _find_patched(
+    name: str, path: Sequence[str] | None, patch: Callable[[ModuleType], None]
+) -> ModuleSpec | None:
+    spec = PathFinder.find_spec(name, path)
+    if spec is not None and isinstance(spec.loader, SourceFileLoader):
+        spec.loader = _PatchingLoader(spec.loader.name, spec.loader.path, patch)
+    return spec
+
+
+class _RunFinder:
+    """In sys.meta_path: finds the module of `tune run`, which is imported after the registry."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "torchtune._cli.run":
+            return None
+        return _find_patched(name, path, let_help_through)
 
 
 def find_registry(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
@@ -140,7 +194,6 @@ def find_registry(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
     """
     if os.environ.get("STEERLM2_NO_TUNE", "0") not in ("", "0"):
         return None
-    spec = PathFinder.find_spec(name, path)
-    if spec is not None and isinstance(spec.loader, SourceFileLoader):
-        spec.loader = _RegistryLoader(spec.loader.name, spec.loader.path)
-    return spec
+    if _RunFinder not in sys.meta_path:
+        sys.meta_path.insert(0, _RunFinder)
+    return _find_patched(name, path, add_recipes)

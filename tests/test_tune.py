@@ -336,3 +336,40 @@ def test_unknown_registry_is_left_alone_with_a_warning() -> None:
         _tune.add_recipes(registry)
 
     assert not hasattr(registry, "_ALL_RECIPES")
+
+
+def tune_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    """Run torchtune's `tune run`, as start-up has changed it, in this process; its exit status."""
+    from torchtune._cli.tune import main
+
+    monkeypatch.setattr(sys, "argv", ["tune", "run", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["-h", "sft_distributed"]])
+def test_help_of_tune_run_is_torchtunes(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune_run(arguments, monkeypatch) == 0
+    assert "Name or path to recipe to be launched followed by args." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["full_finetune_distributed", "--help"], ["sft_distributed"], ["sft_distributed", "help=1"]],
+)
+def test_tune_run_asks_for_a_config_as_before(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune_run(arguments, monkeypatch) == 2
+    assert "The '--config' argument is required." in capsys.readouterr().err
+
+
+def test_unknown_tune_run_is_left_alone() -> None:
+    cli_run = types.ModuleType("run")
+
+    _tune.let_help_through(cli_run)
+
+    assert not hasattr(cli_run, "Run")

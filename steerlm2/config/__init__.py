@@ -2,4 +2,5 @@
 
 loader  from a parsed file to a dataclass, with all problems at once
 keys    the keys that recipes inherit
+docs    what --help and KEYS.md say of a key
 """

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
 import sys
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -33,6 +36,10 @@ CONFIG_CLASS = "config_class"
 """Attribute of a recipe's `main`."""
 REST = "rest"
 """In the metadata of a dataclass field: a dict of all keys that aren't fields, unchecked."""
+
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+"""How messages and `--help` name a type."""
 
 
 class Component(dict[str, Any]):
@@ -106,10 +113,69 @@ def as_yaml(config: Any) -> str:
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as nested plain dicts (components included)."""
     return {
-        _key(field): _plain(value)
+        yaml_key(field): _plain(value)
         for field in dataclasses.fields(config)
         for value in [getattr(config, field.name)]
     }
+
+
+def field_types(cls: type, namespace: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The type of every field of a dataclass, inherited ones included.
+
+    Each class's annotations are looked up in the class's own module: a base class may use names
+    that the module of the class itself doesn't import.
+
+    Args:
+        namespace: the globals of a recipe that is run as a script, as in `load_config`.
+    """
+    types_of: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        own = types.new_class(base.__name__)
+        own.__annotations__ = inspect.get_annotations(base)
+        names = dict(vars(base)) | module_globals(base, namespace)
+        types_of |= typing.get_type_hints(own, names)
+    return types_of
+
+
+def module_globals(cls: type, namespace: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The globals of the module that defines a class; `namespace`, where that is its script."""
+    if namespace is not None and cls.__module__ == namespace.get("__name__"):
+        return namespace
+    return vars(sys.modules[cls.__module__]) if cls.__module__ in sys.modules else {}
+
+
+def load_recipe(file: Path) -> types.ModuleType:
+    """A recipe's module, from its file: recipes aren't modules that could be imported by name.
+
+    The same file is loaded once.
+    """
+    name = f"_recipe_{file.stem}_{zlib.crc32(os.fsencode(file.resolve())):08x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def yaml_key(field: dataclasses.Field[Any]) -> str:
+    """A field's YAML key: its name, or its metadata's "key" where Python reserves the word."""
+    return str(field.metadata.get("key", field.name))
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def is_union(hint: Any) -> bool:
+    """Whether a type is a choice of several, such as `int | None`."""
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _checked(
@@ -129,8 +195,8 @@ def _build_dataclass(
     problems: list[str],
     namespace: dict[str, Any] | None,
 ) -> Any:
-    hints = typing.get_type_hints(cls, namespace if cls.__module__ == "__main__" else None)
-    fields = {_key(field): field for field in dataclasses.fields(cls)}
+    hints = field_types(cls, namespace)
+    fields = {yaml_key(field): field for field in dataclasses.fields(cls)}
     rest = next((key for key, field in fields.items() if field.metadata.get(REST)), None)
     arguments: dict[str, Any] = {}
     if rest is not None:
@@ -145,34 +211,21 @@ def _build_dataclass(
             arguments[field.name] = _convert(
                 values[key], hints[field.name], where + key, problems, namespace
             )
-        elif key in values or _is_required(field):
+        elif key in values or is_required(field):
             problems.append(f"'{where}{key}' is missing: add {where}{key}=... to the command line")
             arguments[field.name] = None
     return cls(**arguments)
 
 
-def _key(field: dataclasses.Field[Any]) -> str:
-    """A field's YAML key: its name, or its metadata's "key" where Python reserves the word."""
-    return str(field.metadata.get("key", field.name))
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def _keys_of_sections(hints: dict[str, Any], where: str) -> dict[str, str]:
     """The sections' keys, and what each is in full: `steerlm2.max_tokens_per_microbatch`."""
     return {
-        _key(field): f"{where}{section}.{_key(field)}"
+        yaml_key(field): f"{where}{section}.{yaml_key(field)}"
         for section, hint in reversed(hints.items())  # the first section with such a key wins
-        for option in (hint, *(typing.get_args(hint) if _is_union(hint) else ()))
+        for option in (hint, *(typing.get_args(hint) if is_union(hint) else ()))
         if isinstance(option, type) and dataclasses.is_dataclass(option)
         for field in dataclasses.fields(option)
     }
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _unknown_key(
@@ -195,7 +248,7 @@ def _convert(
 ) -> Any:
     """`value` as the type `hint`; what doesn't fit is added to `problems`."""
     origin = typing.get_origin(hint)
-    if _is_union(hint):
+    if is_union(hint):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         optional = len(options) < len(typing.get_args(hint))
         # torchtune reads `dataset_val=null` as a null `_component_` of the section in the YAML
@@ -250,11 +303,8 @@ def _convert(
             pass
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    problems.append(f"'{where}' must be {_TYPE_NAMES.get(hint, hint.__name__)}, got {value!r}")
+    problems.append(f"'{where}' must be {TYPE_NAMES.get(hint, hint.__name__)}, got {value!r}")
     return value
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def _component_problems(component: dict[str, Any], where: str) -> Iterator[str]:

@@ -8,7 +8,6 @@ that.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
+from steerlm2.runs.lock import lock_file
 
 RESUME_FILES = {"checkpoints", "earlier_runs"}
 """In a stage's folder: not what it was run for."""
@@ -90,7 +90,7 @@ class PipelineState:
             started = time.monotonic()
             while True:
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock_file(file)
                     break
                 except BlockingIOError as error:
                     if time.monotonic() > started + SECONDS_FOR_STRAY_STAGE:
@@ -101,8 +101,6 @@ class PipelineState:
                     if time.monotonic() < started + 0.1:
                         print("waiting for a stage that an earlier run left behind", flush=True)
                     time.sleep(0.5)
-                except OSError:
-                    break  # a file system without locks
             yield file.fileno()
 
 

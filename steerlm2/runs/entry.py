@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import signal
@@ -9,12 +10,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import torch.distributed as dist
 import torchtune.config
 import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from steerlm2._tune import recipe_directories
+from steerlm2.config.docs import help_text, keys_of
 from steerlm2.config.loader import CONFIG_CLASS, LOG, ConfigT, load_config
 from steerlm2.distributed.world import end_rank
 
@@ -24,6 +30,8 @@ TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
 
 SECONDS_FOR_RANK_0 = 5.0
 
+HELP_FLAGS = {"-h", "--help"}
+
 
 def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], None]], Callable]:
     """Make `main(cfg)` a recipe's entry: `--config FILE key=value ...`, as torchtune parses it.
@@ -31,7 +39,7 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
     A user's mistake (ValueError, a missing file, a full or read-only disk) ends in one message on
     stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. Where `main`
     joined a world, its process ends with it (`end_rank`). SIGTERM ends it, except where `main` says
-    otherwise (`StopRequest`).
+    otherwise (`StopRequest`). `--help` prints every key, with what the config says if one is given.
     """
 
     def decorate(main: Callable[[ConfigT], None]) -> Callable[[], None]:
@@ -40,6 +48,9 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
             # What on_node starts ignores it, for torchrun's sake.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:
+                if HELP_FLAGS & set(sys.argv[1:]):
+                    _print_help(config_class, main.__globals__)
+                    return
                 torchtune.config.parse(
                     lambda cfg: main(load_config(config_class, cfg, main.__globals__))
                 )()
@@ -63,6 +74,43 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
         return entry
 
     return decorate
+
+
+def _print_help(config_class: type, namespace: dict[str, Any]) -> None:
+    """Print every key; rank 0 does. Of a config that has problems, these too."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    file = Path(namespace["__file__"]).resolve()
+    recipe = file.stem if file.parent == recipe_directories()[0] else os.path.relpath(file)
+    values = _given_values()
+    plain = None if values is None else OmegaConf.to_container(values, resolve=False)
+    keys = keys_of(config_class, namespace)
+    print(help_text(recipe, namespace.get("__doc__"), keys, cast(dict[str, Any] | None, plain)))
+    if values is not None:
+        try:
+            load_config(config_class, values, namespace)
+        except ValueError as error:
+            print(error)
+
+
+def _given_values() -> DictConfig | None:
+    """The config of the command line with its `key=value` arguments; none without `--config`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    arguments = [argument for argument in sys.argv[1:] if argument not in HELP_FLAGS]
+    known, _ = parser.parse_known_args(arguments)
+    if not known.config:  # `tune run` needs one: without, steerlm2._tune gives it an empty name
+        return None
+    values: list[DictConfig] = []
+    program, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        torchtune.config.parse(values.append)()
+    except SystemExit:
+        if not values:
+            raise
+    finally:
+        sys.argv = program
+    return values[0]
 
 
 def _error_message(error: Exception) -> str:

@@ -26,6 +26,26 @@ BEATS_OF_LEASE = 36  # 3 minutes; leases are of 90 to 100 s
 LENGTH = 512
 
 
+def lock_file(file: IO[Any] | int) -> bool:
+    """Take the kernel's lock of an open file: while a process has the file open, no other gets it.
+
+    A child that inherits the file holds the lock too.
+
+    Returns:
+        Whether it was taken; False on a file system without locks, where it keeps nobody out.
+
+    Raises:
+        BlockingIOError: where another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 class RunLock:
     """The right to write into a folder, until `release` or the end of the process.
 
@@ -58,12 +78,10 @@ class RunLock:
 
     def _is_free(self) -> bool:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock_file(self._file)
         except BlockingIOError:
             return self._lease_runs_out() and self._is_free()
-        except OSError:
-            pass  # a file system without locks
-        else:
+        if locked:
             if not self.path.exists() or not os.path.samestat(
                 self.path.stat(), os.fstat(self._file.fileno())
             ):
@@ -85,9 +103,9 @@ class RunLock:
             file=sys.stderr,
         )
         for _ in range(BEATS_OF_LEASE):
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
+            with contextlib.suppress(BlockingIOError):
+                if lock_file(self._file):
+                    return True
             if _holder(self.path) != holder:  # another run was quicker
                 return False
             time.sleep(SECONDS_PER_BEAT)

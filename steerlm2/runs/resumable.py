@@ -8,7 +8,6 @@ lines were made with: lines of other settings don't get into one file.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from steerlm2.checkpoint_dirs import file_digest, is_checkpoint, weights_digest
+from steerlm2.runs.lock import lock_file
 from steerlm2.runs.output import make_output_dir
 
 
@@ -82,14 +82,11 @@ class ResumableOutput:
         make_output_dir(self.path.parent, "the folder of output")
         self._file = self.partial.open("a+b")
         try:
-            # A worker can outlive the launcher that was killed.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._file)  # a worker can outlive the launcher that was killed
         except BlockingIOError as error:
             raise ValueError(
                 f"another run writes to {self.partial}: wait for it, or end it"
             ) from error
-        except OSError:
-            pass  # a file system without locks
         if self.partial.stat().st_size == 0:
             self.settings_file.write_text(json.dumps(self.settings, indent=2) + "\n")
         done, size = self._whole_slices(self._file, num_lines)

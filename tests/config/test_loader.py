@@ -11,7 +11,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from steerlm2.config.loader import Component, as_yaml, instantiate, load_config, to_plain
+from steerlm2.config.loader import (
+    Component,
+    as_yaml,
+    instantiate,
+    load_config,
+    load_recipe,
+    to_plain,
+)
 
 SCHEDULE = "steerlm2.training.warmup_cosine_hold"
 
@@ -308,6 +315,62 @@ def test_yaml_of_a_config_is_that_config() -> None:
     """With all defaults filled in; YAML 1.1 reads 1e-7 as text, so it is written as 1.0e-07."""
     config = load(lr=1e-7, prompts=["Grüße?"], validation={"max_tokens": 3})
     assert load_config(Config, yaml.safe_load(as_yaml(config))) == config
+
+
+SCRIPT = """
+from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import Literal as OneOf
+from steerlm2.config.sections import LabelOptions
+
+@dataclass
+class Part:
+    size: OneOf["small", "large"] = "small"
+
+@dataclass
+class Mine(LabelOptions):
+    part: Part = field(default_factory=Part)
+
+    def problems(self) -> list[str]:
+        return []
+"""
+"""As a user's own recipe: LabelOptions' annotations use Literal, which isn't imported here."""
+
+
+def test_classes_of_a_script_are_looked_up_there_and_inherited_ones_in_their_module() -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(SCRIPT, namespace)
+    values = {"kind": "uniform", "part": {"size": "large"}}
+    config = load_config(namespace["Mine"], values, namespace)
+    assert (config.kind, config.part.size) == ("uniform", "large")
+    with pytest.raises(ValueError, match=r"'part\.size' must be one of small, large") as error:
+        load_config(namespace["Mine"], {"kind": "any", "part": {"size": "any"}}, namespace)
+    assert "'kind' must be one of record, fixed," in str(error.value)
+
+
+def test_classes_of_a_recipe_loaded_from_its_file_are_looked_up_there(tmp_path: Path) -> None:
+    file = tmp_path / "my_recipe.py"
+    file.write_text(SCRIPT)
+    recipe = load_recipe(file)
+    assert load_config(recipe.Mine, {"part": {"size": "large"}}).part.size == "large"
+    assert load_recipe(file) is recipe
+
+
+def test_recipes_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "my_recipe.py" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(f"folder = {file.parent.name!r}")
+    assert [load_recipe(file).folder for file in files] == ["a", "b"]
+
+
+def test_a_recipe_that_fails_to_load_is_loaded_anew(tmp_path: Path) -> None:
+    file = tmp_path / "my_recipe.py"
+    file.write_text("done = False\nraise KeyError")
+    with pytest.raises(KeyError):
+        load_recipe(file)
+    file.write_text("done = True")
+    assert load_recipe(file).done
 
 
 def test_plain_configs_hold_nothing_but_plain_values() -> None:

@@ -167,3 +167,71 @@ def test_traceback_is_shown_on_request(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("STEERLM2_TRACEBACK", "1")
     with pytest.raises(ValueError, match="mistake"):
         recipe_main(Config)(failing(ValueError("mistake")))()
+
+
+def help_of(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+    recipe_main(Config)(failing(AssertionError("built")))()
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--help", "--config", ""]])
+def test_help_needs_no_config(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe is this file, so its docstring comes first."""
+    lines = help_of(arguments, monkeypatch, capsys)
+    assert lines[0].startswith("usage: tune run ")
+    assert lines[2] == "The command-line entry of a recipe: what it is given, and how it ends."
+    assert "  steerlm2.strategy: one of auto, two_pass; default auto" in lines
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    (tmp_path / "config.yaml").write_text("lr: 0.5\nmodel: 5\noutput_dir: ???\nsteps: ${a}")
+    return str(tmp_path / "config.yaml")
+
+
+def test_help_with_a_config_has_its_values_and_the_command_lines(
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", config_file, "--help", "steerlm2.max_tokens=64"]
+    lines = help_of(arguments, monkeypatch, capsys)
+    assert "  lr: a number or null; default null; this config: 0.5" in lines
+    assert "  steerlm2.max_tokens: a whole number; default 4096; this config: 64" in lines
+
+
+def test_help_ends_with_the_problems_of_the_config(
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--help", "--config", config_file, "stepps=3", "steps=1"]
+    *_, title, unknown, missing, model = help_of(arguments, monkeypatch, capsys)
+    assert title == "the config has problems:"
+    assert unknown == "  - unknown key 'stepps' (did you mean 'steps'?)"
+    assert missing == "  - 'output_dir' is missing: add output_dir=... to the command line"
+    assert model == "  - 'model' must be a mapping of keys, got 5"
+
+
+def test_help_with_a_broken_interpolation_shows_it_and_says_so(
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = help_of(["--help", "--config", config_file], monkeypatch, capsys)
+    assert "  steps: a whole number or null; default null; this config: ${a}" in lines
+    assert any(line.startswith("the config has a broken interpolation: ") for line in lines)
+
+
+def test_help_is_printed_by_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert help_of(["--help"], monkeypatch, capsys) == []
+
+
+def test_help_of_a_config_that_is_not_there_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        help_of(["--help", "--config", str(tmp_path / "none.yaml")], monkeypatch, capsys)
+    assert capsys.readouterr().err.startswith("error: there is no file ")

@@ -18,7 +18,7 @@ from typing import IO
 import pytest
 
 from steerlm2.runs import lock as lock_module
-from steerlm2.runs.lock import LOCK_FILE, RunLock
+from steerlm2.runs.lock import LOCK_FILE, RunLock, lock_file
 
 HOLD = """
 import sys, time
@@ -44,6 +44,24 @@ def other_run(tmp_path: Path) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
+
+
+def test_a_file_is_locked_for_one_process_at_a_time(
+    other_run: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    with (tmp_path / LOCK_FILE).open() as file:
+        with pytest.raises(BlockingIOError):
+            lock_file(file)
+        other_run.kill()
+        other_run.wait()
+        assert lock_file(file)
+
+
+def test_without_locks_nobody_is_kept_out(tmp_path: Path) -> None:
+    """The kernel refuses to lock what was opened as a mere path."""
+    file = os.open(tmp_path, os.O_PATH)
+    assert not lock_file(file)
+    os.close(file)
 
 
 def on_another_node(folder: Path, beat: int = 0) -> None:

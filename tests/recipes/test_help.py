@@ -1,0 +1,72 @@
+"""`tune run RECIPE --help`, and recipes of the user's own, as a shell starts them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TUNE = Path(sys.executable).with_name("tune")
+PREPARE_DATA = Path(__file__).resolve().parents[2] / "recipes" / "prepare_data.py"
+
+OWN_KEYS = """
+from steerlm2.config.sections import LabelOptions
+
+@dataclass(kw_only=True)
+class OwnConfig(PrepareDataConfig, LabelOptions):
+    shout: bool = False
+    \"\"\"Whether it is loud.\"\"\"
+
+@recipe_main(OwnConfig)
+"""
+"""LabelOptions' annotations use Literal, which prepare_data doesn't import."""
+
+
+def tune_run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([TUNE, "run", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def own_recipe(tmp_path: Path) -> Path:
+    """A copy of prepare_data, in another folder, whose config inherits a class of the library."""
+    text = PREPARE_DATA.read_text()
+    assert text.count("@recipe_main(PrepareDataConfig)\n") == 1
+    assert "Literal" not in text
+    own = tmp_path / "mine.py"
+    own.write_text(text.replace("@recipe_main(PrepareDataConfig)\n", OWN_KEYS))
+    return own
+
+
+@pytest.mark.parametrize("launcher", [[], ["--nproc_per_node", "2"]])
+def test_help_of_a_ready_made_recipe(launcher: list[str], tmp_path: Path) -> None:
+    result = tune_run(tmp_path, *launcher, "sft_distributed", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == (
+        "usage: tune run [TORCHRUN-OPTIONS] sft_distributed --config CONFIG [KEY=VALUE ...]"
+    )
+    assert lines[2].startswith("Supervised fine-tuning, plain or attribute-conditioned:")
+    assert "  data.shuffle: true or false; default true" in lines
+
+
+def test_help_of_an_own_recipe(own_recipe: Path) -> None:
+    """Its own keys, those of the recipe it was copied from, and the library's, with the config's
+    values."""
+    result = tune_run(own_recipe.parent, "mine.py", "--config", "data/oasst_groups", "--help")
+    assert result.returncode == 0, result.stderr
+    usage, *lines = result.stdout.splitlines()
+    assert usage.split(" --config")[0] == "usage: tune run [TORCHRUN-OPTIONS] mine.py"
+    assert lines[lines.index("  shout: true or false; default false") + 1].endswith("it is loud.")
+    assert "  kind: one of record, fixed, uniform, empirical, none; default record" in lines
+    assert any(line.startswith("  source: text; required; this config: ") for line in lines)
+
+
+def test_inherited_keys_of_an_own_recipe_are_checked(own_recipe: Path) -> None:
+    config = ("--config", "data/oasst_groups")
+    result = tune_run(own_recipe.parent, "mine.py", *config, "kind=any", "shout=5", "shoot=1")
+    assert result.returncode == 1
+    assert "'kind' must be one of record, fixed, uniform, empirical, none" in result.stderr
+    assert "'shout' must be true or false, got 5" in result.stderr
+    assert "unknown key 'shoot' (did you mean 'shout'?)" in result.stderr
