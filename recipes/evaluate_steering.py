@@ -298,8 +298,8 @@ class EvaluateRecipe:
         for start in range(done, len(self.items), cfg.records_per_write):
             chosen = self.items[start : start + cfg.records_per_write]
             requests = {
-                place: Request(prompt, item.seed)
-                for place, item in enumerate(chosen)
+                index: Request(prompt, item.seed)
+                for index, item in enumerate(chosen)
                 for prompt in [item.encode(template, tokenizer, show_labels=options.use_labels)]
                 if len(prompt) + cfg.max_new_tokens <= cfg.max_seq_len
             }
@@ -645,17 +645,17 @@ class EvaluateRecipe:
     def _scores_and_requests(
         self, records: list[Record]
     ) -> tuple[list[list[float]], list[list[float]], list[int]]:
-        """Of every answer its scores, what was asked for, and the place of its record."""
+        """Of every answer its scores, what was asked for, and the index of its record."""
         names = self.schema.names
-        scores_NA, requested_NA, place_N = [], [], []
-        for place, record in enumerate(records):
+        scores_NA, requested_NA, index_N = [], [], []
+        for index, record in enumerate(records):
             wanted = parse_label(str(record.label), self.schema)
             for answer in record.responses:
                 scores = answer.scores or {}
                 scores_NA.append([float(scores[name]) for name in names])
                 requested_NA.append([float(wanted.get(name, NOT_LABELLED)) for name in names])
-                place_N.append(place)
-        return scores_NA, requested_NA, place_N
+                index_N.append(index)
+        return scores_NA, requested_NA, index_N
 
     def _bar(self, text: str, total: int, done: int) -> tqdm:
         hidden = not self.world.is_main

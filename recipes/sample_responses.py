@@ -14,7 +14,7 @@ them. Every response has a "finish_reason": "stop", or "length" where it was cut
 max_new_tokens. Where its text encodes to the very tokens that were sampled, it has the engine's own
 log Q' as "engine_log_q", untempered.
 
-What is sampled for a prompt follows from the seed, the place of the prompt in the input, and the
+What is sampled for a prompt follows from the seed, the index of the prompt in the input, and the
 number of the response: not from what is sampled beside it, nor from the number of processes. A run
 that was stopped continues where it was; the output is in input order.
 """
@@ -204,8 +204,8 @@ class SampleRecipe:
         for start in range(self.done, len(self.items), cfg.records_per_write):
             chosen = self.items[start : start + cfg.records_per_write]
             requests = {
-                place: Request(prompt, item.seed)
-                for place, item in enumerate(chosen)
+                index: Request(prompt, item.seed)
+                for index, item in enumerate(chosen)
                 for prompt in [item.encode(self.template, self.tokenizer)]
                 if len(prompt) + cfg.max_new_tokens <= cfg.max_seq_len
             }
@@ -213,7 +213,7 @@ class SampleRecipe:
             num_tokens += sum(len(sample.tokens) for own in samples.values() for sample in own)
             if world.is_main:
                 self.output.append(
-                    self._line(item, samples.get(place)) for place, item in enumerate(chosen)
+                    self._line(item, samples.get(index)) for index, item in enumerate(chosen)
                 )
             bar.update(len(chosen))
         bar.close()
@@ -301,16 +301,18 @@ class SampleRecipe:
         return list(kept.values())
 
     def _finish(self, tokens_per_second: float | None) -> None:
-        """Raises:
-        ValueError: where no record is left.
+        """Write the complete output, and print what was left out.
+
+        Raises:
+            ValueError: where no record is left.
         """
         cfg = self.cfg
         counts: collections.Counter[str] = collections.Counter()
 
         def final_line(line: bytes) -> bytes:
-            row = json.loads(line)
-            counts.update(row["counts"])
-            return b"" if row["record"] is None else json_line(row["record"])
+            entry = json.loads(line)
+            counts.update(entry["counts"])
+            return b"" if entry["record"] is None else json_line(entry["record"])
 
         self.output.finish(final_line)
         summary = f"{cfg.output}: complete already"

@@ -71,8 +71,11 @@ Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
 QUANTITIES: tuple[Quantity, ...] = typing.get_args(Quantity)
 
 ENGINE_TOLERANCE = 0.05
-"""Mean difference of an engine's log Q' from ours, in nats a token, above which something is wrong:
-the default of the trainer's own check, steerlm2.log_q_tolerance."""
+"""The largest accepted mean difference of an engine's log Q' from ours, in nats a token; the
+default of the trainer's check, steerlm2.log_q_tolerance. A choice: errors of logits rounded to
+bfloat16 (at most 0.06 nats for a logit of 16) have both signs and mostly cancel in the mean over
+tokens; another template, tokenizer, checkpoint or temperature changes most log-probs by more. A
+smaller value would find smaller mistakes, but could refuse sound data of a less precise engine."""
 
 SETTINGS_THAT_CHANGE_SCORES = (
     "quantities",
@@ -483,8 +486,10 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def check_labels(records: Sequence[Record], source: str, schema: AttributeSchema) -> None:
-    """Raises:
-    ValueError: naming the records without a label, or with one that the schema doesn't have.
+    """Check that every record has a label of the schema.
+
+    Raises:
+        ValueError: naming the records without one.
     """
     problems = []
     for number, record in enumerate(records, start=1):
@@ -543,10 +548,10 @@ def scored_record(
     """The group's record with its new log-probs, without the responses that were too long."""
     record = records[group.index]
     responses: list[Response] = []
-    for place, n in enumerate(group.responses_kept):
+    for i, n in enumerate(group.responses_kept):
         response = dataclasses.replace(record.responses[n])
         for name, log_probs in new_values.items():
-            setattr(response, name, log_probs[place])
+            setattr(response, name, log_probs[i])
         responses.append(response)
     return dataclasses.replace(record, responses=responses)
 

@@ -230,8 +230,10 @@ class PipelineRecipe:
         )
 
     def _check_needs(self, stage: Stage) -> None:
-        """Raises:
-        ValueError: where a stage that this one reads from isn't complete: it was left out.
+        """Check that all stages that this one reads from are complete.
+
+        Raises:
+            ValueError: naming those that aren't, because they were left out.
         """
         by_name = {each.name: each for each in self.plan}
         lacking = [name for name in stage.needs if not self._is_complete(by_name[name])]
