@@ -62,7 +62,7 @@ def check_not_own_run(output_dir: Path, checkpointer: Mapping[str, Any] | None) 
     folder = resolve_checkpoint_dir(start, missing_ok=True)
     if any(folder.resolve().is_relative_to(path) for path in own):
         raise ValueError(
-            f"checkpointer.checkpoint_dir {start} is what an earlier run left in this run's "
+            f"checkpointer.checkpoint_dir {start} is of an earlier run in this run's "
             f"output_dir {output_dir}, and would be moved away: choose another output_dir"
         )
 
