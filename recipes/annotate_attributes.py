@@ -168,7 +168,7 @@ class Question(NamedTuple):
 
 
 class Format(Protocol):
-    """What to score in a decoded line of the input, and where the scores go."""
+    """The interface of input formats: responses to score in a decoded line, and labels to write."""
 
     def questions(self, obj: Any) -> list[Question]:
         """The responses of a line to be scored, each with its conversation.
@@ -217,7 +217,7 @@ class AnnotateRecipe:
             )
         plain = to_plain(cfg)
         settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
-        # The same model may be served elsewhere when a stopped run continues.
+        # A stopped run may continue with the same model at another server.
         settings["server"] = cfg.server and {"model": cfg.server.model}
         self.output = ResumableOutput(
             cfg.output,
@@ -292,10 +292,10 @@ class AnnotateRecipe:
                 f"beginning, being too long: {num_cut} texts{earlier})"
             )
 
-    # What follows is small print that the methods above call by name.
+    # Helpers
 
     def _check_input(self) -> tuple[int, str]:
-        """The number of records and of what kind they are, after a look at all of them.
+        """The number of records and their format, after a check of all of them.
 
         Raises:
             ValueError: naming every bad line (the first 10), or for an input with nothing to score.
@@ -337,13 +337,13 @@ class AnnotateRecipe:
         problems.raise_if_any()
 
     def _encode(self, question: Question) -> tuple[list[RewardGroup], int]:
-        """Its responses, and how many of them lost their beginning."""
+        """The tokenised responses of a question, and how many of them were cut."""
         return groups_for_scoring(
             self.template, self.tokenizer, *question, max_seq_len=self.cfg.max_seq_len
         )
 
     def _score(self, groups: list[RewardGroup]) -> list[list[list[float]]]:
-        """[group][response][attribute]."""
+        """[group][response][attribute] scores of tokenised responses."""
         if self.client is None:
             return self.model.score(groups)
         texts = [[*group.prompt, *response] for group in groups for response in group.responses]
@@ -398,7 +398,7 @@ class ConversationFormat:
         return item["from"] == ASSISTANT and (self.which == "all" or "label" in item)
 
     def _without_labels(self, obj: Any) -> Any:
-        """What the labels were doesn't matter: they are filled anew."""
+        """Ignore the labels that turns have, which are replaced."""
         items = obj.get("conversations") if isinstance(obj, dict) else None
         if not isinstance(items, list):
             return obj

@@ -9,7 +9,8 @@ other function works too. What it yields decides what is written:
     units of conversations  train.jsonl and val.jsonl (conversation format), train_reg.jsonl and
                             val_reg.jsonl (regression format, a line for each labelled turn)
 
-Records wait in a temporary file for their place in the output; in memory, each is a number.
+Records are kept in a temporary file until they are written in their order; only their offsets are
+in memory.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class SourceConfig:
                 yield f"'{where}builder.{name}' is taken from '{where}{name}': set that"
 
     def options(self) -> dict[str, bool]:
-        """What the builder is given beside its own arguments."""
+        """The arguments of the builder."""
         given = {"only_helpfulness": self.only_helpfulness, "preference": self.preference}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -166,14 +167,14 @@ def _render(item: Any, schema: AttributeSchema) -> Spooled:
 
 
 def _sample(offsets: array[int], fraction: float, rng: random.Random) -> array[int]:
-    """This share of the offsets (one at least, if there is one), in the order in which they are."""
+    """A random share of the offsets (at least one, if there are any), in their order."""
     number = min(len(offsets), max(1, round(len(offsets) * fraction)))
     return array("Q", (offsets[i] for i in sorted(rng.sample(range(len(offsets)), number))))
 
 
 @dataclass
 class _Tally:
-    """What a split holds."""
+    """Counts of a split."""
 
     records: int = 0
     answers: int = 0
@@ -188,7 +189,7 @@ class _Tally:
 
 
 def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> dict[str, _Tally]:
-    """Write the files, which appear when all of them are complete, and print what they hold."""
+    """Write the files, rename them when all are complete, and print their counts."""
     output_dir.mkdir(parents=True, exist_ok=True)
     temporaries = {
         name: output_dir / f".{name}.{os.getpid()}.tmp"
@@ -238,8 +239,11 @@ def _table_row(kind: str, tally: _Tally) -> str:
 
 
 def _existing_parent(folder: Path) -> Path:
-    """The folder, or the next one above it that exists: the spool goes on the disk of the output,
-    which has the room, and leaves no folder behind where there turns out to be nothing to write."""
+    """The folder, or the nearest existing folder above it, for the spool.
+
+    It is on the disk of the output, which has enough space, and no folder is made if there turns
+    out to be nothing to write.
+    """
     folder = folder.absolute()
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 

@@ -169,7 +169,7 @@ class SampleRecipe:
         self.world = init_world(cfg.device) if cfg.server is None else World(torch.device("cpu"))
         plain = to_plain(cfg)
         settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_RESPONSES}
-        # The same model may be served elsewhere when a stopped run continues.
+        # A stopped run may continue with the same model at another server.
         settings["server"] = cfg.server and {"model": cfg.server.model}
         if cfg.label.file is not None:
             settings["labels_sha256"] = self.world.from_main(
@@ -195,7 +195,7 @@ class SampleRecipe:
             self.engine = self._server(cfg.server) if cfg.server else self._local()
 
     def sample(self) -> None:
-        """Sample and append a slice of the items at a time; at the end the file gets its name."""
+        """Sample and append a slice of the items at a time; rename the file when it is complete."""
         cfg, world = self.cfg, self.world
         bar = tqdm(
             total=len(self.items), initial=self.done, disable=not world.is_main, unit="group"
@@ -223,7 +223,7 @@ class SampleRecipe:
             seconds = time.perf_counter() - started
             self._finish(num_tokens / seconds if num_tokens else None)
 
-    # What follows is small print that the methods above call by name.
+    # Helpers
 
     def _local(self) -> Engine:
         cfg = self.cfg
@@ -256,7 +256,7 @@ class SampleRecipe:
         )
 
     def _line(self, item: Item, samples: list[Sample] | None) -> bytes:
-        """What becomes of an item: its record, if there is one, and what was counted."""
+        """The output of an item as JSON: its record, or null if it is left out, and counts."""
         counts: collections.Counter[str] = collections.Counter()
         record = None
         if samples is None:
@@ -276,7 +276,7 @@ class SampleRecipe:
     def _responses(
         self, samples: Sequence[Sample], counts: collections.Counter[str]
     ) -> list[Response]:
-        """The samples that are kept, as text."""
+        """The responses that are kept, as text."""
         cfg = self.cfg
         kept: dict[Any, Response] = {}
         for number, sample in enumerate(samples):
