@@ -16,7 +16,7 @@ What the input is, its first line tells:
 
 Fine-tuning on labels drawn from P(a|x,y) has just the P(y|a,x) for its target that SteerLM 2.0 aims
 at, P(y|x) P(a|x,y) / P(a|x); rounded labels have a sharper one. A drawn label follows from the
-seed, the place of its record and of its turn, and the scores: neither from slices nor from the
+seed, the index of its record and of its turn, and the scores: neither from slices nor from the
 number of processes.
 
 A response is scored in its conversation so far, in which no label shows. Nothing else of the input
@@ -168,18 +168,20 @@ class Question(NamedTuple):
 
 
 class Format(Protocol):
-    """What to score in a decoded line of the input, and where the scores go."""
+    """The interface of input formats: responses to score in a decoded line, and labels to write."""
 
     def questions(self, obj: Any) -> list[Question]:
-        """Raises:
-        ValueError: with all problems of the line.
+        """The responses of a line to be scored, each with its conversation.
+
+        Raises:
+            ValueError: with all problems of the line.
         """
 
-    def annotate(self, obj: Any, scores_NA: list[list[float]], place: int) -> None:
+    def annotate(self, obj: Any, scores_NA: list[list[float]], index: int) -> None:
         """Put the scores of all responses of its questions into the line.
 
         Args:
-            place: of the line among all records of the file, from 0.
+            index: of the record in the file, from 0.
         """
 
 
@@ -215,7 +217,7 @@ class AnnotateRecipe:
             )
         plain = to_plain(cfg)
         settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
-        # The same model may be served elsewhere when a stopped run continues.
+        # A stopped run may continue with the same model at another server.
         settings["server"] = cfg.server and {"model": cfg.server.model}
         self.output = ResumableOutput(
             cfg.output,
@@ -258,7 +260,7 @@ class AnnotateRecipe:
         cfg, world = self.cfg, self.world
         num_texts, num_cut = 0, 0
         lines = itertools.islice(self._lines(), self.done, None)
-        places = itertools.count(self.done)
+        indices = itertools.count(self.done)
         bar = tqdm(
             total=self.num_records, initial=self.done, disable=not world.is_main, unit="record"
         )
@@ -270,13 +272,13 @@ class AnnotateRecipe:
                 num_cut += sum(cut for _, cut in encoded)
             scores = iter(self._score([group for own in groups for group in own]))
             for (line_number, obj), own in zip(chosen, groups, strict=True):
-                place = next(places)
+                index = next(indices)
                 scores_NA = [row for _ in own for row in next(scores)]
-                if not all(math.isfinite(score) for row in scores_NA for score in row):
+                if not all(math.isfinite(score) for scores_A in scores_NA for score in scores_A):
                     raise ValueError(
                         f"{cfg.input}:{line_number}: the model's scores are not finite: {scores_NA}"
                     )
-                self.format.annotate(obj, scores_NA, place)
+                self.format.annotate(obj, scores_NA, index)
                 num_texts += len(scores_NA)
             if world.is_main:
                 self.output.append(json_line(obj) for _, obj in chosen)
@@ -290,10 +292,10 @@ class AnnotateRecipe:
                 f"beginning, being too long: {num_cut} texts{earlier})"
             )
 
-    # What follows is small print that the methods above call by name.
+    # Helpers
 
     def _check_input(self) -> tuple[int, str]:
-        """The number of records and of what kind they are, after a look at all of them.
+        """The number of records and their format, after a check of all of them.
 
         Raises:
             ValueError: naming every bad line (the first 10), or for an input with nothing to score.
@@ -335,13 +337,13 @@ class AnnotateRecipe:
         problems.raise_if_any()
 
     def _encode(self, question: Question) -> tuple[list[RewardGroup], int]:
-        """Its responses, and how many of them lost their beginning."""
+        """The tokenised responses of a question, and how many of them were cut."""
         return groups_for_scoring(
             self.template, self.tokenizer, *question, max_seq_len=self.cfg.max_seq_len
         )
 
     def _score(self, groups: list[RewardGroup]) -> list[list[list[float]]]:
-        """[group][response][attribute]."""
+        """[group][response][attribute] scores of tokenised responses."""
         if self.client is None:
             return self.model.score(groups)
         texts = [[*group.prompt, *response] for group in groups for response in group.responses]
@@ -376,15 +378,15 @@ class ConversationFormat:
 
     def questions(self, obj: Any) -> list[Question]:
         conversation = parse_conversation(self._without_labels(obj))
-        places = [i for i, item in enumerate(obj["conversations"]) if self._is_labelled(item)]
+        labelled = [i for i, item in enumerate(obj["conversations"]) if self._is_labelled(item)]
         turns = conversation.turns
-        return [Question(conversation.system, turns[:i], [turns[i].value]) for i in places]
+        return [Question(conversation.system, turns[:i], [turns[i].value]) for i in labelled]
 
-    def annotate(self, obj: Any, scores_NA: list[list[float]], place: int) -> None:
+    def annotate(self, obj: Any, scores_NA: list[list[float]], index: int) -> None:
         items = obj["conversations"]
-        places = [i for i, item in enumerate(items) if self._is_labelled(item)]
-        for i, scores in zip(places, scores_NA, strict=True):
-            items[i]["label"] = self._label(scores, f"labels:{self.seed}:{place}:{i}")
+        labelled = [i for i, item in enumerate(items) if self._is_labelled(item)]
+        for i, scores in zip(labelled, scores_NA, strict=True):
+            items[i]["label"] = self._label(scores, f"labels:{self.seed}:{index}:{i}")
 
     def _label(self, scores: list[float], seed: str) -> str:
         if self.labels == "rounded":
@@ -396,7 +398,7 @@ class ConversationFormat:
         return item["from"] == ASSISTANT and (self.which == "all" or "label" in item)
 
     def _without_labels(self, obj: Any) -> Any:
-        """What the labels were doesn't matter: they are filled anew."""
+        """Ignore the labels that turns have, which are replaced."""
         items = obj.get("conversations") if isinstance(obj, dict) else None
         if not isinstance(items, list):
             return obj
@@ -424,8 +426,8 @@ class GroupFormat:
         responses = [response.value for response in record.responses]
         return [Question(record.system, record.prompt_turns, responses)]
 
-    def annotate(self, obj: Any, scores_NA: list[list[float]], place: int) -> None:
-        scores = [dict(zip(self.schema.names, row, strict=True)) for row in scores_NA]
+    def annotate(self, obj: Any, scores_NA: list[list[float]], index: int) -> None:
+        scores = [dict(zip(self.schema.names, scores_A, strict=True)) for scores_A in scores_NA]
         for response, own in zip(obj["responses"], scores, strict=True):
             response["scores"] = own
         if obj.get("label") is None:

@@ -98,7 +98,7 @@ STANDARD_ERROR = "steering_mae_se"
 NOT_COMPARED = {STANDARD_ERROR, "answers", "left_out", "exact_least_steering_mae"}
 
 EMPTY, TOO_LONG = "empty_answers", "prompt_too_long"
-"""Keys of a record in answers/: how many answers it lacks, and whether it could not be asked."""
+"""Keys of a record in answers/: its number of empty answers, and whether its prompt is too long."""
 
 
 @dataclass
@@ -162,7 +162,7 @@ class EvaluateConfig:
     compile: bool = False
 
     def sampled(self) -> dict[str, ModelOptions]:
-        """The models that answer now."""
+        """The models that are sampled, not those with given answers."""
         return {name: model for name, model in self.models.items() if model.answers is None}
 
     def problems(self) -> list[str]:
@@ -252,7 +252,7 @@ class EvaluateRecipe:
         self.exact_metrics: dict[str, dict[str, float]] = {}
 
     def setup(self) -> None:
-        """Find out now what could be wrong after hours."""
+        """Check the inputs and the models before the sampling begins."""
         cfg, world = self.cfg, self.world
         world.on_main(lambda: make_output_dir(self.output_dir))
         check_shared(self.output_dir, world)
@@ -268,7 +268,7 @@ class EvaluateRecipe:
         world.on_main(lambda: [self._records(file) for file in self._given_answers()])
 
     def sample(self) -> None:
-        """Let the models answer, one after the other."""
+        """Sample the answers of the models, one after the other."""
         for name, options in self.cfg.sampled().items():
             self._sample(name, options)
             free_memory()
@@ -298,8 +298,8 @@ class EvaluateRecipe:
         for start in range(done, len(self.items), cfg.records_per_write):
             chosen = self.items[start : start + cfg.records_per_write]
             requests = {
-                place: Request(prompt, item.seed)
-                for place, item in enumerate(chosen)
+                index: Request(prompt, item.seed)
+                for index, item in enumerate(chosen)
                 for prompt in [item.encode(template, tokenizer, show_labels=options.use_labels)]
                 if len(prompt) + cfg.max_new_tokens <= cfg.max_seq_len
             }
@@ -315,12 +315,12 @@ class EvaluateRecipe:
         world.on_main(output.finish)
 
     def score(self) -> None:
-        """Give the answers of all models their `scores`, if they aren't to have them already."""
+        """Add `scores` to the answers of all models, unless they have stored ones."""
         cfg, world = self.cfg, self.world
         world.barrier()  # the files of answers are there
         for name, file in self.files.items():
             if cfg.exact_scorer is not None:
-                # Never taken over from an earlier run: a function of one's own is soon edited.
+                # Scored again in every run, because the function may have been edited.
                 self.files[name] = self.output_dir / "scored_exactly" / f"{name}.jsonl"
                 world.on_main(functools.partial(self._count, file, self.files[name]))
             elif cfg.attribute_model is not None:
@@ -359,10 +359,10 @@ class EvaluateRecipe:
                     log_to_wandb(results)
                 self.logger.close()
 
-    # What follows is small print that the methods above call by name.
+    # Helpers
 
     def _items(self, source: str) -> list[Item]:
-        """The prompts with the labels that are asked for.
+        """The prompts with the requested labels.
 
         Raises:
             ValueError: naming the labels that the schema doesn't have.
@@ -413,8 +413,9 @@ class EvaluateRecipe:
     def _model_settings(
         self, where: str, options: ModelOptions | AttributeModelOptions
     ) -> dict[str, Any]:
-        """Another model's lines don't get into one file; the same model may be served elsewhere
-        when a stopped run continues.
+        """The settings that identify a model, so that lines of two models aren't mixed in one file.
+
+        A stopped run may continue with the same model at another server.
 
         Raises:
             FileNotFoundError: where there is no checkpoint.
@@ -560,7 +561,7 @@ class EvaluateRecipe:
 
     @functools.cached_property
     def _attribute_model(self) -> AttributeModel | ClassifyClient:
-        """Loaded, or connected, when the first answer is scored."""
+        """The attribute model, loaded or connected at the first use."""
         cfg, options = self.cfg, self.cfg.attribute_model
         assert options is not None
         tokenizer, template = self._attribute_tokens
@@ -585,7 +586,7 @@ class EvaluateRecipe:
             )
 
     def _results(self) -> dict[str, SteeringResult]:
-        """Of every model, in the order of the config, each compared with the baseline."""
+        """The results of every model, in the order of the config, compared with the baseline."""
         cfg = self.cfg
         records = {name: self._records(file) for name, file in self.files.items()}
         results = {name: self._result(name, own) for name, own in records.items()}
@@ -601,7 +602,7 @@ class EvaluateRecipe:
                 for key, value in result.metrics.items()
                 if key in theirs and key not in NOT_COMPARED
             }
-            # Of the same requests the differences vary less than either.
+            # Paired differences over the same requests vary less than either error.
             if requests_of(records[name]) == requests_of(records[cfg.baseline]):
                 ours, base = self._errors(records[name]), self._errors(records[cfg.baseline])
                 both = [ours[i] - base[i] for i in ours.keys() & base.keys()]
@@ -645,17 +646,17 @@ class EvaluateRecipe:
     def _scores_and_requests(
         self, records: list[Record]
     ) -> tuple[list[list[float]], list[list[float]], list[int]]:
-        """Of every answer its scores, what was asked for, and the place of its record."""
+        """Each answer's scores [N, A], requested values [N, A] and index of its record [N]."""
         names = self.schema.names
-        scores_NA, requested_NA, place_N = [], [], []
-        for place, record in enumerate(records):
+        scores_NA, requested_NA, index_N = [], [], []
+        for index, record in enumerate(records):
             wanted = parse_label(str(record.label), self.schema)
             for answer in record.responses:
                 scores = answer.scores or {}
                 scores_NA.append([float(scores[name]) for name in names])
                 requested_NA.append([float(wanted.get(name, NOT_LABELLED)) for name in names])
-                place_N.append(place)
-        return scores_NA, requested_NA, place_N
+                index_N.append(index)
+        return scores_NA, requested_NA, index_N
 
     def _bar(self, text: str, total: int, done: int) -> tqdm:
         hidden = not self.world.is_main
@@ -665,7 +666,7 @@ class EvaluateRecipe:
 def answered(
     item: Item, samples: Sequence[Sample] | None, template: Template, tokenizer: Tokenizer
 ) -> Record:
-    """All answers but those without text; None: the prompt was too long."""
+    """A record with the answers that have text; None stands for a prompt that is too long."""
     extra = dict(item.prompt.extra)
     answers = [answer_of(sample, template, tokenizer)[0] for sample in samples or []]
     if samples is None:
@@ -685,7 +686,7 @@ def with_scores(record: Record, scores: Sequence[dict[str, float]]) -> Record:
 
 
 def requests_of(records: Sequence[Record]) -> list[tuple[Any, ...]]:
-    """What was asked, record by record."""
+    """The request of every record: system text, turns and label."""
     return [
         (r.system, [(turn.role, turn.value) for turn in r.prompt_turns], r.label) for r in records
     ]
@@ -693,7 +694,7 @@ def requests_of(records: Sequence[Record]) -> list[tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def error_context(where: str) -> Iterator[None]:
-    """Say in an error's message what part of the config it comes from."""
+    """Add the part of the config that an error comes from to its message."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Will it fit, and how long will it take? A training run, planned without GPUs and weights.
+"""Plans a training run's memory and time, without GPUs and weights.
 
     tune run plan_memory --config llama3_1/70B_steerlm2_multinode world_size=256 gpu=H100
 
@@ -50,7 +50,8 @@ from steerlm2.training.batches import steps_per_epoch
 
 GIB = 2**30
 DRAWN_STEPS = 4
-"""Optimizer steps that the step time is a mean over."""
+"""Optimizer steps that the step time is averaged over. A choice: planning takes longer with more,
+and has more spread with fewer."""
 
 LABELS = {
     "parameters": "parameters (this GPU's shards)",
@@ -112,7 +113,7 @@ class PlanConfig:
 
 @dataclass
 class Plan:
-    """A run that was traced: what one of its GPUs holds, and how long its steps take."""
+    """A traced run: the memory of one of its GPUs, and the time of its steps."""
 
     job: Job[Any]
     cluster: Cluster
@@ -153,7 +154,7 @@ class PlanRecipe:
             self._write(Path(cfg.output), plan, job_hours, iteration, suggestion)
 
     def plan(self, job: Job[Any], world_size: int) -> Plan:
-        """Trace the largest micro-batch that the data could make; time the ones that it does."""
+        """Trace the largest micro-batch that data could fill; estimate the time of drawn ones."""
         cfg, batch = self.cfg, job.cfg.global_batch_size
         lengths = Lengths(
             cfg.prompt_tokens,
@@ -214,7 +215,7 @@ class PlanRecipe:
         )
 
     def gpu_hours(self, plan: Plan) -> float:
-        """Of the whole training, without validation and checkpoints."""
+        """Hours of the whole training, without validation and checkpoints."""
         return self.num_steps(plan) * plan.time.seconds * plan.cluster.num_gpus / 3600
 
     def num_steps(self, plan: Plan) -> int:
@@ -224,7 +225,7 @@ class PlanRecipe:
         return min(limit for limit in limits if limit is not None)
 
     def iteration(self, plan: Plan, training_hours: float) -> Iteration | None:
-        """Sampling, scoring and training, of SteerLM 2.0."""
+        """GPU-hours of an iteration of SteerLM 2.0: sampling, scoring and training."""
         if plan.job.recipe != "steerlm2_distributed":
             return None
         cfg = self.cfg
@@ -242,7 +243,7 @@ class PlanRecipe:
         )
 
     def suggest(self, plan: Plan, config: Any) -> tuple[Change, Plan] | None:
-        """The first of the changes, from the cheapest on, with which the run fits."""
+        """The cheapest change with which the run fits."""
         state = sum(plan.per_gpu_gib[kind] for kind in ("parameters", "gradients", "optimizer"))
         for change in changes(plan.job, self.cfg.gpus_per_node):
             if not change.shrinks_state and state + self.cfg.runtime_gib > self.gpu_gib:
@@ -259,7 +260,7 @@ class PlanRecipe:
                 return change, tried
         return None
 
-    # What follows is small print that the methods above call by name.
+    # Helpers
 
     def _print(self, plan: Plan, job_hours: float, iteration: Iteration | None) -> None:
         cfg, job, cluster, seconds = self.cfg, plan.job, plan.cluster, plan.time
@@ -313,7 +314,7 @@ class PlanRecipe:
             )
 
     def _flops(self, plan: Plan) -> tuple[float, float, float]:
-        """Of a step and all GPUs: executed and needed FLOPs, needed ones as a share of the peak."""
+        """FLOPs of a step on all GPUs: executed, needed, and needed as a share of the peak."""
         cfg, cluster = self.cfg, plan.cluster
         rate = self.gpu.flops(plan.job.dtype)
         executed = plan.time.compute * rate * cfg.efficiency * cluster.num_gpus
@@ -421,7 +422,7 @@ def recipe_main_of(name: str) -> Any:
 
 
 def filled_in(value: Any) -> Any:
-    """Values that a config leaves to the command line (paths of data, say) aren't needed here."""
+    """Fill in values that a config leaves to the command line, such as paths of data."""
     if isinstance(value, Mapping):
         return {key: filled_in(item) for key, item in value.items()}
     return "left_open" if value == "???" else value

@@ -9,7 +9,8 @@ other function works too. What it yields decides what is written:
     units of conversations  train.jsonl and val.jsonl (conversation format), train_reg.jsonl and
                             val_reg.jsonl (regression format, a line for each labelled turn)
 
-Records wait in a temporary file for their place in the output; in memory, each is a number.
+Records are kept in a temporary file until they are written in their order; only their offsets are
+in memory.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class SourceConfig:
                 yield f"'{where}builder.{name}' is taken from '{where}{name}': set that"
 
     def options(self) -> dict[str, bool]:
-        """What the builder is given beside its own arguments."""
+        """The arguments of the builder."""
         given = {"only_helpfulness": self.only_helpfulness, "preference": self.preference}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -107,7 +108,7 @@ def main(cfg: PrepareDataConfig) -> None:
 
 
 class SpooledSplit(NamedTuple):
-    """The records of a source, as places in the spool."""
+    """The records of a source, as offsets in the spool."""
 
     train: array[int]
     val: array[int]
@@ -123,17 +124,17 @@ class Spooled(NamedTuple):
 
 
 def _read(source: SourceConfig, spool: Spool, schema: AttributeSchema, seed: int) -> SpooledSplit:
-    """Spool a source's records; shuffle, split and sample their places."""
-    places = {split: array("Q") for split in ("train", "validation", None)}
+    """Spool a source's records; shuffle, split and sample their offsets."""
+    offsets = {split: array("Q") for split in ("train", "validation", None)}
     kind: type = Record
     num_records = 0
     for item in instantiate(source.builder, source.source, **source.options()):
         kind = Record if isinstance(item, Record) else type(item)
         split = item.split if isinstance(item, Unit | SplitRecord) else None
         spooled = _render(item, schema)
-        places[split].append(spool.add(tuple(spooled)))
+        offsets[split].append(spool.add(tuple(spooled)))
         num_records += len(spooled.answers)
-    pooled = places["train"] + places["validation"] + places[None]
+    pooled = offsets["train"] + offsets["validation"] + offsets[None]
     if not num_records:
         raise ValueError(
             f"{source.source} gave no records: is it the kind of file that the builder reads?"
@@ -141,7 +142,7 @@ def _read(source: SourceConfig, spool: Spool, schema: AttributeSchema, seed: int
 
     rng = random.Random(seed)
     if source.train_fraction is None:
-        train, val = places["train"] + places[None], places["validation"]
+        train, val = offsets["train"] + offsets[None], offsets["validation"]
     else:
         rng.shuffle(pooled)
         num_train = max(1, int(len(pooled) * source.train_fraction))
@@ -165,15 +166,15 @@ def _render(item: Any, schema: AttributeSchema) -> Spooled:
     return Spooled([len(each) for each in labelled], lines)
 
 
-def _sample(places: array[int], fraction: float, rng: random.Random) -> array[int]:
-    """This share of the places (one at least, if there is one), in the order in which they are."""
-    number = min(len(places), max(1, round(len(places) * fraction)))
-    return array("Q", (places[i] for i in sorted(rng.sample(range(len(places)), number))))
+def _sample(offsets: array[int], fraction: float, rng: random.Random) -> array[int]:
+    """A random share of the offsets (at least one, if there are any), in their order."""
+    number = min(len(offsets), max(1, round(len(offsets) * fraction)))
+    return array("Q", (offsets[i] for i in sorted(rng.sample(range(len(offsets)), number))))
 
 
 @dataclass
 class _Tally:
-    """What a split holds."""
+    """Counts of a split."""
 
     records: int = 0
     answers: int = 0
@@ -188,7 +189,7 @@ class _Tally:
 
 
 def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> dict[str, _Tally]:
-    """Write the files, which appear when all of them are complete, and print what they hold."""
+    """Write the files, rename them when all are complete, and print their counts."""
     output_dir.mkdir(parents=True, exist_ok=True)
     temporaries = {
         name: output_dir / f".{name}.{os.getpid()}.tmp"
@@ -198,9 +199,9 @@ def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> dic
     try:
         tallies = {
             split: _write_split(
-                places, {kind: temporaries[name] for kind, name in FILES[split].items()}, spool
+                offsets, {kind: temporaries[name] for kind, name in FILES[split].items()}, spool
             )
-            for split, places in splits.items()
+            for split, offsets in splits.items()
         }
         print(f"{'file':<15} {'records':>8} {'answers':>8} {'per record':>11}")
         for split, tally in tallies.items():
@@ -218,12 +219,12 @@ def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> dic
     return tallies
 
 
-def _write_split(places: array[int], paths: dict[str, Path], spool: Spool) -> _Tally:
+def _write_split(offsets: array[int], paths: dict[str, Path], spool: Spool) -> _Tally:
     tally = _Tally()
     with contextlib.ExitStack() as stack:
         files = {kind: stack.enter_context(open(path, "wb")) for kind, path in paths.items()}
-        for place in places:
-            answers, lines = spool.read(place)
+        for offset in offsets:
+            answers, lines = spool.read(offset)
             for number in answers:
                 tally.add(number)
             for kind, text in lines.items():
@@ -238,8 +239,11 @@ def _table_row(kind: str, tally: _Tally) -> str:
 
 
 def _existing_parent(folder: Path) -> Path:
-    """The folder, or the next one above it that exists: the spool goes on the disk of the output,
-    which has the room, and leaves no folder behind where there turns out to be nothing to write."""
+    """The folder, or the nearest existing folder above it, for the spool.
+
+    It is on the disk of the output, which has enough space, and no folder is made if there turns
+    out to be nothing to write.
+    """
     folder = folder.absolute()
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 

@@ -14,7 +14,7 @@ them. Every response has a "finish_reason": "stop", or "length" where it was cut
 max_new_tokens. Where its text encodes to the very tokens that were sampled, it has the engine's own
 log Q' as "engine_log_q", untempered.
 
-What is sampled for a prompt follows from the seed, the place of the prompt in the input, and the
+What is sampled for a prompt follows from the seed, the index of the prompt in the input, and the
 number of the response: not from what is sampled beside it, nor from the number of processes. A run
 that was stopped continues where it was; the output is in input order.
 """
@@ -169,7 +169,7 @@ class SampleRecipe:
         self.world = init_world(cfg.device) if cfg.server is None else World(torch.device("cpu"))
         plain = to_plain(cfg)
         settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_RESPONSES}
-        # The same model may be served elsewhere when a stopped run continues.
+        # A stopped run may continue with the same model at another server.
         settings["server"] = cfg.server and {"model": cfg.server.model}
         if cfg.label.file is not None:
             settings["labels_sha256"] = self.world.from_main(
@@ -195,7 +195,7 @@ class SampleRecipe:
             self.engine = self._server(cfg.server) if cfg.server else self._local()
 
     def sample(self) -> None:
-        """Sample and append a slice of the items at a time; at the end the file gets its name."""
+        """Sample and append a slice of the items at a time; rename the file when it is complete."""
         cfg, world = self.cfg, self.world
         bar = tqdm(
             total=len(self.items), initial=self.done, disable=not world.is_main, unit="group"
@@ -204,8 +204,8 @@ class SampleRecipe:
         for start in range(self.done, len(self.items), cfg.records_per_write):
             chosen = self.items[start : start + cfg.records_per_write]
             requests = {
-                place: Request(prompt, item.seed)
-                for place, item in enumerate(chosen)
+                index: Request(prompt, item.seed)
+                for index, item in enumerate(chosen)
                 for prompt in [item.encode(self.template, self.tokenizer)]
                 if len(prompt) + cfg.max_new_tokens <= cfg.max_seq_len
             }
@@ -213,7 +213,7 @@ class SampleRecipe:
             num_tokens += sum(len(sample.tokens) for own in samples.values() for sample in own)
             if world.is_main:
                 self.output.append(
-                    self._line(item, samples.get(place)) for place, item in enumerate(chosen)
+                    self._line(item, samples.get(index)) for index, item in enumerate(chosen)
                 )
             bar.update(len(chosen))
         bar.close()
@@ -223,7 +223,7 @@ class SampleRecipe:
             seconds = time.perf_counter() - started
             self._finish(num_tokens / seconds if num_tokens else None)
 
-    # What follows is small print that the methods above call by name.
+    # Helpers
 
     def _local(self) -> Engine:
         cfg = self.cfg
@@ -256,7 +256,7 @@ class SampleRecipe:
         )
 
     def _line(self, item: Item, samples: list[Sample] | None) -> bytes:
-        """What becomes of an item: its record, if there is one, and what was counted."""
+        """The output of an item as JSON: its record, or null if it is left out, and counts."""
         counts: collections.Counter[str] = collections.Counter()
         record = None
         if samples is None:
@@ -276,7 +276,7 @@ class SampleRecipe:
     def _responses(
         self, samples: Sequence[Sample], counts: collections.Counter[str]
     ) -> list[Response]:
-        """The samples that are kept, as text."""
+        """The responses that are kept, as text."""
         cfg = self.cfg
         kept: dict[Any, Response] = {}
         for number, sample in enumerate(samples):
@@ -301,16 +301,18 @@ class SampleRecipe:
         return list(kept.values())
 
     def _finish(self, tokens_per_second: float | None) -> None:
-        """Raises:
-        ValueError: where no record is left.
+        """Write the complete output, and print what was left out.
+
+        Raises:
+            ValueError: where no record is left.
         """
         cfg = self.cfg
         counts: collections.Counter[str] = collections.Counter()
 
         def final_line(line: bytes) -> bytes:
-            row = json.loads(line)
-            counts.update(row["counts"])
-            return b"" if row["record"] is None else json_line(row["record"])
+            entry = json.loads(line)
+            counts.update(entry["counts"])
+            return b"" if entry["record"] is None else json_line(entry["record"])
 
         self.output.finish(final_line)
         summary = f"{cfg.output}: complete already"

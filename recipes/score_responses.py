@@ -71,8 +71,11 @@ Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
 QUANTITIES: tuple[Quantity, ...] = typing.get_args(Quantity)
 
 ENGINE_TOLERANCE = 0.05
-"""Mean difference of an engine's log Q' from ours, in nats a token, above which something is wrong:
-the default of the trainer's own check, steerlm2.log_q_tolerance."""
+"""The largest accepted mean difference of an engine's log Q' from ours, in nats a token; the
+default of the trainer's check, steerlm2.log_q_tolerance. A choice: errors of logits rounded to
+bfloat16 (at most 0.06 nats for a logit of 16) have both signs and mostly cancel in the mean over
+tokens; another template, tokenizer, checkpoint or temperature changes most log-probs by more. A
+smaller value would find smaller mistakes, but could refuse sound data of a less precise engine."""
 
 SETTINGS_THAT_CHANGE_SCORES = (
     "quantities",
@@ -94,7 +97,7 @@ SETTINGS_THAT_CHANGE_SCORES = (
 
 @dataclass
 class ScorerOptions:
-    """What a quantity is scored with, as far as it isn't what the whole config says."""
+    """The model of one quantity, where it differs from the config's top-level keys."""
 
     checkpointer: Component | None = None
     model: Component | None = None
@@ -185,7 +188,7 @@ class Stage(NamedTuple):
 
 
 class EngineGap(NamedTuple):
-    """How far an engine's log Q' of a response lies from ours."""
+    """The difference between an engine's log Q' of a response and ours."""
 
     nats: float
     tokens: int
@@ -210,7 +213,7 @@ class ScoreRecipe:
         self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
 
     def score(self) -> None:
-        """Score all quantities; what the stages hand on is removed at the end."""
+        """Score all quantities, and remove the stages' intermediate files at the end."""
         cfg, world = self.cfg, self.world
         *handed_on, last = [
             f"{cfg.output}.{'+'.join(stage.quantities)}" for stage in self.stages[:-1]
@@ -223,7 +226,7 @@ class ScoreRecipe:
         source = cfg.input
         for stage, target in zip(self.stages, [*handed_on, last], strict=True):
             if target != last and world.from_main(Path(last).exists()):
-                continue  # the whole is there already
+                continue  # a complete output exists
             self.watch.at("reading the groups", patience=LONG)
             output = self._output(target)
             world.on_main(output.check)
@@ -343,7 +346,7 @@ class ScoreRecipe:
             )
 
     def _compare_with_engine(self) -> None:
-        """Of the whole output, whichever run wrote it: `engine_log_q` against log Q'."""
+        """Compare `engine_log_q` with log Q' over the complete output, also of earlier runs."""
         cfg = self.cfg
         scorer = cfg.log_q or ScorerOptions()
         tokenizer = instantiate(scorer.tokenizer or cfg.tokenizer)
@@ -379,7 +382,7 @@ class ScoreRecipe:
                 f"{cfg.input} sampled from the model that scored log Q' here?"
             )
 
-    # What follows is small print that the methods above call by name.
+    # Helpers
 
     def _output(self, path: str) -> ResumableOutput:
         plain = to_plain(self.cfg)
@@ -467,7 +470,7 @@ def stages_of(cfg: ScoreConfig) -> list[Stage]:
 
 
 def summary_of(gaps: Sequence[EngineGap]) -> dict[str, Any]:
-    """The number of responses, and what is written of their gaps, a sequence and a token."""
+    """The number of responses, and statistics of their differences by sequence and by token."""
     return {
         "responses": len(gaps),
         "per_sequence": _spread(gap.nats for gap in gaps),
@@ -483,8 +486,10 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def check_labels(records: Sequence[Record], source: str, schema: AttributeSchema) -> None:
-    """Raises:
-    ValueError: naming the records without a label, or with one that the schema doesn't have.
+    """Check that every record has a label of the schema.
+
+    Raises:
+        ValueError: naming the records without one.
     """
     problems = []
     for number, record in enumerate(records, start=1):
@@ -543,10 +548,10 @@ def scored_record(
     """The group's record with its new log-probs, without the responses that were too long."""
     record = records[group.index]
     responses: list[Response] = []
-    for place, n in enumerate(group.responses_kept):
+    for i, n in enumerate(group.responses_kept):
         response = dataclasses.replace(record.responses[n])
         for name, log_probs in new_values.items():
-            setattr(response, name, log_probs[place])
+            setattr(response, name, log_probs[i])
         responses.append(response)
     return dataclasses.replace(record, responses=responses)
 

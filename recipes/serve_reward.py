@@ -1,4 +1,4 @@
-"""An attribute model behind HTTP, for callers in any language.
+"""An HTTP server of an attribute model, for clients in any language.
 
     tune run serve_reward --config tiny/serve_reward
     curl http://127.0.0.1:8000/v1/attributes -H 'Content-Type: application/json' \\
@@ -34,7 +34,8 @@ REQUIRED = ("fastapi", "prometheus_client", "uvicorn")
 """Packages of the extra `serve`."""
 
 KEEP_ALIVE_SECONDS = 75
-"""That a connection may idle."""
+"""How long an idle connection is kept open. A choice: longer than the 60 s of common proxies, which
+otherwise reuse connections that the server has just closed."""
 
 
 @dataclass
@@ -101,7 +102,7 @@ class ServeRecipe:
             raise ValueError(
                 f'the server needs {", ".join(lacking)}: pip install "steerlm2[serve]"'
             )
-        self.socket = bound_socket(cfg.host, cfg.port)  # a port in use shows before a long load
+        self.socket = bound_socket(cfg.host, cfg.port)  # fails before the model is loaded
         self.world = init_world(cfg.device)
 
     def setup(self) -> None:
@@ -121,7 +122,7 @@ class ServeRecipe:
             seed=cfg.seed,
             compile=cfg.compile,
         )
-        # What doesn't fit together shows now, and the first caller doesn't wait for a warm-up.
+        # A first score finds mismatches, and takes the warm-up out of the first request.
         model.score([model.encode(cfg.system_prompt, [], ["Hello."])[0]])
         limits = Limits(
             max_body_bytes=cfg.max_body_bytes,
@@ -160,8 +161,8 @@ class ServeRecipe:
         def stop(signum: int, frame: object) -> None:
             server.should_exit = True
 
-        # uvicorn puts handlers of its own in their place while it runs, and afterwards raises the
-        # signal once more, which would end the process with another status than 0.
+        # uvicorn replaces these handlers while it runs, and raises the signal again afterwards,
+        # which would end the process with a status other than 0.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, stop)
         self.socket.listen()
@@ -182,7 +183,7 @@ class ServeRecipe:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address that takes no connections yet.
+    """A socket that is bound to an address but doesn't accept connections yet.
 
     Raises:
         ValueError: where the address can't be had.

@@ -140,7 +140,7 @@ class PipelineRecipe:
             raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
 
     def dry_run(self) -> None:
-        """Print the commands that `run` would run now."""
+        """Print the commands that `run` would run."""
         changed: set[str] = set()  # stages that will have run
         for stage in self.selected:
             if changed.isdisjoint(stage.needs) and self._is_complete(stage):
@@ -201,7 +201,7 @@ class PipelineRecipe:
         ]
         print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir / REPORT}")
 
-    # What follows is small print that the methods above call by name.
+    # Helpers
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
@@ -213,7 +213,7 @@ class PipelineRecipe:
         return all((stage.folder / name).exists() for name in record.files)
 
     def _adopt(self, stage: Stage) -> None:
-        """Take what is in a stage's folder for what its command leaves, if there is no record."""
+        """Record a stage's folder as complete, if it has no record."""
         if self.state.read(stage.name) is None and (files := files_in(stage.folder)):
             now = self._fingerprint(stage)
             self.state.write(stage.name, StageRecord(now, stage.command, True, files=files))
@@ -229,8 +229,10 @@ class PipelineRecipe:
         )
 
     def _check_needs(self, stage: Stage) -> None:
-        """Raises:
-        ValueError: where a stage that this one reads from isn't complete: it was left out.
+        """Check that all stages that this one reads from are complete.
+
+        Raises:
+            ValueError: naming those that aren't, because they were left out.
         """
         by_name = {each.name: each for each in self.plan}
         lacking = [name for name in stage.needs if not self._is_complete(by_name[name])]
@@ -241,7 +243,7 @@ class PipelineRecipe:
             )
 
     def _run_stage(self, stage: Stage, lock: int) -> float:
-        """Run the command to its end; seconds.
+        """Run a stage's command; returns its seconds.
 
         Raises:
             ValueError: where it fails.
@@ -276,7 +278,7 @@ class PipelineRecipe:
 
 
 def stage_values(stage: Stage) -> dict[str, Any]:
-    """The values of a stage's config with its arguments, as `tune run` merges them.
+    """The values of a stage's config with its arguments, merged as by `tune run`.
 
     Raises:
         ValueError: for arguments that can't be merged.
@@ -291,7 +293,7 @@ def stage_values(stage: Stage) -> dict[str, Any]:
 
 
 def stage_problems(stage: Stage, values: dict[str, Any]) -> list[str]:
-    """What a recipe of ours would say to its config; nothing of other recipes."""
+    """Problems of a config that its recipe finds, for recipes of this package."""
     file = recipe_file(stage.recipe)
     if not file.is_file():
         return [f"there is no recipe {stage.recipe} (`tune ls` lists them)"]
@@ -299,7 +301,7 @@ def stage_problems(stage: Stage, values: dict[str, Any]) -> list[str]:
 
 
 def run_command(command: str, log: Path | None, lock: int) -> int:
-    """Run a line in a shell; its exit status. It ends when this process ends, however it does.
+    """Run a line in a shell; returns its exit status. It is ended when this process ends.
 
     An `srun` in it then gets SIGTERM, and kills its tasks before they can save.
     """
@@ -334,7 +336,7 @@ def run_command(command: str, log: Path | None, lock: int) -> int:
 
 
 def failure(stage: Stage, status: int, log: Path | None) -> str:
-    """What to say of a stage that failed."""
+    """The message about a stage that failed."""
     text = f"stage {stage.name} failed with exit status {status}"
     if log is not None:
         lines = [

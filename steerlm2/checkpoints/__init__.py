@@ -1,4 +1,4 @@
-"""What is on disk: weights as Hugging Face safetensors, and the states that runs continue from.
+"""Files of a run: weights as Hugging Face safetensors, and the states that runs continue from.
 
 safetensors_io   tensors of a folder, read and written part by part
 hf_names         their names and row order, in Hugging Face's folders and in torchtune's models

@@ -1,4 +1,4 @@
-"""The state that a stopped run continues from, written while the run goes on.
+"""The state that a stopped run continues from, written in the background.
 
 A state is a torch.distributed.checkpoint directory `step_000100`, each rank writing its own shards.
 The run pauses only while they are copied to the host's memory. A thread writes the copy to a
@@ -306,7 +306,7 @@ def resume_training(
     settings and the learning rate schedule are the config's, at the checkpoint's step.
 
     Args:
-        data_state: what the order of the batches depends on, as it was passed to
+        data_state: values that the order of the batches depends on, as passed to
             `StateWriter.save`.
 
     Returns:
@@ -332,7 +332,7 @@ def resume_training(
         raise ValueError(
             f"{newest} was written with {state['data']}, this run has {dict(data_state)}: "
             "resuming would go on with something else. Use the same data set, data.shuffle, "
-            "global_batch_size, seed and whatever else differs, or start in another output_dir."
+            "global_batch_size, seed and other differing keys, or start in another output_dir."
         )
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)

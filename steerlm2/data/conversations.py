@@ -1,4 +1,4 @@
-"""Labelled conversations: what supervised fine-tuning and the attribute model are trained on.
+"""Labelled conversations, for supervised fine-tuning and for attribute models.
 
 Two published formats, one JSON object a line:
 
@@ -21,7 +21,7 @@ _SYSTEM_START = "<extra_id_0>System\n"
 _TURN_START = re.compile(rf"\n<extra_id_1>({USER}|{ASSISTANT})\n")
 _LABEL_START = "\n<extra_id_2>"
 
-_TYPE = "VALUE_TO_TEXT"  # the label stands before the response
+_TYPE = "VALUE_TO_TEXT"  # the label is before the response
 _KNOWN_KEYS = {"conversations", "system", "mask", "type"}
 _KNOWN_TURN_KEYS = {"value", "from", "label"}
 

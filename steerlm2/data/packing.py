@@ -31,7 +31,7 @@ PADDING = -1
 
 
 class Packable(Protocol):
-    """What packed sequences are filled with."""
+    """The interface of what packed sequences hold: groups and conversations."""
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +101,7 @@ GroupT = TypeVar("GroupT", bound=PromptGroup)
 
 @dataclass(frozen=True)
 class Group(PromptGroup):
-    """What SteerLM 2.0 is trained on: each response ends in the stop token.
+    """A prompt with its responses for SteerLM 2.0: each response ends in the stop token.
 
     `log_q` and `weights` (w') are None until they are known.
     """
@@ -118,7 +118,7 @@ class Group(PromptGroup):
 
 @dataclass(frozen=True)
 class RewardGroup(PromptGroup):
-    """What an attribute model reads: each response ends in the label-start token.
+    """A prompt with its responses for an attribute model: each ends in the label-start token.
 
     `labels` are the attribute values of each response, NOT_LABELLED where there is none; of a pair
     with a preference `strength` is known instead (below 0 the first is preferred).
@@ -182,7 +182,7 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the loss needs to know of groups, one group after the other."""
+    """The arguments of the loss that don't depend on the model, one group after the other."""
 
     sizes_G: Tensor
     """[G] responses of each group, int64."""

@@ -253,7 +253,7 @@ def _json_hint(error: Exception) -> str:
 
 
 def json_line(obj: dict[str, Any]) -> bytes:
-    """One line of a JSONL file: UTF-8, text as it is, with the line end."""
+    """One line of a JSONL file in UTF-8, without escapes of characters, with the line end."""
     line = json.dumps(obj, ensure_ascii=False)
     if not _is_unicode(line):  # half a surrogate pair in an unknown key needs a \u escape
         line = json.dumps(obj, ensure_ascii=True)

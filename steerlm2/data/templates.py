@@ -38,7 +38,7 @@ class Template(Protocol):
         """Everything up to where the response begins."""
 
     def response(self, text: str) -> list[Segment]:
-        """The response text, the end-of-turn text and the stop token: what is trained on."""
+        """The response text, the end-of-turn text and the stop token, which are the targets."""
 
     def scored_response(self, text: str) -> list[Segment]:
         """The response as an attribute model reads it, up to the token that gives the scores."""

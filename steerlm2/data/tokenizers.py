@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
         """The ids that `encode` never yields."""
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids; never the id of a control token, whatever the text."""
+        """The ids of plain text; no text gives the id of a control token."""
 
     def token_id(self, token: str) -> int | None:
         """The id of `token` if it is one token of the vocabulary."""
@@ -101,7 +101,7 @@ class HFTokenizer:
         self.pad_id: int = known[0] if known else 0
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; never the id of an added token, whatever the text.
+        """The ids of plain text; no text gives the id of an added token.
 
         Where the vocabulary holds a control token as an ordinary piece, the piece is cut in two; a
         single character whose only token is a control token is left out. Added tokens of white

@@ -1,4 +1,4 @@
-"""Data sets for `dataset:` in a config: read, checked and tokenised, in memory.
+"""Builders of data sets for `dataset:` in a config: read, checked and tokenised, in memory.
 
 A builder takes the tokenizer first and its settings by name, as torchtune's builders do.
 """

@@ -18,14 +18,14 @@ from steerlm2.data.tokenizers import Tokenizer
 
 @dataclass
 class DialogueDataset(Sequence[Dialogue]):
-    """Tokenised conversations, and what was left out to make them fit.
+    """Tokenised conversations, and the numbers of those that were shortened or dropped.
 
-    A response is never cut off: it would lose its stop token. A conversation that is longer than
-    `max_seq_len` loses its last turns, and is dropped where not even its first response fits.
+    A response is never cut off, because it would lose its stop token. A conversation longer than
+    `max_seq_len` loses its last turns, or is dropped if not even its first response fits.
     """
 
     conversations: list[Conversation] = field(default_factory=list)
-    """As they are trained on: `Dialogue.index` is the place in this list."""
+    """The conversations as they are trained on; `Dialogue.index` is the index in this list."""
     dialogues: list[Dialogue] = field(default_factory=list)
     num_shortened: int = 0
     num_dropped: int = 0
@@ -41,7 +41,7 @@ class DialogueDataset(Sequence[Dialogue]):
         return max(len(dialogue.tokens) for dialogue in self.dialogues)
 
     def num_labelled(self) -> int:
-        """Assistant turns whose label stands in the prompt."""
+        """The number of assistant turns with a label."""
         return sum(turn.label is not None for turn in self._answers())
 
     def summary(self) -> str:
@@ -71,8 +71,8 @@ def dialogue_dataset(
     Args:
         source: a .jsonl or .jsonl.gz file in the conversation format.
         max_seq_len: tokens of a conversation.
-        use_labels: the labels of the assistant's turns stand in the prompt, Q'(y|a,x); else no
-            label shows, P(y|x).
+        use_labels: True: the labels of the assistant's turns are part of the text, for Q'(y|a,x).
+            False: they are left out, for P(y|x).
         train_on_input: train on all tokens, not only on the assistant's.
         template: defaults to the extra_id template.
 
@@ -104,7 +104,7 @@ def synthetic_dialogue_dataset(
     split: Literal["train", "validation"] = "train",
     seed: int = 0,
 ) -> DialogueDataset:
-    """The responses of `synthetic_dataset`, each a conversation labelled with what it has."""
+    """The responses of `synthetic_dataset`, each as a conversation with its own rounded scores."""
     return tokenize_conversations(
         (
             Conversation([*record.prompt_turns, _labelled(response)], record.system)
@@ -130,7 +130,7 @@ def tokenize_conversations(
     use_labels: bool,
     train_on_input: bool,
 ) -> DialogueDataset:
-    """See `DialogueDataset` for what is left out, and `dialogue_dataset` for the arguments.
+    """Conversations as a data set; the arguments are those of `dialogue_dataset`.
 
     Raises:
         ValueError: where no conversation is left; where `use_labels` finds no label.

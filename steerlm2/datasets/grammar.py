@@ -1,4 +1,4 @@
-"""The grammar's draws as data sets, tokenised, in memory."""
+"""Data sets drawn from the grammar (`steerlm2.data.grammar`), tokenised, in memory."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def grammar_dialogue_dataset(
     Args:
         num_records: conversations of one question and one answer.
         max_seq_len: tokens of a conversation.
-        use_labels: the label stands in the prompt, and its pair is one of `split`: Q'(y|a,x); else
-            no label shows, and all answers take part: P(y|x).
-        labels: drawn from P(a|x,y), or the rounded scores of the answer.
+        use_labels: True: the prompt has the label, and the pairs are those of `split`, for
+            Q'(y|a,x). False: no labels, and answers to all pairs, for P(y|x).
+        labels: "sampled" from P(a|x,y), or the "rounded" scores of the answer.
         train_on_input: train on all tokens, not only on the assistant's.
         template: defaults to the extra_id template.
     """

@@ -32,10 +32,10 @@ from steerlm2.losses import target_weights
 
 @dataclass
 class SteerLM2Dataset(Sequence[Group]):
-    """Tokenised groups, and what was left out to make them fit.
+    """Tokenised groups, and the numbers of responses and groups that were dropped.
 
-    A response that is cut off no longer matches its stored log Q', so one that doesn't fit into
-    `max_seq_len` is dropped, and so is a group with fewer than two left.
+    A response that doesn't fit into `max_seq_len` is dropped, because a part of it wouldn't match
+    its stored log Q'. A group with fewer than two responses is dropped too.
     """
 
     records: list[Record]
@@ -59,7 +59,7 @@ class SteerLM2Dataset(Sequence[Group]):
         ]
 
     def without_label(self) -> list[Group]:
-        """The same groups with prompts that show no label, in no turn: the input of log P(y|x)."""
+        """The same groups without any labels in their prompts, for log P(y|x)."""
         groups = []
         for group in self.groups:
             record = self.records[group.index]
@@ -99,7 +99,7 @@ def steerlm2_dataset(
         max_seq_len: tokens of a prompt with one of its responses.
         template: defaults to the extra_id template.
         require: the log-probs that every response must have.
-        num_samples: use only so many records, drawn with `seed`.
+        num_samples: use only so many records, drawn with `seed`; None: all.
 
     Raises:
         FileNotFoundError: no such file.
@@ -124,9 +124,9 @@ def synthetic_dataset(
     seed: int = 0,
     num_samples: int | None = None,
 ) -> SteerLM2Dataset:
-    """Templated questions and answers with computable attributes, made on the spot.
+    """Templated questions and answers with computable attributes, without a file.
 
-    They have log P(a|x,y) only: the run must score them with its start weights
+    They have log P(a|x,y) only, so the run must score them with its start weights
     (`steerlm2.score_with_start_model`).
     """
     count = num_records if num_samples is None else min(num_records, num_samples)
@@ -171,7 +171,7 @@ def tokenize_records(
 def with_log_probs(
     group: Group, *, log_p_response: Sequence[float], log_q: Sequence[float]
 ) -> Group:
-    """The group with these log-probs, and the target weights that follow from them."""
+    """The group with these log-probs, and the target weights w' computed from them."""
     assert group.log_p_attributes is not None
     values = [torch.tensor(v, dtype=torch.float64) for v in
               (group.log_p_attributes, log_p_response, log_q)]  # fmt: skip
@@ -188,12 +188,12 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: Template) -> Sequenc
 
 
 def _compact(tokens: list[int]) -> Sequence[int]:
-    """4 bytes a token instead of the 36 of a list: every process holds the whole data set."""
+    """An array of 4 bytes a token; a list takes 36, and every process has the whole data set."""
     return array("i", tokens)
 
 
 def _with_stored_log_probs(group: Group, record: Record) -> Group:
-    """The group with the log-probs that its record has for all of its responses."""
+    """The group with those log-probs that its record has for all its responses."""
     responses = [record.responses[i] for i in group.responses_kept]
     log_p_attributes = _known([r.log_p_attributes for r in responses])
     log_p_response = _known([r.log_p_response for r in responses])

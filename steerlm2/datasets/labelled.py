@@ -25,14 +25,14 @@ from steerlm2.data.templates import (
 from steerlm2.data.tokenizers import Tokenizer
 
 MAX_STRENGTH = 3
-"""Of a synthetic preference, as in HelpSteer2."""
+"""The largest strength of a synthetic preference, as in HelpSteer2."""
 
 
 @dataclass
 class RewardDataset(Sequence[RewardGroup]):
     """Tokenised texts with their labels, or pairs of texts with a preference.
 
-    A text that is longer than `max_seq_len` has lost its beginning.
+    A text longer than `max_seq_len` is cut at its beginning.
     """
 
     groups: list[RewardGroup] = field(default_factory=list)
@@ -59,7 +59,7 @@ class RewardDataset(Sequence[RewardGroup]):
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A response in its conversation, and the values that its label names."""
+    """A response, the conversation before it, and the values of its label."""
 
     system: str
     turns: list[Turn]
@@ -79,15 +79,15 @@ def attribute_dataset(
 ) -> RewardDataset:
     """Labelled texts of a JSONL file, in the conversation or the regression format.
 
-    Every labelled turn of a conversation is a text; a conversation without any gives none. As
-    pairs, two lines make one: the same conversation with two responses, both labelled with the
-    strength of the preference alone, below 0 where the first is preferred.
+    Every labelled turn of a conversation gives a text. With `pairs` two lines form a pair: the same
+    conversation with two responses, both labelled only with the strength of the preference, below 0
+    where the first is preferred.
 
     Args:
         source: a .jsonl or .jsonl.gz file.
-        max_seq_len: tokens of a text; a longer one loses its beginning, and is counted.
-        schema: attributes of the model. Other labels are left out; those of a regression file are
-            the schema's, or the default schema's nine.
+        max_seq_len: tokens of a text; a longer one is cut at its beginning, and counted.
+        schema: attributes of the model. Other labels are ignored. The values of a regression file
+            are those of the schema, or of the default schema with nine attributes.
         pairs: read preferences instead of attribute values.
         template: defaults to the extra_id template.
 
@@ -132,11 +132,10 @@ def synthetic_attribute_dataset(
     split: Literal["train", "validation"] = "train",
     seed: int = 0,
 ) -> RewardDataset:
-    """The responses of `synthetic_dataset`, labelled with what can be counted in them.
+    """The responses of `synthetic_dataset`, labelled with their computed scores.
 
     Args:
-        pairs: two responses at a time, of which the longer one is preferred, by at most
-            MAX_STRENGTH.
+        pairs: pairs of responses, of which the longer one is preferred, by at most MAX_STRENGTH.
 
     Raises:
         ValueError: where the schema has neither humor nor verbosity.
@@ -173,7 +172,7 @@ def synthetic_attribute_dataset(
 
 
 _Texts = tuple[LabelledText, list[str], list[list[float]] | None]
-"""A text with the responses that share its conversation, and their labels (None for a pair)."""
+"""A text, the responses to its conversation (two for a pair), and their labels (or None)."""
 
 
 def _labelled_texts(
@@ -204,7 +203,9 @@ def _regression_text(obj: dict[str, Any], schema: AttributeSchema, line: int) ->
     if (isinstance(label, list) and len(label) != len(names)) or set(names) == set(
         DEFAULT_SCHEMA.names
     ):
-        names = DEFAULT_SCHEMA.names  # in the order of the format, whatever the schema's is
+        names = (
+            DEFAULT_SCHEMA.names
+        )  # in the order of the format, which can differ from the schema's
     if not isinstance(label, list) or len(label) != len(names):
         sizes = " or ".join(map(str, sorted({len(schema.names), len(names)})))
         raise ValueError(f"'label' must be a list of {sizes} numbers")

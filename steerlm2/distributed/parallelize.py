@@ -1,7 +1,7 @@
-"""How a model is laid out over the processes of a run, and what is done to its gradients.
+"""Laying a model out over the processes of a run, and reducing and clipping its gradients.
 
-Tensor parallel, activation checkpointing, compile and FSDP2 are applied from outside: model code
-knows nothing of them.
+Tensor parallel, activation checkpointing, compile and FSDP2 are applied to torchtune's decoders
+without changes of the model code.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from steerlm2.models.llama import (
 from steerlm2.models.nf4 import is_nf4, nf4_problems, quantize_frozen
 
 RECOMPILE_LIMIT = 64
-"""Training, validation and scoring each compile static and dynamic lengths; torch stops at 8."""
+"""Compilations of one function before torch falls back to eager mode. Its default of 8 is too few:
+training, validation and scoring each compile static and dynamic lengths. A choice: 64 is enough for
+them, and still ends a loop of recompilations."""
 
 PRODUCTS = (
     torch.ops.aten.mm.default,
@@ -49,15 +51,16 @@ PRODUCTS = (
     attend_blocks._opoverload,
     torch.ops.higher_order.flex_attention,
 )
-"""What "selective" activation checkpointing keeps. All else is quick to compute again."""
+"""Operations whose outputs "selective" activation checkpointing keeps; the others are recomputed,
+which takes little time."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def free_memory() -> None:
-    """Make room for the next model after the last use of one.
+    """Free the memory of models that aren't used any more.
 
-    A decoder refers to itself, so that it lives on until the garbage is collected.
+    A decoder is part of a reference cycle, so its memory is freed only by garbage collection.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -78,12 +81,12 @@ def parallelize(
 
     NF4 -> tensor parallel -> activation checkpointing -> compile -> FSDP2. Its forward then ends at
     the final norm. Under FSDP2 the parameters keep their own dtype (the optimizer's master weights)
-    and compute in `dtype`; gradients are reduced in float32.
+    and are cast to `dtype` for the computation; gradients are reduced in float32.
 
     Args:
-        activation_checkpointing: what of a layer the backward computes again: all of it ("full"),
-            or all but the outputs of matrix products and attention ("selective"; of FlexAttention
-            only in compiled layers).
+        activation_checkpointing: which operations of a layer are recomputed in the backward: all
+            ("full"), or all but matrix products and attention ("selective"; with FlexAttention only
+            in compiled layers).
 
     Raises:
         ValueError: where the model can't be split over the tensor-parallel ranks, or has parts that
@@ -107,7 +110,7 @@ def parallelize(
             parameter.requires_grad_(name not in frozen)  # SequenceParallel unfreezes the norms
         divide_heads(decoder, world.tp_size)
     end_at_hidden_states(decoder)
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # FlexAttention is compiled anyway
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # FlexAttention is always compiled
     for i, layer in enumerate(decoder.layers):
         if activation_checkpointing == "full":
             layer = checkpoint_wrapper(layer, preserve_rng_state=False)
@@ -126,13 +129,13 @@ def parallelize(
 def reduce_gradients(
     decoder: TransformerDecoder, world: World, last: bool, every_time: bool
 ) -> None:
-    """Say before a backward whether FSDP2 reduces gradients in it.
+    """Set, before a backward, whether FSDP2 reduces gradients in it.
 
     Args:
         last: whether it is the step's last micro-batch.
-        every_time: reduce-scatter in every micro-batch, and only all-reduce between replicas in the
-            last. Otherwise both wait for the last, which saves traffic and costs memory: every rank
-            keeps whole gradients in float32 until then.
+        every_time: True: reduce-scatter in every micro-batch, and all-reduce between replicas only
+            in the last one. False: both only in the last one, which saves traffic and costs memory:
+            until then every rank keeps unsharded gradients in float32.
     """
     if world.mesh is not None:
         decoder.set_requires_gradient_sync(last or every_time)
@@ -140,10 +143,10 @@ def reduce_gradients(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The norm of all gradients together, on every rank; they are scaled down to `max_norm`.
+    """The norm of all gradients together, [], on every rank; they are scaled down to `max_norm`.
 
     Args:
-        max_norm: None leaves them as they are.
+        max_norm: None: don't scale them.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in with_grad if p.grad is not None])
@@ -202,8 +205,10 @@ def _shard(
     dp_mesh = mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    # A mesh of one gathers nothing, and forgets tensors of several parts (torch 2.13).
-    whole = {p for p in decoder.parameters() if is_nf4(p)} if mesh["dp_shard"].size() == 1 else None
+    # With a mesh of one rank FSDP2 loses NF4 tensors, which have several parts (torch 2.13).
+    ignored = (
+        {p for p in decoder.parameters() if is_nf4(p)} if mesh["dp_shard"].size() == 1 else None
+    )
     for layer in decoder.layers:
         fully_shard(
             layer,
@@ -211,14 +216,14 @@ def _shard(
             mp_policy=precision,
             reshard_after_forward=reshard_after_forward,
             offload_policy=offload,
-            ignored_params=whole,
+            ignored_params=ignored,
         )
-    # The log-prob layer reads the output matrix after the root's forward, so the root stays whole.
+    # The log-prob layer reads the output matrix after the root's forward, so it stays unsharded.
     fully_shard(
         decoder,
         mesh=dp_mesh,
         mp_policy=precision,
         reshard_after_forward=False,
         offload_policy=offload,
-        ignored_params=whole,
+        ignored_params=ignored,
     )

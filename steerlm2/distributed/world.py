@@ -1,4 +1,4 @@
-"""The processes of a run.
+"""The processes of a run, and the mesh that they form.
 
 One process without a launcher has no mesh and a plain module. Processes started by torchrun form
 a mesh (dp_replicate, dp_shard, tp): tensor parallel within a node, FSDP2 over dp_shard, replicas
@@ -24,19 +24,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 ObjectT = TypeVar("ObjectT")
 
 TIMEOUT = datetime.timedelta(hours=1)
-"""The others wait while rank 0 reads or writes the weights of a large model."""
+"""Default timeout of collectives. A choice: the other ranks wait while rank 0 reads or writes the
+weights of a large model, which takes longer than torch's 10 minutes on slow file systems."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all processes. Without a mesh it is the only one."""
+    """This process's rank in the mesh of all processes; without a mesh it is the only one."""
 
     device: torch.device
     mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
-    """Of all processes, for what is exchanged here; None: the one that training uses."""
+    """Group of all processes for the exchanges below; None: the default group, as in training."""
     timeout: datetime.timedelta = TIMEOUT
-    """After which a collective that isn't complete ends the run."""
+    """After this time a collective that isn't complete ends the run."""
 
     @property
     def size(self) -> int:
@@ -56,7 +57,7 @@ class World:
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
-        """The tensor-parallel group, None where there is nothing to split."""
+        """The tensor-parallel group; None without tensor parallel."""
         return self.mesh["tp"].get_group() if self.mesh is not None and self.tp_size > 1 else None
 
     @property
@@ -65,12 +66,12 @@ class World:
 
     @property
     def dp_rank(self) -> int:
-        """Ranks of one tensor-parallel group have the same: they see the same data."""
+        """The data-parallel rank; ranks of one tensor-parallel group share it, and their data."""
         return self.rank // self.tp_size
 
     @property
     def restarted(self) -> bool:
-        """Whether torchrun started the processes again, after one was lost. Called by all ranks."""
+        """Whether torchrun has restarted the processes after a loss. Called by all ranks."""
         count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # of this node's launcher
         return bool(self.max(torch.tensor(float(count), device=self.device)).item())
 
@@ -107,11 +108,11 @@ class World:
         return values
 
     def on_main(self, action: Callable[[], ObjectT]) -> ObjectT | None:
-        """Do something on rank 0 only; None on the others.
+        """Run an action on rank 0 only; returns its result there, and None on the others.
 
         Raises:
-            ValueError: on every rank, where the action raised ValueError or OSError on rank 0: the
-                others would wait for it until they time out.
+            ValueError: on every rank, where the action raised ValueError or OSError on rank 0.
+                Otherwise the others would wait for it until their timeout.
         """
         result, problem = None, None
         if self.is_main:
@@ -126,11 +127,11 @@ class World:
         return result
 
     def on_all(self, action: Callable[[], ObjectT]) -> ObjectT:
-        """Do something on every rank that may fail on some of them.
+        """Run an action on every rank that may fail on some of them.
 
         Raises:
-            ValueError: on every rank, where the action raised ValueError or OSError on any; it
-                says on which.
+            ValueError: on every rank, where the action raised ValueError or OSError on any; the
+                message names the ranks.
         """
         if self.mesh is None:
             return action()
@@ -162,19 +163,19 @@ def init_world(
     """Join the processes that torchrun started, or be the only one.
 
     Args:
-        device: "cpu" or "cuda"; a rank takes the GPU of its place on the node.
+        device: "cpu" or "cuda"; a rank takes the GPU of its local rank.
         tensor_parallel_dim: ranks that split each matrix; best kept within a node.
         data_parallel_replicate_dim: replicas of the sharded model (HSDP).
-        data_parallel_shard_dim: ranks that share one copy's parameters; -1: all that are left.
-        needs_mesh: make a mesh of one for a single process too: mixed precision and CPU offload
-            come with FSDP2.
+        data_parallel_shard_dim: ranks that shard one replica's parameters; -1: all that are left.
+        needs_mesh: make a mesh also for a single process: mixed precision and CPU offload need
+            FSDP2, which needs a mesh.
         timeout_seconds: after which a collective that isn't complete ends the run; None: TIMEOUT.
-        flight_records: a folder for what NCCL's flight recorder writes then, if the environment
-            names no other place: `nccl_trace_rank_*`, for torchfrtrace.
+        flight_records: a folder for the files of NCCL's flight recorder at a timeout
+            (`nccl_trace_rank_*`, for torchfrtrace), if the environment names no other.
 
     Raises:
         ValueError: where the number of processes is not the product of the three dimensions, or
-            CUDA is asked for and there is none.
+            device is "cuda" and there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
@@ -183,12 +184,12 @@ def init_world(
         size, data_parallel_replicate_dim, data_parallel_shard_dim, tensor_parallel_dim
     )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    own_device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(own_device)
     launched = "RANK" in os.environ
     if not launched and not needs_mesh:
-        return World(place)
+        return World(own_device)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     timeout = TIMEOUT if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
     if flight_records is not None:
@@ -200,27 +201,27 @@ def init_world(
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     names = ("dp_replicate", "dp_shard", "tp")
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    for group in mesh.get_all_groups():  # torch gives those 10 minutes
+    for group in mesh.get_all_groups():  # torch sets their timeout to 10 minutes
         dist.distributed_c10d._set_pg_timeout(timeout, group)
-    return World(place, mesh, timeout=timeout)
+    return World(own_device, mesh, timeout=timeout)
 
 
 def close_world() -> None:
-    """Leave together: a rank that goes while rank 0 still exports can be aborted by gloo."""
+    """Leave the process group together: gloo can abort a rank that leaves before the others."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def end_rank(status: int = 0) -> None:
-    """Close the world and end the process with it; one that never joined a world goes on.
+    """Close the world and end the process. Without a process group it does nothing.
 
-    gloo's threads can hold tensors of the last collectives still. One that lets go of them while
-    the interpreter finalizes aborts the process (pytorch/pytorch#190489), and a run that is done
-    would count as failed: so there is no finalization, only what `atexit` would have called.
+    The interpreter isn't finalized, only the functions of `atexit` are called: gloo's threads can
+    still hold tensors of the last collectives, and releasing them during the finalization aborts
+    the process (pytorch/pytorch#190489), so that a complete run would count as failed.
 
     Args:
-        status: the exit status; where it isn't 0, the other ranks aren't waited for.
+        status: the exit status; unless it is 0, it doesn't wait for the other ranks.
     """
     if not dist.is_initialized():
         return
@@ -233,7 +234,7 @@ def end_rank(status: int = 0) -> None:
 
 
 def _by_rank(problems: Sequence[str | None]) -> str:
-    """Each problem once, with the ranks that have it where not all do."""
+    """Each problem once, with its ranks if not all ranks have it."""
     ranks: dict[str, list[str]] = {}
     for rank, problem in enumerate(problems):
         if problem is not None:
@@ -245,7 +246,7 @@ def _by_rank(problems: Sequence[str | None]) -> str:
 
 
 def _record_flights(folder: Path) -> None:
-    """What is in the environment goes first; some names are older ones of the same."""
+    """Set the flight recorder's environment variables, unless one or its older name is set."""
     for names, value in (
         (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
         (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
@@ -259,7 +260,7 @@ def _record_flights(folder: Path) -> None:
 
 
 def mesh_shape(size: int, replicate: int, shard: int, tp: int) -> tuple[int, int, int]:
-    """The mesh (dp_replicate, dp_shard, tp) of so many processes; `shard` may be -1.
+    """The mesh's shape (dp_replicate, dp_shard, tp) for so many processes; `shard` may be -1.
 
     Raises:
         ValueError: where their product is not the number of processes.

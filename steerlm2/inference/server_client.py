@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import httpx
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before the first retry, doubled for each further one, and their limit. A choice: a server
-that is busy for a moment is asked again at once, one that restarts isn't asked too often."""
+"""Seconds before the first retry, doubled for each further one, and their limit. A choice: a short
+overload costs little time, and a server that restarts gets few requests."""
 
 TOO_MANY_REQUESTS = 429
 

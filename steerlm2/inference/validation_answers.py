@@ -19,7 +19,7 @@ from steerlm2.runs.metrics import JsonLines, answer_metrics
 
 
 class Question(NamedTuple):
-    """A prompt to answer, as people and as the model read it."""
+    """A prompt to be answered, as text and as tokens."""
 
     prompt: str
     label: str | None
@@ -32,11 +32,11 @@ def questions_of(
     tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
 ) -> list[Question]:
-    """What is asked at every validation: the section's prompts, then the first conversations.
+    """The questions of every validation: the section's prompts, then the first conversations.
 
     Args:
-        options: None asks nothing.
-        conversations: the validation data; what is asked for is each one's last turn.
+        options: None: no questions.
+        conversations: the validation data; the last turn of each is to be answered.
     """
     if options is None:
         return []
@@ -66,12 +66,15 @@ def answer_questions(
     seed: int,
     samples: JsonLines,
 ) -> dict[str, float]:
-    """Sample an answer to every question, append them to `samples.jsonl`; the section's metrics.
+    """Sample an answer to every question, and append it to `samples.jsonl`. Called by all ranks.
 
-    The texts are without the template's end of turn and stop token. Called by all ranks.
+    The texts are without the template's end of turn and stop token.
+
+    Args:
+        samples: the file.
 
     Returns:
-        What the functions in `options.metrics` say of the answers, the same on all ranks.
+        The values of the functions in `options.metrics` for the answers, the same on all ranks.
     """
     if options is None:
         return {}
@@ -92,6 +95,6 @@ def answer_questions(
     if world.is_main:
         for prompt, label, response in zip(prompts, labels, responses, strict=True):
             samples.append({"step": step, "label": label, "prompt": prompt, "response": response})
-    # On one rank: they may ask a server.
+    # On one rank only, because a metric function may send requests to a server.
     metrics = world.on_main(lambda: answer_metrics(options.metrics, prompts, labels, responses))
     return world.from_main(metrics) or {}

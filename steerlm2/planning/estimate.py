@@ -46,7 +46,7 @@ class Cluster:
         return self.replicate * self.shard * self.tp
 
     def bytes_per_second(self, dimension: str) -> float:
-        """What each rank can send within a group of the mesh's dimension.
+        """Bytes per second that each rank can send within a group of a mesh dimension.
 
         In a group over several nodes, its ranks on a node use that node's network together.
         """

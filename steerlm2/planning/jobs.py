@@ -1,4 +1,4 @@
-"""What each training recipe computes in an optimizer step, over records of given lengths.
+"""The optimizer steps of each training recipe, for records of given lengths.
 
 The forward, the losses and the packing are the library functions that the recipes call, in the
 same order. A test compares the memory with that of a real run.

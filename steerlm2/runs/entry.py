@@ -1,4 +1,4 @@
-"""The command-line entry of a recipe: `--config FILE key=value ...`, and how a run ends."""
+"""The command-line entry of a recipe: `--config FILE key=value ...`, and the end of its process."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ USER_ERRORS = (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException)
 TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
 
 SECONDS_FOR_RANK_0 = 5.0
+"""How long the other ranks wait before they print an error, so that rank 0, which mostly has the
+same one, prints it and torchrun ends them. A choice: it only delays errors of single ranks."""
 
 HELP_FLAGS = {"-h", "--help"}
 
@@ -37,9 +39,9 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
     """Make `main(cfg)` a recipe's entry: `--config FILE key=value ...`, as torchtune parses it.
 
     A user's mistake (ValueError, a missing file, a full or read-only disk) ends in one message on
-    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. Where `main`
-    joined a world, its process ends with it (`end_rank`). SIGTERM ends it, except where `main` says
-    otherwise (`StopRequest`). `--help` prints every key, with what the config says if one is given.
+    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. If `main` joined a
+    world, the process ends with `end_rank`. SIGTERM ends the process, except inside of a
+    `StopRequest`. `--help` prints every key, with what the config says if one is given.
     """
 
     def decorate(main: Callable[[ConfigT], None]) -> Callable[[], None]:
@@ -63,7 +65,7 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                     raise
                 sys.stdout.flush()
                 if os.environ.get("RANK", "0") != "0":
-                    # Mostly all ranks fail alike: rank 0 speaks, and torchrun ends the others.
+                    # Mostly all ranks have the same error: rank 0 prints it.
                     time.sleep(SECONDS_FOR_RANK_0)
                 print(_error_message(error), file=sys.stderr, flush=True)
                 end_rank(1)

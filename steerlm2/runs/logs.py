@@ -1,7 +1,7 @@
-"""What each rank has to say, in a file of its own: `output_dir/logs/rank_000.log`.
+"""The log file of each rank, `output_dir/logs/rank_000.log`, warnings, and the progress of a run.
 
-Python's logging of all packages, warnings, the steps, and the error that ended the rank, with its
-traceback. What libraries below Python print is in torchrun's own files (`--log_dir`).
+A log has Python's logging of all packages, warnings, the steps, and the error that ended the rank,
+with its traceback. Output of libraries below Python is in torchrun's files (`--log_dir`).
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ LOG_FOLDER = "logs"
 
 
 def open_rank_log(output_dir: Path, world: World) -> Path:
-    """Begin this rank's file, or go on with it where an earlier start of a run has one."""
+    """Open this rank's log file; it is appended to if an earlier start of the run has one."""
     path = output_dir / LOG_FOLDER / f"rank_{world.rank:03d}.log"
     path.parent.mkdir(exist_ok=True)
     file = _QuietFile(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # With a handler at the root Python no longer shows what has none of its own.
+    # With a root handler Python no longer prints warnings of loggers without a handler.
     stderr = logging.StreamHandler()
     stderr.setLevel(logging.WARNING)
     stderr.addFilter(lambda record: not logging.getLogger(record.name).handlers)
     logging.basicConfig(handlers=[file, stderr], force=True)
     LOG.setLevel(logging.INFO)
     _log_warnings()
-    place = world.mesh.get_coordinate() if world.mesh is not None else None
+    coordinate = world.mesh.get_coordinate() if world.mesh is not None else None
     LOG.info(
         f"rank {world.rank} of {world.size}, process {os.getpid()} on {socket.gethostname()}, "
-        f"{world.device}, (dp_replicate, dp_shard, tp) {place}, torch {torch.__version__}: "
+        f"{world.device}, (dp_replicate, dp_shard, tp) {coordinate}, torch {torch.__version__}: "
         f"{shlex.join(sys.argv)}"
     )
     return path
 
 
 def warn(text: str) -> None:
-    """Into the rank's file and to stderr."""
+    """Print a warning to the rank's log file and to stderr."""
     LOG.warning(text)
     tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
 
 class Progress:
-    """The steps of a run: a bar on a terminal, elsewhere a plain line for each that is logged.
+    """The progress of a run: a bar on a terminal, otherwise a line for each logged step.
 
-    Used as a context manager; only rank 0 shows anything.
+    It is a context manager. Only rank 0 shows the progress.
     """
 
     def __init__(self, total: int, first: int, world: World) -> None:
@@ -84,14 +84,14 @@ class Progress:
 
 
 class _QuietFile(logging.FileHandler):
-    """A run doesn't fail, nor say so at every line, because its log can't be written."""
+    """A log file that ignores errors of writing it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 def _log_warnings() -> None:
-    """Warnings go to the file too; `logging.captureWarnings` would take them from stderr."""
+    """Log warnings in addition to stderr (`logging.captureWarnings` would only log them)."""
     shown = warnings.showwarning
 
     def show(

@@ -1,6 +1,6 @@
 """metrics.jsonl, and the table and plot that a run ends with.
 
-metrics.jsonl has one entry (a JSON object) a logged step, whatever other logger is chosen.
+metrics.jsonl has one entry (a JSON object) a logged step, also beside another metric logger.
 Validation results are entries of their own, with keys that begin with `val_`.
 """
 

@@ -1,4 +1,4 @@
-"""The output folder of a run: nothing that an earlier run left there is overwritten."""
+"""The output folder of a run, and moving files of an earlier run out of the way."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ RUN_FILES = (
 
 
 def make_output_dir(output_dir: Path, key: str = "output_dir") -> None:
-    """Make the folder, if it isn't there; `key` is its name in the config.
+    """Make the folder if it doesn't exist, and check that it is writable.
+
+    Args:
+        key: the config key of the folder, for the error.
 
     Raises:
-        ValueError: where that isn't possible or nothing can be written into it.
+        ValueError: where it can't be made or isn't writable.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -45,9 +48,12 @@ def make_output_dir(output_dir: Path, key: str = "output_dir") -> None:
 
 
 def check_not_own_run(output_dir: Path, checkpointer: Mapping[str, Any] | None) -> None:
-    """Raises:
-    ValueError: where a run starts from a folder of its own output_dir: it would set that aside, or
-        resume the run that wrote it.
+    """Check that a run doesn't start from a checkpoint in its own output_dir.
+
+    It would move the checkpoint away, or resume the run that wrote it.
+
+    Raises:
+        ValueError: where it does.
     """
     start = checkpointer and checkpointer.get("checkpoint_dir")
     if not start:
@@ -56,15 +62,18 @@ def check_not_own_run(output_dir: Path, checkpointer: Mapping[str, Any] | None) 
     folder = resolve_checkpoint_dir(start, missing_ok=True)
     if any(folder.resolve().is_relative_to(path) for path in own):
         raise ValueError(
-            f"checkpointer.checkpoint_dir {start} is what an earlier run left in this run's "
+            f"checkpointer.checkpoint_dir {start} is of an earlier run in this run's "
             f"output_dir {output_dir}, and would be moved away: choose another output_dir"
         )
 
 
 def check_shared(output_dir: Path, world: World) -> None:
-    """Raises:
-    ValueError: on every rank, where some rank doesn't see the folder of rank 0. Checkpoints are
-        written by all ranks: on disks of their own they could never be resumed from.
+    """Check that all ranks see the output folder of rank 0. Called by all ranks.
+
+    All ranks write their shards of a checkpoint, which can be resumed only from one folder.
+
+    Raises:
+        ValueError: on every rank, where a rank doesn't see it.
     """
     if world.size == 1:
         return
@@ -87,7 +96,7 @@ def set_aside_earlier_run(output_dir: Path) -> Path | None:
     """Move an earlier run's files into `earlier_runs/1`, `2`, ... of its folder.
 
     Returns:
-        The folder they were moved to, None where there was nothing.
+        The folder that they were moved to; None where there were none.
     """
     found = [path for pattern in RUN_FILES for path in output_dir.glob(pattern)]
     if not found:

@@ -1,4 +1,4 @@
-"""What a run was: `output_dir/run.json`, and the same for the metric logger."""
+"""The record of a run (config, revisions, machines) in `output_dir/run.json` and in W&B."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from steerlm2.distributed.world import World
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "torchtune", "torchao", "steerlm2")
 SECONDS_FOR_GIT = 10.0
+"""Timeout of a git command. A choice: with a slow file system a run starts without its revision
+rather than late."""
 LAUNCH_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 def describe_run(config: Any, world: World) -> dict[str, Any]:
     """The config, revisions, versions and machines of a run, as plain values. Called by all ranks.
 
-    `hosts` and `devices` are lists over the ranks. `git` is of the working directory and
-    `steerlm2_git` of the code, each None where it is in no repository.
+    `hosts` and `devices` are lists over the ranks. `git` is the revision of the working directory
+    and `steerlm2_git` that of the code, each None outside of a repository.
     """
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    places = world.gather((socket.gethostname(), name))
+    machines = world.gather((socket.gethostname(), name))
     mesh = world.mesh
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -49,15 +51,15 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
         "steerlm2_git": git_state(Path(steerlm2.__file__).parent, containing="__init__.py"),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
-        "hosts": [host for host, _ in places],
-        "devices": [device_name for _, device_name in places],
+        "hosts": [host for host, _ in machines],
+        "devices": [device_name for _, device_name in machines],
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else None,
         "config": to_plain(config),
     }
 
 
 def write_run(output_dir: Path, run: Mapping[str, Any]) -> None:
-    """Write `run.json`. A resumed run's earlier starts stay in it, under `earlier_starts`."""
+    """Write `run.json`. Earlier starts of a resumed run are kept under `earlier_starts`."""
     path = output_dir / RUN_FILE
     earlier: list[dict[str, Any]] = []
     if path.exists():
@@ -71,8 +73,8 @@ def write_run(output_dir: Path, run: Mapping[str, Any]) -> None:
 def restarted_run(output_dir: Path, world: World) -> bool:
     """Whether torchrun has restarted the processes of the run in the folder. Called by all ranks.
 
-    Processes that were lost before their run had begun leave an earlier run of another launch in
-    the folder: that isn't theirs to go on with.
+    It is False if the run in the folder is of another launch, which is the case when processes were
+    lost before their own run had begun: a restart doesn't resume an earlier run.
     """
     if not world.restarted:
         return False
@@ -89,8 +91,8 @@ def git_state(folder: Path, containing: str | None = None) -> dict[str, Any] | N
     """`revision` and `dirty` (tracked files have changes) of the repository around a folder.
 
     Args:
-        containing: a file in the folder that the repository must know; an installed package may lie
-            in somebody else's.
+        containing: a file in the folder that the repository must track; an installed package can be
+            inside an unrelated repository.
 
     Returns:
         None where there is no such repository, or no git.
@@ -116,7 +118,7 @@ def git_state(folder: Path, containing: str | None = None) -> dict[str, Any] | N
 
 
 def open_metric_logger(component: Mapping[str, Any] | None, run: Mapping[str, Any]) -> Any:
-    """The metric logger of a config, which gets the config; W&B gets the rest of the run as `run`.
+    """The metric logger of a config. It logs the config; W&B also gets the run's record as `run`.
 
     Returns:
         None where the config has none.
@@ -132,7 +134,7 @@ def open_metric_logger(component: Mapping[str, Any] | None, run: Mapping[str, An
 
 
 def log_path(logger: Any, name: str, path: Path) -> None:
-    """Show in W&B's summary of the run where something was written; other loggers have no place."""
+    """Add the path of an output to W&B's summary of the run; other loggers have no summary."""
     if (tracked := _wandb_run(logger)) is not None:
         tracked.summary[name] = str(path.absolute())
 

@@ -1,9 +1,9 @@
-"""A JSONL output that a stopped run continues: nothing is lost, nothing is written twice.
+"""A JSONL output that a stopped run continues, without lost or duplicate lines.
 
-Lines are appended in slices of a fixed size to `NAME.partial`, which becomes NAME when it is
-complete. A run that starts again cuts it back to its whole slices and goes on from there, so that
-it computes the same slices as a run that was never stopped. `NAME.settings.json` tells what the
-lines were made with: lines of other settings don't get into one file.
+Lines are appended in slices of a fixed size to `NAME.partial`, which is renamed to NAME when it is
+complete. A run that starts again truncates it to its complete slices and continues there, so that
+it computes the same slices as a run that was never stopped. `NAME.settings.json` has the settings
+that the lines depend on, so that lines of different settings aren't mixed in one file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from steerlm2.runs.output import make_output_dir
 
 
 class ResumableOutput:
-    """One process writes it: check -> begin -> append, append, ... -> finish.
+    """The output, written by one process: check -> begin -> append, append, ... -> finish.
 
     Args:
         path: of the complete file.
-        input_file: what it is made from; its digest is one of the settings.
-        settings: JSON values that the lines depend on; of a checkpoint's folder the weights count,
-            not where it is.
+        input_file: that the lines are computed from; its digest is one of the settings.
+        settings: JSON values that the lines depend on. The path of a checkpoint is replaced by the
+            digest of its weights.
         slice_size: lines of an `append`; only the last one may have fewer.
     """
 
@@ -47,14 +47,16 @@ class ResumableOutput:
         self._file: IO[bytes] | None = None
 
     def check(self) -> None:
-        """Raises:
-        ValueError: where the output was begun with other settings, or from another input.
-        FileNotFoundError: where there is no input.
+        """Check that an output that exists was begun with the same settings and input.
+
+        Raises:
+            ValueError: where it wasn't.
+            FileNotFoundError: where there is no input.
         """
         self.settings["input_sha256"] = file_digest(self.input_file)
         written = self.path if self.path.exists() else self.partial
         if not written.exists() or (written == self.partial and written.stat().st_size == 0):
-            return  # nor is a run that ended before its first lines a beginning
+            return  # an output without lines counts as not begun
         known = self.settings_file.exists()
         earlier = json.loads(self.settings_file.read_text()) if known else {}
         changed = [key for key in self.settings if self.settings[key] != earlier.get(key)]
@@ -65,16 +67,16 @@ class ResumableOutput:
             )
 
     def begin(self, num_lines: int) -> int:
-        """Make the output ready for `append`; an incomplete slice of an earlier run is cut off.
+        """Make the output ready for `append`, without an incomplete slice of an earlier run.
 
         Args:
             num_lines: of the complete file.
 
         Returns:
-            How many lines are there.
+            The number of lines that exist.
 
         Raises:
-            ValueError: where the folder can't be written to, or another run writes to this output.
+            ValueError: where the folder isn't writable, or another run writes to this output.
         """
         if self.path.exists():
             self.partial.unlink(missing_ok=True)  # of a `finish` that was killed
@@ -82,7 +84,8 @@ class ResumableOutput:
         make_output_dir(self.path.parent, "the folder of output")
         self._file = self.partial.open("a+b")
         try:
-            lock_file(self._file)  # a worker can outlive the launcher that was killed
+            # A worker of an earlier run can outlive its launcher.
+            lock_file(self._file)
         except BlockingIOError as error:
             raise ValueError(
                 f"another run writes to {self.partial}: wait for it, or end it"
@@ -94,17 +97,17 @@ class ResumableOutput:
         return done
 
     def append(self, lines: Iterable[bytes]) -> None:
-        """Write the next slice; it is on the disk when this returns."""
+        """Write the next slice, and wait until it is on the disk (fsync)."""
         assert self._file is not None
         self._file.write(b"".join(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def finish(self, final_line: Callable[[bytes], bytes] | None = None) -> None:
-        """Give the file its name, once it has all lines.
+        """Rename the output to its final name; it must have all lines.
 
         Args:
-            final_line: what an appended line becomes in the complete file; b"" leaves it out.
+            final_line: converts an appended line for the final file; b"" leaves it out.
         """
         if self._file is None:
             return
@@ -121,19 +124,19 @@ class ResumableOutput:
             self.partial.rename(self.path)
 
     def _whole_slices(self, file: IO[bytes], num_lines: int) -> tuple[int, int]:
-        """Lines and bytes of the slices that an earlier run has written completely."""
-        done, size, place = 0, 0, 0
+        """Lines and bytes of the complete slices of an earlier run."""
+        done, size, offset = 0, 0, 0
         file.seek(0)
         for number, line in enumerate(file, start=1):
-            place += len(line)
+            offset += len(line)
             whole = line.endswith(b"\n")  # a kill may have cut the last line off
             if whole and (number % self.slice_size == 0 or number == num_lines):
-                done, size = number, place
+                done, size = number, offset
         return done, size
 
 
 def _with_weights_for_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint may be moved before a stopped run of ours continues, but not be trained on."""
+    """The settings with digests of weights for paths of checkpoints: a checkpoint may be moved."""
     return {
         key: _with_weights_for_folders(value)
         if isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""A run that is told to end (SIGTERM: a scheduler needs the nodes) ends after the step it is in."""
+"""SIGTERM, by which a scheduler asks for the nodes, ends a run after its current step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from steerlm2.distributed.world import World
 
 
 class StopRequest:
-    """While it is entered, SIGTERM is noted instead of ending the process.
+    """A context manager in which SIGTERM sets a flag instead of ending the process.
 
         with StopRequest(world) as stop:
             for step in ...:
                 ...
                 if stop.asked(): save, and leave the loop
 
-    It may come again, or for the first time, while the run is ending: launcher and scheduler often
-    both send it, and a run that has trained has only to export. Then it changes nothing.
+    After the context SIGTERM is ignored if the run is ending regularly: launcher and scheduler
+    often both send it, and then only the export is left to do.
     """
 
     def __init__(self, world: World) -> None:
@@ -43,8 +43,8 @@ class StopRequest:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if ending else self._before)
 
     def asked(self) -> bool:
-        """Whether any rank has received it; the same on all. To be called by all of them."""
-        # On the host, also of a GPU run: reading a GPU's tensor would wait for the step.
+        """Whether any rank has received SIGTERM, on every rank. Called by all ranks."""
+        # A tensor on the host, also with GPUs: reading one on a GPU would wait for the step.
         self._asked = bool(self.world.max(torch.tensor(float(self._received))).item())
         return self._asked
 

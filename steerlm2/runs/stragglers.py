@@ -1,10 +1,10 @@
-"""Which rank the others wait for.
+"""Stragglers: ranks whose own computation is slower than that of the others.
 
-Ranks wait for each other in every layer, so that a step takes the same time on all. What differs is
-the time that a rank needs for its own computation. It is taken in the forwards of the layers, after
-the shards of the other ranks have come: by CUDA events on a GPU, which wait for nothing, and by the
-clock on a CPU. Ranks of one tensor-parallel group wait for each other inside of layers, and are
-slow together. What a rank does outside of layers isn't seen here.
+Ranks wait for each other in every layer, so a step takes the same time on all of them. What differs
+is the time of a rank's own computation. It is measured in the forwards of the layers, after the
+all-gather of their parameters: with CUDA events on a GPU (which don't synchronize), with the clock
+on a CPU. Ranks of one tensor-parallel group wait for each other inside of layers, so they are slow
+together. Work outside of layers isn't measured.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ from steerlm2.runs.logs import warn
 
 
 class Stragglers:
-    """Compares the ranks' own times at log steps, and warns of one that stays behind.
+    """Compares the ranks' own times at log steps, and warns of a straggler.
+
+    The defaults are a choice: 20% is above the differences of ranks by their micro-batches, which
+    are balanced to a few percent (tests/benchmarks/README.md, "Packing") and change from step to
+    step; a rank that is slower ten times in succession has another cause. Fewer times would warn
+    earlier, and more often of nothing.
 
     Args:
         decoder: after `parallelize`.
-        share: of the median time by which a rank must be slower.
-        times: log steps in a row at which it must be, to be warned of.
+        share: a rank is slow if it takes longer than the median by more than this share.
+        times: consecutive log steps at which a rank must be slow for a warning.
     """
 
     def __init__(
@@ -38,7 +43,7 @@ class Stragglers:
         self.world = world
         self.share = share
         self.times = times
-        self._marks: list[Any] = []  # begin and end of each layer, in turn
+        self._marks: list[Any] = []  # begin and end of each layer, alternating
         self._slow_for = [0] * world.size
         self._hosts = world.gather(socket.gethostname())
         if world.size > 1:
@@ -47,11 +52,13 @@ class Stragglers:
                 layer.register_forward_hook(self._mark)
 
     def look(self, step: int) -> dict[str, float]:
-        """`slowest_rank_lag` since the last look: the share of the median time by which the slowest
-        rank was slower. To be called by all ranks, where a GPU has just been waited for.
+        """Compare the ranks' times since the last call. Called by all ranks.
+
+        It reads CUDA events, so it is to be called just after a synchronization with the GPU.
 
         Returns:
-            Nothing for a single process.
+            `slowest_rank_lag`: the share of the median time by which the slowest rank was slower;
+            nothing for a single process.
         """
         if self.world.size == 1:
             return {}

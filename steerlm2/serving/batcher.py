@@ -1,10 +1,10 @@
-"""Dynamic batching: texts of different callers are scored together, in one packed forward.
+"""Dynamic batching: texts of different callers are scored together, in one packed sequence.
 
-While the model is busy, what arrives waits; then all of it, up to a token budget, makes up the next
-row. An idle model starts at once: nothing waits for company.
+While the model is busy, texts wait in a queue; then all of them, up to a token budget, form the
+next batch. An idle model starts at once, without waiting for further texts.
 
-Texts mostly begin alike: with the same system prompt, or with the same conversation of which
-several answers are scored. What they share is computed once (`share_beginnings`).
+Many texts have a common prefix: the same system prompt, or the same conversation with different
+answers. Common prefixes are computed once (`share_prefixes`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Scores = list[float]
 """A text's score for every attribute, in the order of the schema."""
 
 LARGEST_GROUP = 64
-"""At most so many texts share one beginning: it bounds the search for the best groups."""
+"""The largest number of texts in a group. A choice: the search for the best groups takes time in
+proportion to it, and longer groups save little more (a prefix is computed 64 times less often)."""
 
 
 class QueueFullError(Exception):
@@ -41,7 +42,7 @@ class ScoringError(Exception):
 
 
 class Scorer(Protocol):
-    """What the batcher needs of an `AttributeModel`."""
+    """The part of an `AttributeModel` that the batcher uses."""
 
     def score(self, groups: Sequence[RewardGroup]) -> list[list[Scores]]: ...
 
@@ -55,13 +56,13 @@ class Waiting:
 
 
 class Batcher:
-    """A queue of texts in front of a model, which runs in a thread of its own.
+    """A queue of texts in front of a model, which runs in its own thread.
 
     Args:
-        max_tokens: of a batch, what a text shares with the first one not counted. A longer text
-            is scored alone, so 1 switches batching off.
-        max_queue: texts that may wait.
-        on_batch: is told the number of texts of every batch.
+        max_tokens: tokens of a batch, without the prefix that a text shares with the first one. A
+            longer text is scored alone, so 1 switches batching off.
+        max_queue: texts that can wait.
+        on_batch: called with the number of texts of every batch.
     """
 
     def __init__(
@@ -80,14 +81,14 @@ class Batcher:
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
-        """How many texts wait."""
+        """The number of waiting texts."""
         return len(self._waiting)
 
     async def score(self, texts: Sequence[Text]) -> list[Scores]:
-        """The scores of the texts, in their order. Cancelled, it withdraws those that still wait.
+        """The scores of the texts, in their order. If it is cancelled, waiting texts are withdrawn.
 
         Raises:
-            QueueFullError: where there is no room for all of them; then none is scored.
+            QueueFullError: where the queue has no room for all of them; then none is scored.
             ScoringError: where the model fails on one of them.
         """
         if len(self._waiting) + len(texts) > self.max_queue:
@@ -105,7 +106,7 @@ class Batcher:
             raise
 
     async def run(self) -> None:
-        """Score what arrives, batch after batch, until cancelled."""
+        """Score waiting texts, batch after batch, until cancelled."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
             while True:
@@ -141,38 +142,38 @@ class Batcher:
         try:
             return [_finite(scores) for scores in score_texts(self.model, texts)]
         except Exception as error:
-            if len(texts) > 1:  # only the callers whose texts are at fault shall know
+            if len(texts) > 1:  # only callers whose texts fail alone get the error
                 return [result for text in texts for result in self._score([text])]
             log.exception("the model failed on a text of %d tokens", len(texts[0]))
             return [ScoringError(f"the model failed: {type(error).__name__}")]
 
 
 def score_texts(model: Scorer, texts: Sequence[Text]) -> list[Scores]:
-    """The scores of the texts, in their order; what they share at their beginnings is run once."""
-    groups = share_beginnings(texts)
+    """The scores of the texts, in their order; common prefixes are computed once."""
+    groups = share_prefixes(texts)
     scores: list[Scores] = [[]] * len(texts)
     for group, of_group in zip(groups, model.score(groups), strict=True):
-        for place, of_text in zip(group.responses_kept, of_group, strict=True):
-            scores[place] = of_text
+        for index, of_text in zip(group.responses_kept, of_group, strict=True):
+            scores[index] = of_text
     return scores
 
 
-def share_beginnings(texts: Sequence[Text]) -> list[RewardGroup]:
-    """The texts as groups with as few tokens as possible: a group's prompt is what they share.
+def share_prefixes(texts: Sequence[Text]) -> list[RewardGroup]:
+    """The texts as groups with few tokens in total: a group's prompt is a common prefix.
 
-    In sorted order the texts that share most are neighbours, so groups are runs of them. The best
-    runs of the first i texts follow from those of fewer: a run of n texts that share m tokens saves
-    (n - 1) * m of them.
+    In sorted order the texts with the longest common prefixes are neighbours, so a group is a run
+    of them. Dynamic programming finds the runs that save the most tokens: a run of n texts with a
+    common prefix of m tokens saves (n - 1) * m.
 
     Returns:
-        Groups whose `responses_kept` are the places of their texts in `texts`.
+        Groups whose `responses_kept` are the indices of their texts in `texts`.
     """
-    order = sorted(range(len(texts)), key=lambda place: texts[place])
-    ordered = [texts[place] for place in order]
+    order = sorted(range(len(texts)), key=lambda index: texts[index])
+    ordered = [texts[index] for index in order]
     common = [num_shared(*pair) for pair in itertools.pairwise(ordered)]
-    best = [(0, 0)]  # for the first i texts: the tokens saved, and where the last run starts
+    best = [(0, 0)]  # for the first i texts: tokens saved, and start of the last run
     for stop in range(1, len(texts) + 1):
-        shared = len(ordered[stop - 1]) - 1  # the last token is read, so it is nobody's beginning
+        shared = len(ordered[stop - 1]) - 1  # without the last token, where the scores are read
         options = [(best[stop - 1][0], stop - 1)]
         for start in range(stop - 2, max(-1, stop - 1 - LARGEST_GROUP), -1):
             shared = min(shared, common[start], len(ordered[start]) - 1)
@@ -196,7 +197,7 @@ def share_beginnings(texts: Sequence[Text]) -> list[RewardGroup]:
 
 
 def num_shared(one: Text, other: Text) -> int:
-    """The number of tokens with which both begin."""
+    """The length of the common prefix of two texts, in tokens."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -5,10 +5,10 @@
     python -m steerlm2.serving.vllm_command DIR --gpus 8
     $(python -m steerlm2.serving.vllm_command DIR --gpus 8 --port 8001) > vllm.log 2>&1 &
 
-The first starts the server, waits until it answers, runs the command behind `--`, stops the server,
+The first starts the server, waits until it answers, runs the command after `--`, stops the server,
 and exits with the command's status. Without `--` the server's command is printed.
 
-vLLM pins other packages than steerlm2: give it a virtual environment of its own.
+vLLM requires other versions of packages than steerlm2, so it needs a separate virtual environment.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from steerlm2.checkpoint_dirs import INDEX_FILE, resolve_checkpoint_dir
 from steerlm2.runs.background import SECONDS_TO_END, BackgroundProcess
 
 SHARE_FOR_WEIGHTS = 0.6
-"""Of a GPU's memory; the rest is for keys and values."""
+"""The largest share of a GPU's memory for weights. A choice: the rest is for activations and the
+key/value cache, whose size limits the number of concurrent requests."""
 
 
 def vllm_command(
@@ -45,12 +46,14 @@ def vllm_command(
     gpu_gib: float = 80,
     python: str = "python",
 ) -> list[str]:
-    """The words of the command: as few GPUs as hold the weights share a copy of the model
-    (tensor parallel), and there are as many copies as the GPUs are enough for (data parallel).
+    """The words of the command.
+
+    A copy of the model is split over as few GPUs as have the memory (tensor parallel), and there
+    are as many copies as fit onto all GPUs (data parallel).
 
     Args:
         checkpoint_dir: a Hugging Face folder: downloaded, or exported by a recipe; or the
-            output_dir of a run, whose newest complete epoch_N folder is served.
+            output_dir of a run, for its newest complete epoch_N folder.
         gpus: 0 serves on the CPU, in float32.
         max_seq_len: tokens of a prompt with a response.
         gpu_gib: memory of one GPU.
@@ -58,12 +61,12 @@ def vllm_command(
 
     Raises:
         FileNotFoundError: where there is no checkpoint.
-        ValueError: where its weights don't fit, or its heads can't be split as it would need.
+        ValueError: where its weights don't fit, or its heads can't be split over enough GPUs.
     """
     folder = resolve_checkpoint_dir(checkpoint_dir)
     words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     words += ["--host", host, "--port", str(port), "--max-model-len", str(max_seq_len)]
-    # Without it vLLM takes sampling defaults from the checkpoint.
+    # Otherwise vLLM takes sampling defaults from the checkpoint.
     words += ["--generation-config", "vllm"]
     if gpus == 0:
         environment = ["env", "VLLM_CPU_KVCACHE_SPACE=1"]
@@ -83,7 +86,7 @@ def _tensor_parallel(folder: Path, gpus: int, gpu_gib: float) -> int:
     gib = _served_bytes(folder, config) / 2**30
     for size in range(1, gpus + 1):
         splits = gpus % size == 0 and config["num_attention_heads"] % size == 0
-        # vLLM gives every rank a copy of a key/value head where there are more ranks than heads.
+        # With more ranks than key/value heads vLLM replicates the heads.
         splits = splits and (heads % size == 0 or size % heads == 0)
         if splits and gib / size <= SHARE_FOR_WEIGHTS * gpu_gib:
             return size
@@ -94,7 +97,7 @@ def _tensor_parallel(folder: Path, gpus: int, gpu_gib: float) -> int:
 
 
 def _served_bytes(folder: Path, config: Mapping[str, Any]) -> float:
-    """Of the weights in bfloat16; by the index, which is there before the files are."""
+    """Bytes of the weights in bfloat16, from the index if there is one (also before the files)."""
     index = folder / INDEX_FILE
     if index.is_file():
         stored = json.loads(index.read_text())["metadata"]["total_size"]
@@ -113,18 +116,18 @@ def run_with_server(
     log: Path,
     start_timeout: float,
 ) -> int:
-    """Run a command while a server runs; the server ends with it, and with this process.
+    """Run a command while a server runs; the server is stopped after it, and with this process.
 
     Args:
         server_command: answers GET /health with 200 at host and port when it is ready.
-        log: the server's output; what an earlier server left there is overwritten.
+        log: file for the server's output; an earlier one is overwritten.
         start_timeout: seconds until it must be ready.
 
     Returns:
         The command's exit status (128 + n where signal n ended it).
 
     Raises:
-        ValueError: where something else has the port, or the server doesn't come up.
+        ValueError: where the port is in use, or the server doesn't become ready.
         OSError: where the log can't be written, or there is no such command.
     """
     address = ("127.0.0.1" if host in ("0.0.0.0", "") else host, port)
@@ -181,7 +184,7 @@ def _run(command: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _signals_as_exits() -> Iterator[None]:
-    """SIGTERM and SIGINT raise SystemExit, once: what stops the processes isn't broken off."""
+    """Let SIGTERM and SIGINT raise SystemExit, once: further ones don't interrupt the cleanup."""
 
     def leave(signum: int, frame: object) -> None:
         for other in earlier:

@@ -1,4 +1,4 @@
-"""What only training has: steps, their batches and schedules, and a training run's surroundings."""
+"""Training only: steps, their batches and schedules, and `TrainingRun`."""
 
 from steerlm2.training.schedules import warmup_cosine_hold
 

@@ -1,6 +1,6 @@
-"""Which groups make up which optimizer step: a function of the seed and the step alone.
+"""The groups of an optimizer step: a function of the seed and the step only.
 
-A run that is resumed at a step, on any number of ranks, sees the very groups it would have seen.
+A resumed run sees the same groups as a run that wasn't stopped, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def batch_of_step(
     step: int, num_groups: int, global_batch_size: int, seed: int, shuffle: bool = True
 ) -> list[int]:
     """Indices of the groups of an optimizer step (counted from 0), all ranks together."""
-    epoch, place = divmod(step, steps_per_epoch(num_groups, global_batch_size))
-    chosen = slice(place * global_batch_size, (place + 1) * global_batch_size)
+    epoch, index = divmod(step, steps_per_epoch(num_groups, global_batch_size))
+    chosen = slice(index * global_batch_size, (index + 1) * global_batch_size)
     if not shuffle:
         return list(range(num_groups)[chosen])
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -1,7 +1,8 @@
 """Matrix products of the decoder layers in float8, through torchao.
 
-Weights, gradients and the optimizer stay as they are: inputs, weights and gradients of a product
-are scaled by their largest magnitude and rounded to 8 bits just before it.
+Parameters, gradients and the optimizer's state keep their dtypes: the operands of a product
+(inputs, weights, output gradients) are scaled by their largest magnitude and rounded to 8 bits just
+before it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torchtune.modules.peft import get_adapter_params
 CAPABILITY = (8, 9)
 """The first GPUs with float8 products: Ada (L4, L40S); H100 has 9.0."""
 MULTIPLE_OF = 16
-"""Rows and columns of a matrix, for the GPU's product."""
+"""The rows and columns of a matrix must be multiples of this, for the GPU's float8 products."""
 
 
 def check_float8_device(device: torch.device) -> None:
-    """Raises:
-    ValueError: where the GPU has no float8 products.
+    """Check that the device can multiply float8 matrices.
+
+    Raises:
+        ValueError: where it can't.
     """
     found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if found < CAPABILITY:
@@ -33,9 +36,9 @@ def check_float8_device(device: torch.device) -> None:
 
 
 def use_float8(decoder: TransformerDecoder, device: torch.device, *, emulate: bool = False) -> None:
-    """Exchange the linear layers of the decoder's layers, before it is laid out over processes.
+    """Exchange the linear layers in the decoder's layers, before it is laid out over processes.
 
-    Not the output matrix, which the log-prob layer applies in chunks, nor a reward head.
+    The output matrix, which the log-prob layer applies in chunks, and a reward head are unchanged.
 
     Args:
         device: that it will run on.
@@ -51,7 +54,7 @@ def use_float8(decoder: TransformerDecoder, device: torch.device, *, emulate: bo
         raise ValueError(
             "float8 doesn't go with LoRA adapters: set float8=false, or a `model` without"
         )
-    # A row has any number of tokens, and gradients of weights are products over them.
+    # Gradients of weights are products over the tokens, whose number isn't a multiple of 16.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     for layer in decoder.layers:
         convert_to_float8_training(layer, module_filter_fn=_is_suitable, config=config)

@@ -40,7 +40,7 @@ def hidden_states(
     """[T, D] after the final norm; under tensor parallel all T tokens on every rank.
 
     Args:
-        sharded_use: whether the ranks split what they compute from it (`gather_sequence`).
+        sharded_use: whether the ranks split the computation that follows (`gather_sequence`).
     """
     mask = flex_mask(batch.group_T, batch.segment_T) if batch.tokens_T.is_cuda else batch.blocks_X5
     hidden_1TD = decoder(batch.tokens_T[None], mask=mask, input_pos=batch.input_pos_T[None])
@@ -85,7 +85,7 @@ def score_groups(
     *,
     max_tokens_per_microbatch: int,
 ) -> list[list[float]]:
-    """[group][response] log-probs on every rank, with the weights as they are.
+    """[group][response] log-probs, nats, on every rank.
 
     The groups are spread over the data-parallel ranks; those over the token budget are sliced.
     """
@@ -104,7 +104,7 @@ def score_attributes(
     *,
     max_tokens_per_microbatch: int,
 ) -> list[list[list[float]]]:
-    """[group][response][attribute] scores on every rank, spread and sliced as in `score_groups`."""
+    """[group][response][attribute] scores on every rank; see `score_groups`."""
 
     def score(microbatch: list[RewardGroup]) -> list[list[float]]:
         batch = pack_for_reward(microbatch, multiple_of=world.tp_size).to(world.device)

@@ -9,7 +9,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:
-    """Whether something done every so many steps, and at the last, is done after `step` steps."""
+    """Whether something is due after `step` steps.
+
+    Args:
+        every: it is due every so many steps, and after the last one; None: never.
+        last: the last step.
+    """
     return every is not None and (step % every == 0 or step == last)
 
 
@@ -23,14 +28,14 @@ def warmup_cosine_hold(
 ) -> LambdaLR:
     """Linear warm-up to the optimizer's lr, cosine to `min_lr`, then `min_lr` for the last steps.
 
-    With `min_lr` equal to the optimizer's lr the rate is constant after the warm-up.
+    With `min_lr` equal to the optimizer's lr the rate is constant after the warm-up. A run that is
+    shorter than its parts (a trial with a small max_steps) has the warm-up first, then as much of
+    the constant part as fits.
 
     Args:
         num_training_steps: optimizer steps of the whole run (the recipe passes `max_steps`).
         warmup_steps: steps of the warm-up; the first step has lr / (warmup_steps + 1).
         constant_steps: steps at the end that hold `min_lr`.
-
-    A run shorter than its parts (a trial with a small max_steps) keeps what fits, warm-up first.
 
     Raises:
         ValueError: where `min_lr` is above the lr.

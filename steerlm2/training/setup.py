@@ -1,4 +1,4 @@
-"""What a training run builds before its steps: the model, laid out, its optimizer and schedule."""
+"""Building a training run's model, checkpointer, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_model(
 
     Args:
         longest: tokens of the longest sequence that it will see.
-        num_attributes: of an attribute model: its head takes the place of the output layer.
+        num_attributes: of an attribute model, whose reward head replaces the output layer.
 
     Raises:
         ValueError: where tokenizer or data don't fit the model, or only adapters are to be saved
@@ -57,12 +57,12 @@ def build_model(
 
 @dataclass(frozen=True)
 class RewardHeadOptions:
-    """What an attribute model's checkpoint is written with, beside its weights."""
+    """What `open_reward_checkpointer` needs beside the arguments of `open_checkpointer`."""
 
     template: Template
     schema: AttributeSchema
     load_head: bool
-    """The checkpoint that the run starts from has this head."""
+    """Whether the checkpoint that the run starts from must have this head."""
 
 
 def open_run_checkpointer(
@@ -72,14 +72,14 @@ def open_run_checkpointer(
     world: World,
     head: RewardHeadOptions | None = None,
 ) -> Checkpointer | None:
-    """Where the weights come from and go to; on rank 0, None on the others.
+    """The checkpointer of a run; None on ranks other than 0.
 
     Args:
         head: of an attribute model.
 
     Raises:
         ValueError: on every rank, where the folder isn't a checkpoint that can be read, or has
-            another head than it should.
+            another head than `head` asks for.
     """
 
     def opened() -> Checkpointer:

@@ -1,4 +1,4 @@
-"""What each rank computes in one optimizer step: groups over ranks and micro-batches."""
+"""The plan of an optimizer step: its groups spread over ranks and micro-batches."""
 
 from __future__ import annotations
 

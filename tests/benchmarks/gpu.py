@@ -69,16 +69,16 @@ def needed_flops(model: TransformerDecoder, groups: list[Group]) -> float:
     )
 
 
-def our_step(model: TransformerDecoder, rows: list[PackedGroups], num_groups: int) -> None:
+def our_step(model: TransformerDecoder, batches: list[PackedGroups], num_groups: int) -> None:
     loss_fn = SteerLM2Loss()
-    for row in rows:
-        row = row.to(DEVICE)
-        assert row.log_q_N is not None
-        assert row.w_N is not None
-        logps_N = response_logps(model, row, World(DEVICE))
+    for batch in batches:
+        batch = batch.to(DEVICE)
+        assert batch.log_q_N is not None
+        assert batch.w_N is not None
+        logps_N = response_logps(model, batch, World(DEVICE))
         leaf_N = logps_N.detach().requires_grad_()
-        loss = loss_fn(leaf_N, row.log_q_N, row.w_N, row.sizes_G, row.response_lengths_N)
-        loss = loss * (len(row.sizes_G) / num_groups)
+        loss = loss_fn(leaf_N, batch.log_q_N, batch.w_N, batch.sizes_G, batch.response_lengths_N)
+        loss = loss * (len(batch.sizes_G) / num_groups)
         logps_N.backward(torch.autograd.grad(loss, leaf_N)[0])
 
 
@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens, flops = [], []
     recompilations = {"reference": 0, "ours": 0}
     for i, groups in enumerate(steps_of(args)):
-        rows = [pack(parts) for parts in fill_microbatches(groups, args.max_tokens)]
+        batches = [pack(parts) for parts in fill_microbatches(groups, args.max_tokens)]
 
         def reference_step(groups: list[Group] = groups) -> None:
             two_pass_step(model, groups, args.reference_tokens)
@@ -130,10 +130,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         mode = "error" if args.no_sync and i >= args.warm_up else "default"
 
         def step(
-            rows: list[PackedGroups] = rows, count: int = len(groups), mode: str = mode
+            batches: list[PackedGroups] = batches, count: int = len(groups), mode: str = mode
         ) -> None:
             torch.cuda.set_sync_debug_mode(mode)
-            our_step(ours, rows, count)
+            our_step(ours, batches, count)
             torch.cuda.set_sync_debug_mode("default")
 
         for name, run in (("reference", reference_step), ("ours", step)):

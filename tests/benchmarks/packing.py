@@ -6,7 +6,7 @@ Steps of `--groups` prompts are spread over `--ranks` ranks and packed up to `--
 order in which training would see them. For each distribution:
 
     padding            tokens that belong to no group, as a share of all that are computed: empty
-                       rows of ranks with fewer micro-batches, and rows filled up to a multiple of
+                       empty micro-batches of ranks with fewer, and filling up to a multiple of
                        `--multiple-of` (the tensor-parallel degree)
     of padded rows     the same share if every response were a row, padded to the step's longest
     rank imbalance     the busiest rank's cost above the average one's; mean and worst step
@@ -86,21 +86,23 @@ def measure(groups: list[Group], args: argparse.Namespace) -> dict[str, Any]:
             for rank in range(args.ranks)
         ]
         imbalances.append(plans[0].imbalance)
-        rows = [
+        microbatches = [
             plan.single_pass + [[]] * (plan.num_backward - len(plan.single_pass)) for plan in plans
         ]
-        computed += sum(_row_tokens(row, args.multiple_of) for own in rows for row in own)
+        computed += sum(
+            _packed_tokens(each, args.multiple_of) for own in microbatches for each in own
+        )
         needed += sum(group.num_tokens for group in batch)
         longest = max(len(g.prompt) + max(map(len, g.responses)) for g in batch)
         padded += sum(longest * len(group.responses) for group in batch)
         unshared += sum(len(g.prompt) + len(r) for g in batch for r in g.responses)
-        costs = [[sum(costs_of(row, PAIR_COST)) for row in own] for own in rows]
+        costs = [[sum(costs_of(each, PAIR_COST)) for each in own] for own in microbatches]
         together = sum(max(each) for each in zip(*costs, strict=True))
         lock_step.append(together * args.ranks / sum(map(sum, costs)) - 1)
         fills += [
-            sum(group.num_tokens for group in row) / args.max_tokens
+            sum(group.num_tokens for group in each) / args.max_tokens
             for plan in plans
-            for row in plan.single_pass[:-1]
+            for each in plan.single_pass[:-1]
         ]
     return {
         "groups": len(groups),
@@ -117,8 +119,8 @@ def measure(groups: list[Group], args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _row_tokens(row: list[Group], multiple_of: int) -> int:
-    return len(pack(row, multiple_of=multiple_of).tokens_T)
+def _packed_tokens(groups: list[Group], multiple_of: int) -> int:
+    return len(pack(groups, multiple_of=multiple_of).tokens_T)
 
 
 def shared_prefixes(groups: Sequence[Group]) -> dict[str, float]:

@@ -4,7 +4,7 @@
     python tests/benchmarks/plan_memory.py --processes 8
 
 Each row is a run of tests/planning/measured_step.py. The model is Llama 3.2 1B's shape with the
-tiny tokenizer's vocabulary; the synthetic data fills rows up to the token budget.
+tiny tokenizer's vocabulary; the synthetic data fills micro-batches up to the token budget.
 """
 
 from __future__ import annotations

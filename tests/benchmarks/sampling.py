@@ -5,7 +5,7 @@
 
 Four ways to sample n responses of so many tokens, in turns, the best of `--rounds` each:
 
-    shared      our engine: the prompt is computed once, the samples are one step of its row
+    shared      our engine: the prompt is computed once, the samples' next tokens together
     cached      n x torchtune.generation.generate, with its key/value cache
     batch       torchtune's generate once, with its cache, the prompt repeated n times
     uncached    n x generate without a cache (one is measured, and counted n times)

@@ -9,7 +9,7 @@ uniform distribution from half to one and a half times the mean. Three ways take
 
     reference    two passes over padded rows (two_pass_reference.py)
     padded       one pass over the same rows; left out where they don't fit into memory
-    ours         one pass over one packed row
+    ours         one pass over one packed sequence
 
 The reference's micro-batches hold what fits into `--reference-tokens`, padding included. Peak
 memory is that of one step above what the process has before it, each way in a process of its own:
@@ -110,12 +110,12 @@ def with_own_log_q(model: TransformerDecoder, group: Group) -> Group:
 
 def our_step(model: TransformerDecoder, group: Group) -> None:
     """What recipes/steerlm2_distributed.py does with a micro-batch, up to the gradients."""
-    row = pack([group])
-    assert row.log_q_N is not None
-    assert row.w_N is not None
-    logps_N = response_logps(model, row, CPU)
+    batch = pack([group])
+    assert batch.log_q_N is not None
+    assert batch.w_N is not None
+    logps_N = response_logps(model, batch, CPU)
     leaf_N = logps_N.detach().requires_grad_()
-    loss = SteerLM2Loss()(leaf_N, row.log_q_N, row.w_N, row.sizes_G, row.response_lengths_N)
+    loss = SteerLM2Loss()(leaf_N, batch.log_q_N, batch.w_N, batch.sizes_G, batch.response_lengths_N)
     logps_N.backward(torch.autograd.grad(loss, leaf_N)[0])
 
 

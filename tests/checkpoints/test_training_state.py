@@ -277,7 +277,9 @@ def test_two_failed_saves_end_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
     no_room_for("step_000001", "step_000002", monkeypatch=monkeypatch)
     writer = StateWriter(tmp_path, CPU)
     writer.save(1, *run, {"data": {}})
-    with pytest.raises(ValueError, match=r"step_000002 could not be written .* make room"):
+    with pytest.raises(
+        ValueError, match=r"step_000002 could not be written .* free some disk space"
+    ):
         writer.save(2, *run, {"data": {}})
 
 

@@ -60,8 +60,8 @@ def built(
 
 
 def log_probs_and_gradients(decoder: TransformerDecoder, world: World) -> Numbers:
-    row = pack([Group([1, 2, 3], [[4, 5, 6, 7], [8], [9, 10]]), Group([11], [[12], [13, 14]])])
-    logps_N = response_logps(decoder, row, world)
+    batch = pack([Group([1, 2, 3], [[4, 5, 6, 7], [8], [9, 10]]), Group([11], [[12], [13, 14]])])
+    logps_N = response_logps(decoder, batch, world)
     logps_N.sum().backward()
     gradients = []
     for parameter in decoder.parameters():

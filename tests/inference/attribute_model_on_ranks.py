@@ -121,14 +121,14 @@ def backward(decoder: TransformerDecoder, world: World, loss: Loss) -> float:
     count = num_labelled(labels) if loss == "regression" else len(groups)
     total = torch.zeros((), dtype=torch.float64)
     for microbatch in microbatches_by_rank(groups, world.dp_size, MAX_TOKENS)[world.dp_rank]:
-        row = pack_for_reward(microbatch, multiple_of=world.tp_size)
-        scores_NA = attribute_scores(decoder, row)
+        batch = pack_for_reward(microbatch, multiple_of=world.tp_size)
+        scores_NA = attribute_scores(decoder, batch)
         if loss == "regression":
-            assert row.labels_NA is not None
-            part = squared_error_sum(scores_NA, row.labels_NA) / count
+            assert batch.labels_NA is not None
+            part = squared_error_sum(scores_NA, batch.labels_NA) / count
         else:
-            assert row.strength_G is not None
-            part = bradley_terry_sum(scores_NA[:, 2], row.strength_G, loss) / count
+            assert batch.strength_G is not None
+            part = bradley_terry_sum(scores_NA[:, 2], batch.strength_G, loss) / count
         (part * world.dp_size).backward()
         total += part.detach()
     return world.sum(total).item()

@@ -111,7 +111,7 @@ def test_encoding_is_what_the_model_was_trained_on(folder: Path) -> None:
 
 
 def test_a_text_beyond_the_token_budget_is_scored_alone(folder: Path) -> None:
-    """Budget 1: every response is a row of its own."""
+    """Budget 1: every response is a micro-batch of its own."""
     wide, narrow = (load(folder, max_tokens_per_microbatch=budget) for budget in (1000, 1))
     groups = [wide.encode("S", TURNS, ANSWERS)[0], wide.encode("", TURNS[:1], ["x"])[0]]
     for one, other in zip(wide.score(groups), narrow.score(groups), strict=True):

@@ -100,19 +100,19 @@ def test_cached_logits_are_those_of_an_uncached_forward(
     cached.compact(torch.arange(len(PROMPTS)), torch.arange(3).expand(len(PROMPTS), 3))
     for step in range(20):
         sample_PM = torch.tensor(
-            [[EMPTY if one is None else one[1] for one in row] for row in alive]
+            [[EMPTY if one is None else one[1] for one in slots] for slots in alive]
         )
         tokens_PM = torch.randint(VOCABULARY, sample_PM.shape, generator=generator)
         logits_PMV = cached.logits(cached.step(tokens_PM, sample_PM))
-        for row, tokens_M, logits_MV in zip(alive, tokens_PM.tolist(), logits_PMV, strict=True):
-            for one, token, logits_V in zip(row, tokens_M, logits_MV, strict=True):
+        for slots, tokens_M, logits_MV in zip(alive, tokens_PM.tolist(), logits_PMV, strict=True):
+            for one, token, logits_V in zip(slots, tokens_M, logits_MV, strict=True):
                 if one is not None:
                     texts[one].append(token)
                     expected_V = uncached_logits(decoder, texts[one])
                     torch.testing.assert_close(logits_V, expected_V, rtol=0, atol=1e-4)
         if step == 4:  # the third prompt has ended, and single samples of others
-            alive = [[one if one not in {(0, 1), (4, 0), (4, 1)} else None for one in row]
-                     if p != 2 else [None] * 3 for p, row in enumerate(alive)]  # fmt: skip
+            alive = [[one if one not in {(0, 1), (4, 0), (4, 1)} else None for one in slots]
+                     if p != 2 else [None] * 3 for p, slots in enumerate(alive)]  # fmt: skip
         if step == 9 and compacting:
             alive = [
                 [(4, 2), None, None],

@@ -70,7 +70,7 @@ def test_temperature_zero_takes_the_likeliest() -> None:
 
 
 def test_rows_are_drawn_by_their_own_distributions() -> None:
-    """One certain token each, another in every row."""
+    """One certain token each, a different one for every prompt."""
     logits_PV = torch.eye(5) * 100
     assert choose_tokens(logits_PV, 1.0, 0.9, torch.linspace(0, 0.99, 5)).tolist() == [
         0,
@@ -147,7 +147,7 @@ def answers(sampler: TransformerDecoder, **changes: Any) -> list[list[int]]:
 def test_greedy_answers_are_those_of_one_prompt_at_a_time(
     decoder: TransformerDecoder, sampler: TransformerDecoder
 ) -> None:
-    """No prompt in the packed row sees another. (-1 never stops.)"""
+    """No prompt attends to another in the packed sequence. (-1 never stops.)"""
     assert answers(sampler) == [greedy(decoder, prompt, 12) for prompt in PROMPTS]
 
 

@@ -1,6 +1,6 @@
 """Attention by blocks and FlexAttention equal attention under the dense mask, gradients too.
 
-Dimension letters: B rows of a batch, H heads, T tokens of a row, E size of a head.
+Dimension letters: B sequences, H heads, T tokens of a packed sequence, E size of a head.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def tokens(count: int) -> list[int]:
 
 
 def group(prompt: int, *lengths: int) -> Group:
-    """Lengths as they stand in the row: the stop token is a target, but no input."""
+    """Lengths of the inputs: the stop token is a target, but no input."""
     return Group(tokens(prompt), [tokens(length + 1) for length in lengths])
 
 
-ROWS: dict[str, PackedSequence] = {
+BATCHES: dict[str, PackedSequence] = {
     "one group": pack([group(40, 13, 1, 70)]),
     "groups, a response of the stop token alone, padding": pack(
         [group(5, 0, 30), group(1, 4, 0), group(600, 20, 9)], multiple_of=64
@@ -54,72 +54,72 @@ ROWS: dict[str, PackedSequence] = {
 }
 
 
-def inputs(row: PackedSequence, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(batch: PackedSequence, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """q, k, v [B, H, T, E] as torchtune has them, [B, T, H, E] in memory, and a gradient."""
     generator = torch.Generator().manual_seed(0)
-    shape = (1, len(row.tokens_T), H, E)
+    shape = (1, len(batch.tokens_T), H, E)
     made = [torch.randn(shape, generator=generator).to(dtype) for _ in range(4)]
     return [each.transpose(1, 2) for each in made]
 
 
 def attended(
-    row: PackedSequence, mask: Tensor, dtype: torch.dtype = torch.float32
+    batch: PackedSequence, mask: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and the gradients of q, k and v."""
-    *qkv, grad_BHTE = inputs(row, dtype)
+    *qkv, grad_BHTE = inputs(batch, dtype)
     leaves = [each.requires_grad_() for each in qkv]
     out_BHTE = attend(*leaves, mask, 0.0, False)
     return out_BHTE.detach(), torch.autograd.grad(out_BHTE, leaves, grad_BHTE)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", BATCHES)
 def test_blocks_equal_the_dense_mask(name: str) -> None:
     """float32, values of size 1: 1e-5."""
-    row = ROWS[name]
-    actual, grads = attended(row, row.blocks_X5)
-    dense, dense_grads = attended(row, row.attention_mask_TT()[None])
+    batch = BATCHES[name]
+    actual, grads = attended(batch, batch.blocks_X5)
+    dense, dense_grads = attended(batch, batch.attention_mask_TT()[None])
     torch.testing.assert_close(actual, dense, rtol=0, atol=1e-5)
     for grad, dense_grad in zip(grads, dense_grads, strict=True):
         torch.testing.assert_close(grad, dense_grad, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", BATCHES)
 @torch.no_grad()
 def test_flex_attention_equals_the_dense_mask(name: str) -> None:
     """Its forward, which a CPU has too: float32, values of size 1: 1e-5."""
-    row = ROWS[name]
-    qkv = inputs(row)[:3]
-    actual = attend(*qkv, flex_mask(row.group_T, row.segment_T), 0.0, False)
-    dense = attend(*qkv, row.attention_mask_TT()[None], 0.0, False)
+    batch = BATCHES[name]
+    qkv = inputs(batch)[:3]
+    actual = attend(*qkv, flex_mask(batch.group_T, batch.segment_T), 0.0, False)
+    dense = attend(*qkv, batch.attention_mask_TT()[None], 0.0, False)
     torch.testing.assert_close(actual, dense, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", BATCHES)
 def test_the_flex_mask_is_the_dense_mask(name: str) -> None:
     """Pair by pair, over several of its 128 x 128 blocks."""
-    row = ROWS[name]
-    length = len(row.tokens_T)
-    mask = flex_mask(row.group_T, row.segment_T)
+    batch = BATCHES[name]
+    length = len(batch.tokens_T)
+    mask = flex_mask(batch.group_T, batch.segment_T)
     pairs_TT = create_mask(mask.mask_mod, None, None, length, length, device="cpu")[0, 0]
-    assert torch.equal(pairs_TT, row.attention_mask_TT())
+    assert torch.equal(pairs_TT, batch.attention_mask_TT())
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", BATCHES)
 def test_blocks_are_the_dense_mask(name: str) -> None:
     """Every pair that a token sees is in exactly one block, and no other pair is in any."""
-    row = ROWS[name]
-    count_TT = torch.zeros(len(row.tokens_T), len(row.tokens_T), dtype=torch.long)
-    for start, stop, first, end, is_causal in row.blocks_X5.tolist():
+    batch = BATCHES[name]
+    count_TT = torch.zeros(len(batch.tokens_T), len(batch.tokens_T), dtype=torch.long)
+    for start, stop, first, end, is_causal in batch.blocks_X5.tolist():
         pairs_QT = torch.ones(stop - start, end - first, dtype=torch.long)
         count_TT[start:stop, first:end] += pairs_QT.tril() if is_causal else pairs_QT
-    assert torch.equal(count_TT, row.attention_mask_TT().long())
+    assert torch.equal(count_TT, batch.attention_mask_TT().long())
 
 
 def test_bfloat16() -> None:
     """Values of size 1 with 8 bits, rounded at most four times (the dense mask's too): 3e-2."""
-    row = ROWS["one group"]
-    actual, grads = attended(row, row.blocks_X5, torch.bfloat16)
-    dense, dense_grads = attended(row, row.attention_mask_TT()[None])
+    batch = BATCHES["one group"]
+    actual, grads = attended(batch, batch.blocks_X5, torch.bfloat16)
+    dense, dense_grads = attended(batch, batch.attention_mask_TT()[None])
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), dense, rtol=0, atol=3e-2)
     for grad, dense_grad in zip(grads, dense_grads, strict=True):
@@ -130,9 +130,9 @@ def test_nothing_has_the_size_of_the_dense_mask() -> None:
     """16 responses of 255 tokens to a prompt of 16: 4,096 tokens, whose pairs are 16.8 million. The
     largest are q, k and v and what is like them: 4,096 x 24 numbers of 4 bytes.
     """
-    row = pack([group(16, *[255] * 16)])
+    batch = pack([group(16, *[255] * 16)])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        attended(row, row.blocks_X5)
+        attended(batch, batch.blocks_X5)
     assert max(event.self_cpu_memory_usage for event in profiler.events()) == 4 * 4096 * H * E
 
 
@@ -146,7 +146,7 @@ def test_nothing_has_the_size_of_the_dense_mask() -> None:
     ids=str,
 )
 def test_blocks_pass_through_compiled_and_checkpointed_layers(options: dict[str, object]) -> None:
-    """The same gradients as the plain layers', for rows of several lengths and block counts."""
+    """The same gradients as the plain layers', for several lengths and block counts."""
     torch.manual_seed(0)
     sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "vocab_size": 700}
     plain = llama3(**sizes, max_seq_len=700, intermediate_dim=48)
@@ -157,7 +157,7 @@ def test_blocks_pass_through_compiled_and_checkpointed_layers(options: dict[str,
     for name in ("one group", "only stop tokens", "conversations"):
         for decoder in (plain, other):
             decoder.zero_grad()
-            hidden_states(decoder, ROWS[name]).square().sum().backward()
+            hidden_states(decoder, BATCHES[name]).square().sum().backward()
         for p, q in zip(plain.parameters(), other.parameters(), strict=True):
             if p.grad is None:
                 assert q.grad is None

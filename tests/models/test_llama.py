@@ -138,7 +138,7 @@ def exported(
 
 @torch.no_grad()
 def test_log_probs_are_transformers(exported: tuple[TransformerDecoder, Path]) -> None:
-    """Our packed row against the same weights in transformers, one response at a time: 5e-4 nats
+    """Packed, against the same weights in transformers with one response at a time: 5e-4 nats
     in a sum of 100 tokens, fp32 (the sum is near -700).
     """
     decoder, folder = exported
@@ -226,13 +226,13 @@ def test_decoder_ends_at_the_final_norm() -> None:
 
 
 def test_rows_may_be_longer_than_the_context() -> None:
-    """Positions restart in every response: a row of 3 x 7 tokens for a model of 8 positions."""
+    """Positions restart in every response: 3 x 7 packed tokens for a model of 8 positions."""
     decoder = trained_like(llama3, max_seq_len=8)
     end_at_hidden_states(decoder)
-    row = pack([Group([1, 2], [[3] * 6] * 3) for _ in range(3)])
-    assert len(row.tokens_T) > 8
+    batch = pack([Group([1, 2], [[3] * 6] * 3) for _ in range(3)])
+    assert len(batch.tokens_T) > 8
     assert decoder.max_seq_len == PACKED_LENGTH_LIMIT
-    logps_N = response_logps(decoder, row, CPU)
+    logps_N = response_logps(decoder, batch, CPU)
     torch.testing.assert_close(logps_N, logps_N[:1].expand(9))
 
 

@@ -108,9 +108,12 @@ def test_torchrun_and_launch_are_for_recipes_that_can_use_them() -> None:
         ({}, "there are none"),
         ({"here": stage()}, "'here' can't be a stage's name"),
         ({"a_iter1": stage()}, "'a_iter1' can't be a stage's name"),
-        ({"a": stage({"x": "{b}"})}, r"'a' names \{b\}, which isn't there"),
+        ({"a": stage({"x": "{b}"})}, r"'a' has the unknown placeholder \{b\}"),
         ({"a": stage({"x": "lr=1/y"})}, "has more than one '='"),
-        ({"a": stage({"x{iteration}": 1}), "b": stage(each_iteration=True)}, "names .iteration"),
+        (
+            {"a": stage({"x{iteration}": 1}), "b": stage(each_iteration=True)},
+            "unknown placeholder .iteration",
+        ),
         ({"a": stage(recipe="prepare_data", torchrun="--nnodes 2")}, "runs in one process"),
         (
             {"a": stage(each_iteration=True), "b": stage(), "c": stage(each_iteration=True)},

@@ -60,10 +60,12 @@ def microbatches_of_this_rank(job: Job[Any], recipe: Any) -> list[PlannedMicroba
     return [ranks[world.dp_rank] for ranks in job.microbatches(records, world.dp_size)]
 
 
-def planned(job: Job[Any], rows: list[PlannedMicrobatch[Any]], size: int) -> dict[str, float]:
-    widest = max(rows, key=lambda row: (row.trains, row.num_tokens))
+def planned(
+    job: Job[Any], microbatches: list[PlannedMicrobatch[Any]], size: int
+) -> dict[str, float]:
+    largest = max(microbatches, key=lambda each: (each.trains, each.num_tokens))
     with fake_world(size, job.cfg) as fake:
-        trace = trace_step(job, widest.records, fake, accumulates=len(rows) > 1)
+        trace = trace_step(job, largest.records, fake, accumulates=len(microbatches) > 1)
     return dict(trace.peak)
 
 
@@ -95,11 +97,11 @@ def main(name: str, config: str, result: str, *overrides: str) -> None:
     else:
         measured = highest_level(profiler) if alone else sum(tracker.at_peak().values())
     size, main_rank = run.world.size, run.world.is_main
-    rows = microbatches_of_this_rank(JOBS[name](cfg), recipe)
+    microbatches = microbatches_of_this_rank(JOBS[name](cfg), recipe)
     if not main_rank:
         end_rank()
     close_world()
-    kinds = planned(JOBS[name](cfg), rows, size)
+    kinds = planned(JOBS[name](cfg), microbatches, size)
     Path(result).write_text(json.dumps({"measured": measured, "planned": kinds}))
 
 

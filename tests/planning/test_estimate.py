@@ -27,7 +27,7 @@ MakeJob = Callable[..., Job[Any]]
 GPU = Gpu("test", 80, 1e15, 1e14, memory_bytes=1e12, link_bytes=400e9, network_bytes=50e9)
 
 
-HALF_A_ROW = 2 * (2.7 / 2 + 0.3 * 1275 / 5050)
+HALF_THE_TOKENS = 2 * (2.7 / 2 + 0.3 * 1275 / 5050)
 """Seconds of 50 tokens with `trace` below, at half of GPU's rate."""
 
 
@@ -51,41 +51,43 @@ def cluster(replicate: int = 1, shard: int = 1, tp: int = 1) -> Cluster:
     return Cluster(GPU, 8, replicate, shard, tp)
 
 
-def row(*lengths: int, trains: bool = True) -> list[PlannedMicrobatch[Group]]:
-    """A row of each rank with a group of so many tokens (its one response adds none)."""
+def on_ranks(*lengths: int, trains: bool = True) -> list[PlannedMicrobatch[Group]]:
+    """A micro-batch of each rank with a group of so many tokens (its one response adds none)."""
     return [PlannedMicrobatch([Group(range(length), [[0]])], trains) for length in lengths]
 
 
-def seconds(trace: Trace, rows: list[list[PlannedMicrobatch[Group]]], where: Cluster) -> float:
-    time = step_time(trace, [rows], where, torch.bfloat16, 0.5)
+def seconds(trace: Trace, step: list[list[PlannedMicrobatch[Group]]], where: Cluster) -> float:
+    time = step_time(trace, [step], where, torch.bfloat16, 0.5)
     return time.seconds - time.update
 
 
 def test_computation_at_the_efficiency() -> None:
     """3e15 FLOPs at half of 1e15 a second: 6 s."""
-    assert seconds(trace(), [row(100)], cluster()) == pytest.approx(6)
+    assert seconds(trace(), [on_ranks(100)], cluster()) == pytest.approx(6)
 
 
-def test_rows_of_other_lengths() -> None:
+def test_microbatches_of_other_lengths() -> None:
     """Half the tokens, 1275 of 5050 pairs: half of 2.7e15 FLOPs, 1275/5050 of 0.3e15."""
-    assert seconds(trace(), [row(50)], cluster()) == pytest.approx(HALF_A_ROW)
+    assert seconds(trace(), [on_ranks(50)], cluster()) == pytest.approx(HALF_THE_TOKENS)
 
 
 def test_the_longest_row_of_the_ranks_counts_and_rows_add_up() -> None:
-    assert seconds(trace(), [row(100, 50), row(0, 50)], cluster()) == pytest.approx(6 + HALF_A_ROW)
+    assert seconds(trace(), [on_ranks(100, 50), on_ranks(0, 50)], cluster()) == pytest.approx(
+        6 + HALF_THE_TOKENS
+    )
 
 
 def test_a_forward_alone() -> None:
     """1e15 FLOPs: 2 s; what the backward sends isn't sent."""
-    rows = [row(100, trains=False)]
-    assert seconds(trace(dp_shard=1e15), rows, cluster(shard=2)) == pytest.approx(2)
+    step = [on_ranks(100, trains=False)]
+    assert seconds(trace(dp_shard=1e15), step, cluster(shard=2)) == pytest.approx(2)
 
 
 def test_tensor_parallel_traffic_is_not_hidden() -> None:
-    """320e9 bytes at 0.8 of 400e9 a second: 1 s, on top of 6; half of it for half a row."""
+    """320e9 bytes at 0.8 of 400e9 a second: 1 s, on top of 6; half of it for half the tokens."""
     where = cluster(tp=8)
-    assert seconds(trace(tp=320e9), [row(100)], where) == pytest.approx(7)
-    assert seconds(trace(tp=320e9), [row(50)], where) == pytest.approx(HALF_A_ROW + 0.5)
+    assert seconds(trace(tp=320e9), [on_ranks(100)], where) == pytest.approx(7)
+    assert seconds(trace(tp=320e9), [on_ranks(50)], where) == pytest.approx(HALF_THE_TOKENS + 0.5)
 
 
 @pytest.mark.parametrize(("sent", "expected"), [(160e9, 6), (400e9, 10)])
@@ -93,7 +95,7 @@ def test_data_parallel_traffic_is_hidden_up_to_the_computation(
     sent: float, expected: float
 ) -> None:
     """A rank of the group on each node, so 40e9 bytes a second: 4 s are hidden, 10 aren't."""
-    assert seconds(trace(dp_shard=sent), [row(100)], cluster(shard=4, tp=8)) == pytest.approx(
+    assert seconds(trace(dp_shard=sent), [on_ranks(100)], cluster(shard=4, tp=8)) == pytest.approx(
         expected
     )
 
@@ -115,10 +117,12 @@ def test_rate_within_a_dimension(where: Cluster, dimension: str, rate: float) ->
 
 def test_update_reads_the_state_and_writes_it_back() -> None:
     """16e9 bytes read, 12e9 written, at 1e12 a second; offloaded, 8e9 travel at 25e9 a second."""
-    time = step_time(trace(), [[row(100)]], cluster(), torch.bfloat16, 0.5)
+    time = step_time(trace(), [[on_ranks(100)]], cluster(), torch.bfloat16, 0.5)
     assert time.update == pytest.approx(0.028)
     assert time.tokens == 100
-    offloaded = step_time(trace(), [[row(100)]], cluster(), torch.bfloat16, 0.5, cpu_offload=True)
+    offloaded = step_time(
+        trace(), [[on_ranks(100)]], cluster(), torch.bfloat16, 0.5, cpu_offload=True
+    )
     assert offloaded.update == pytest.approx(0.028 + 0.32)
 
 

@@ -48,38 +48,38 @@ def test_all_ranks_have_as_many_rows_and_each_record_is_in_one(
     job = make_job(config)
     n = job.responses or 3
     records = [job.record(20 + i, [30 + i] * n) for i in range(30)]
-    rows = job.microbatches(records, 4)
-    assert all(len(ranks) == 4 for ranks in rows)
-    computed = sum(row.num_tokens for ranks in rows for row in ranks)
+    microbatches = job.microbatches(records, 4)
+    assert all(len(ranks) == 4 for ranks in microbatches)
+    computed = sum(each.num_tokens for ranks in microbatches for each in ranks)
     assert computed == sum(record.num_tokens for record in records)
-    assert all(row.num_tokens <= job.budget for ranks in rows for row in ranks)
+    assert all(each.num_tokens <= job.budget for ranks in microbatches for each in ranks)
 
 
 def test_a_group_over_the_budget_takes_two_passes(make_job: MakeJob) -> None:
     """5 responses of 100 tokens don't fit into 300: forwards of 2, 2 and 1, then 5 backwards; and
-    the second rank, which has nothing to do, runs as many empty rows."""
+    the second rank, which has nothing to do, runs as many empty micro-batches."""
     job = make_job(
         "tiny/steerlm2",
         "steerlm2.max_tokens_per_microbatch=300",
         "steerlm2.forward_micro_batch_size=2",
     )
-    rows = job.microbatches([job.record(10, [101] * 5)], 2)
-    assert [ranks[0].trains for ranks in rows] == [False] * 3 + [True] * 5
-    assert [ranks[0].num_tokens for ranks in rows] == [210, 210, 110] + [110] * 5
-    assert all(ranks[1].num_tokens == 0 for ranks in rows)
+    microbatches = job.microbatches([job.record(10, [101] * 5)], 2)
+    assert [ranks[0].trains for ranks in microbatches] == [False] * 3 + [True] * 5
+    assert [ranks[0].num_tokens for ranks in microbatches] == [210, 210, 110] + [110] * 5
+    assert all(ranks[1].num_tokens == 0 for ranks in microbatches)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_widest_row_is_filled_up_to_the_budget(make_job: MakeJob, config: str) -> None:
+def test_the_largest_microbatch_is_filled_up_to_the_budget(make_job: MakeJob, config: str) -> None:
     job = make_job(config)
-    rows = job.microbatches([job.record(20, [30] * (job.responses or 3))], 2)
-    assert job.largest_microbatch(rows).num_tokens == job.budget
+    microbatches = job.microbatches([job.record(20, [30] * (job.responses or 3))], 2)
+    assert job.largest_microbatch(microbatches).num_tokens == job.budget
 
 
 def test_slices_of_a_group_are_not_filled_up(make_job: MakeJob) -> None:
     job = make_job("tiny/steerlm2", "steerlm2.strategy=two_pass")
-    rows = job.microbatches([job.record(10, [50] * 3)], 1)
-    assert job.largest_microbatch(rows).num_tokens == 10 + 49
+    microbatches = job.microbatches([job.record(10, [50] * 3)], 1)
+    assert job.largest_microbatch(microbatches).num_tokens == 10 + 49
 
 
 def test_a_model_is_that_of_its_recipe(make_job: MakeJob) -> None:

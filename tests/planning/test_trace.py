@@ -46,7 +46,7 @@ def test_every_multi_node_training_config_is_listed() -> None:
 
 @pytest.mark.parametrize("name", MULTI_NODE)
 def test_a_70b_config_takes_a_fake_step_on_its_gpus(name: str, make_job: MakeJob) -> None:
-    """Its own layout on as many ranks as its header starts, its own row; 2 of its 80 layers."""
+    """Its own layout and micro-batch on as many ranks as its header starts; 2 of its 80 layers."""
     trace = traced(make_job(name), MULTI_NODE[name], num_layers=2)
     assert {collective.dimension for collective in trace.traffic} >= {"dp_shard", "tp"}
     assert trace.peak["activations"] > 0
@@ -154,7 +154,7 @@ def test_tensor_parallel_ranks_share_the_work(make_job: MakeJob) -> None:
     """Half of the FLOPs each."""
     whole = traced(make_job("tiny/sft"), 1)
     half = traced(make_job("tiny/sft", "tensor_parallel_dim=2"), 2)
-    # the row is padded from 199 to 200 tokens
+    # padded from 199 to 200 tokens
     assert half.flops["forward"] == pytest.approx(whole.flops["forward"] / 2, rel=0.01)
 
 

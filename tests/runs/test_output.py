@@ -51,7 +51,7 @@ def test_a_run_does_not_start_from_its_own_exports(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (folder / name).touch()
     for start in (folder, tmp_path):
-        with pytest.raises(ValueError, match=f"{start} is what an earlier run left in this run's"):
+        with pytest.raises(ValueError, match=f"{start} is of an earlier run in this run's"):
             check_not_own_run(tmp_path, {"checkpoint_dir": str(start)})
     check_not_own_run(tmp_path / "other", {"checkpoint_dir": str(tmp_path)})
 

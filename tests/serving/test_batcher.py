@@ -16,7 +16,7 @@ from steerlm2.serving.batcher import (
     Scores,
     ScoringError,
     Text,
-    share_beginnings,
+    share_prefixes,
 )
 
 BAD = 99
@@ -98,7 +98,7 @@ def test_groups_hold_every_text_with_the_fewest_tokens(seed: int) -> None:
     """Against all partitions of 5 texts over an alphabet of two, where much is shared by chance."""
     rng = random.Random(seed)
     texts = [rng.choices([1, 2], k=rng.randint(1, 6)) for _ in range(5)]
-    groups = share_beginnings(texts)
+    groups = share_prefixes(texts)
     assert texts_of(groups) == dict(enumerate(texts))
     assert all(len(response) > 0 for group in groups for response in group.responses)
     fewest = min(
@@ -111,7 +111,7 @@ def test_groups_hold_every_text_with_the_fewest_tokens(seed: int) -> None:
 def test_one_system_prompt_is_computed_once() -> None:
     """10 texts of 100 + 5 tokens: 100 + 10 x 5, not 10 x 105; another one of 8 stands apart."""
     texts = [[*range(100), 200 + i, 1, 1, 1, 2] for i in range(10)]
-    groups = share_beginnings([*texts, [7] * 8])
+    groups = share_prefixes([*texts, [7] * 8])
     assert sorted(group.num_tokens for group in groups) == [8, 150]
 
 

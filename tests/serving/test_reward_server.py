@@ -271,7 +271,7 @@ def test_no_text_becomes_a_control_token(system: str, question: str, response: s
 
 
 def test_scores_do_not_depend_on_the_batch() -> None:
-    """30 texts together and each alone: shared beginnings, other rows, the same scores to 1e-5."""
+    """30 texts together and each alone: shared prefixes, other batches, the same scores to 1e-5."""
     items = [
         Conversation([Turn("User", "is it " * (i % 7)), Turn("Assistant", "a " * i)], system)
         for i in range(1, 16)

@@ -1,4 +1,4 @@
-"""Packed rows compute what a model computes for one response at a time: log-probs, attribute
+"""Packed sequences compute what a model computes for one response at a time: log-probs, attribute
 scores, and their gradients.
 
 Dimension letters: N responses, V vocabulary, T tokens, A attributes, D hidden.
@@ -114,10 +114,12 @@ def one_at_a_time(decoder: TransformerDecoder, groups: list[Group]) -> Tensor:
 
 
 def loss_of(logps_N: Tensor, groups: list[Group]) -> Tensor:
-    row = pack(groups)
-    assert row.log_q_N is not None
-    assert row.w_N is not None
-    return SteerLM2Loss()(logps_N, row.log_q_N, row.w_N, row.sizes_G, row.response_lengths_N)
+    batch = pack(groups)
+    assert batch.log_q_N is not None
+    assert batch.w_N is not None
+    return SteerLM2Loss()(
+        logps_N, batch.log_q_N, batch.w_N, batch.sizes_G, batch.response_lengths_N
+    )
 
 
 def gradients(decoder: TransformerDecoder) -> Gradients:
@@ -237,7 +239,7 @@ def test_an_empty_row_has_no_log_probs_and_zero_gradients(
 def test_scores_stand_in_the_groups_order_under_any_budget(
     packed_decoder: TransformerDecoder, groups: list[Group], budget: int
 ) -> None:
-    """One row; groups in slices; every response alone. Largest groups are computed first."""
+    """One batch; groups in slices; every response alone. Largest groups are computed first."""
     scores = score_groups(packed_decoder, groups, CPU, max_tokens_per_microbatch=budget)
     assert [len(group) for group in scores] == [3, 2, 5]
     expected_N = response_logps(packed_decoder, pack(groups), CPU)
@@ -286,7 +288,9 @@ def targets_one_at_a_time(
     for dialogue in dialogues:
         tokens_T = torch.tensor(dialogue.tokens)
         logps_TV = logits_of(tokens_T[None])[0].double().log_softmax(dim=1)
-        logps += [logps_TV[place - 1, tokens_T[place]] for place in dialogue.target_positions]
+        logps += [
+            logps_TV[position - 1, tokens_T[position]] for position in dialogue.target_positions
+        ]
     return torch.stack(logps)
 
 
@@ -299,8 +303,8 @@ def test_packed_targets_equal_one_conversation_at_a_time(
     multiple_of: int,
 ) -> None:
     """fp32, 1e-5 nats a token; with padding too."""
-    row = pack_dialogues(dialogues, multiple_of=multiple_of)
-    logps_R = target_logps(packed_decoder, row, CPU)
+    batch = pack_dialogues(dialogues, multiple_of=multiple_of)
+    logps_R = target_logps(packed_decoder, batch, CPU)
     expected_R = targets_one_at_a_time(decoder, dialogues)
     torch.testing.assert_close(logps_R.double(), expected_R, rtol=1e-5, atol=1e-5)
 
@@ -324,7 +328,7 @@ def test_targets_are_transformers(
 def test_gradients_of_targets_equal_one_conversation_at_a_time(
     decoder: TransformerDecoder, packed_decoder: TransformerDecoder, dialogues: list[Dialogue]
 ) -> None:
-    """Of the mean over all targets; in two rows, the mean is of both together."""
+    """Of the mean over all targets; in two micro-batches, the mean is of both together."""
     count = sum(len(dialogue.target_positions) for dialogue in dialogues)
     (-targets_one_at_a_time(decoder, dialogues).mean()).backward()
     for part in (dialogues[:3], dialogues[3:]):
@@ -398,7 +402,7 @@ def test_scores_are_transformers(
     name: str, reward_groups: list[RewardGroup], tmp_path: Path
 ) -> None:
     """LlamaForSequenceClassification of the exported folder, one whole text at a time, against
-    packed rows with a shared prompt: fp32, scores of size 1, 1e-5. llama3_2's embeddings were tied.
+    packed ones with a shared prompt: fp32, scores of size 1, 1e-5. llama3_2's embeddings were tied.
     """
     made = attribute_decoder(BACKBONES[name])
     checkpointer = ScratchCheckpointer(made, tiny_tokenizer(), seed=0, output_dir=str(tmp_path))
@@ -451,10 +455,10 @@ def test_the_order_of_groups_in_a_row_changes_no_score(
     reward_groups: list[RewardGroup],
     unpacked_scores: Tensor,
 ) -> None:
-    row = pack_for_reward([reward_groups[g] for g in order], multiple_of=16)
+    batch = pack_for_reward([reward_groups[g] for g in order], multiple_of=16)
     expected = [unpacked_scores.split([3, 1, 2])[g] for g in order]
     torch.testing.assert_close(
-        attribute_scores(attribute_model, row), torch.cat(expected), rtol=1e-5, atol=1e-5
+        attribute_scores(attribute_model, batch), torch.cat(expected), rtol=1e-5, atol=1e-5
     )
 
 
@@ -465,7 +469,7 @@ def test_scores_stand_in_the_groups_order_under_any_token_budget(
     reward_groups: list[RewardGroup],
     unpacked_scores: Tensor,
 ) -> None:
-    """One row; a row for the largest group (768 tokens); that group in slices; each text alone."""
+    """One batch; one for the largest group (768 tokens); that group in slices; each text alone."""
     scored = score_attributes(attribute_model, reward_groups, CPU, max_tokens_per_microbatch=budget)
     assert [len(group) for group in scored] == [3, 1, 2]
     torch.testing.assert_close(flat(scored), unpacked_scores, rtol=1e-5, atol=1e-5)
@@ -492,7 +496,7 @@ def test_gradients_of_packed_scores_equal_one_text_at_a_time(
     attribute_model: TransformerDecoder, reward_groups: list[RewardGroup]
 ) -> None:
     """d sum_ij (score_ij - label_ij)^2 / d every parameter, head and backbone: by autograd over
-    whole texts, each with its own copy of the prompt; and over packed rows in two micro-batches.
+    whole texts, each with its own copy of the prompt; and packed, in two micro-batches.
     """
     labels_NA = torch.arange(18.0).view(6, 3) % 5
     total = torch.zeros(())
@@ -503,8 +507,8 @@ def test_gradients_of_packed_scores_equal_one_text_at_a_time(
     total.backward()
     expected = gradients(attribute_model)
     for part, labels in ((slice(0, 1), labels_NA[:3]), (slice(1, 3), labels_NA[3:])):
-        row = pack_for_reward(reward_groups[part], multiple_of=4)
-        squared_error_sum(attribute_scores(attribute_model, row), labels).backward()
+        batch = pack_for_reward(reward_groups[part], multiple_of=4)
+        squared_error_sum(attribute_scores(attribute_model, batch), labels).backward()
     assert_same_gradients(gradients(attribute_model), expected)
 
 
@@ -512,11 +516,11 @@ def test_an_empty_reward_row_has_no_scores_and_zero_gradients(
     attribute_model: TransformerDecoder,
 ) -> None:
     """A rank without groups takes part in a backward and adds nothing to any parameter."""
-    row = pack_for_reward([])
-    scores_NA = attribute_scores(attribute_model, row)
+    batch = pack_for_reward([])
+    scores_NA = attribute_scores(attribute_model, batch)
     assert scores_NA.shape == (0, NUM_ATTRIBUTES)
-    assert row.labels_NA is not None
-    squared_error_sum(scores_NA, row.labels_NA).backward()
+    assert batch.labels_NA is not None
+    squared_error_sum(scores_NA, batch.labels_NA).backward()
     assert all((gradient == 0).all() for gradient in gradients(attribute_model).values())
 
 

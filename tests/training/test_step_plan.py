@@ -177,10 +177,10 @@ def test_a_fixed_strategy_leaves_the_other_kind_empty(strategy: str, kind: str) 
 
 @given(groups_of_any_size, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4))
 @settings(deadline=None)
-def test_all_ranks_run_as_many_rows_as_the_busiest_has(
+def test_all_ranks_run_as_many_microbatches_as_the_busiest(
     groups: list[Group], num_ranks: int, budget: int, size: int
 ) -> None:
-    """Backward rows: micro-batches + slices of `size`. Forward rows: slices of `size` + 1."""
+    """Backward: micro-batches + slices of `size`. Without a graph: slices of `size` + 1."""
     plans = plans_of(
         groups,
         num_ranks,
@@ -196,8 +196,8 @@ def test_all_ranks_run_as_many_rows_as_the_busiest_has(
     assert {plan.num_backward for plan in plans} == {max(backward)}
 
 
-def test_a_rank_without_groups_runs_the_rows_of_the_others() -> None:
-    """One group of 5 tokens, budget 5, two ranks: the second has nothing but runs one row."""
+def test_a_rank_without_groups_runs_the_microbatches_of_the_others() -> None:
+    """One group of 5 tokens, budget 5, two ranks: the second has none but runs a micro-batch."""
     first, second = plans_of([group("g|hi jk lmn")], 2, max_tokens_per_microbatch=5)
     assert (len(first.single_pass), second.single_pass, second.two_pass) == (1, [], [])
     assert (second.num_no_grad, second.num_backward) == (0, 1)
@@ -210,35 +210,35 @@ reward_groups_of_any_size = groups_of_any_size.map(
 
 @settings(deadline=None, derandomize=True)
 @given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
-def test_rows_hold_every_group_once(
+def test_microbatches_of_ranks_hold_every_group_once(
     groups: list[RewardGroup], num_ranks: int, max_tokens: int
 ) -> None:
-    """Whole groups (a pair is one): over all ranks and rows, each of them stands in one row."""
-    rows = microbatches_by_rank(groups, num_ranks, max_tokens)
-    placed = [made.index for own in rows for row in own for made in row]
-    assert sorted(placed) == list(range(len(groups)))
+    """Whole groups (a pair is one): over all ranks, each of them is in one micro-batch."""
+    microbatches = microbatches_by_rank(groups, num_ranks, max_tokens)
+    found = [made.index for own in microbatches for each in own for made in each]
+    assert sorted(found) == list(range(len(groups)))
 
 
 @settings(deadline=None, derandomize=True)
 @given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
-def test_all_ranks_have_as_many_rows(
+def test_all_ranks_have_as_many_microbatches(
     groups: list[RewardGroup], num_ranks: int, max_tokens: int
 ) -> None:
-    """One with fewer would leave the others waiting in FSDP2's collectives; no row is empty on all
+    """One with fewer would leave the others waiting in FSDP2's collectives; none is empty on all
     ranks.
     """
-    rows = microbatches_by_rank(groups, num_ranks, max_tokens)
-    assert len(rows) == num_ranks
-    assert len({len(own) for own in rows}) == 1
-    assert all(any(own) for own in zip(*rows, strict=True))
+    microbatches = microbatches_by_rank(groups, num_ranks, max_tokens)
+    assert len(microbatches) == num_ranks
+    assert len({len(own) for own in microbatches}) == 1
+    assert all(any(own) for own in zip(*microbatches, strict=True))
 
 
 @settings(deadline=None, derandomize=True)
 @given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
-def test_rows_stay_within_the_budget(
+def test_microbatches_of_ranks_stay_within_the_budget(
     groups: list[RewardGroup], num_ranks: int, max_tokens: int
 ) -> None:
     """But for a single group that is larger by itself."""
     for own in microbatches_by_rank(groups, num_ranks, max_tokens):
-        for row in own:
-            assert len(row) <= 1 or sum(made.num_tokens for made in row) <= max_tokens
+        for each in own:
+            assert len(each) <= 1 or sum(made.num_tokens for made in each) <= max_tokens

@@ -1,4 +1,4 @@
-"""Where data comes from: what `builder` of prepare_data names. `base` says what a source is."""
+"""Sources of data, for the key `builder` of prepare_data. `base` describes their interface."""
 
 from steerlm2.data.sources.best_of import best_of_responses
 from steerlm2.data.sources.conversations import labelled_conversations

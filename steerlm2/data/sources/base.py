@@ -1,15 +1,15 @@
-"""Sources: where data comes from. Each is a module of its own with one or two functions.
+"""The interface of sources of data. Each source is a module with one or two functions.
 
     NAME_groups(source, *, system_prompt=..., ...) -> Iterator[Record]
-        SteerLM2 groups: prompts with several responses whose log P(a|x,y) is known (a `SplitRecord`
-        where the source says which are for validation)
+        SteerLM2 groups: prompts with several responses whose log P(a|x,y) is known (as a
+        `SplitRecord` if the source has splits)
     NAME_conversations(source, *, system_prompt=..., ...) -> Iterator[Unit]
         labelled conversations, for supervised fine-tuning and the attribute model
 
-A source reads its input as a stream, keeps the order of its input, and reports all bad lines at
-once, after its last good record (`LineProblems`). It depends on its arguments alone. The recipe
-prepare_data calls the function that its config names as `builder`; functions outside this package
-work as well.
+A source reads its input as a stream, keeps the order of its input, and reports all bad lines
+together, after its last good record (`LineProblems`). Its output depends on its arguments only. The
+recipe prepare_data calls the function that its config names as `builder`, which may also be outside
+of this package.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ DEFAULT_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-"""The published SteerLM models were trained with this one."""
+"""The system prompt of the published SteerLM models."""
 
 
 @dataclass
 class Unit:
-    """Conversations that stay together and in order, such as a pair or the threads of a tree."""
+    """Conversations that are kept together, in order, such as a pair or the threads of a tree."""
 
     conversations: list[Conversation]
     split: Split | None = None
-    """Where the source has it, if the source has splits."""
+    """The source's split; None if it has no splits."""
 
 
 @dataclass

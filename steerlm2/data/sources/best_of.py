@@ -1,7 +1,7 @@
-"""Bootstrapping: of sampled and scored answers, those that have what was asked for.
+"""Bootstrapping: the sampled answers whose scores are nearest to the requested label.
 
-The last step of SteerLM (Dong et al. 2023, https://arxiv.org/abs/2310.05344, step 4): a model's own
-answers to the labels that one wants, kept where the attribute model agrees, are fine-tuned on.
+It is the last step of SteerLM (Dong et al. 2023, https://arxiv.org/abs/2310.05344, step 4): a model
+is fine-tuned on its own answers to requested labels, filtered by the attribute model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from steerlm2.data.sources.base import Unit
 from steerlm2.data.sources.rows import iter_rows
 
 _CUT_OFF = "length"
-"""The finish_reason of a response that sample_responses kept though it has no end."""
+"""The finish_reason of an incomplete response that sample_responses kept."""
 
 _CONVERSATION_KEYS = {"conversations", "system", "mask", "type"}
 
@@ -37,21 +37,21 @@ def best_of_responses(
     """The responses of each SteerLM2 record that are nearest to its label, as conversations.
 
     A response's distance is the mean of |score - wanted value| over the label's attributes, scores
-    clipped to the schema's range. Responses that were cut off don't count. A response's turn is
-    labelled with its own scores, rounded: those of all attributes of the schema that it has. The
-    log says how many records were left out.
+    clipped to the schema's range. Responses that were cut off are left out. A response's turn is
+    labelled with its own rounded scores, for all attributes of the schema that it has a score for.
+    The number of records that were left out is logged.
 
     Args:
         source: SteerLM2 records with `scores` (sample_responses, then annotate_attributes): a file,
             or a folder of train.jsonl and val.jsonl (`iter_rows`).
-        keep: responses of a record, at most.
+        keep: the largest number of responses of a record.
         max_distance: a response further from its label is left out.
         schema: the attributes and their range (a mapping in a config).
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for options that make no sense; after the last record, naming the lines that
-            aren't scored records with a label, or where no response is near enough.
+        ValueError: for invalid options; after the last record, naming the lines that
+            aren't scored records with a label, or where no response is within `max_distance`.
     """
     if keep < 1 or not max_distance >= 0:
         raise ValueError(
@@ -100,7 +100,7 @@ def _units(
 
 
 def _by_distance(record: Record, schema: AttributeSchema) -> list[tuple[float, Response]]:
-    """The complete responses with their distances, the nearest first, then as they stand.
+    """The complete responses with their distances, sorted by distance (stable).
 
     Raises:
         ValueError: without a label, or without the scores of its attributes.

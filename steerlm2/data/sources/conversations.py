@@ -1,4 +1,4 @@
-"""Conversations that are in the conversation format already: a user's own, or an earlier run's."""
+"""Conversations in the conversation format: a user's own, or those of an earlier run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def labelled_conversations(
     preference: bool = False,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
 ) -> Iterator[Unit]:
-    """One conversation a line. Turns without a label are fine; keys that we don't know are kept.
+    """One conversation a line. Turns may have no label; unknown keys are kept.
 
     Args:
-        source: a file, or a folder of train.jsonl and val.jsonl (or of another of the names of
-            `iter_rows`).
+        source: a file, or a folder of train.jsonl and val.jsonl (or other names that `iter_rows`
+            knows).
         schema: the attributes that labels may name, and their range (a mapping in a config).
         preference: two lines are a pair: the same turns but for the last, an assistant's, which
             has the same label in both, one attribute with a value from -3 (the first is much

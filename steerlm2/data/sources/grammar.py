@@ -1,10 +1,10 @@
-"""The grammar of `steerlm2.data.grammar` as a source: its conversations, and what to ask of models.
+"""The grammar of `steerlm2.data.grammar` as a source of conversations and of prompts.
 
-What is read elsewhere is drawn here; `source` says how pairs of a question and a label are split:
+It reads no file. The argument `source` is the split of the pairs of a question and a label:
 
-    held_out  training draws have pairs of the grammar's training split, validation draws those
+    held_out  training data have the pairs of the grammar's training split, validation data those
               that it holds out
-    all       both have any pairs
+    all       both have all pairs
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def grammar_draws(
 ) -> Iterator[Unit]:
     """Questions with answers drawn from P(y|x): training conversations, then validation ones.
 
-    P(y|x) is that of all answers only where nothing is held out, or nothing is labelled: what has
-    a label of a held-out pair is left out, of training for its label and so of the answers too.
+    With labels and "held_out" the answers don't follow P(y|x): draws with the label of a held-out
+    pair are left out of training. Without labels, or with "all", they do.
 
     Args:
         source: "held_out" or "all", as above.
         num: training conversations.
         num_val: validation conversations; 0: none.
-        seed: other draws with another one.
+        seed: of the draws.
         labels: "sampled" from P(a|x,y); "rounded" scores; None: answers without a label.
 
     Raises:
-        ValueError: for arguments that make no sense.
+        ValueError: for invalid arguments.
     """
     _check_source(source)
     if num < 1 or num_val < 0:
@@ -55,8 +55,8 @@ def grammar_pairs_to_ask(source: str) -> Iterator[SplitRecord]:
     """Every pair of a question and a label as a SteerLM2 record without responses.
 
     Args:
-        source: "held_out": training pairs to train on, held-out ones to validate with; "all": all
-            of them to train on.
+        source: "held_out": the training pairs for training, the held-out ones for validation;
+            "all": all of them for training.
 
     Raises:
         ValueError: for another source.
@@ -78,7 +78,7 @@ def _draws(
     counts: dict[SourceSplit, int] = {"train": num, "validation": num_val}
     for split, count in counts.items():
         pairs: Split = split if source == HELD_OUT else "all"
-        # Of the same pairs, two splits with one seed would be the same draws.
+        # With the same pairs and the same seed two splits would have the same draws.
         own_seed = random.Random(f"{seed}:{split}").getrandbits(32)
         for conversation in grammar_conversations(count, own_seed, pairs, labels=labels):
             yield Unit([conversation], split)

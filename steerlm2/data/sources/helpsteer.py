@@ -39,14 +39,15 @@ def helpsteer_conversations(
         preference: HelpSteer2's pairs instead, read from `preference/`. Both responses of a pair
             become a conversation, one after the other, and have the same label: the strength, from
             -3 (the first is much better) to 3 (the second is), under `PREFERENCE_ATTRIBUTE`.
-        split_turns: a prompt of several turns, which HelpSteer2 writes as one text with
-            "<extra_id_1>Assistant" between them, becomes those turns. The regression format is the
-            same either way; in the published conversation format it stays one text.
+        split_turns: HelpSteer2 writes a prompt of several turns as one text with
+            "<extra_id_1>Assistant" between them. True: split it into its turns. False: leave it one
+            text, as in the published conversation format. The regression format is the same in
+            both cases.
         system_prompt: of every conversation.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for both options at once; after the last row, naming the bad ones.
+        ValueError: for both options together; after the last row, naming the bad ones.
     """
     if preference and only_helpfulness:
         raise ValueError(
@@ -81,14 +82,14 @@ def helpsteer3_conversations(
     preference: bool = True,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
 ) -> Iterator[Unit]:
-    """HelpSteer3's preference pairs: the turns before them are messages, as in a chat API.
+    """HelpSteer3's preference pairs; their contexts are lists of chat messages.
 
     Labels and the order of a pair are those of `helpsteer_conversations`.
 
     Args:
         source: a file, folder or hub id (`iter_rows`).
-        preference: HelpSteer3 has no scored responses: there is nothing else.
-        system_prompt: of a conversation that doesn't begin with a system message of its own.
+        preference: must be true, because HelpSteer3 has no scored responses.
+        system_prompt: of a conversation that doesn't begin with a system message.
 
     Raises:
         FileNotFoundError: if there is no such file.

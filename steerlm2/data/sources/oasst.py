@@ -1,9 +1,9 @@
 """Open Assistant conversation trees (OASST1 and OASST2), in either of the two published forms.
 
-The tree export, one tree a line: `prompt` with nested `replies`; a message has `role` (prompter or
-assistant), `text`, and human `labels`: name -> {"value": 0..1, "count": raters}. The message table,
-which is what the hub serves: one message a row, with `message_tree_id` and `parent_id`, the rows of
-a tree one after the other.
+The tree export has one tree a line: `prompt` with nested `replies`; a message has `role` (prompter
+or assistant), `text`, and human `labels`: name -> {"value": 0..1, "count": raters}. The message
+table, which the hub has, has one message a row, with `message_tree_id` and `parent_id`; the rows of
+a tree are adjacent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from steerlm2.data.sources.rows import Row, iter_rows
 ROLES = {"prompter": USER, "assistant": ASSISTANT}
 
 OASST_ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")
-"""Those of Open Assistant's labels that the published models are trained on."""
+"""Open Assistant's labels that the published models are trained on."""
 
 _Path = list[dict[str, Any]]
 """The messages of a tree from its prompt to one of them."""
@@ -61,8 +61,9 @@ def oasst_groups(
 
     The human labels, scaled to the schema's range and not rounded, become the `scores` of a
     response, and log P(a|x,y) is their Beta likelihood (`beta_log_prob`). log P(y|x) and
-    log Q'(y|a,x) stay open. A record's label names only attributes that every reply of the group
-    has a score for; a group without any is left out, and the log says how many were.
+    log Q'(y|a,x) remain unknown. A record's label names only attributes that every reply of the
+    group has a score for. Groups without such an attribute are left out, and their number is
+    logged.
 
     Args:
         source: a file, folder or hub id (`iter_rows`); read as a stream, one tree at a time.
@@ -77,7 +78,7 @@ def oasst_groups(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for arguments that make no sense; after the last record, naming the lines that
+        ValueError: for invalid arguments; after the last record, naming the lines that
             aren't conversation trees.
     """
     schema = as_schema(schema)
@@ -100,8 +101,8 @@ def oasst_conversations(
     """Every thread of a tree, from its prompt to a message without replies, as a conversation.
 
     The human labels of an assistant's message, scaled to 0..4 and rounded, are its label. The
-    threads of a tree are one unit: shuffled, split and sampled together, since they share their
-    beginnings. Threads of one message are left out; a unit may be empty.
+    threads of a tree are one unit (shuffled, split and sampled together), because they share their
+    first messages. Threads of a single message are left out; a unit may be empty.
 
     Args:
         source: a file, folder or hub id (`iter_rows`); read as a stream, one tree at a time.
@@ -119,7 +120,7 @@ def oasst_conversations(
             Conversation([_turn(message, attributes) for message in path], system_prompt)
             for path in threads
         ]
-        yield Unit(conversations)  # the published split shuffles and counts trees without any, too
+        yield Unit(conversations)  # empty ones too, which count in the published split
     problems.raise_if_any()
 
 
@@ -198,7 +199,7 @@ def _groups(
 
 
 def _iter_trees(source: str | Path, problems: LineProblems) -> Iterator[list[_Path]]:
-    """Every tree, as its messages' paths; what isn't a tree goes to `problems`."""
+    """Every tree as the paths to its messages; invalid trees go to `problems`."""
     rows = iter_rows(source, problems)
     for _, group in itertools.groupby(rows, key=_tree_key):
         tree_rows = list(group)
@@ -212,7 +213,7 @@ def _iter_trees(source: str | Path, problems: LineProblems) -> Iterator[list[_Pa
 
 
 def _tree_key(row: Row) -> object:
-    """The same for rows of one tree: a row of the tree export is one by itself."""
+    """A key that rows of one tree share; a row of the tree export is a whole tree."""
     return row.path, row.value.get("message_tree_id") if _is_message(row) else row.number
 
 
@@ -221,7 +222,7 @@ def _is_message(row: Row) -> bool:
 
 
 def _assemble(rows: list[Row]) -> dict[str, Any]:
-    """The tree, in the form of the export, that these rows of the message table make up."""
+    """The tree of these rows of the message table, in the form of the tree export."""
     messages = {}
     for row in rows:
         labels = row.value.get("labels")
@@ -250,10 +251,10 @@ def _assemble(rows: list[Row]) -> dict[str, Any]:
 
 
 def _paths(tree: object) -> Iterator[_Path]:
-    """Every message of a tree, with all messages that lead to it before it; in depth-first order.
+    """The path from the prompt to every message of a tree, in depth-first order.
 
     Raises:
-        ValueError: for the first place where the tree isn't one.
+        ValueError: for the first invalid message.
     """
     if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), dict):
         raise ValueError("a conversation tree must be a JSON object with a 'prompt' object")

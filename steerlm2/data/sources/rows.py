@@ -15,7 +15,7 @@ from steerlm2.data.records import LineProblems, iter_json_lines
 
 Split = Literal["train", "validation"]
 
-# What a split is called in file names, and where a folder may hold its files: the first is taken.
+# Names of a split in file names, and patterns of its files in a folder; the first match is taken.
 _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("validation", "val"),
@@ -32,7 +32,7 @@ _FILE_NAME = re.compile(r".*\.(jsonl?|gz|parquet)")
 
 
 class Row(NamedTuple):
-    """One row: where it is (number from 1), and the split that its file is."""
+    """One row of a source, with its file, its number from 1, and the split of its file."""
 
     path: str | Path
     number: int
@@ -48,8 +48,8 @@ def iter_rows(source: str | Path, problems: LineProblems, subset: str = "") -> I
     Args:
         source: a .jsonl, .jsonl.gz or .parquet file; a folder with train.jsonl.gz and
             validation.jsonl.gz (or .jsonl, or .parquet, also in shards); or a hub id.
-        subset: the sub-folder of a folder or of a data set on the hub to read instead. One file
-            of the sub-folder's own name will do for both splits.
+        subset: read this sub-folder of the folder or of the data set on the hub. It may have one
+            file of its own name for both splits.
 
     Raises:
         FileNotFoundError: if there is no such file, or none of these in the folder.
@@ -87,7 +87,7 @@ def _files_of_folder(folder: Path, subset: str) -> list[tuple[Path, Split | None
 
 
 def _first_match(base: Path, names: Iterable[str]) -> list[Path]:
-    """The file, or the shards of the file, that the first fitting pattern names."""
+    """The file, or its shards, that match the first matching pattern."""
     for name in names:
         for pattern in _PATTERNS:
             if found := sorted(base.glob(pattern.format(name))):
