@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ ObjectT = TypeVar("ObjectT")
 
 TIMEOUT = datetime.timedelta(hours=1)
 """The others wait while rank 0 reads or writes the weights of a large model."""
+FLEX_BLOCK_TOKENS = 128
+"""Queries and keys of a block in FlexAttention's masks (its default); a multiple of the 16 rows
+that float8 products need."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,16 @@ class World:
     def tp_group(self) -> dist.ProcessGroup | None:
         """The tensor-parallel group, None where there is nothing to split."""
         return self.mesh["tp"].get_group() if self.mesh is not None and self.tp_size > 1 else None
+
+    @property
+    def padding_multiple(self) -> int:
+        """The length of a packed sequence is a multiple of this (`multiple_of` of `pack`).
+
+        Tensor-parallel ranks hold equal parts of it. On a GPU it is whole blocks of FlexAttention
+        too, which spares its kernels the checks at the end, and is what float8 products need.
+        """
+        blocks = FLEX_BLOCK_TOKENS if self.device.type == "cuda" else 1
+        return math.lcm(blocks, self.tp_size)
 
     @property
     def dp_size(self) -> int:

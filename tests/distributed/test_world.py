@@ -35,6 +35,17 @@ def test_a_single_process_is_all_there_is() -> None:
     assert (CPU.tp_size, CPU.tp_group) == (1, None)
 
 
+@pytest.mark.parametrize(
+    ("device", "tp_size", "expected"),
+    [("cpu", 1, 1), ("cpu", 6, 6), ("cuda", 1, 128), ("cuda", 8, 128), ("cuda", 6, 384)],
+)
+def test_lengths_are_multiples_of_the_ranks_and_of_a_gpus_blocks(
+    monkeypatch: pytest.MonkeyPatch, device: str, tp_size: int, expected: int
+) -> None:
+    monkeypatch.setattr(World, "tp_size", tp_size)
+    assert World(torch.device(device)).padding_multiple == expected
+
+
 def test_reductions_over_one_process_are_the_value() -> None:
     value = torch.tensor([1.0, -2.0])
     assert CPU.sum(value).tolist() == CPU.max(value).tolist() == [1, -2]
