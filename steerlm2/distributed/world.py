@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import importlib.util
 import math
 import os
 import sys
@@ -26,6 +27,8 @@ ObjectT = TypeVar("ObjectT")
 
 TIMEOUT = datetime.timedelta(hours=1)
 """The others wait while rank 0 reads or writes the weights of a large model."""
+GPU_CAPABILITY = (8, 0)
+"""Ampere (A100): the first with bfloat16 products. What runs on older ones hasn't been tried."""
 FLEX_BLOCK_TOKENS = 128
 """Queries and keys of a block in FlexAttention's masks (its default); a multiple of the 16 rows
 that float8 products need."""
@@ -188,15 +191,15 @@ def init_world(
 
     Raises:
         ValueError: where the number of processes is not the product of the three dimensions, or
-            CUDA is asked for and there is none.
+            CUDA is asked for and this rank has no GPU that can train.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        check_gpu(local_rank)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = mesh_shape(
         size, data_parallel_replicate_dim, data_parallel_shard_dim, tensor_parallel_dim
     )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)
@@ -217,6 +220,34 @@ def init_world(
     for group in mesh.get_all_groups():  # torch gives those 10 minutes
         dist.distributed_c10d._set_pg_timeout(timeout, group)
     return World(place, mesh, timeout=timeout)
+
+
+def check_gpu(local_rank: int) -> None:
+    """Raises:
+    ValueError: where there is no GPU for this rank, an older one than compiled FlexAttention and
+        bfloat16 need, or no Triton to compile for it.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank}, but PyTorch sees {count} GPU(s) here: start at most "
+            f"{count} process(es) on a node (--nproc_per_node), or look at CUDA_VISIBLE_DEVICES"
+        )
+    found = torch.cuda.get_device_capability(local_rank)
+    if found < GPU_CAPABILITY:
+        name = torch.cuda.get_device_name(local_rank)
+        raise ValueError(
+            f"this GPU ({name}) has compute capability {found[0]}.{found[1]}; bfloat16 and "
+            "FlexAttention need 8.0 or more (A100, L40S, H100, ...): set device=cpu, or take "
+            "another GPU"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "FlexAttention is compiled with Triton, which is not installed here: install PyTorch's "
+            "build for CUDA, which brings it along, or set device=cpu"
+        )
 
 
 def close_world() -> None:
