@@ -268,7 +268,7 @@ class SteerLM2Recipe:
             pair_cost=self.run.pair_cost,
             **sizes,
         )
-        return pack_step(groups, plan, multiple_of=world.tp_size, **sizes)
+        return pack_step(groups, plan, multiple_of=world.padding_multiple, **sizes)
 
     def _batch(self, step: int) -> list[Group]:
         return [self.train_groups[i] for i in self.run.batch(step, self.cfg.data.shuffle)]

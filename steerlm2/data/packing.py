@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlm2.models.attention import attention_blocks
 
 PADDING = -1
 """The group number of padding tokens in `PackedSequence.group_T`."""
+ALIGNMENT = 16
+"""Bytes; inputs of kernels that Inductor compiles must begin at a multiple, or it copies them."""
 
 
 class Packable(Protocol):
@@ -359,7 +361,26 @@ def _tensors_on(device: torch.device, batch: PackedSequence | Targets) -> dict[s
     if device.type != "cuda":
         return {name: value.to(device) for name, value in tensors.items()}
     # A copy from pageable memory would wait for everything that is queued on the GPU.
-    return {n: value.pin_memory().to(device, non_blocking=True) for n, value in tensors.items()}
+    joined = join_bytes(list(tensors.values())).pin_memory().to(device, non_blocking=True)
+    parts = split_bytes(joined, list(tensors.values()))
+    return dict(zip(tensors, parts, strict=True))
+
+
+def join_bytes(tensors: Sequence[Tensor]) -> Tensor:
+    """The contents of tensors in one tensor of bytes, each at a multiple of ALIGNMENT."""
+    parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    return torch.cat([nn.functional.pad(part, (0, -len(part) % ALIGNMENT)) for part in parts])
+
+
+def split_bytes(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `join_bytes` joined, with the types and shapes of the tensors `like`."""
+    parts = []
+    start = 0
+    for tensor in like:
+        part = joined[start : start + tensor.nbytes]
+        parts.append(part.view(tensor.dtype).view(tensor.shape))
+        start += tensor.nbytes + -tensor.nbytes % ALIGNMENT
+    return parts
 
 
 def _join(values: Sequence[Sequence[Any] | None]) -> Tensor | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +28,11 @@ ObjectT = TypeVar("ObjectT")
 TIMEOUT = datetime.timedelta(hours=1)
 """Default timeout of collectives. A choice: the other ranks wait while rank 0 reads or writes the
 weights of a large model, which takes longer than torch's 10 minutes on slow file systems."""
+GPU_CAPABILITY = (8, 0)
+"""Ampere (A100): the first with bfloat16 products. What runs on older ones hasn't been tried."""
+FLEX_BLOCK_TOKENS = 128
+"""Queries and keys of a block in FlexAttention's masks (its default); a multiple of the 16 rows
+that float8 products need."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,16 @@ class World:
     def tp_group(self) -> dist.ProcessGroup | None:
         """The tensor-parallel group; None without tensor parallel."""
         return self.mesh["tp"].get_group() if self.mesh is not None and self.tp_size > 1 else None
+
+    @property
+    def padding_multiple(self) -> int:
+        """The length of a packed sequence is a multiple of this (`multiple_of` of `pack`).
+
+        Tensor-parallel ranks hold equal parts of it. On a GPU it is whole blocks of FlexAttention
+        too, which spares its kernels the checks at the end, and is what float8 products need.
+        """
+        blocks = FLEX_BLOCK_TOKENS if self.device.type == "cuda" else 1
+        return math.lcm(blocks, self.tp_size)
 
     @property
     def dp_size(self) -> int:
@@ -175,15 +192,15 @@ def init_world(
 
     Raises:
         ValueError: where the number of processes is not the product of the three dimensions, or
-            device is "cuda" and there is no GPU.
+            CUDA is asked for and this rank has no GPU that can train.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        check_gpu(local_rank)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = mesh_shape(
         size, data_parallel_replicate_dim, data_parallel_shard_dim, tensor_parallel_dim
     )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     own_device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(own_device)
@@ -204,6 +221,36 @@ def init_world(
     for group in mesh.get_all_groups():  # torch sets their timeout to 10 minutes
         dist.distributed_c10d._set_pg_timeout(timeout, group)
     return World(own_device, mesh, timeout=timeout)
+
+
+def check_gpu(local_rank: int) -> None:
+    """Refuse a rank without a GPU that can train.
+
+    Raises:
+        ValueError: where there is no GPU for this rank, an older one than FlexAttention and
+            bfloat16 need, or no Triton to compile for it.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank}, but PyTorch sees {count} GPU(s) here: start at most "
+            f"{count} process(es) on a node (--nproc_per_node), or look at CUDA_VISIBLE_DEVICES"
+        )
+    found = torch.cuda.get_device_capability(local_rank)
+    if found < GPU_CAPABILITY:
+        name = torch.cuda.get_device_name(local_rank)
+        raise ValueError(
+            f"this GPU ({name}) has compute capability {found[0]}.{found[1]}; bfloat16 and "
+            "FlexAttention need 8.0 or more (A100, L40S, H100, ...): set device=cpu, or take "
+            "another GPU"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "FlexAttention is compiled with Triton, which is not installed here: install PyTorch's "
+            "build for CUDA, which brings it along, or set device=cpu"
+        )
 
 
 def close_world() -> None:

@@ -33,6 +33,9 @@ PROMPT, EMPTY = -1, -2
 STEPS_BETWEEN_COMPACTIONS = 32
 """A choice: a compaction copies the cache, and until the next one finished samples keep their
 columns, and the cache has room for this many tokens more of every sample."""
+STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16}
+"""A check which samples have ended makes the host wait for a GPU; without one ended samples are
+computed further, at most so many steps. A divisor of STEPS_BETWEEN_COMPACTIONS."""
 
 
 class LocalEngine:
@@ -90,30 +93,39 @@ class LocalEngine:
         log_prob_PN = torch.zeros(shape, dtype=torch.float64, device=device)
         num_tokens_PN = torch.zeros(shape, dtype=torch.long, device=device)
 
-        sample_PM = torch.arange(wanted.n, device=device).expand(shape)
+        sample_PM = own_sample_PM = torch.arange(wanted.n, device=device).expand(shape)
         request_PM = torch.arange(len(requests), device=device)[:, None].expand(shape)
         hidden_PD = self.decoder.prefill([request.prompt for request in requests])
         logits_PMV = self.decoder.logits(hidden_PD)[:, None].expand(-1, wanted.n, -1)
+        slots = (sample_PM != EMPTY).nonzero(as_tuple=True)
+        steps_between_checks = STEPS_BETWEEN_CHECKS[device.type]
         for step in range(wanted.max_new_tokens):
-            live_PM = sample_PM != EMPTY
-            live = (request_PM[live_PM], sample_PM[live_PM])
-            next_L, log_prob_L = self._draw(logits_PMV[live_PM], uniform_PNT[(*live, step)])
-            tokens_PNT[(*live, step)] = next_L
-            log_prob_PN[live] += log_prob_L
-            num_tokens_PN[live] += 1
+            # Samples that have ended since the last check are drawn too, and the draws dropped.
+            live_L = sample_PM[slots] != EMPTY
+            owners = (request_PM[slots], own_sample_PM[slots])
+            next_L, log_prob_L = self._draw(logits_PMV[slots], uniform_PNT[(*owners, step)])
+            next_L = next_L.where(live_L, 0)
+            tokens_PNT[(*owners, step)] = next_L
+            log_prob_PN[owners] += log_prob_L.where(live_L, 0)
+            num_tokens_PN[owners] += live_L
 
-            next_PM = torch.zeros_like(sample_PM).masked_scatter(live_PM, next_L)
+            next_PM = torch.zeros_like(sample_PM).index_put(slots, next_L)
             sample_PM = sample_PM.where(next_PM != wanted.stop_id, EMPTY)
-            live_PM = sample_PM != EMPTY
-            if step + 1 == wanted.max_new_tokens or not live_PM.any():
+            if step + 1 == wanted.max_new_tokens:
                 break
-            if step % STEPS_BETWEEN_COMPACTIONS == 0:
-                kept_P = live_PM.any(dim=1).nonzero().squeeze(1)
-                slots_PM = _first(live_PM[kept_P])
-                sample_PM, request_PM, next_PM = (
-                    each[kept_P].gather(1, slots_PM) for each in (sample_PM, request_PM, next_PM)
-                )
-                self.decoder.compact(kept_P, sample_PM)
+            if step % steps_between_checks == 0:
+                live_PM = sample_PM != EMPTY
+                if not live_PM.any():
+                    break
+                if step % STEPS_BETWEEN_COMPACTIONS == 0:
+                    kept_P = live_PM.any(dim=1).nonzero().squeeze(1)
+                    slots_PM = _first(live_PM[kept_P])
+                    sample_PM, own_sample_PM, request_PM, next_PM = (
+                        each[kept_P].gather(1, slots_PM)
+                        for each in (sample_PM, own_sample_PM, request_PM, next_PM)
+                    )
+                    self.decoder.compact(kept_P, sample_PM)
+                slots = (sample_PM != EMPTY).nonzero(as_tuple=True)
             logits_PMV = self.decoder.logits(self.decoder.step(next_PM, sample_PM))
 
         if not log_prob_PN.isfinite().all():

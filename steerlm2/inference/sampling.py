@@ -90,8 +90,8 @@ def _next_token_logits(
     decoder: TransformerDecoder, texts: Sequence[Sequence[int]], world: World
 ) -> Tensor:
     """[P, V] float32 logits of the token after each text, from one packed sequence of all texts."""
-    batch = pack([Group(text, []) for text in texts], multiple_of=world.tp_size).to(world.device)
-    hidden_TD = hidden_states(decoder, batch)
+    batch = pack([Group(text, []) for text in texts], multiple_of=world.padding_multiple)
+    hidden_TD = hidden_states(decoder, batch.to(world.device))
     ends = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
     logits_PV = (hidden_TD[ends.to(world.device)] @ output_weight(decoder).t()).float()
     if world.tp_group is None:

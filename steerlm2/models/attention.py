@@ -48,18 +48,29 @@ def attend(
     mask: Tensor | BlockMask | None,
     dropout_p: float,
     is_causal: bool,
+    *,
+    queries_per_key: int = 1,
 ) -> Tensor:
     """Attention with the arguments of torchtune's attention call, [B, H, T, E].
 
     Args:
         q: [B, H, T, E]; k and v alike.
+        queries_per_key: how often torchtune has repeated each head of k and v, one copy after the
+            other, to make them as many as those of q (grouped-query attention).
         mask: `attention_blocks` [X, 5] (int64), a `BlockMask`, or torchtune's own mask [B, T, T].
     """
     if isinstance(mask, BlockMask):
         # Inside a compiled layer FlexAttention is compiled with it; on a CPU it runs uncompiled.
         as_it_is = torch.compiler.is_compiling() or not q.is_cuda
         attention = flex_attention if as_it_is else _compiled_flex_attention
-        return attention(q, k, v, block_mask=mask, kernel_options=KERNEL_OPTIONS)
+        if queries_per_key > 1:  # the repetitions are neither read nor kept for the backward
+            k, v = (each[:, ::queries_per_key].contiguous() for each in (k, v))
+        return attention(
+            *(q, k, v),
+            block_mask=mask,
+            enable_gqa=queries_per_key > 1,
+            kernel_options=KERNEL_OPTIONS,
+        )
     if mask is not None and mask.dtype == torch.long:
         return attend_blocks(q, k, v, mask)[0]
     mask = None if mask is None else mask[:, None]

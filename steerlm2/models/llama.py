@@ -10,6 +10,7 @@ Hugging Face config.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ def end_at_hidden_states(decoder: TransformerDecoder) -> None:
     decoder.unembed = lambda hidden: decoder.norm(hidden)
     decoder.max_seq_len = PACKED_LENGTH_LIMIT
     for layer in decoder.layers:
-        layer.attn._attention_call = attend
+        queries_per_key = layer.attn.num_heads // layer.attn.num_kv_heads
+        layer.attn._attention_call = partial(attend, queries_per_key=queries_per_key)
 
 
 def output_weight(decoder: TransformerDecoder) -> Tensor:

@@ -252,7 +252,7 @@ class SteerLM2Job(Job[Group]):
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[Group], world: World
     ) -> Callable[[], None]:
-        batch = pack(records, multiple_of=world.tp_size).to(world.device)
+        batch = pack(records, multiple_of=world.padding_multiple).to(world.device)
         logps_N = response_logps(decoder, batch, world)
         leaf_N = logps_N.detach().requires_grad_()
         loss = self.loss_fn(
@@ -293,7 +293,7 @@ class SFTJob(Job[Dialogue]):
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[Dialogue], world: World
     ) -> Callable[[], None]:
-        batch = pack_dialogues(records, multiple_of=world.tp_size).to(world.device)
+        batch = pack_dialogues(records, multiple_of=world.padding_multiple).to(world.device)
         logps_R = target_logps(decoder, batch, world)
         loss = -logps_R.double().sum() / max(len(batch.targets_R), 1)
         return (loss * world.dp_size).backward
@@ -337,7 +337,7 @@ class RewardJob(Job[RewardGroup]):
     def forward(
         self, decoder: TransformerDecoder, records: Sequence[RewardGroup], world: World
     ) -> Callable[[], None]:
-        batch = pack_for_reward(records, multiple_of=world.tp_size).to(world.device)
+        batch = pack_for_reward(records, multiple_of=world.padding_multiple).to(world.device)
         scores_NA = attribute_scores(decoder, batch)
         if self.loss == "regression":
             assert batch.labels_NA is not None

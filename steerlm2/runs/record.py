@@ -50,12 +50,20 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
         "git": git_state(Path.cwd()),
         "steerlm2_git": git_state(Path(steerlm2.__file__).parent, containing="__init__.py"),
         "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        | {package: _version(package) for package in PACKAGES},
         "hosts": [host for host, _ in machines],
         "devices": [device_name for _, device_name in machines],
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else None,
         "config": to_plain(config),
     }
+
+
+def _version(package: str) -> str:
+    """Of an installed package; of one that is only on the path, what it says itself."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", "unknown"))
 
 
 def write_run(output_dir: Path, run: Mapping[str, Any]) -> None:

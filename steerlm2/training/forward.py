@@ -91,7 +91,7 @@ def score_groups(
     """
 
     def score(microbatch: list[Group]) -> list[float]:
-        batch = pack(microbatch, multiple_of=world.tp_size).to(world.device)
+        batch = pack(microbatch, multiple_of=world.padding_multiple).to(world.device)
         return response_logps(decoder, batch, world).tolist()
 
     return _score_on_all_ranks(groups, world, max_tokens_per_microbatch, score)
@@ -107,7 +107,7 @@ def score_attributes(
     """[group][response][attribute] scores on every rank; see `score_groups`."""
 
     def score(microbatch: list[RewardGroup]) -> list[list[float]]:
-        batch = pack_for_reward(microbatch, multiple_of=world.tp_size).to(world.device)
+        batch = pack_for_reward(microbatch, multiple_of=world.padding_multiple).to(world.device)
         return attribute_scores(decoder, batch).tolist()
 
     return _score_on_all_ranks(groups, world, max_tokens_per_microbatch, score)

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/gpu.py --n 10 --prompt 256 --response 128 --json FILE
     python tests/benchmarks/gpu.py --n 10 --prompt 1024 --response 1024    # long groups
+    python tests/benchmarks/gpu.py --device cpu    # the same code with a tiny model, to try it
 
 A Llama of 1B size with random weights, bfloat16 and compiled, both ways; steps of `--groups`
 prompts as in train_step.py, without the optimizer. Lengths differ from step to step, so that
@@ -9,10 +10,8 @@ recompilations show: `recompilations` counts ours after the warm-up. Tokens per 
 the method needs, prompts once and responses, the same for both ways. Model FLOP utilisation counts
 needed FLOPs only (6 per weight of the layers and packed token, 12 per attention dimension and pair,
 6 per weight of the output matrix and response token; nothing computed twice, no padding) over
-`--peak-tflops`, which is the device's dense bfloat16 peak. With `--no-sync` a synchronisation of
-host and device within our step is an error.
-
-It needs CUDA and says so where there is none.
+`--peak-tflops`, which is the device's dense bfloat16 peak. `waits` says what synchronises host and
+device within our step, in a step that isn't timed; "" where nothing does.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import copy
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,32 @@ from steerlm2.losses import SteerLM2Loss
 from steerlm2.training.forward import response_logps
 from steerlm2.training.step_plan import fill_microbatches
 
-VOCABULARY = 128_256
-DEVICE = torch.device("cuda")
+SIZES: dict[str, dict[str, int]] = {
+    "cuda": {
+        "vocab_size": 128_256,
+        "num_layers": 16,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "embed_dim": 2048,
+        "intermediate_dim": 8192,
+    },
+    "cpu": {
+        "vocab_size": 400,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "embed_dim": 64,
+        "intermediate_dim": 128,
+    },
+}
+"""On a GPU those of Llama 3.2 1B, output matrix untied: 1.5B weights, 0.97B of them in layers."""
 
 
-def llama_1b() -> TransformerDecoder:
-    """The sizes of Llama 3.2 1B, output matrix untied: 1.5B parameters, 0.97B of them in layers."""
+def llama(device: torch.device) -> TransformerDecoder:
+    """Random weights."""
     torch.manual_seed(0)
-    with DEVICE:
-        return llama3(
-            vocab_size=VOCABULARY,
-            num_layers=16,
-            num_heads=32,
-            num_kv_heads=8,
-            embed_dim=2048,
-            intermediate_dim=8192,
-            max_seq_len=8192,
-        ).bfloat16()
+    with device:
+        return llama3(**SIZES[device.type], max_seq_len=8192).bfloat16()
 
 
 def needed_flops(model: TransformerDecoder, groups: list[Group]) -> float:
@@ -69,32 +78,59 @@ def needed_flops(model: TransformerDecoder, groups: list[Group]) -> float:
     )
 
 
-def our_step(model: TransformerDecoder, batches: list[PackedGroups], num_groups: int) -> None:
-    loss_fn = SteerLM2Loss()
+def our_step(
+    model: TransformerDecoder, batches: list[PackedGroups], num_groups: int, device: torch.device
+) -> None:
+    loss_fn, world = SteerLM2Loss(), World(device)
     for batch in batches:
-        batch = batch.to(DEVICE)
+        batch = batch.to(device)
         assert batch.log_q_N is not None
         assert batch.w_N is not None
-        logps_N = response_logps(model, batch, World(DEVICE))
+        logps_N = response_logps(model, batch, world)
         leaf_N = logps_N.detach().requires_grad_()
         loss = loss_fn(leaf_N, batch.log_q_N, batch.w_N, batch.sizes_G, batch.response_lengths_N)
         loss = loss * (len(batch.sizes_G) / num_groups)
         logps_N.backward(torch.autograd.grad(loss, leaf_N)[0])
 
 
-def timed(step: Callable[[], None]) -> float:
+def timed(step: Callable[[], None], device: torch.device) -> tuple[float, int]:
+    """Seconds, and bytes at the peak above those before; 0 on a CPU."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started, 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     torch.cuda.synchronize()
     started = time.perf_counter()
     step()
     torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() - before
+
+
+def waits_in(step: Callable[[], None], device: torch.device) -> str:
+    """What synchronises host and device in a step; "" where nothing does."""
+    if device.type != "cuda":
+        step()
+        return ""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        frames = traceback.extract_tb(error.__traceback__)[-6:]
+        where = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+        return f"{str(error).splitlines()[0][:120]} at {where}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 def steps_of(args: argparse.Namespace) -> list[list[Group]]:
     """Groups whose lengths differ from step to step."""
+    vocabulary = SIZES[args.device]["vocab_size"]
     return [
         [
-            Cell(args.n, args.prompt + 8 * i, args.response + 8 * i + j).group(VOCABULARY)
+            Cell(args.n, args.prompt + 8 * i, args.response + 8 * i + j).group(vocabulary)
             for j in range(args.groups)
         ]
         for i in range(args.warm_up + args.rounds)
@@ -102,13 +138,14 @@ def steps_of(args: argparse.Namespace) -> list[list[Group]]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    import torch._dynamo.utils as dynamo
+    from torch._dynamo.utils import counters
 
-    model = llama_1b()
+    device = torch.device(args.device)
+    model = llama(device)
     ours = copy.deepcopy(model)
     parallelize(
         ours,
-        World(DEVICE),
+        World(device),
         dtype=torch.bfloat16,
         compile=not args.no_compile,
         activation_checkpointing=args.activation_checkpointing,
@@ -117,44 +154,36 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for layer in model.layers:
             layer.compile()
     seconds: dict[str, list[float]] = {"reference": [], "ours": []}
-    peaks: dict[str, int] = {}
+    peaks = dict.fromkeys(seconds, 0)
+    recompilations = dict.fromkeys(seconds, 0)
     tokens, flops = [], []
-    recompilations = {"reference": 0, "ours": 0}
     for i, groups in enumerate(steps_of(args)):
         batches = [pack(parts) for parts in fill_microbatches(groups, args.max_tokens)]
 
         def reference_step(groups: list[Group] = groups) -> None:
             two_pass_step(model, groups, args.reference_tokens)
 
-        # Compiling and autotuning may wait for the GPU.
-        mode = "error" if args.no_sync and i >= args.warm_up else "default"
-
-        def step(
-            batches: list[PackedGroups] = batches, count: int = len(groups), mode: str = mode
-        ) -> None:
-            torch.cuda.set_sync_debug_mode(mode)
-            our_step(ours, batches, count)
-            torch.cuda.set_sync_debug_mode("default")
+        def step(batches: list[PackedGroups] = batches, count: int = len(groups)) -> None:
+            our_step(ours, batches, count, device)
 
         for name, run in (("reference", reference_step), ("ours", step)):
             ours.zero_grad(set_to_none=True)
             model.zero_grad(set_to_none=True)
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            graphs = dynamo.counters["stats"]["unique_graphs"]
-            elapsed = timed(run)
+            graphs = counters["stats"]["unique_graphs"]
+            elapsed, peak = timed(run, device)
             if i >= args.warm_up:
-                recompilations[name] += dynamo.counters["stats"]["unique_graphs"] - graphs
+                recompilations[name] += counters["stats"]["unique_graphs"] - graphs
                 seconds[name].append(elapsed)
-                peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated() - before)
+                peaks[name] = max(peaks[name], peak)
         if i >= args.warm_up:
             tokens.append(sum(group.num_tokens for group in groups))
             flops.append(needed_flops(model, groups))
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none: a tiny model",
         "torch": torch.__version__,
         "recompilations": recompilations["ours"],
         "reference_recompilations": recompilations["reference"],
+        "waits": waits_in(step, device),
     }
     for name in seconds:
         per_second = [t / s for t, s in zip(tokens, seconds[name], strict=True)]
@@ -163,7 +192,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result[f"{name}_flop_utilisation"] = statistics.median(rates) / (args.peak_tflops * 1e12)
         result[f"{name}_peak_bytes"] = peaks[name]
     result["time_ratio"] = result["ours_tokens_per_second"] / result["reference_tokens_per_second"]
-    result["peak_memory_ratio"] = result["reference_peak_bytes"] / result["ours_peak_bytes"]
+    if device.type == "cuda":
+        result["peak_memory_ratio"] = peaks["reference"] / peaks["ours"]
     return result
 
 
@@ -179,14 +209,14 @@ def main() -> None:
     parser.add_argument("--reference-tokens", type=int, default=16_384, help="of its micro-batch")
     parser.add_argument("--activation-checkpointing", choices=("full", "selective"))
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--no-sync", action="store_true")
+    parser.add_argument("--device", choices=SIZES, default="cuda", help="cpu: a tiny model")
     parser.add_argument("--peak-tflops", type=float, default=989, help="H100 and H200: 989")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device; there is none here")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device here; --device cpu tries the code without one")
     result = vars(args) | measure(args)
     del result["json"]
     print("| | |\n|---|---|")

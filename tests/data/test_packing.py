@@ -16,14 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlm2.data.packing import (
+    ALIGNMENT,
     PADDING,
     Dialogue,
     Group,
     PackedSequence,
     RewardGroup,
+    join_bytes,
     pack,
     pack_dialogues,
     pack_for_reward,
+    split_bytes,
 )
 
 
@@ -398,3 +401,34 @@ def test_packed_sequence_without_conversations_is_padding_without_targets() -> N
     batch = pack_dialogues([], multiple_of=4)
     assert batch.group_T.tolist() == [PADDING] * 8
     assert len(batch.targets_R) == len(batch.source_R) == 0
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pack([group("ab|cde f", log_q=[-1.5, -2.5], weights=[0.25, 0.75]), group("g|hi jk lmn")]),
+        pack([], multiple_of=4),
+        pack_for_reward([RewardGroup([1, 2], [[3], [4, 5]], labels=[[0.5], [1.5]])]),
+        pack_dialogues([Dialogue([1, 2, 3], [1])]),
+    ],
+    ids=["groups", "empty", "attribute model", "conversation"],
+)
+def test_one_copy_to_a_gpu_has_all_tensors(batch: PackedSequence) -> None:
+    """Bit for bit, each where compiled kernels take it as it is."""
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    joined = join_bytes(tensors)
+    for part, tensor in zip(split_bytes(joined, tensors), tensors, strict=True):
+        assert (part.dtype, part.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(part, tensor)
+        assert part.storage_offset() * part.element_size() % ALIGNMENT == 0
+
+
+def test_tensors_of_other_sizes_are_joined_too() -> None:
+    """Single bytes, a part of a larger tensor, a number."""
+    tensors = [
+        torch.tensor([True, False, True]),
+        torch.arange(12, dtype=torch.float32).view(3, 4)[:, 1::2],
+        torch.tensor(7),
+    ]
+    parts = split_bytes(join_bytes(tensors), tensors)
+    assert all(map(torch.equal, parts, tensors))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from steerlm2.distributed.world import World, close_world, init_world
+from steerlm2.distributed.world import World, check_gpu, close_world, init_world
 
 CPU = World(torch.device("cpu"))
 
@@ -33,6 +35,43 @@ def test_a_single_process_needs_no_process_group() -> None:
 def test_a_single_process_is_all_there_is() -> None:
     assert (CPU.size, CPU.rank, CPU.is_main, CPU.dp_size, CPU.dp_rank) == (1, 0, True, 1, 0)
     assert (CPU.tp_size, CPU.tp_group) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("device", "tp_size", "expected"),
+    [("cpu", 1, 1), ("cpu", 6, 6), ("cuda", 1, 128), ("cuda", 8, 128), ("cuda", 6, 384)],
+)
+def test_lengths_are_multiples_of_the_ranks_and_of_a_gpus_blocks(
+    monkeypatch: pytest.MonkeyPatch, device: str, tp_size: int, expected: int
+) -> None:
+    monkeypatch.setattr(World, "tp_size", tp_size)
+    assert World(torch.device(device)).padding_multiple == expected
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "capability", "triton", "expected"),
+    [
+        (0, (8, 0), True, None),
+        (1, (9, 0), True, None),
+        (2, (9, 0), True, r"LOCAL_RANK is 2, but PyTorch sees 2 GPU\(s\) here"),
+        (0, (7, 5), True, r"\(Tesla T4\) has compute capability 7.5; .* need 8.0"),
+        (0, (8, 0), False, "Triton, which is not installed"),
+    ],
+)
+def test_a_rank_without_a_gpu_that_can_train_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    local_rank: int,
+    capability: tuple[int, int],
+    triton: bool,
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    with pytest.raises(ValueError, match=expected) if expected else contextlib.nullcontext():
+        check_gpu(local_rank)
 
 
 def test_reductions_over_one_process_are_the_value() -> None:

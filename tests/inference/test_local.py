@@ -20,7 +20,12 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.inference.engines import Request, Sample, SamplingSettings, request_seed
-from steerlm2.inference.local import EMPTY, LocalEngine, SharedPromptDecoder
+from steerlm2.inference.local import (
+    EMPTY,
+    STEPS_BETWEEN_CHECKS,
+    LocalEngine,
+    SharedPromptDecoder,
+)
 
 VOCABULARY = 48
 STOP = 5
@@ -121,6 +126,22 @@ def test_cached_logits_are_those_of_an_uncached_forward(
             ]
             kept_P = torch.tensor([4, 0, 3])
             cached.compact(kept_P, torch.tensor([[2, EMPTY, EMPTY], [2, 0, EMPTY], [0, 1, 2]]))
+
+
+@pytest.mark.parametrize("forbidden", [(), (STOP,)], ids=["ends", "no end"])
+def test_rare_checks_change_no_sample(
+    decoder: TransformerDecoder, monkeypatch: pytest.MonkeyPatch, forbidden: tuple[int, ...]
+) -> None:
+    """As on a GPU: samples that have ended go on unseen until the next check."""
+    expected = engine(decoder, forbidden_ids=forbidden).sample(REQUESTS)
+    lengths = {len(sample.tokens) for samples in expected for sample in samples}
+    assert (min(lengths) < 16) == (not forbidden)
+    monkeypatch.setitem(STEPS_BETWEEN_CHECKS, "cpu", 16)
+    found = engine(decoder, forbidden_ids=forbidden).sample(REQUESTS)
+    for samples, expected_samples in zip(found, expected, strict=True):
+        for sample, other in zip(samples, expected_samples, strict=True):
+            assert (sample.tokens, sample.finish_reason) == (other.tokens, other.finish_reason)
+            assert sample.log_prob == pytest.approx(other.log_prob, rel=1e-6)
 
 
 def sequence_log_prob(decoder: TransformerDecoder, prompt: list[int], tokens: list[int]) -> float:

@@ -94,6 +94,19 @@ def test_flex_attention_equals_the_dense_mask(name: str) -> None:
     torch.testing.assert_close(actual, dense, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_flex_attention_reads_repeated_keys_once() -> None:
+    """4 heads of queries, 2 of keys and values, which torchtune repeats: as with the dense mask."""
+    batch = BATCHES["one group"]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, len(batch.tokens_T), 16, generator=generator) for n in (4, 2, 2))
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    mask = flex_mask(batch.group_T, batch.segment_T)
+    actual = attend(q, k, v, mask, 0.0, False, queries_per_key=2)
+    dense = attend(q, k, v, batch.attention_mask_TT()[None], 0.0, False)
+    torch.testing.assert_close(actual, dense, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_flex_mask_is_the_dense_mask(name: str) -> None:
     """Pair by pair, over several of its 128 x 128 blocks."""

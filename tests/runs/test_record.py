@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+import steerlm2
 from steerlm2.distributed.world import World
 from steerlm2.runs.record import (
     describe_run,
@@ -101,3 +104,14 @@ def test_other_loggers_get_the_config(tmp_path: Path) -> None:
     logger.close()
     assert "lr: 1.0" in (tmp_path / "torchtune_config.yaml").read_text()
     assert open_metric_logger(None, {"config": config}) is None
+
+
+def test_a_source_tree_without_an_install_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    versions = describe_run(Config(), CPU)["versions"]
+    assert versions["steerlm2"] == steerlm2.__version__
+    assert versions["torchao"] == "unknown"

@@ -247,6 +247,24 @@ def test_scores_stand_in_the_groups_order_under_any_budget(
     torch.testing.assert_close(flat_N, expected_N, rtol=1e-5, atol=1e-5)
 
 
+def test_scoring_pads_as_the_device_needs(
+    packed_decoder: TransformerDecoder, groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the scores stay; another test of padding looks at the log-probs themselves."""
+    expected = score_groups(packed_decoder, groups, CPU, max_tokens_per_microbatch=80)
+    monkeypatch.setattr(World, "padding_multiple", 128)
+    lengths = []
+    hook = packed_decoder.register_forward_pre_hook(
+        lambda module, inputs: lengths.append(inputs[0].shape[1])
+    )
+    padded = score_groups(packed_decoder, groups, CPU, max_tokens_per_microbatch=80)
+    hook.remove()
+    assert lengths
+    assert all(length % 128 == 0 for length in lengths)
+    for padded_N, expected_N in zip(padded, expected, strict=True):
+        assert padded_N == pytest.approx(expected_N, rel=1e-6)
+
+
 def test_scores_do_not_depend_on_the_groups_own_numbers(
     packed_decoder: TransformerDecoder, groups: list[Group]
 ) -> None:

@@ -1,0 +1,72 @@
+"""Each check of gpu_check.py on a GPU; without one a rehearsal of all of them on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checking import CHECKS
+from gpu_check import ORDER
+
+DRIVER = Path(__file__).with_name("gpu_check.py")
+ROOT = DRIVER.parents[2]
+
+
+def run_driver(work: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """The checks' results by name."""
+    out = work / "out"
+    command = [sys.executable, DRIVER, "--work", work / "checks", "--out", out, *arguments]
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    lines = (out / "results.jsonl").read_text().splitlines()
+    return {result["check"]: result for result in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all checks: what one needs of another is computed once, and kernels compiled once."""
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the checks of CUDA paths need a GPU, and there is none"
+)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ORDER)
+def test_on_the_gpu(work: Path, name: str) -> None:
+    result = run_driver(work, "--only", name, "--patience", "2", "--budget", "580")[name]
+    assert result["status"] == "passed", result
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rehearsal_on_the_cpu(tmp_path: Path) -> None:
+    """The same code at tiny sizes, so that a mistake in a check isn't found on a rented GPU."""
+    options = ("--device", "cpu", "--forks", "--threads", "1", "--budget", "840", "--patience", "4")
+    results = run_driver(tmp_path, *options)
+    assert results.keys() == set(ORDER)
+    assert {name: result for name, result in results.items() if result["status"] != "passed"} == {}
+
+
+def test_every_check_has_a_place_in_the_order() -> None:
+    assert sorted(ORDER) == sorted(CHECKS)
+
+
+def test_checks_that_run_alone_leave_the_others_half_of_the_default_budget() -> None:
+    reserved = sum(check.least for check in CHECKS.values() if check.alone)
+    assert reserved <= 280
+    assert ORDER[-sum(check.alone for check in CHECKS.values()) :] == tuple(
+        name for name in ORDER if CHECKS[name].alone
+    )
+
+
+def test_an_unknown_check_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
+    command = [sys.executable, DRIVER, "--only", "speed_2b", "--out", tmp_path, "--work", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no such check: speed_2b; there are environment, " in done.stderr
