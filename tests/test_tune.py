@@ -169,6 +169,15 @@ def test_recipes_come_from_the_package_or_from_the_checkout(installed: Environme
         assert folders == [package / "_recipes", package / "_recipe_configs"]
 
 
+def test_the_page_of_a_report_has_its_template(installed: Environment) -> None:
+    code = (
+        "from steerlm2.evaluation.report import SteeringResult, html_page; "
+        "rows = [dict(attribute='wit', requested=4, mean_score=3.5, std_score=0.5)]; "
+        "print(html_page({'mine': SteeringResult({'steering_mae': 0.5}, rows, {})}))"
+    )
+    assert installed.output("python", "-c", code).startswith("<!doctype html>")
+
+
 def test_cp_and_cat_a_config(installed: Environment) -> None:
     """`tune cp` gives the file to the byte; `tune cat` prints its values, formatted anew."""
     name = "llama3_1/70B_steerlm2_multinode"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from steerlm2.evaluation.agreement import Table
 
@@ -124,27 +125,25 @@ def html_page(
     Args:
         extra_sections: title -> table, that stand above everything else.
     """
-    parts = []
-    for title, rows in (extra_sections or {}).items():
-        parts += [_heading(title), _html_table(rows)]
-    parts += [_heading("Steering error"), _image("steering error", _error_bars(results))]
-    side_by_side = "".join(
-        f"<div>{_heading(title)}{_html_table(rows)}</div>"
-        for title, rows in all_models(results).items()
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # a $ in a name is a $
+        plots = {
+            "errors": _plot(_error_bars(results)),
+            "curves": _plot(_curves(results)),
+            "cross_talk": _plot(_heat_maps(results))
+            if any(result.cross_talk for result in results.values())
+            else None,
+        }
+    return _template().render(
+        results=results,
+        extra_sections=extra_sections or {},
+        side_by_side=all_models(results),
+        meanings=_meanings(results),
+        curve_title=CURVE,
+        cross_talk_title=CROSS_TALK,
+        **plots,
     )
-    parts += [f'<div class="row">{side_by_side}</div>']
-    meanings = (f"<dt>{name}</dt><dd>{_text(t)}</dd>" for name, t in _meanings(results).items())
-    parts += [_details("What the metrics are", f"<dl>{''.join(meanings)}</dl>")]
-    parts += [_heading(CURVE), "<p>Mean score; the bars are standard deviations of answers.</p>"]
-    parts += [_image(CURVE, _curves(results))]
-    for name, result in results.items():
-        parts += [_details(name, _html_table(result.curve))]
-    parts += [_heading("Cross-talk"), f"<p>{CROSS_TALK}.</p>"]
-    if any(result.cross_talk for result in results.values()):
-        parts += [_image("cross-talk", _heat_maps(results))]
-    else:
-        parts += ["<p>(No attribute was asked for in all answers with more than one value.)</p>"]
-    return _PAGE.format(body="\n".join(parts))
 
 
 def log_to_wandb(results: Mapping[str, SteeringResult]) -> None:
@@ -276,70 +275,36 @@ def _colors(results: Mapping[str, SteeringResult]) -> dict[str, str]:
     return {name: f"C{place % 10}" for place, name in enumerate(results)}
 
 
-def _heading(title: str) -> str:
-    return f"<h2>{_text(title)}</h2>"
+@dataclass
+class _Plot:
+    """A picture inside the page."""
+
+    png: str
+    """In base64."""
+    width: int
+    """In pixels of the page: half of its own, for sharp letters."""
 
 
-def _details(title: str, content: str) -> str:
-    return f"<details><summary>{_text(title)}</summary>{content}</details>"
-
-
-def _image(text: str, figure: Figure) -> str:
-    """At half its pixels' size, for sharp letters."""
+def _plot(figure: Figure) -> _Plot:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=180)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    width = round(figure.get_figwidth() * 90)
-    return f'<img alt="{_text(text)}" width="{width}" src="data:image/png;base64,{data}">'
+    return _Plot(base64.b64encode(buffer.getvalue()).decode(), round(figure.get_figwidth() * 90))
 
 
-def _html_table(rows: Rows) -> str:
-    if not rows:
-        return "<p>(nothing)</p>"
-    head = "".join(f"<th{_side(value)}>{_text(name)}</th>" for name, value in rows[0].items())
-    body = "".join(
-        "<tr>" + "".join(f"<td{_side(v)}>{_text(_cell(v))}</td>" for v in row.values()) + "</tr>"
-        for row in rows
+def _template() -> Template:
+    """The page's template; a name that it lacks is an error."""
+    environment = Environment(
+        loader=PackageLoader("steerlm2.evaluation", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _side(value: Any) -> str:
-    """Text begins at the left, numbers end at the right."""
-    return ' class="text"' if isinstance(value, str) else ""
+    environment.filters["cell"] = _cell
+    return environment.get_template("report.html.jinja")
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _text(text: str) -> str:
-    return html.escape(text)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Steering</title>
-<style>
-body {{ font-family: sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-       line-height: 1.4; color: #222; }}
-h2 {{ margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: 0.2rem; }}
-.row {{ display: flex; flex-wrap: wrap; column-gap: 4rem; }}
-.table {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; margin: 0.8rem 0; font-size: 0.92rem; }}
-td, th {{ border-bottom: 1px solid #ddd; padding: 0.25rem 0.8rem; text-align: right;
-         font-variant-numeric: tabular-nums; }}
-th {{ border-bottom: 2px solid #999; }}
-td.text, th.text {{ text-align: left; }}
-tr:hover td {{ background: #f5f5f5; }}
-dt {{ font-family: monospace; float: left; clear: left; width: 15rem; }}
-dd {{ margin-left: 15.5rem; }}
-details {{ margin: 0.5rem 0; }}
-summary {{ cursor: pointer; }}
-img {{ max-width: 100%; height: auto; display: block; }}
-</style></head><body>
-<h1>Steering</h1>
-{body}
-</body></html>
-"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from steerlm2.evaluation.report import (
 
 @pytest.fixture
 def results() -> dict[str, SteeringResult]:
-    """Two models; the second has a name that HTML must not read as a tag."""
+    """Two models, the second compared with the first."""
     row: dict[str, float | int | str] = {
         "attribute": "humor",
         "requested": 4,
@@ -87,13 +88,52 @@ def test_without_cross_talk_the_page_says_so(results: dict[str, SteeringResult])
     assert "No attribute was asked for in all answers with more than one value" in page
 
 
-def test_names_are_text_on_the_page(results: dict[str, SteeringResult]) -> None:
-    assert "<b>" not in html_page(results)
-    assert "&lt;b&gt;" in html_page(results)
+HOSTILE = """'"><b>{{ 7 }}{% x %}$\\x$&lt;"""
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, except for the images, and texts, as a browser reads them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[object] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, [attr for attr in attrs if attr[0] != "src"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.found.append(f"end of {tag}")
+
+    def handle_data(self, data: str) -> None:
+        self.found.append(data)
+
+
+def page_with(name: str) -> list[object]:
+    """A page on which everything that can be named is called `name`, with a number in front."""
+    model, baseline = f"1{name}", f"2{name}"
+    metric, attribute, title, column, text = (f"{i}{name}" for i in range(3, 8))
+    curve = [{"attribute": attribute, "requested": 4, "mean_score": 3.5, "std_score": 0.25}]
+    cross_talk = {attribute: {attribute: 0.9}}
+    first = SteeringResult({"steering_mae": 0.5, metric: 1.0}, curve, cross_talk)
+    second = SteeringResult({"steering_mae": 0.4}, curve, cross_talk, baseline, {metric: -0.1})
+    return Page(
+        html_page({baseline: first, model: second}, {title: [{column: 1, "more": text}]})
+    ).found
+
+
+def test_markup_in_names_is_text_on_the_page() -> None:
+    """Nothing but the texts differs from a page with harmless names, and all seven are there."""
+    expected = [
+        text.replace("harmless", HOSTILE) if isinstance(text, str) else text
+        for text in page_with("harmless")
+    ]
+    assert page_with(HOSTILE) == expected
+    assert {f"{i}{HOSTILE}" for i in range(1, 8)} <= {x for x in expected if isinstance(x, str)}
 
 
 def test_other_sections_stand_above_everything_else(results: dict[str, SteeringResult]) -> None:
     page = html_page(results, {"Stages & more": [{"stage": "sft", "seconds": 1.5}]})
-    table = '<th>seconds</th></tr><tr><td class="text">sft</td><td>1.500</td></tr>'
+    table = '<th>seconds</th></tr>\n<tr><td class="text">sft</td><td>1.500</td></tr>'
     places = [page.index(text) for text in ("<h2>Stages &amp; more</h2>", table, "<img")]
     assert places == sorted(places)
