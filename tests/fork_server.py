@@ -348,16 +348,22 @@ def _enter(request: Request, files: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request.env)
     kept = [path for path in sys.path[1:] if path not in of_server]
-    sys.path[:] = [sys.path[0], *filter(None, of_request), *kept]
-    _become(request.argv)
+    search_path[:] = [*filter(None, of_request), *kept]
+    _become(request.argv, os.path.dirname(os.path.realpath(request.argv[0])))
 
 
-def _become(argv: Sequence[str]) -> None:
-    """A script has its own folder first on the path; each process draws its own numbers."""
+search_path: list[str] = []
+"""A child's, before its script changes it; without the script's own folder."""
+
+
+def _become(argv: Sequence[str], folder: str) -> None:
+    """A script has a folder of its own first on the path; each process draws its own numbers."""
     import numpy as np
+    import torch
 
     sys.argv[:] = argv
-    sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
+    sys.path[:] = [folder, *search_path]
+    torch.default_generator.seed()
     np.random.seed()
 
 
