@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: no worker is left with one of them when the other is done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +32,29 @@ def shared_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts Python scripts without the seconds that their imports take."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
 RunScript = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
-def run_script() -> RunScript:
+def run_script(fork_server: ForkServer) -> RunScript:
     """Runs a script that starts ranks (`ranks.py` beside this file) in a process of its own."""
 
     def run(script: Path, *arguments: str | Path) -> None:
-        result = subprocess.run(
-            [sys.executable, script, *arguments],
+        process = fork_server.start(
+            [script, *arguments],
+            cwd=REPOSITORY,
             env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
         )
-        assert result.returncode == 0, result.stderr[-5000:]
+        _, stderr = process.communicate()
+        assert process.returncode == 0, stderr[-5000:]
 
     return run
 

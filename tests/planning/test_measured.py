@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 
+TORCHRUN = Path(sys.executable).with_name("torchrun")
 SCRIPT = Path(__file__).with_name("measured_step.py")
 MODEL = ("model.embed_dim=256", "model.intermediate_dim=768", "model.num_layers=4")
 STEPS = (
@@ -40,22 +41,27 @@ STEERLM2 = ("generation=null", "steerlm2.max_tokens_per_microbatch=1500")
     ],
 )
 def test_planned_memory_is_within_a_tenth_of_what_training_takes(
-    processes: int, recipe: str, config: str, overrides: tuple[str, ...], tmp_path: Path
+    processes: int,
+    recipe: str,
+    config: str,
+    overrides: tuple[str, ...],
+    fork_server: ForkServer,
+    tmp_path: Path,
 ) -> None:
     """The largest micro-batch of rank 0, in its second step: parameters, gradients of earlier
     micro-batches, AdamW's moments, activations, logits, FSDP2's buffers."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [] if processes == 1 else [TORCHRUN, f"--nproc_per_node={processes}"]
     result = tmp_path / "result.json"
-    run = subprocess.run(
+    run = fork_server.start(
         [
-            *(sys.executable, *(launcher if processes > 1 else []), SCRIPT, recipe, config, result),
+            *(*launcher, SCRIPT, recipe, config, result),
             *(*MODEL, *STEPS, *overrides, f"output_dir={tmp_path / 'run'}"),
         ],
+        cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
     )
-    assert run.returncode == 0, run.stderr
+    _, stderr = run.communicate()
+    assert run.returncode == 0, stderr
     found = json.loads(result.read_text())
     assert found["measured"] > 40 * 2**20  # the rest of a run is lost in that
     assert sum(found["planned"].values()) == pytest.approx(found["measured"], rel=0.1)

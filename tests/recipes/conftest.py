@@ -8,12 +8,13 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkedProcess, ForkServer
 from safetensors.torch import load_file
 
 from steerlm2.data.records import Record, Response, Turn, write_records
@@ -23,16 +24,21 @@ from steerlm2.data.tokenizers import tiny_tokenizer
 TUNE = Path(sys.executable).with_name("tune")
 Json = dict[str, Any]
 WriteGroups = Callable[..., Path]
+Process = subprocess.Popen[str] | ForkedProcess
 
 MAX_SEQ_LEN = 72
 """Tokens of a prompt with the longest response that `write_groups` makes."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TuneProcess:
     """Starts `tune run`; one thread for each process, so that a run repeats bit for bit."""
 
     cwd: Path
+    start_process: Callable[..., Process]
+    """Takes a command, and `cwd` and `env`."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of the environment, besides this process's own."""
 
     def __call__(
         self, *arguments: str, nproc: int | None = None, check: bool = True
@@ -45,23 +51,40 @@ class TuneProcess:
             assert result.returncode == 0, stdout + stderr
         return result
 
-    def start(self, *arguments: str, nproc: int | None = None) -> subprocess.Popen[str]:
-        """The same as a process group of its own, to be killed."""
+    def start(self, *arguments: str, nproc: int | None = None, **options: Any) -> Process:
+        """The same as a process group of its own, to be killed.
+
+        Args:
+            options: `stderr`, a file to write to.
+        """
         launcher = [] if nproc is None else ["--nproc_per_node", str(nproc)]
-        return subprocess.Popen(
+        return self.start_process(
             [TUNE, "run", *launcher, *arguments],
             cwd=self.cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | self.variables,
+            **options,
         )
 
 
 @pytest.fixture(scope="session")
-def tune(tmp_path_factory: pytest.TempPathFactory) -> TuneProcess:
-    return TuneProcess(tmp_path_factory.mktemp("cwd"))
+def tune(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> TuneProcess:
+    """`tune run` in children of the fork server: seconds less than `tune_command`.
+
+    What a recipe starts by way of bash is run there too.
+    """
+    cwd, shell_function = tmp_path_factory.mktemp("cwd"), fork_server.shell_function(TUNE)
+    return TuneProcess(cwd, fork_server.start, shell_function)
+
+
+@pytest.fixture(scope="session")
+def tune_command(tmp_path_factory: pytest.TempPathFactory) -> TuneProcess:
+    """`tune run` as a user starts it, with the real torchrun."""
+
+    def start(command: list[Any], **options: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, text=True, start_new_session=True, **(pipes | options))
+
+    return TuneProcess(tmp_path_factory.mktemp("cwd"), start)
 
 
 @dataclass
@@ -134,11 +157,11 @@ def _write_groups(path: Path, sizes: Iterable[int], *, seed: int = 0, too_long: 
 
 
 @pytest.fixture(scope="session")
-def attribute_model(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def attribute_model(tune_command: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that reward_distributed exports after 40 steps of tiny/reward: its scores are not
     good yet, but differ from text to text."""
     output_dir = tmp_path_factory.mktemp("attribute_model")
-    tune(
+    tune_command(
         *("reward_distributed", "--config", "tiny/reward", f"output_dir={output_dir}"),
         *("max_steps=40", "lr_scheduler.warmup_steps=5", "dataset.num_records=320"),
         *("dataset_val=null", "val_every_n_steps=null", "save_every_n_steps=null", "export=last"),

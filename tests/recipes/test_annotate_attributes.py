@@ -108,10 +108,10 @@ def run_here(source: Path, output: Path, model: Path | None, *more: str) -> None
 
 
 @pytest.fixture(scope="module")
-def labelled_run(tune: Any, conversations: Path, attribute_model: Path) -> tuple[Path, str]:
+def labelled_run(tune_command: Any, conversations: Path, attribute_model: Path) -> tuple[Path, str]:
     """An uninterrupted run on one process: its output file and what it printed."""
     output = conversations.with_name("labelled.jsonl")
-    return output, tune(*arguments(conversations, output, attribute_model)).stdout
+    return output, tune_command(*arguments(conversations, output, attribute_model)).stdout
 
 
 @pytest.fixture(scope="module")

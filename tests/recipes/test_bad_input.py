@@ -21,14 +21,10 @@ MAX_SEQ_LEN = 72
 
 
 def message(tune: Any, *arguments: str, nproc: int | None = None) -> str:
-    """What a failing run tells its user: one message, from the start of a line of stderr on.
-
-    Under torchrun its own report of the failed rank, a traceback through torchrun, follows it.
-    """
+    """What a failing run tells its user: one message, from the start of a line of stderr on."""
     result = tune(*arguments, nproc=nproc, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
-    tracebacks = (result.stdout + result.stderr).count("Traceback (most recent call last)")
-    assert tracebacks == (0 if nproc is None else 1), result.stderr
+    assert "Traceback (most recent call last)" not in result.stdout + result.stderr
     assert "Warning" not in result.stderr
     messages = list(re.finditer(r"^error: ", result.stderr, re.MULTILINE))
     assert len(messages) == 1, result.stderr

@@ -174,11 +174,11 @@ def answers_file(path: Path, texts: Sequence[Sequence[str]]) -> Path:
 
 
 def test_given_answers_are_counted_from_the_command_line(
-    tune: TuneProcess, answers: Path, tmp_path: Path
+    tune_command: TuneProcess, answers: Path, tmp_path: Path
 ) -> None:
     """|2 - 2|, |1 - 2|, |0 - 0|, |0 - 0|: mean 0.25; 3 of 4 exact."""
     output_dir = tmp_path / "out"
-    result = tune(
+    result = tune_command(
         *("evaluate_steering", "--config", "tiny/evaluate_steering", f"output_dir={output_dir}"),
         *(f"models.one.answers={answers}", f"models.two.answers={answers}"),
     )

@@ -173,9 +173,11 @@ def test_a_validation_that_was_cut_off_is_made_up_for(
     assert metrics.read_text().splitlines(keepends=True) == whole
 
 
-def test_sigterm_for_one_rank_stops_all(tune: Any, arguments: list[str], tmp_path: Path) -> None:
+def test_sigterm_for_one_rank_stops_all(
+    tune_command: Any, arguments: list[str], tmp_path: Path
+) -> None:
     """Rank 1 alone gets it; both save the same step and end with status 0, so torchrun does too."""
-    process = tune.start(
+    process = tune_command.start(
         *arguments, f"output_dir={tmp_path}", "save_every_n_steps=100", "max_steps=4000", nproc=2
     )
     wait_for_step(process, tmp_path, 2)
@@ -217,14 +219,17 @@ def free_port() -> int:
 
 
 def start_two_nodes(
-    tune: Any, arguments: list[str], folder: Path, *overrides: str
+    tune_command: Any, arguments: list[str], folder: Path, *overrides: str
 ) -> list[subprocess.Popen[str]]:
     """Two launchers with two ranks each, which meet over loopback, as recipes/launch has them."""
     launch = [
         *("--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_id", "test"),
         *("--rdzv_endpoint", f"localhost:{free_port()}", "--max_restarts", "2"),
     ]
-    return [tune.start(*launch, *arguments, *overrides, f"output_dir={folder}") for _ in range(2)]
+    return [
+        tune_command.start(*launch, *arguments, *overrides, f"output_dir={folder}")
+        for _ in range(2)
+    ]
 
 
 @pytest.mark.slow
@@ -233,6 +238,7 @@ def start_two_nodes(
 def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
     layout: str,
     tune: Any,
+    tune_command: Any,
     arguments: list[str],
     run_folder: type[RunFolder],
     tmp_path: Path,
@@ -244,7 +250,9 @@ def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
     overrides = (*LAYOUTS[layout], "max_steps=12", "save_every_n_steps=2")
     single, double = tmp_path / "single", tmp_path / "double"
     tune(*arguments, *overrides, f"output_dir={single}", nproc=4)
-    nodes = start_two_nodes(tune, arguments, double, *overrides, "resume_from_checkpoint=false")
+    nodes = start_two_nodes(
+        tune_command, arguments, double, *overrides, "resume_from_checkpoint=false"
+    )
     wait_for(nodes[1], lambda: steps_of(double) >= 5)
     os.kill(workers(nodes[1])[0], signal.SIGKILL)
     outputs = [node.communicate() for node in nodes]

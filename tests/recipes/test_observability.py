@@ -13,7 +13,6 @@ import signal
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +22,9 @@ import pytest
 
 from processes import workers
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Any]
 
 HOST = socket.gethostname()
-TUNE = Path(sys.executable).with_name("tune")
 
 
 @pytest.fixture(scope="module")
@@ -155,19 +153,12 @@ def test_a_slow_rank_is_named(
 @pytest.fixture
 def start(tune: Any, arguments: list[str], tmp_path: Path) -> Iterator[Start]:
     """Starts a run of three ranks and waits for its third step; its stderr is in a file."""
-    command = [TUNE, "run", "--nproc_per_node", "3", *arguments, f"output_dir={tmp_path}"]
-    started: list[subprocess.Popen[str]] = []
+    started: list[Any] = []
 
-    def begin(*overrides: str) -> subprocess.Popen[str]:
+    def begin(*overrides: str) -> Any:
         with (tmp_path / "stderr").open("w") as stderr:
-            process = subprocess.Popen(
-                [*command, *overrides],
-                cwd=tune.cwd,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
+            process = tune.start(
+                *arguments, f"output_dir={tmp_path}", *overrides, nproc=3, stderr=stderr
             )
         started.append(process)
         metrics = tmp_path / "metrics.jsonl"
@@ -206,7 +197,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(start: Start, tmp_p
 
 @pytest.mark.slow
 def test_a_rank_that_never_comes_ends_the_run(start: Start, tmp_path: Path) -> None:
-    """Rank 0, which leaves rank 1 to say it. torchrun waits 30 s for the stopped process."""
+    """Rank 0, which leaves rank 1 to say it."""
     timeouts = ("hang_timeout_seconds=3", "collective_timeout_seconds=8")
     process = start("max_steps=4000", *timeouts)
     os.kill(workers(process)[0], signal.SIGSTOP)
@@ -216,7 +207,7 @@ def test_a_rank_that_never_comes_ends_the_run(start: Start, tmp_path: Path) -> N
     assert "the ranks go on" not in stderr
 
 
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+def wait_for(process: Any, condition: Callable[[], bool]) -> None:
     while process.poll() is None and not condition():
         time.sleep(0.02)
     assert process.poll() is None

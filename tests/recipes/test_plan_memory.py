@@ -29,10 +29,10 @@ def plan(tmp_path: Path) -> Any:
     return run
 
 
-def test_from_the_command_line(tune: Any, tmp_path: Path) -> None:
+def test_from_the_command_line(tune_command: Any, tmp_path: Path) -> None:
     """One process, no weights, no GPU; the file has the documented keys."""
     output = tmp_path / "plan.json"
-    run = tune(
+    run = tune_command(
         *("plan_memory", "--config", "llama3_1/8B_steerlm2", "world_size=8", "gpu=H100"),
         *("model=torchtune.models.llama3_2.llama3_2_1b", f"output={output}"),
     )

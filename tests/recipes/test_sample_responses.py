@@ -86,10 +86,10 @@ def write_jsonl(path: Path, rows: Sequence[Json]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sampled_run(tune: Any, records: Path, model: Path) -> tuple[Path, str]:
+def sampled_run(tune_command: Any, records: Path, model: Path) -> tuple[Path, str]:
     """An uninterrupted run on one process: its output file and what it printed."""
     output = records.with_name("sampled.jsonl")
-    return output, tune(*arguments(records, output, model)).stdout
+    return output, tune_command(*arguments(records, output, model)).stdout
 
 
 @pytest.fixture(scope="module")

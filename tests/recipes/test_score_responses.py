@@ -72,10 +72,10 @@ def arguments(groups: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def scored_run(tune: Any, groups: Path) -> tuple[Path, str]:
+def scored_run(tune_command: Any, groups: Path) -> tuple[Path, str]:
     """An uninterrupted run on one process: its output file and what it printed."""
     output = groups.with_name("scored.jsonl")
-    return output, tune(*arguments(groups, output)).stdout
+    return output, tune_command(*arguments(groups, output)).stdout
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(
     output = tmp_path / "scored.jsonl"
     process = tune.start(*arguments(many, output, "hang_timeout_seconds=2"), nproc=2)
     wait_for_lines(process, tmp_path / "scored.jsonl.partial", lines=5)
-    stopped = workers(process, "score_responses")[1]
+    stopped = workers(process)[1]
     os.kill(stopped, signal.SIGSTOP)
     log = tmp_path / "logs" / "rank_000.log"
     while "All wait for rank 1" not in log.read_text():

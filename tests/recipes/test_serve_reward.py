@@ -237,11 +237,11 @@ def metric(connection: http.client.HTTPConnection, name: str) -> float:
     return float(found[1])
 
 
-def test_serves_a_checkpoint_and_ends_in_order(tune: Any, tmp_path: Path) -> None:
+def test_serves_a_checkpoint_and_ends_in_order(tune_command: Any, tmp_path: Path) -> None:
     """SIGTERM while texts of 8 requests wait: all 8 x 64 are answered, then the status is 0."""
     body = json.dumps({"texts": [f"{'a ' * 60} {i}" for i in range(64)]}).encode()
     with serving(
-        tune,
+        tune_command,
         "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
         f"checkpointer.checkpoint_dir={exported_model(tmp_path)}",
         "max_tokens_per_microbatch=1",

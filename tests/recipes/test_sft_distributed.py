@@ -361,11 +361,11 @@ def steps_so_far(folder: Path) -> set[int]:
 
 @pytest.fixture(scope="module")
 def trained(
-    tune: TuneProcess, run_folder: type[RunFolder], tmp_path_factory: pytest.TempPathFactory
+    tune_command: TuneProcess, run_folder: type[RunFolder], tmp_path_factory: pytest.TempPathFactory
 ) -> RunFolder:
     """tiny/sft's first 100 of 400 steps; at the end, greedy answers to 6 validation questions."""
     output_dir = tmp_path_factory.mktemp("trained")
-    result = tune(
+    result = tune_command(
         *("sft_distributed", "--config", "tiny/sft", f"output_dir={output_dir}"),
         *("max_steps=100", "val_every_n_steps=100", "save_every_n_steps=null"),
         *("generation.temperature=0", "generation.from_dataset_val=6"),
