@@ -213,7 +213,10 @@ class RewardRecipe:
         indices = self.run.batch(step, self.cfg.data.shuffle)
         groups = [self.train_set.groups[i] for i in indices]
         by_rank = microbatches_by_rank(groups, world.dp_size, budget, self.run.pair_cost)
-        own = [pack_for_reward(part, multiple_of=world.padding_multiple) for part in by_rank[world.dp_rank]]
+        own = [
+            pack_for_reward(part, multiple_of=world.padding_multiple)
+            for part in by_rank[world.dp_rank]
+        ]
         return StepBatches(groups, own)
 
     def _reward_index(self) -> int:

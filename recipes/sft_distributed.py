@@ -174,7 +174,10 @@ class SFTRecipe:
     ) -> list[PackedDialogues]:
         world, budget = self.run.world, self.cfg.max_tokens_per_microbatch
         by_rank = microbatches_by_rank(dialogues, world.dp_size, budget, pair_cost)
-        return [pack_dialogues(own, multiple_of=world.padding_multiple) for own in by_rank[world.dp_rank]]
+        return [
+            pack_dialogues(own, multiple_of=world.padding_multiple)
+            for own in by_rank[world.dp_rank]
+        ]
 
 
 @recipe_main(SFTConfig)
