@@ -25,12 +25,10 @@ report.html.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -63,12 +61,12 @@ from steerlm2.pipeline.state import (
     inputs_of,
     set_aside,
 )
+from steerlm2.runs.child_process import ChildProcess
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.output import make_output_dir
 
 LAST_LINES = 20
 SUMMARY, REPORT = "summary.json", "report.html"
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -309,30 +307,17 @@ def run_command(command: str, log: Path | None, lock: int) -> int:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
     }
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def end_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
     with open(log or os.devnull, "ab") as output:
         output.write(f"\n$ {command}\n".encode())
         output.flush()
-        process = subprocess.Popen(
+        with ChildProcess(
             ["bash", "-c", command],
-            stdin=subprocess.DEVNULL,
-            stdout=None if log is None else output,
-            stderr=None if log is None else subprocess.STDOUT,
+            seconds_to_end=None,  # a stage may take its time to save
+            output=None if log is None else output,
             env=environment,
             pass_fds=(lock,),
-            preexec_fn=end_with_parent,
-        )
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
+        ) as stage:
+            return stage.wait()
 
 
 def failure(stage: Stage, status: int, log: Path | None) -> str:

@@ -17,9 +17,9 @@ import argparse
 import contextlib
 import json
 import shlex
+import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +29,14 @@ from typing import Any
 import httpx
 
 from steerlm2.checkpoint_dirs import INDEX_FILE, resolve_checkpoint_dir
-from steerlm2.runs.background import SECONDS_TO_END, BackgroundProcess
+from steerlm2.runs.child_process import ChildProcess
 
 SHARE_FOR_WEIGHTS = 0.6
 """The largest share of a GPU's memory for weights. A choice: the rest is for activations and the
 key/value cache, whose size limits the number of concurrent requests."""
+
+SECONDS_TO_END = 20.0
+"""That the server and the command have after SIGTERM."""
 
 
 def vllm_command(
@@ -136,22 +139,23 @@ def run_with_server(
             f"something answers at {address[0]}, port {port} already: stop it, or choose another "
             "--port"
         )
-    with _signals_as_exits():
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"there is no command {command[0]}")
+    with _signals_as_exits(), log.open("wb") as output:
         _say(f"starting the server, whose output goes to {log}")
-        server = BackgroundProcess(server_command, log)
-        try:
+        with ChildProcess(
+            server_command, seconds_to_end=SECONDS_TO_END, own_group=True, output=output
+        ) as server:
             _wait_until_healthy(server, f"http://{address[0]}:{port}/health", log, start_timeout)
-            status = _run(command)
+            # None: whoever starts us may give the command something to read.
+            with ChildProcess(command, seconds_to_end=SECONDS_TO_END, stdin=None) as running:
+                status = running.wait()
             if server.has_ended():
                 _say(f"the server ended before the command did:\n{_last_lines(log)}")
             return status
-        finally:
-            server.stop()
 
 
-def _wait_until_healthy(
-    server: BackgroundProcess, url: str, log: Path, start_timeout: float
-) -> None:
+def _wait_until_healthy(server: ChildProcess, url: str, log: Path, start_timeout: float) -> None:
     started = time.monotonic()
     while not server.has_ended():
         with contextlib.suppress(httpx.HTTPError):
@@ -165,21 +169,6 @@ def _wait_until_healthy(
             )
         time.sleep(0.2)
     raise ValueError(f"the server ended before it answered; the end of {log}:\n{_last_lines(log)}")
-
-
-def _run(command: Sequence[str]) -> int:
-    process = subprocess.Popen(command)
-    try:
-        status = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    return status if status >= 0 else 128 - status
 
 
 @contextlib.contextmanager

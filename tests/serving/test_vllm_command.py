@@ -213,11 +213,12 @@ def test_the_status_is_the_commands(with_server: WithServer, code: str, status: 
 
 
 def test_there_is_no_such_command(with_server: WithServer) -> None:
+    """No server is started for it."""
     status, _, stderr = with_server.run("/no/such/command")
     assert status == 1
     assert "/no/such/command" in stderr
     assert "Traceback" not in stderr
-    assert [pid for pid in with_server.server_pids() if alive(pid)] == []
+    assert not (with_server.folder / "pids").exists()
 
 
 def test_a_server_that_dies_at_its_start_shows_its_log(with_server: WithServer) -> None:
@@ -266,13 +267,12 @@ def test_a_signal_stops_the_command_and_the_server(with_server: WithServer, sign
     assert [p for p in (pid, *with_server.server_pids()) if alive(p)] == []
 
 
-def test_the_server_does_not_outlive_a_killed_process(with_server: WithServer) -> None:
+def test_nothing_outlives_a_killed_process(with_server: WithServer) -> None:
     """SIGKILL, after which nothing can be done: the port is free for the next run."""
     process, pid = started(with_server)
     process.kill()
     process.wait()
-    wait_until(lambda: not any(map(alive, with_server.server_pids())))
-    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, (pid, *with_server.server_pids()))))
 
 
 def test_another_server_at_that_port_is_not_taken_for_ours(with_server: WithServer) -> None:
