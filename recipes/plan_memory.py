@@ -13,7 +13,6 @@ the efficiencies below. compile is off in the trace, so a compiled run takes les
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import sys
@@ -25,7 +24,6 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
-from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from steerlm2._tune import RECIPES, recipe_directories
 from steerlm2.config.loader import CONFIG_CLASS, REST, config_problems, load_config, load_recipe
@@ -46,6 +44,7 @@ from steerlm2.planning.jobs import JOBS, Job, Lengths, PlannedMicrobatch
 from steerlm2.planning.trace import Trace, fake_world, trace_step
 from steerlm2.planning.tracker import KINDS
 from steerlm2.runs.entry import recipe_main
+from steerlm2.torchtune_private import merge_arguments
 from steerlm2.training.batches import steps_per_epoch
 
 GIB = 2**30
@@ -430,9 +429,7 @@ def filled_in(value: Any) -> Any:
 
 def with_overrides(values: Mapping[str, Any], overrides: tuple[str, ...]) -> DictConfig:
     plain = json.loads(json.dumps(filled_in(values)))
-    merged = _merge_yaml_and_cli_args(argparse.Namespace(**plain), list(overrides))
-    assert isinstance(merged, DictConfig)
-    return merged
+    return merge_arguments(plain, overrides)
 
 
 def num_backwards(microbatches: list[list[PlannedMicrobatch[Any]]]) -> int:

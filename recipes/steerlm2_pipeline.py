@@ -24,7 +24,6 @@ report.html.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -38,7 +37,6 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torchtune.config._utils import _merge_yaml_and_cli_args
 from yaml import YAMLError
 
 from steerlm2.checkpoint_dirs import newest_export
@@ -64,6 +62,7 @@ from steerlm2.pipeline.state import (
 from steerlm2.runs.child_process import ChildProcess
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.output import make_output_dir
+from steerlm2.torchtune_private import merge_arguments
 
 LAST_LINES = 20
 SUMMARY, REPORT = "summary.json", "report.html"
@@ -286,7 +285,7 @@ def stage_values(stage: Stage) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no config {stage.config} (`tune ls` lists them)")
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file), resolve=False))
-    merged = _merge_yaml_and_cli_args(argparse.Namespace(**plain), list(stage.arguments))
+    merged = merge_arguments(plain, stage.arguments)
     return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
 
 

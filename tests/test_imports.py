@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "steerlm2"
 
 FROM_THE_GROUND_UP = (
-    ("_tune", "attributes", "losses", "checkpoint_dirs"),
+    ("_tune", "torchtune_private", "attributes", "losses", "checkpoint_dirs"),
     ("models",),
     ("data",),
     ("datasets",),
@@ -95,6 +95,22 @@ def test_nothing_imports_a_recipe(path: Path) -> None:
     """A recipe is copied and edited: what two of them need belongs into the library."""
     names = {recipe.stem for recipe in RECIPES} | {"recipes"}
     assert {name.split(".")[0] for name in imported_modules(path)} & names == set()
+
+
+def private_torchtune_names(path: Path) -> set[str]:
+    """What a file imports from torchtune that is private, or in a private module."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("torchtune.") and "._" in name}
+
+
+def test_private_names_of_torchtune_are_imported_in_one_place() -> None:
+    importing = {path for path in [*SOURCES.values(), *RECIPES] if private_torchtune_names(path)}
+    assert importing == {PACKAGE / "torchtune_private.py"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

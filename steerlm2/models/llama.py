@@ -30,13 +30,13 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     SequenceParallel,
 )
-from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.models.attention import attend
 from steerlm2.models.reward_head import RewardHead
+from steerlm2.torchtune_private import Llama3ScaledRoPE
 
 PACKED_LENGTH_LIMIT = 1 << 30
 """Tokens of a packed sequence. It can be longer than the model's context, because its position ids

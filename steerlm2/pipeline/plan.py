@@ -24,7 +24,8 @@ from typing import Any
 
 import torchtune
 import yaml
-from torchtune._recipe_registry import Recipe, get_all_recipes
+
+from steerlm2.torchtune_private import Recipe, get_all_recipes
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 TORCHTUNE = Path(torchtune.__file__).parents[1]
