@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import reprlib
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import (
@@ -28,12 +31,25 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steerlm2 import __version__
-from steerlm2.data.conversations import Conversation, is_text, parse_conversation
+from steerlm2.attributes import parse_label
+from steerlm2.data.conversations import Conversation, is_text
 from steerlm2.data.records import ASSISTANT, USER, Turn
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 from steerlm2.data.templates import encode_for_scoring
@@ -50,6 +66,16 @@ RETRY_AFTER_SECONDS = 1
 
 MOST_PROBLEMS, LONGEST_PROBLEM = 10, 500
 """That one answer lists, and their characters."""
+
+MOST_LISTABLE = 10_000
+"""Problems of a request: to collect more of them would hold up other requests for seconds."""
+
+CLEARER = {
+    "model_type": "Input should be an object",
+    "string_pattern_mismatch": "is empty",
+    "string_unicode": "holds half of a surrogate pair: not valid Unicode text",
+}
+"""pydantic's name of a problem -> our words, where its own are about Python."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +146,20 @@ def create_app(
     for kind in (RequestError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
 
-    @app.post("/v1/attributes", openapi_extra=REQUEST_SCHEMA)
+    body_model = request_model(limits.max_items)
+    schema = body_model.model_json_schema(ref_template="#/components/schemas/{model}")
+    components = {"schemas": schema.pop("$defs")}
+    content = {"application/json": {"schema": schema}}
+
+    @app.post(
+        "/v1/attributes", openapi_extra={"requestBody": {"required": True, "content": content}}
+    )
     async def score(request: Request) -> Response:
         """Scores of the last turn of every conversation, or of every text."""
         try:
             async with asyncio.timeout(limits.request_timeout):
                 body = await read_body(request, limits.max_body_bytes)
-                conversations = parse_request(body, limits.max_items, system_prompt)
+                conversations = parse_request(body, body_model, system_prompt)
                 if len(body) < LARGE_BODY:
                     texts, cut = encode(model, conversations, limits.truncate)
                 else:
@@ -184,6 +217,9 @@ def create_app(
         """Prometheus text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    # FastAPI itself collects only the models of parameters, and knows none for a body that the
+    # route reads by itself.
+    app.openapi()["components"] = components
     return app
 
 
@@ -217,7 +253,92 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def parse_request(body: bytes, max_items: int, system_prompt: str) -> list[Conversation]:
+class _Strict(BaseModel):
+    """Part of a request, without keys that it doesn't know."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _check_unicode(text: str) -> str:
+    if not is_text(text):
+        raise ValueError("holds half of a surrogate pair: not valid Unicode text")
+    return text
+
+
+UnicodeText = Annotated[str, AfterValidator(_check_unicode)]
+FilledText = Annotated[str, Field(pattern=r"\S")]
+"""Checking a pattern, pydantic checks that it is Unicode too."""
+
+
+class TurnItem(_Strict):
+    """One message."""
+
+    role: Literal["User", "Assistant"] = Field(alias="from")
+    value: FilledText
+    label: str | None = Field(
+        None, description="of the published format, an assistant's alone; checked, but not used"
+    )
+
+    @field_validator("label")
+    @classmethod
+    def _check_label(cls, label: str | None, info: ValidationInfo) -> str | None:
+        if label and info.data.get("role") == USER:
+            raise ValueError(f"only turns of {ASSISTANT!r} can have a label")
+        if label:
+            parse_label(label)
+        return label
+
+
+class ConversationItem(_Strict):
+    """A line of the published conversation format."""
+
+    system: UnicodeText | None = Field(None, description="none: the server's system prompt")
+    conversations: list[TurnItem] = Field(
+        min_length=1, description="the turns; the last one, the assistant's, is scored"
+    )
+    mask: Literal["User"] | None = None
+    type: Literal["VALUE_TO_TEXT"] | None = None
+
+    @field_validator("conversations")
+    @classmethod
+    def _check_last_turn(cls, turns: list[TurnItem]) -> list[TurnItem]:
+        if turns[-1].role != ASSISTANT:
+            raise ValueError(f"the last turn is scored, so it must be from {ASSISTANT!r}")
+        return turns
+
+
+class AttributesRequest(_Strict):
+    """What to score: conversations, or texts that are answers without a question."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    conversations: list[ConversationItem] = []
+    texts: list[FilledText] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, body: object) -> object:
+        keys = list(body) if isinstance(body, dict) else []
+        if keys not in (["conversations"], ["texts"]):
+            raise ValueError(
+                "the body must be an object with one key, 'conversations' or 'texts'; got "
+                + (", ".join(map(repr, keys)) or "none")
+            )
+        return body
+
+
+def request_model(max_items: int) -> type[AttributesRequest]:
+    """AttributesRequest of a server with that limit, to check bodies and for /openapi.json."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, Field(default_factory=list, min_length=1, max_length=max_items))
+        for name, field in AttributesRequest.model_fields.items()
+    }
+    return create_model("AttributesRequest", __base__=AttributesRequest, **fields)
+
+
+def parse_request(
+    body: bytes, model: type[AttributesRequest], system_prompt: str
+) -> list[Conversation]:
     """The conversations to score, each ending with the assistant's turn that is scored.
 
     A text of `texts` is such a turn with nothing but the system prompt before it.
@@ -226,60 +347,46 @@ def parse_request(body: bytes, max_items: int, system_prompt: str) -> list[Conve
         RequestError: naming the problems, and where they are.
     """
     try:
-        request = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        content = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except RecursionError:
         raise RequestError(400, "malformed_json", "the body is nested too deeply") from None
     except ValueError as error:
         raise RequestError(400, "malformed_json", f"the body is no valid JSON: {error}") from None
-    if not isinstance(request, dict) or len(request) != 1 or not request.keys() & PARSERS.keys():
-        keys = ", ".join(map(repr, request)) if isinstance(request, dict) else "no object"
-        raise _invalid(
-            [f"the body must be an object with one key, 'conversations' or 'texts'; got {keys}"]
+    try:
+        request = model.model_validate(content)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    return [
+        Conversation(
+            [Turn(turn.role, turn.value) for turn in item.conversations],
+            system_prompt if item.system is None else item.system,
         )
-    ((key, items),) = request.items()
-    if not isinstance(items, list) or not items:
-        raise _invalid([f"{key} must be a list of at least one"])
-    if len(items) > max_items:
-        raise RequestError(
-            413, "too_large", f"{key} has {len(items)} items, more than {max_items} (max_items)"
+        for item in request.conversations
+    ] + [Conversation([Turn(ASSISTANT, text)], system_prompt) for text in request.texts]
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    if error.error_count() > MOST_LISTABLE:
+        return RequestError(
+            422,
+            "invalid_request",
+            f"{error.error_count()} problems, too many to list: send fewer turns to see them",
         )
-    conversations: list[Conversation] = []
-    problems: list[str] = []
-    for i, item in enumerate(items):
-        try:
-            conversations.append(PARSERS[key](item, system_prompt))
-        except ValueError as error:
-            problems.append(f"{key}[{i}]: {error}")
-    if problems:
-        raise _invalid(problems)
-    return conversations
+    problems = error.errors(include_url=False, include_context=False)
+    message = _listed(map(_problem_text, problems), len(problems))
+    if any(problem["type"] == "too_long" for problem in problems):
+        return RequestError(413, "too_large", f"{message} (max_items)")
+    return RequestError(422, "invalid_request", message)
 
 
-def _conversation(item: object, system_prompt: str) -> Conversation:
-    """Raises: ValueError: with all problems of the conversation."""
-    conversation = parse_conversation(item, default_system=system_prompt)
-    problems = [f"unknown key {key!r}" for key in conversation.extra]
-    for i, turn in enumerate(conversation.turns):
-        problems += [f"conversations[{i}]: unknown key {key!r}" for key in turn.extra]
-        if not turn.value.strip():
-            problems.append(f"conversations[{i}]: 'value' is empty")
-    if conversation.turns[-1].role != ASSISTANT:
-        problems.append(f"the last turn is scored, so it must be from {ASSISTANT!r}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return conversation
-
-
-def _text(item: object, system_prompt: str) -> Conversation:
-    if not is_text(item):
-        raise ValueError("must be text")
-    text = str(item)
-    if not text.strip():
-        raise ValueError("is empty")
-    return Conversation([Turn(ASSISTANT, text)], system_prompt)
-
-
-PARSERS = {"conversations": _conversation, "texts": _text}
+def _problem_text(problem: ErrorDetails) -> str:
+    """Where the problem is, and pydantic's words unless they need Python to be understood."""
+    kind, found = problem["type"], problem["input"]
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem["loc"])
+    where = "".join(steps).removeprefix(".")
+    text = CLEARER.get(kind, problem["msg"]).removeprefix("Value error, ")
+    got = f", got {reprlib.repr(found)}" if kind.endswith(("_type", "literal_error")) else ""
+    return f"{where}: {text}{got}" if where else f"{text}{got}"
 
 
 def encode(
@@ -309,7 +416,9 @@ def encode(
         texts.append([*group.prompt, *group.responses[0]])
     if too_long:
         raise RequestError(
-            413, "too_long", f"more than {model.max_seq_len} tokens: {_listed(too_long)}"
+            413,
+            "too_long",
+            f"more than {model.max_seq_len} tokens: {_listed(too_long, len(too_long))}",
         )
     return texts, cut
 
@@ -390,71 +499,15 @@ def _json(status: int, value: object, headers: Mapping[str, str] | None = None) 
     return Response(body, status, headers, media_type="application/json")
 
 
-def _invalid(problems: Sequence[str]) -> RequestError:
-    return RequestError(422, "invalid_request", _listed(problems))
-
-
-def _listed(problems: Sequence[str]) -> str:
+def _listed(problems: Iterable[str], count: int) -> str:
     """Problems quote what they found: a short answer goes to a long request too."""
     shown = [
         problem if len(problem) <= LONGEST_PROBLEM else f"{problem[:LONGEST_PROBLEM]}..."
-        for problem in problems[:MOST_PROBLEMS]
+        for problem in itertools.islice(problems, MOST_PROBLEMS)
     ]
-    more = len(problems) - len(shown)
+    more = count - len(shown)
     return "; ".join(shown + ([f"... and {more} more"] if more else []))
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
-
-
-_TURN_SCHEMA = {
-    "type": "object",
-    "required": ["from", "value"],
-    "properties": {
-        "from": {"enum": [USER, ASSISTANT]},
-        "value": {"type": "string"},
-        "label": {"type": ["string", "null"], "description": "of the published format; ignored"},
-    },
-    "additionalProperties": False,
-}
-_CONVERSATION_SCHEMA = {
-    "type": "object",
-    "required": ["conversations"],
-    "properties": {
-        "system": {"type": "string"},
-        "conversations": {
-            "type": "array",
-            "minItems": 1,
-            "items": _TURN_SCHEMA,
-            "description": "the turns; the last one, the assistant's, is scored",
-        },
-        "mask": {"const": USER},
-        "type": {"const": "VALUE_TO_TEXT"},
-    },
-    "additionalProperties": False,
-}
-REQUEST_SCHEMA = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "minProperties": 1,
-                    "maxProperties": 1,
-                    "properties": {
-                        "conversations": {
-                            "type": "array",
-                            "minItems": 1,
-                            "items": _CONVERSATION_SCHEMA,
-                        },
-                        "texts": {"type": "array", "minItems": 1, "items": {"type": "string"}},
-                    },
-                    "additionalProperties": False,
-                }
-            }
-        },
-    }
-}
-"""The body of POST /v1/attributes, for /openapi.json; `parse_request` is what checks it."""

@@ -142,7 +142,7 @@ def test_64_clients_get_the_scores_of_one(server: Server) -> None:
     [
         (b'{"texts": ["a"', 400, "no valid JSON"),
         (b'{"texts": ["a"], "temperature": 1}', 422, "got 'texts', 'temperature'"),
-        (b'{"conversations": [{"conversations": []}]}', 422, "conversations[0]: "),
+        (b'{"conversations": [{"conversations": []}]}', 422, "conversations[0].conversations: "),
         (b'{"texts": ["' + b"a" * 10_000_000 + b'"]}', 413, "more than 1048576 bytes"),
     ],
     ids=["malformed", "unknown field", "empty conversation", "10 MB"],

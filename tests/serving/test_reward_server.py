@@ -127,49 +127,77 @@ REFUSED = {
     "both keys": (b'{"texts": ["a"], "conversations": []}', 422, "'texts', 'conversations'"),
     "unknown key": (b'{"texts": ["a"], "model": "x"}', 422, "got 'texts', 'model'"),
     "unknown key alone": (b'{"text": ["a"]}', 422, "got 'text'"),
-    "texts no list": (b'{"texts": "a"}', 422, "texts must be a list of at least one"),
-    "no texts": (b'{"texts": []}', 422, "texts must be a list of at least one"),
-    "no conversations": (b'{"conversations": []}', 422, "conversations must be a list of at"),
-    "null": (b'{"conversations": null}', 422, "conversations must be a list of at least one"),
-    "text of another type": (b'{"texts": ["a", 3]}', 422, "texts[1]: must be text"),
+    "texts no list": (b'{"texts": "a"}', 422, "texts: Input should be a valid list, got 'a'"),
+    "no texts": (b'{"texts": []}', 422, "texts: List should have at least 1 item"),
+    "no conversations": (b'{"conversations": []}', 422, "conversations: List should have at"),
+    "null": (b'{"conversations": null}', 422, "conversations: Input should be a valid list"),
+    "text of another type": (
+        b'{"texts": ["a", 3]}',
+        422,
+        "texts[1]: Input should be a valid string, got 3",
+    ),
     "empty text": (b'{"texts": ["a", " \\n"]}', 422, "texts[1]: is empty"),
-    "half surrogate": (b'{"texts": ["a", "\\ud800"]}', 422, "texts[1]: must be text"),
-    "too many": (json.dumps({"texts": ["a"] * 9}).encode(), 413, "9 items, more than 8"),
-    "conversation no object": (b'{"conversations": [3]}', 422, "conversations[0]: a conversation"),
-    "empty conversation": (conversation(), 422, "conversations[1]: 'conversations' must be a list"),
-    "no turns": (b'{"conversations": [{}]}', 422, "conversations[0]: 'conversations' must be"),
-    "turn no object": (conversation("a"), 422, "conversations[1]: conversations[0]: must be a"),
+    "half surrogate": (b'{"texts": ["a", "\\ud800"]}', 422, "texts[1]: holds half of"),
+    "too many": (
+        json.dumps({"texts": ["a"] * 9}).encode(),
+        413,
+        "at most 8 items after validation, not 9 (max_items)",
+    ),
+    "conversation no object": (
+        b'{"conversations": [3]}',
+        422,
+        "conversations[0]: Input should be an object",
+    ),
+    "empty conversation": (conversation(), 422, "conversations[1].conversations: List should have"),
+    "no turns": (b'{"conversations": [{}]}', 422, "conversations[0].conversations: Field required"),
+    "turn no object": (conversation("a"), 422, "[1].conversations[0]: Input should be an object"),
     "from": (
         conversation(USER | {"from": "user"}, ASSISTANT),
         422,
-        "conversations[1]: conversations[0]: 'from' must be 'User' or 'Assistant', got 'user'",
+        "conversations[1].conversations[0].from: Input should be 'User' or 'Assistant', got 'user'",
     ),
     "value": (
         conversation(USER, ASSISTANT | {"value": None}),
         422,
-        "conversations[1]: conversations[1]: 'value' must be text",
+        "conversations[1].conversations[1].value: Input should be a valid string, got None",
     ),
     "half surrogate in a turn": (
         conversation(USER | {"value": "\ud800"}, ASSISTANT),
         422,
-        "conversations[1]: conversations[0]: 'value' must be text",
+        "conversations[1].conversations[0].value: holds half of a surrogate pair",
     ),
     "empty turn": (
         conversation(USER | {"value": ""}, ASSISTANT),
         422,
-        "conversations[1]: conversations[0]: 'value' is empty",
+        "conversations[1].conversations[0].value: is empty",
     ),
     "user's turn last": (conversation(ASSISTANT, USER), 422, "must be from 'Assistant'"),
-    "system": (conversation(ASSISTANT, system=3), 422, "conversations[1]: 'system' must be text"),
+    "system": (conversation(ASSISTANT, system=3), 422, "conversations[1].system: Input should be"),
+    "half surrogate in the system text": (
+        conversation(ASSISTANT, system="\ud800"),
+        422,
+        "conversations[1].system: holds half of a surrogate pair",
+    ),
+    "mask": (conversation(ASSISTANT, mask="Assistant"), 422, "[1].mask: Input should be 'User'"),
+    "label that is none": (
+        conversation(ASSISTANT | {"label": "humor=1"}),
+        422,
+        "conversations[1].conversations[0].label: label 'humor=1': 'humor=1' is not of the form",
+    ),
+    "label of a user's turn": (
+        conversation(USER | {"label": "humor:1"}, ASSISTANT),
+        422,
+        "conversations[1].conversations[0].label: only turns of 'Assistant' can have a label",
+    ),
     "unknown key of a conversation": (
         conversation(ASSISTANT, temperature=0),
         422,
-        "conversations[1]: unknown key 'temperature'",
+        "conversations[1].temperature: Extra inputs are not permitted",
     ),
     "unknown key of a turn": (
         conversation(ASSISTANT | {"weight": 1}),
         422,
-        "conversations[1]: conversations[0]: unknown key 'weight'",
+        "conversations[1].conversations[0].weight: Extra inputs are not permitted",
     ),
 }
 
@@ -188,8 +216,17 @@ def test_all_problems_of_a_request_are_named_and_long_ones_cut(client: TestClien
     bad = {"conversations": [{"from": "x" * 5000, "value": "a"}]}
     response = client.post("/v1/attributes", json={"conversations": [bad, *([{}] * 7)]})
     message = error_of(response, 422)
-    assert [f"conversations[{i}]: " in message for i in range(8)] == [True] * 8
+    assert [f"conversations[{i}].conversations" in message for i in range(8)] == [True] * 8
     assert len(message) < 2000
+
+
+def test_so_many_problems_are_counted() -> None:
+    """10,001 bad turns are one more than can be listed; of 9,999 the first ten are named."""
+    with TestClient(create_app(MODEL, "mine")) as client:
+        for number, text in ((10_001, "10001 problems, too many"), (9_999, "and 9989 more")):
+            item = {"conversations": [3] * number}
+            response = client.post("/v1/attributes", json={"conversations": [item]})
+            assert text in error_of(response, 422)
 
 
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
@@ -359,6 +396,25 @@ def test_health_and_description(client: TestClient) -> None:
     }
     paths = client.get("/openapi.json").json()["paths"]
     assert paths.keys() == {"/v1/attributes", "/v1/model", "/health", "/metrics"}
+
+
+def test_openapi_describes_what_is_checked(client: TestClient) -> None:
+    """The limit of this server, required keys, and parts that exist under their names."""
+    document = client.get("/openapi.json").json()
+    post = document["paths"]["/v1/attributes"]["post"]
+    schema = post["requestBody"]["content"]["application/json"]["schema"]
+    parts = document["components"]["schemas"]
+    texts, conversations = schema["properties"]["texts"], schema["properties"]["conversations"]
+    assert (schema["minProperties"], schema["maxProperties"]) == (1, 1)
+    assert schema["additionalProperties"] is False
+    assert (texts["minItems"], texts["maxItems"]) == (1, 8)
+    assert conversations["items"] == {"$ref": "#/components/schemas/ConversationItem"}
+    assert (conversations["minItems"], conversations["maxItems"]) == (1, 8)
+    assert parts["ConversationItem"]["required"] == ["conversations"]
+    turns = parts["ConversationItem"]["properties"]["conversations"]
+    assert turns["items"] == {"$ref": "#/components/schemas/TurnItem"}
+    assert parts["TurnItem"]["required"] == ["from", "value"]
+    assert parts["TurnItem"]["properties"]["from"]["enum"] == ["User", "Assistant"]
 
 
 def test_metrics_count_requests_and_texts() -> None:
