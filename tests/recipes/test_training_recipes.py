@@ -1,0 +1,56 @@
+"""What the three training recipes do alike: they share a `TrainingRun` and the keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.recipes.conftest import RunFolder, TuneProcess
+
+SHORT = (
+    *("global_batch_size=4", "max_tokens_per_microbatch=512", "lr_scheduler.warmup_steps=0"),
+    *("dataset.num_records=8", "val_every_n_steps=null", "dataset_val=null"),
+)
+RECIPES = {
+    "reward_distributed": ("tiny/reward", *SHORT, "dataset.responses_per_prompt=1"),
+    "sft_distributed": ("tiny/sft", *SHORT, "generation=null", "dataset.responses_per_prompt=1"),
+    "steerlm2_distributed": (
+        "tiny/steerlm2",
+        *(key for key in SHORT if not key.startswith("max_tokens")),
+        "generation=null",
+        "limit_val_batches=null",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resumed_beyond_a_smaller_max_steps_the_export_is_of_the_steps_done(
+    tune: TuneProcess, run_folder: type[RunFolder], tmp_path: Path, recipe: str
+) -> None:
+    """8 records in batches of 4: 6 steps are 3 epochs. Resumed with max_steps=2 the weights are
+    still those of step 6, and so is the folder's epoch."""
+    config, *keys = RECIPES[recipe]
+    run = run_folder(tmp_path / "run")
+    common = (recipe, "--config", config, *keys, "save_every_n_steps=6", f"output_dir={run.path}")
+    tune(*common, "max_steps=6")
+    weights = run.weights()
+    (folder,) = run.path.glob("epoch_*")
+    folder.rename(tmp_path / "first_export")
+    again = tune(*common, "max_steps=2", "resume_from_checkpoint=true")
+    assert [path.name for path in run.path.glob("epoch_*")] == ["epoch_3"]
+    assert f"weights: {run.path}/epoch_* (of step 6)" in again.stdout
+    assert all(run.weights()[name].equal(weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("recipe", ["sft_distributed", "steerlm2_distributed"])
+def test_answers_of_no_tokens_are_refused(tune: TuneProcess, tmp_path: Path, recipe: str) -> None:
+    config, *_ = RECIPES[recipe]
+    key = "generation.max_new_tokens"
+    failed = tune(
+        recipe, "--config", config, f"{key}=0", f"output_dir={tmp_path / 'run'}", check=False
+    )
+    assert failed.returncode == 1
+    assert f"'{key}' must be at least 1, got 0" in failed.stderr
