@@ -29,14 +29,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import torch
 from tqdm import tqdm
 
 from steerlm2.attributes import (
@@ -47,7 +45,8 @@ from steerlm2.attributes import (
     label_of_scores,
     parse_label,
 )
-from steerlm2.config.loader import Component, instantiate, to_plain
+from steerlm2.config.keys import ScoringKeys, ServerOptions, at_least_one, output_problems
+from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.conversations import parse_conversation
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import (
@@ -61,10 +60,12 @@ from steerlm2.data.records import (
 )
 from steerlm2.data.templates import groups_for_scoring
 from steerlm2.distributed.parallelize import DTYPES
-from steerlm2.distributed.world import World, init_world
 from steerlm2.inference.attribute_model import load_attribute_model
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.hangs import LONG, HangWatch
+from steerlm2.runs.logs import progress_bar
+from steerlm2.runs.processes import join_processes, process_beside_server
 from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_SCORES = (
@@ -83,79 +84,29 @@ SETTINGS_THAT_CHANGE_SCORES = (
 )
 
 
-@dataclass
-class ServerOptions:
-    """The `server:` section."""
-
-    url: str
-    model: str | None = None  # as the server names it; none: its first one
-    concurrency: int = 16  # requests at a time
-    timeout: float = 60.0  # seconds for an answer
-    retries: int = 5  # of a request, with pauses of 0.5 s, 1 s, 2 s, ...
-
-
-@dataclass
-class AnnotateConfig:
-    """Every key of the recipe, with its default."""
+@dataclass(kw_only=True)
+class AnnotateConfig(ScoringKeys):
+    """The keys of annotate_attributes."""
 
     input: str
+    """Conversations or SteerLM2 records, .jsonl or .jsonl.gz."""
     output: str
-    tokenizer: Component
-    model: Component  # the backbone: its output layer gives way to the head
-    template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
-    )
-    checkpointer: Component | None = None  # none: fresh weights from the seed
-    server: ServerOptions | None = None  # scores instead of the checkpoint
-    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
-    turns: Literal["with_label", "all"] = "with_label"  # Assistant turns to label
-    labels: Literal["rounded", "sampled"] = "rounded"  # scores rounded, or drawn from P(a|x,y)
-    max_seq_len: int = 4096  # a longer text loses its beginning
-    max_tokens_per_microbatch: int = 4096
-    records_per_write: int = 128  # a stopped run repeats at most so many
-    concentration: float = 24.0  # of the Beta rule for P(a|x,y)
-    bins: Literal["midpoint", "uniform"] = "midpoint"
-
-    seed: int = 0
-    device: Literal["cpu", "cuda"] = "cuda"
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = False
-    tensor_parallel_dim: int = 1
-    data_parallel_replicate_dim: int = 1
-    data_parallel_shard_dim: int = -1
-    fsdp_cpu_offload: bool = False
-    fsdp_reshard_after_forward: bool = True
+    """The same with labels or scores, to be written, .jsonl."""
+    server: ServerOptions | None = None
+    """A vLLM server that scores, started with --runner pooling, instead of the checkpoint."""
+    turns: Literal["with_label", "all"] = "with_label"
+    """Assistant turns to label: those that have a "label", whatever it is, or all."""
+    labels: Literal["rounded", "sampled"] = "rounded"
+    """What becomes a label: the rounded scores, or values drawn from P(a|x,y) with `seed`."""
+    max_seq_len: int = 4096
+    """Tokens of a response with its conversation; a longer text loses its beginning."""
 
     def problems(self) -> list[str]:
-        """What is wrong between keys that are right by themselves."""
-        positive: dict[str, float] = {
-            "max_seq_len": self.max_seq_len,
-            "max_tokens_per_microbatch": self.max_tokens_per_microbatch,
-            "records_per_write": self.records_per_write,
-        }
+        found = super().problems()
+        found += at_least_one(self, "max_seq_len")
         if self.server is not None:
-            positive["server.concurrency"] = self.server.concurrency
-        found = [
-            f"'{name}' must be at least 1, got {value}"
-            for name, value in positive.items()
-            if value < 1
-        ]
-        if self.server is not None and self.server.retries < 0:
-            found.append(f"'server.retries' must be at least 0, got {self.server.retries}")
-        if self.server is not None and self.server.timeout <= 0:
-            found.append(f"'server.timeout' must be above 0, got {self.server.timeout}")
-        if self.concentration <= 0:
-            found.append(f"'concentration' must be above 0, got {self.concentration}")
-        if self.fsdp_cpu_offload and self.device == "cpu":
-            found.append("'fsdp_cpu_offload' needs 'device: cuda'")
-        try:
-            as_schema(self.schema)
-        except (ValueError, TypeError) as error:
-            found.append(f"'schema': {error}")
-        if Path(self.input).absolute() == Path(self.output).absolute():
-            found.append("'output' must be another file than 'input'")
-        if Path(self.output).suffix == ".gz":
-            found.append("'output' can't be compressed: it is appended to; give a .jsonl name")
+            found += self.server.problems()
+        found += output_problems(self.input, self.output)
         return found
 
 
@@ -193,52 +144,28 @@ class AnnotateRecipe:
         self.schema = as_schema(cfg.schema)
         self.client: ClassifyClient | None = None
         if cfg.server is None:
-            self.world = init_world(
-                cfg.device,
-                tensor_parallel_dim=cfg.tensor_parallel_dim,
-                data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
-                data_parallel_shard_dim=cfg.data_parallel_shard_dim,
-                needs_mesh=cfg.fsdp_cpu_offload,
-            )
+            self.world = join_processes(cfg, Path(cfg.output).parent)
         else:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ValueError(
-                    "with 'server' one process asks for all scores: run it without "
-                    "--nproc_per_node and --nnodes, and set server.concurrency"
-                )
-            self.world = World(torch.device("cpu"))
-            self.client = ClassifyClient(
-                cfg.server.url,
-                self.schema.names,
-                model=cfg.server.model,
-                concurrency=cfg.server.concurrency,
-                timeout=cfg.server.timeout,
-                retries=cfg.server.retries,
-            )
-        plain = to_plain(cfg)
-        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
-        # A stopped run may continue with the same model at another server.
-        settings["server"] = cfg.server and {"model": cfg.server.model}
-        self.output = ResumableOutput(
-            cfg.output,
-            input_file=cfg.input,
-            settings=settings,
-            slice_size=cfg.records_per_write,
-        )
+            self.world = process_beside_server()
+            self.client = ClassifyClient(attributes=self.schema.names, **vars(cfg.server))
+        self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
+        self.watch.at("reading the input", patience=LONG)
+        self.output = self._output()
         world.on_main(self.output.check)
-        self.num_records, kind = world.from_main(world.on_main(self._check_input) or (0, ""))
+        self.num_records, kind = world.computed_on_main(self._check_input)
         self.format = self._format(kind)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
-        self.done = world.from_main(world.on_main(lambda: self.output.begin(self.num_records)) or 0)
+        self.done = world.computed_on_main(lambda: self.output.begin(self.num_records))
         if self.done == self.num_records:
             return
         if self.client is not None:
             self.client.connect(cfg.max_seq_len)
             return
+        self.watch.at("loading the model", patience=LONG)
         self.model = load_attribute_model(
             cfg.model,
             cfg.checkpointer,
@@ -254,25 +181,26 @@ class AnnotateRecipe:
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             cpu_offload=cfg.fsdp_cpu_offload,
         )
+        self.watch.follow(self.model.decoder)
 
     def annotate(self) -> None:
         """Score and append a slice of the lines at a time; rename the file when it is complete."""
         cfg, world = self.cfg, self.world
         num_texts, num_cut = 0, 0
         lines = itertools.islice(self._lines(), self.done, None)
-        indices = itertools.count(self.done)
-        bar = tqdm(
-            total=self.num_records, initial=self.done, disable=not world.is_main, unit="record"
-        )
+        num_done = self.done
+        bar = progress_bar(world, self.num_records, num_done, unit="record")
         while chosen := list(itertools.islice(lines, cfg.records_per_write)):
+            first = num_done == self.done
+            self.watch.at(f"record {num_done + 1}", patience=LONG if first else 1.0)
             groups: list[list[RewardGroup]] = []
             for _, obj in chosen:
                 encoded = [self._encode(question) for question in self.format.questions(obj)]
                 groups.append([group for own, _ in encoded for group in own])
                 num_cut += sum(cut for _, cut in encoded)
             scores = iter(self._score([group for own in groups for group in own]))
-            for (line_number, obj), own in zip(chosen, groups, strict=True):
-                index = next(indices)
+            pairs = enumerate(zip(chosen, groups, strict=True), start=num_done)
+            for index, ((line_number, obj), own) in pairs:
                 scores_NA = [row for _ in own for row in next(scores)]
                 if not all(math.isfinite(score) for scores_A in scores_NA for score in scores_A):
                     raise ValueError(
@@ -282,6 +210,7 @@ class AnnotateRecipe:
                 num_texts += len(scores_NA)
             if world.is_main:
                 self.output.append(json_line(obj) for _, obj in chosen)
+            num_done += len(chosen)
             bar.update(len(chosen))
         bar.close()
         if world.is_main:
@@ -293,6 +222,18 @@ class AnnotateRecipe:
             )
 
     # Helpers
+
+    def _output(self) -> ResumableOutput:
+        cfg, plain = self.cfg, to_plain(self.cfg)
+        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
+        # A stopped run may continue with the same model at another server.
+        settings["server"] = cfg.server and {"model": cfg.server.model}
+        return ResumableOutput(
+            cfg.output,
+            input_file=cfg.input,
+            settings=settings,
+            slice_size=cfg.records_per_write,
+        )
 
     def _check_input(self) -> tuple[int, str]:
         """The number of records and their format, after a check of all of them.
@@ -442,8 +383,9 @@ class GroupFormat:
 @recipe_main(AnnotateConfig)
 def main(cfg: AnnotateConfig) -> None:
     recipe = AnnotateRecipe(cfg)
-    recipe.setup()
-    recipe.annotate()
+    with recipe.watch:
+        recipe.setup()
+        recipe.annotate()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
+from steerlm2.config.keys import ModelOptions, SamplingKeys, ServerOptions, at_least_one
 from steerlm2.config.loader import Component, instantiate, to_plain
-from steerlm2.config.sections import LabelOptions, ServerOptions, sampling_problems
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
     Record,
@@ -55,7 +55,6 @@ from steerlm2.data.records import (
 from steerlm2.data.templates import Template, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import DTYPES, free_memory
-from steerlm2.distributed.world import init_world
 from steerlm2.evaluation.agreement import (
     cross_talk,
     errors_by_request,
@@ -74,6 +73,7 @@ from steerlm2.evaluation.report import (
 from steerlm2.inference.answers import (
     Item,
     answer_of,
+    fitting_requests,
     load_whole_decoder,
     open_server,
     sample_everywhere,
@@ -81,11 +81,14 @@ from steerlm2.inference.answers import (
     with_labels,
 )
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
-from steerlm2.inference.engines import STOP, Engine, Request, Sample
+from steerlm2.inference.engines import STOP, Engine, Sample
 from steerlm2.inference.local import LocalEngine
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.hangs import LONG, HangWatch
+from steerlm2.runs.logs import progress_bar
 from steerlm2.runs.output import check_shared, make_output_dir
+from steerlm2.runs.processes import join_processes
 from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_ANSWERS = (
@@ -101,103 +104,71 @@ EMPTY, TOO_LONG = "empty_answers", "prompt_too_long"
 """Keys of a record in answers/: its number of empty answers, and whether its prompt is too long."""
 
 
-@dataclass
-class ModelOptions:
-    """A model under `models:`. It has one of the first three keys."""
+@dataclass(kw_only=True)
+class AnsweringOptions(ModelOptions):
+    """A model under `models:`, with one of checkpointer, server and answers."""
 
-    checkpointer: Component | None = None  # samples here
-    server: ServerOptions | None = None  # a vLLM server samples
-    answers: str | None = None  # SteerLM2 records with its answers
-    use_labels: bool = True  # false: it is asked without the label
-    model: Component | None = None  # this and the following: null, what the whole config says
-    tokenizer: Component | None = None
-    template: Component | None = None
-
-
-@dataclass
-class AttributeModelOptions:
-    """The `attribute_model:` section. It has one of the first two keys."""
-
-    checkpointer: Component | None = None
-    server: ServerOptions | None = None  # started with --runner pooling
-    model: Component | None = None  # this and the following: null, what the whole config says
-    tokenizer: Component | None = None
-    template: Component | None = None
+    server: ServerOptions | None = None
+    """A vLLM server that samples."""
+    answers: str | None = None
+    """SteerLM2 records with answers that there are already."""
+    use_labels: bool = True
+    """Show the labels to the model; false: it is asked without, and compared with them."""
 
 
-@dataclass
-class EvaluateConfig:
-    """Every key of the recipe, with its default."""
+@dataclass(kw_only=True)
+class AttributeModelOptions(ModelOptions):
+    """The `attribute_model:` section, with one of checkpointer and server."""
+
+    server: ServerOptions | None = None
+    """A vLLM server that scores, started with --runner pooling."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(SamplingKeys):
+    """The keys of evaluate_steering."""
 
     output_dir: str
-    tokenizer: Component
-    model: Component
-    template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
-    )
-    models: dict[str, ModelOptions] = field(default_factory=dict)  # by the names of the report
-    baseline: str | None = None  # the model that the others are compared with
-    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
-
-    prompts: str | None = None  # for models that are sampled: conversations or SteerLM2 records
-    label: LabelOptions = field(default_factory=LabelOptions)
-    max_prompts: int | None = None  # the first so many; none: all
-    n: int = 10  # answers to a prompt with a label
-    temperature: float = 0.7
-    top_p: float = 0.9
-    max_new_tokens: int = 1024  # the stop token among them; a longer answer is cut off
-
-    exact_scorer: Component | None = None  # text -> {attribute: score}
-    attribute_model: AttributeModelOptions | None = None  # where neither is given: stored `scores`
-    exact_kl: Component | None = None  # e.g. steerlm2.evaluation.grammar_metrics
+    """Folder of the report, the answers and the logs."""
+    models: dict[str, AnsweringOptions] = field(default_factory=dict)
+    """The models by the names that the report gives them."""
+    baseline: str | None = None
+    """The model that the others are compared with."""
+    checkpointer: Component | None = None
+    """Not here: each of `models` has its own."""
+    prompts: str | None = None
+    """Conversations or SteerLM2 records, for their prompts, which the models answer; null where all
+    of them have `answers`."""
+    exact_scorer: Component | None = None
+    """Function that gives a text's scores by attribute."""
+    attribute_model: AttributeModelOptions | None = None
+    """What scores where there is no `exact_scorer`; without either the answers have `scores`."""
+    exact_kl: Component | None = None
+    """Compares checkpoints with the true P(y|a,x), e.g. steerlm2.evaluation.grammar_metrics."""
     metric_logger: Component | None = None
+    """torchtune's metric loggers (W&B, TensorBoard, ...), which get the report."""
+    max_tokens_per_microbatch: int = 4096
+    """Tokens that a rank computes at a time, of the attribute model and of `exact_kl`."""
 
-    max_seq_len: int = 4096  # a prompt that leaves no room for max_new_tokens isn't asked
-    max_cache_tokens: int = 65536  # prompts with all their answers that are sampled together
-    max_tokens_per_microbatch: int = 4096  # of the attribute model, and of exact_kl
-    records_per_write: int = 128  # a stopped run repeats at most so many
-    seed: int = 0
-    device: Literal["cpu", "cuda"] = "cuda"
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = False
-
-    def sampled(self) -> dict[str, ModelOptions]:
+    def sampled(self) -> dict[str, AnsweringOptions]:
         """The models that are sampled, not those with given answers."""
         return {name: model for name, model in self.models.items() if model.answers is None}
 
     def problems(self) -> list[str]:
-        """What is wrong between keys that are right by themselves."""
-        found = [
-            f"'{name}' must be at least 1, got {getattr(self, name)}"
-            for name in (
-                *("max_prompts", "n", "max_new_tokens", "max_seq_len", "max_cache_tokens"),
-                *("max_tokens_per_microbatch", "records_per_write"),
-            )
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
+        found = super().problems()
+        found += at_least_one(self, "max_tokens_per_microbatch")
+        if self.checkpointer is not None:
+            found.append("'checkpointer' is a model's own: set models.NAME.checkpointer")
         if self.baseline is not None and self.baseline not in self.models:
             found.append(f"'baseline' must be one of 'models' ({', '.join(self.models)}), got "
                          f"{self.baseline}")  # fmt: skip
         found += self._model_problems()
         found += self._scorer_problems()
-        try:
-            schema = as_schema(self.schema)
-        except (ValueError, TypeError) as error:
-            return [*found, f"'schema': {error}"]
-        if self.sampled():
-            if self.prompts is None:
-                found.append("'prompts' is missing: the file of what the models are asked")
-            if self.label.kind == "none":
-                found.append("'label.kind' none asks for nothing; a model without labels has "
-                             "use_labels=false")  # fmt: skip
-            found += self.label.problems(schema)
-            found += sampling_problems(
-                n=self.n,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                max_new_tokens=self.max_new_tokens,
-                max_seq_len=self.max_seq_len,
-            )
+        if self.sampled() and self.prompts is None:
+            found.append("'prompts' is missing: the file of what the models are asked")
+        if self.sampled() and self.label.kind == "none":
+            found.append("'label.kind' none asks for nothing; a model without labels has "
+                         "use_labels=false")  # fmt: skip
         return found
 
     def _model_problems(self) -> Iterator[str]:
@@ -248,12 +219,16 @@ class EvaluateRecipe:
         checkpointers = [model.checkpointer for model in cfg.models.values()]
         if cfg.attribute_model is not None:
             checkpointers.append(cfg.attribute_model.checkpointer)
-        self.world = init_world(cfg.device if any(checkpointers) else "cpu")
+        # Where servers compute there need be no GPU.
+        device = cfg.device if any(checkpointers) else "cpu"
+        self.world = join_processes(cfg, self.output_dir, device=device)
+        self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
         self.exact_metrics: dict[str, dict[str, float]] = {}
 
     def setup(self) -> None:
         """Check the inputs and the models before the sampling begins."""
         cfg, world = self.cfg, self.world
+        self.watch.at("reading the prompts", patience=LONG)
         world.on_main(lambda: make_output_dir(self.output_dir))
         check_shared(self.output_dir, world)
         self.logger = world.on_main(lambda: cfg.metric_logger and instantiate(cfg.metric_logger))
@@ -273,15 +248,16 @@ class EvaluateRecipe:
             self._sample(name, options)
             free_memory()
 
-    def _sample(self, name: str, options: ModelOptions) -> None:
+    def _sample(self, name: str, options: AnsweringOptions) -> None:
         cfg, world, output = self.cfg, self.world, self.outputs[name]
-        done = world.from_main(world.on_main(lambda: output.begin(len(self.items))) or 0)
+        done = world.computed_on_main(lambda: output.begin(len(self.items)))
         tokenizer = instantiate(options.tokenizer or cfg.tokenizer)
         template = instantiate(options.template or cfg.template)
         decoder = None
         if options.checkpointer and (cfg.exact_kl or done < len(self.items)):
             decoder = self._decoder(name, options, tokenizer)
             if cfg.exact_kl:
+                self.watch.at(f"{name}, exact_kl", patience=LONG)
                 self.exact_metrics[name] = instantiate(
                     cfg.exact_kl,
                     model_scorer(
@@ -294,15 +270,20 @@ class EvaluateRecipe:
         if done == len(self.items):
             return
         engine = self._engine(name, options, decoder, tokenizer, template)
-        bar = self._bar(f"{name} answers", len(self.items), done)
+        waiting = LONG if decoder is None else 1.0  # a server's progress isn't seen from here
+        bar = progress_bar(world, len(self.items), done, unit="group", text=f"{name} answers")
         for start in range(done, len(self.items), cfg.records_per_write):
             chosen = self.items[start : start + cfg.records_per_write]
-            requests = {
-                index: Request(prompt, item.seed)
-                for index, item in enumerate(chosen)
-                for prompt in [item.encode(template, tokenizer, show_labels=options.use_labels)]
-                if len(prompt) + cfg.max_new_tokens <= cfg.max_seq_len
-            }
+            patience = LONG if start == done else waiting
+            self.watch.at(f"{name}, answers to group {start + 1}", patience=patience)
+            requests = fitting_requests(
+                chosen,
+                template,
+                tokenizer,
+                max_new_tokens=cfg.max_new_tokens,
+                max_seq_len=cfg.max_seq_len,
+                show_labels=options.use_labels,
+            )
             samples = sample_everywhere(engine, requests, world)
             if world.is_main:
                 output.append(
@@ -319,6 +300,7 @@ class EvaluateRecipe:
         cfg, world = self.cfg, self.world
         world.barrier()  # the files of answers are there
         for name, file in self.files.items():
+            self.watch.at(f"{name}, scores", patience=LONG)
             if cfg.exact_scorer is not None:
                 # Scored again in every run, because the function may have been edited.
                 self.files[name] = self.output_dir / "scored_exactly" / f"{name}.jsonl"
@@ -332,10 +314,13 @@ class EvaluateRecipe:
         output = self._scores_output(name, file, options)
         world.on_main(output.check)
         records = self._records(file)
-        done = world.from_main(world.on_main(lambda: output.begin(len(records))) or 0)
-        bar = self._bar(f"{name} scores", len(records), done)
+        done = world.computed_on_main(lambda: output.begin(len(records)))
+        waiting = LONG if options.server is not None else 1.0
+        bar = progress_bar(world, len(records), done, unit="group", text=f"{name} scores")
         for start in range(done, len(records), cfg.records_per_write):
             chosen = records[start : start + cfg.records_per_write]
+            patience = LONG if start == done else waiting
+            self.watch.at(f"{name}, scores of group {start + 1}", patience=patience)
             scored = self._scored(chosen)
             if world.is_main:
                 output.append(json_line(record_to_json(record)) for record in scored)
@@ -411,7 +396,7 @@ class EvaluateRecipe:
         )
 
     def _model_settings(
-        self, where: str, options: ModelOptions | AttributeModelOptions
+        self, where: str, options: AnsweringOptions | AttributeModelOptions
     ) -> dict[str, Any]:
         """The settings that identify a model, so that lines of two models aren't mixed in one file.
 
@@ -433,11 +418,12 @@ class EvaluateRecipe:
         }
 
     def _decoder(
-        self, name: str, options: ModelOptions, tokenizer: Tokenizer
+        self, name: str, options: AnsweringOptions, tokenizer: Tokenizer
     ) -> TransformerDecoder:
         cfg = self.cfg
+        self.watch.at(f"{name}, loading the model", patience=LONG)
         with error_context(f"models.{name}"):
-            return load_whole_decoder(
+            decoder = load_whole_decoder(
                 options.model or cfg.model,
                 options.checkpointer,
                 tokenizer,
@@ -447,11 +433,13 @@ class EvaluateRecipe:
                 seed=cfg.seed,
                 compile=cfg.compile,
             )
+        self.watch.follow(decoder, alike=False)
+        return decoder
 
     def _engine(
         self,
         name: str,
-        options: ModelOptions,
+        options: AnsweringOptions,
         decoder: TransformerDecoder | None,
         tokenizer: Tokenizer,
         template: Template,
@@ -567,11 +555,11 @@ class EvaluateRecipe:
         tokenizer, template = self._attribute_tokens
         with error_context("attribute_model"):
             if options.server is not None:
-                more = dataclasses.asdict(options.server)
-                client = ClassifyClient(more.pop("url"), self.schema.names, **more)
+                client = ClassifyClient(attributes=self.schema.names, **vars(options.server))
                 self.world.on_main(lambda: client.connect(cfg.max_seq_len))
                 return client
-            return load_attribute_model(
+            self.watch.at("loading the attribute model", patience=LONG)
+            model = load_attribute_model(
                 options.model or cfg.model,
                 options.checkpointer,
                 tokenizer,
@@ -584,6 +572,8 @@ class EvaluateRecipe:
                 seed=cfg.seed,
                 compile=cfg.compile,
             )
+            self.watch.follow(model.decoder)
+            return model
 
     def _results(self) -> dict[str, SteeringResult]:
         """The results of every model, in the order of the config, compared with the baseline."""
@@ -658,10 +648,6 @@ class EvaluateRecipe:
                 index_N.append(index)
         return scores_NA, requested_NA, index_N
 
-    def _bar(self, text: str, total: int, done: int) -> tqdm:
-        hidden = not self.world.is_main
-        return tqdm(desc=text, total=total, initial=done, disable=hidden, unit="group")
-
 
 def answered(
     item: Item, samples: Sequence[Sample] | None, template: Template, tokenizer: Tokenizer
@@ -704,9 +690,10 @@ def error_context(where: str) -> Iterator[None]:
 @recipe_main(EvaluateConfig)
 def main(cfg: EvaluateConfig) -> None:
     recipe = EvaluateRecipe(cfg)
-    recipe.setup()
-    recipe.sample()
-    recipe.score()
+    with recipe.watch:
+        recipe.setup()
+        recipe.sample()
+        recipe.score()
     recipe.report()
 
 

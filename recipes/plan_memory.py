@@ -26,6 +26,7 @@ import torch
 from omegaconf import DictConfig
 
 from steerlm2._tune import RECIPES, recipe_directories
+from steerlm2.config.keys import above_zero, at_least_one
 from steerlm2.config.loader import CONFIG_CLASS, REST, config_problems, load_config, load_recipe
 from steerlm2.distributed.world import mesh_shape
 from steerlm2.planning.advice import Change, changes
@@ -65,37 +66,49 @@ LABELS = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PlanConfig:
     """The keys of planning; all others are those of the training recipe."""
 
-    world_size: int  # GPUs of the run
+    world_size: int
+    """GPUs of the run."""
     training: dict[str, Any] = field(metadata={REST: True}, default_factory=dict)
-    recipe: str | None = None  # whose config this is; none: found out
+    """Every other key: the training recipe's config."""
+    recipe: str | None = None
+    """The recipe whose config this is; null: found out."""
     gpu: str = "H100"
-    gpu_gib: float | None = None  # memory of a GPU; none: the card's
+    """The card."""
+    gpu_gib: float | None = None
+    """Memory of a GPU, in GiB; null: the card's."""
     gpus_per_node: int = 8
-    output: str | None = None  # a JSON file
+    """GPUs that NVLink connects."""
+    output: str | None = None
+    """A JSON file for the plan; null: none."""
 
-    prompts: int = 20_000  # records of the data set: prompts, conversations, texts or pairs
-    n: int = 10  # responses of a prompt, of SteerLM 2.0
-    prompt_tokens: int = 250  # means
+    prompts: int = 20_000
+    """Records of the data set: prompts, conversations, texts or pairs."""
+    n: int = 10
+    """Responses of a prompt, of SteerLM 2.0."""
+    prompt_tokens: int = 250
+    """Tokens of a prompt, in the mean."""
     response_tokens: int = 350
+    """Tokens of a response, in the mean."""
 
-    efficiency: float = 0.45  # share of the card's peak rate that computation reaches
-    sampling_efficiency: float = 0.05  # the same of a sampling engine
-    runtime_gib: float = 4.0  # CUDA context, NCCL's buffers, fragments: what no tensor shows
-    suggest: bool = True  # try changes where the run doesn't fit
+    efficiency: float = 0.45
+    """Share of the card's peak FLOP rate that computation reaches."""
+    sampling_efficiency: float = 0.05
+    """The same of a sampling engine."""
+    runtime_gib: float = 4.0
+    """GiB of a GPU that no tensor shows: CUDA context, NCCL's buffers, fragments."""
+    suggest: bool = True
+    """Try changes where the run doesn't fit."""
 
     def problems(self) -> list[str]:
-        found = []
-        for key in ("world_size", "gpus_per_node", "prompts", "n", "prompt_tokens"):
-            if getattr(self, key) < 1:
-                found.append(f"'{key}' must be at least 1, got {getattr(self, key)}")
-        if self.response_tokens < 1:
-            found.append(f"'response_tokens' must be at least 1, got {self.response_tokens}")
-        if self.gpu_gib is not None and self.gpu_gib <= 0:
-            found.append(f"'gpu_gib' must be above 0, got {self.gpu_gib}")
+        found = [
+            *at_least_one(self, "world_size", "gpus_per_node", "prompts", "n"),
+            *at_least_one(self, "prompt_tokens", "response_tokens"),
+            *above_zero(self, "gpu_gib"),
+        ]
         for key in ("efficiency", "sampling_efficiency"):
             if not 0 < getattr(self, key) <= 1:
                 found.append(f"'{key}' must be above 0 and at most 1, got {getattr(self, key)}")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steerlm2.attributes import AttributeSchema, as_schema
+from steerlm2.config.keys import at_least_one, schema_problems
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.conversations import conversation_to_json, regression_records
 from steerlm2.data.records import Record, json_line, record_to_json
@@ -41,23 +42,30 @@ FILES = {
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """Keys of one source; the YAML explains them."""
+    """A source, and what becomes of its records."""
 
     source: str
+    """What the builder reads: a file, a folder, or a data set's name on the hub."""
     builder: Component
+    """Function that yields SteerLM2 records or units of conversations; steerlm2.data.sources has
+    them."""
     only_helpfulness: bool | None = None
+    """For builders that have it: labels with no other attribute; null: as the builder has it."""
     preference: bool | None = None
+    """For builders that have it: pairs with a preference; null: as the builder has it."""
     train_fraction: float | None = 0.95
+    """Share of the records for train.jsonl, drawn from `seed`; null: the source's own split."""
     sample_fraction: float = 1.0
+    """Share of each split to keep, drawn."""
     repeat: int = 1
+    """How many times the training records are written."""
 
     def source_problems(self, where: str = "") -> Iterator[str]:
         for name in ("train_fraction", "sample_fraction"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 yield f"'{where}{name}' must be above 0 and at most 1, got {value}"
-        if self.repeat < 1:
-            yield f"'{where}repeat' must be at least 1, got {self.repeat}"
+        yield from at_least_one(self, "repeat", section=where)
         for name in self.options():
             if name in self.builder:
                 yield f"'{where}builder.{name}' is taken from '{where}{name}': set that"
@@ -70,15 +78,19 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class PrepareDataConfig(SourceConfig):
-    """Keys of the config: those of the first source, and those of the output."""
+    """The keys of prepare_data: those of the first source, and those of the output."""
 
     output_dir: str
+    """Folder of train.jsonl and val.jsonl."""
     merge: dict[str, SourceConfig] = field(default_factory=dict)
+    """More sources, by any name."""
     seed: int = 0
+    """Of the order of the records, their split, and what is sampled."""
     schema: dict[str, Any] | None = None
+    """The attributes: names, min_value and max_value; null: the default ones, from 0 to 4."""
 
     def problems(self) -> list[str]:
-        problems = list(self.source_problems())
+        problems = [*self.source_problems(), *schema_problems(self.schema)]
         for name, source in self.merge.items():
             problems += source.source_problems(f"merge.{name}.")
         return problems

@@ -23,36 +23,37 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from steerlm2.attributes import as_schema
 from steerlm2.checkpoint_dirs import file_digest
-from steerlm2.config.loader import Component, instantiate, to_plain
-from steerlm2.config.sections import LabelOptions, ServerOptions, sampling_problems
+from steerlm2.config.keys import SamplingKeys, ServerOptions, at_least_one, output_problems
+from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import Record, Response, json_line, record_to_json
 from steerlm2.distributed.parallelize import DTYPES
-from steerlm2.distributed.world import World, init_world
 from steerlm2.inference.answers import (
     Item,
     answer_of,
+    fitting_requests,
     load_whole_decoder,
     open_server,
     sample_everywhere,
     sampling_settings,
     with_labels,
 )
-from steerlm2.inference.engines import STOP, Engine, Request, Sample, SamplingSettings
+from steerlm2.inference.engines import STOP, Engine, Sample, SamplingSettings
 from steerlm2.inference.local import LocalEngine
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.hangs import LONG, HangWatch
+from steerlm2.runs.logs import progress_bar
+from steerlm2.runs.processes import join_processes, process_beside_server
 from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_RESPONSES = (
@@ -77,81 +78,35 @@ SETTINGS_THAT_CHANGE_RESPONSES = (
 )
 
 
-@dataclass
-class SampleConfig:
-    """Every key of the recipe, with its default."""
+@dataclass(kw_only=True)
+class SampleConfig(SamplingKeys):
+    """The keys of sample_responses."""
 
     input: str
+    """Conversations or SteerLM2 records, .jsonl or .jsonl.gz, for their prompts."""
     output: str
-    tokenizer: Component
-    model: Component
-    template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
-    )
-    checkpointer: Component | None = None  # none: fresh weights from the seed
-    server: ServerOptions | None = None  # samples instead of the checkpoint
-    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
-    label: LabelOptions = field(default_factory=LabelOptions)
-    max_prompts: int | None = None  # the first so many; none: all
-
-    n: int = 10  # responses of a prompt with a label
-    temperature: float = 0.7
-    top_p: float = 0.9
-    max_new_tokens: int = 1024  # the stop token among them; a longer response is truncated
-    min_new_tokens: int = 1  # shorter responses are left out
-    distinct: bool = True  # of identical responses one is enough
-    min_responses: int = 2  # a group with fewer distinct ones is left out
+    """SteerLM2 records to be written, .jsonl."""
+    server: ServerOptions | None = None
+    """A vLLM server that samples, instead of the checkpoint."""
+    min_new_tokens: int = 1
+    """Tokens of an answer; shorter ones are left out."""
+    distinct: bool = True
+    """Keep only the first of identical answers."""
+    min_responses: int = 2
+    """Distinct answers of a group; a group with fewer is left out."""
     keep_truncated: bool = False
-    max_seq_len: int = 4096  # a prompt that leaves no room for max_new_tokens is left out
-    max_cache_tokens: int = 65536  # prompts with all their responses that are sampled together
-    records_per_write: int = 128  # a stopped run repeats at most so many
-
-    seed: int = 0
-    device: Literal["cpu", "cuda"] = "cuda"
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = False
-    tensor_parallel_dim: int = 1
+    """Keep answers that were cut off too."""
 
     def problems(self) -> list[str]:
-        """What is wrong between keys that are right by themselves."""
-        positive: dict[str, float | None] = {
-            name: getattr(self, name)
-            for name in (
-                *("max_prompts", "n", "max_new_tokens", "min_new_tokens", "min_responses"),
-                *("max_seq_len", "max_cache_tokens", "records_per_write"),
-            )
-        }
-        found = [
-            f"'{name}' must be at least 1, got {value}"
-            for name, value in positive.items()
-            if value is not None and value < 1
-        ]
+        found = super().problems()
+        found += at_least_one(self, "min_new_tokens", "min_responses")
         if self.server is not None:
             found += self.server.problems()
-        found += sampling_problems(
-            n=self.n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
-            max_seq_len=self.max_seq_len,
-        )
         if self.min_new_tokens > self.max_new_tokens:
             found.append("'min_new_tokens' must be at most 'max_new_tokens'")
         if self.min_responses > self.n:
             found.append(f"'min_responses' must be at most 'n' ({self.n})")
-        if self.tensor_parallel_dim != 1:
-            found.append(
-                "'tensor_parallel_dim' must be 1: every process holds the whole model; for a "
-                "larger one start a vLLM server and give server.url"
-            )
-        try:
-            found += self.label.problems(as_schema(self.schema))
-        except (ValueError, TypeError) as error:
-            found.append(f"'schema': {error}")
-        if Path(self.input).absolute() == Path(self.output).absolute():
-            found.append("'output' must be another file than 'input'")
-        if Path(self.output).suffix == ".gz":
-            found.append("'output' can't be compressed: it is appended to; give a .jsonl name")
+        found += output_problems(self.input, self.output)
         return found
 
 
@@ -161,54 +116,41 @@ class SampleRecipe:
     def __init__(self, cfg: SampleConfig) -> None:
         self.cfg = cfg
         self.schema = as_schema(cfg.schema)
-        if cfg.server is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "with 'server' one process asks for all responses: run it without "
-                "--nproc_per_node and --nnodes, and set server.concurrency"
-            )
-        self.world = init_world(cfg.device) if cfg.server is None else World(torch.device("cpu"))
-        plain = to_plain(cfg)
-        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_RESPONSES}
-        # A stopped run may continue with the same model at another server.
-        settings["server"] = cfg.server and {"model": cfg.server.model}
-        if cfg.label.file is not None:
-            settings["labels_sha256"] = self.world.from_main(
-                self.world.on_main(lambda: file_digest(str(cfg.label.file)))
-            )
-        self.output = ResumableOutput(
-            cfg.output,
-            input_file=cfg.input,
-            settings=settings,
-            slice_size=cfg.records_per_write,
+        self.world = (
+            process_beside_server()
+            if cfg.server is not None
+            else join_processes(cfg, Path(cfg.output).parent)
         )
+        self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
+        self.watch.at("reading the prompts", patience=LONG)
+        self.output = self._output()
         world.on_main(self.output.check)
         prompts = read_prompts(cfg.input, cfg.max_prompts)
         self.items = with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=cfg.input)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
-        num_items = len(self.items)
-        self.done = world.from_main(world.on_main(lambda: self.output.begin(num_items)) or 0)
-        if self.done < num_items:
+        self.done = world.computed_on_main(lambda: self.output.begin(len(self.items)))
+        if self.done < len(self.items):
             self.engine = self._server(cfg.server) if cfg.server else self._local()
 
     def sample(self) -> None:
         """Sample and append a slice of the items at a time; rename the file when it is complete."""
         cfg, world = self.cfg, self.world
-        bar = tqdm(
-            total=len(self.items), initial=self.done, disable=not world.is_main, unit="group"
-        )
+        bar = progress_bar(world, len(self.items), self.done, unit="group")
         started, num_tokens = time.perf_counter(), 0
         for start in range(self.done, len(self.items), cfg.records_per_write):
             chosen = self.items[start : start + cfg.records_per_write]
-            requests = {
-                index: Request(prompt, item.seed)
-                for index, item in enumerate(chosen)
-                for prompt in [item.encode(self.template, self.tokenizer)]
-                if len(prompt) + cfg.max_new_tokens <= cfg.max_seq_len
-            }
+            self.watch.at(f"group {start + 1}", patience=LONG if start == self.done else 1.0)
+            requests = fitting_requests(
+                chosen,
+                self.template,
+                self.tokenizer,
+                max_new_tokens=cfg.max_new_tokens,
+                max_seq_len=cfg.max_seq_len,
+            )
             samples = sample_everywhere(self.engine, requests, world)
             num_tokens += sum(len(sample.tokens) for own in samples.values() for sample in own)
             if world.is_main:
@@ -217,6 +159,7 @@ class SampleRecipe:
                 )
             bar.update(len(chosen))
         bar.close()
+        self.watch.at("the end", patience=LONG)
         if self.done < len(self.items):
             self.engine.close()
         if world.is_main:
@@ -225,8 +168,23 @@ class SampleRecipe:
 
     # Helpers
 
+    def _output(self) -> ResumableOutput:
+        cfg, plain = self.cfg, to_plain(self.cfg)
+        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_RESPONSES}
+        # A stopped run may continue with the same model at another server.
+        settings["server"] = cfg.server and {"model": cfg.server.model}
+        if (labels := cfg.label.file) is not None:
+            settings["labels_sha256"] = self.world.computed_on_main(lambda: file_digest(labels))
+        return ResumableOutput(
+            cfg.output,
+            input_file=cfg.input,
+            settings=settings,
+            slice_size=cfg.records_per_write,
+        )
+
     def _local(self) -> Engine:
         cfg = self.cfg
+        self.watch.at("loading the model", patience=LONG)
         decoder = load_whole_decoder(
             cfg.model,
             cfg.checkpointer,
@@ -237,6 +195,7 @@ class SampleRecipe:
             seed=cfg.seed,
             compile=cfg.compile,
         )
+        self.watch.follow(decoder, alike=False)
         settings = self._settings(decoder.tok_embeddings.num_embeddings)
         return LocalEngine(decoder, settings, max_cache_tokens=cfg.max_cache_tokens)
 
@@ -341,8 +300,9 @@ class SampleRecipe:
 @recipe_main(SampleConfig)
 def main(cfg: SampleConfig) -> None:
     recipe = SampleRecipe(cfg)
-    recipe.setup()
-    recipe.sample()
+    with recipe.watch:
+        recipe.setup()
+        recipe.sample()
 
 
 if __name__ == "__main__":

@@ -37,13 +37,10 @@ from steerlm2.attributes import (
     label_log_probs,
     parse_label,
 )
-from steerlm2.checkpoints.weights import (
-    check_context,
-    check_vocabulary,
-    load_weights,
-    open_checkpointer,
-)
-from steerlm2.config.loader import Component, instantiate, to_plain
+from steerlm2.checkpoints.decoder import build_decoder, lay_out
+from steerlm2.checkpoints.weights import check_context, check_vocabulary, open_checkpointer
+from steerlm2.config.keys import ModelOptions, ScoringKeys, at_least_one, output_problems
+from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.packing import Group
 from steerlm2.data.records import (
     Record,
@@ -57,13 +54,12 @@ from steerlm2.data.records import (
 from steerlm2.data.templates import encode_response, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import tokenize_records
-from steerlm2.distributed.parallelize import DTYPES, free_memory, parallelize
-from steerlm2.distributed.world import init_world
+from steerlm2.distributed.parallelize import DTYPES, free_memory
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import LOG_FOLDER, open_rank_log
-from steerlm2.runs.output import make_output_dir
+from steerlm2.runs.logs import progress_bar
+from steerlm2.runs.processes import join_processes
 from steerlm2.runs.resumable import ResumableOutput
 from steerlm2.training.forward import score_groups
 
@@ -95,76 +91,33 @@ SETTINGS_THAT_CHANGE_SCORES = (
 )
 
 
-@dataclass
-class ScorerOptions:
-    """The model of one quantity, where it differs from the config's top-level keys."""
-
-    checkpointer: Component | None = None
-    model: Component | None = None
-    tokenizer: Component | None = None
-    template: Component | None = None
-
-
-@dataclass
-class ScoreConfig:
-    """Every key of the recipe, with its default."""
+@dataclass(kw_only=True)
+class ScoreConfig(ScoringKeys):
+    """The keys of score_responses."""
 
     input: str
+    """SteerLM2 records, .jsonl or .jsonl.gz."""
     output: str
-    tokenizer: Component
-    model: Component
+    """The same with log-probs, to be written, .jsonl."""
     quantities: list[Quantity] = field(default_factory=lambda: ["log_p_response", "log_q"])
-    template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
-    )
-    checkpointer: Component | None = None  # none: fresh weights from the seed
-    log_p_response: ScorerOptions | None = None  # the SFT model, where it isn't `checkpointer`
-    log_q: ScorerOptions | None = None  # the attribute-conditioned model likewise
-    log_p_attributes: ScorerOptions | None = None  # the attribute model; none: stored `scores`
-    max_seq_len: int = 4096  # tokens of a prompt with one response; longer ones are left out
-    max_tokens_per_microbatch: int = 4096
-    records_per_write: int = 128  # a stopped run repeats at most so many
-    concentration: float = 24.0  # of the Beta rule for log P(a|x,y)
-    bins: Literal["midpoint", "uniform"] = "midpoint"
-    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
-
-    seed: int = 0
-    device: Literal["cpu", "cuda"] = "cuda"
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = False
-    tensor_parallel_dim: int = 1
-    data_parallel_replicate_dim: int = 1
-    data_parallel_shard_dim: int = -1
-    fsdp_cpu_offload: bool = False
-    fsdp_reshard_after_forward: bool = True
-
-    hang_timeout_seconds: float | None = 45.0  # without progress; then the missing ranks are named
-    collective_timeout_seconds: float = 3600.0  # after which a collective that hangs ends the run
+    """Log-probs to compute, in nats: log_p_response is log P(y|x), log_q is log Q'(y|a,x),
+    log_p_attributes is log P(a|x,y)."""
+    log_p_response: ModelOptions | None = None
+    """The SFT model; null: `checkpointer` is its."""
+    log_q: ModelOptions | None = None
+    """The attribute-conditioned model that sampled the responses; null: `checkpointer` is its."""
+    log_p_attributes: ModelOptions | None = None
+    """The attribute model; null: the responses have `scores`."""
+    max_seq_len: int = 4096
+    """Tokens of a prompt with one response; longer responses are left out. A text that an attribute
+    model scores loses its beginning."""
 
     def problems(self) -> list[str]:
-        """What is wrong between keys that are right by themselves."""
-        found = [
-            f"'{name}' must be at least 1, got {getattr(self, name)}"
-            for name in ("max_seq_len", "max_tokens_per_microbatch", "records_per_write")
-            if getattr(self, name) < 1
-        ]
-        timeouts = ("hang_timeout_seconds", "collective_timeout_seconds")
-        found += [
-            f"'{name}' must be above 0, got {value}"
-            for name in timeouts
-            if (value := getattr(self, name)) is not None and value <= 0
-        ]
-        if self.fsdp_cpu_offload and self.device == "cpu":
-            found.append("'fsdp_cpu_offload' needs 'device: cuda'")
+        found = super().problems()
+        found += at_least_one(self, "max_seq_len")
         if not self.quantities:
             found.append("'quantities' is empty: name at least one of log_p_attributes, "
                          "log_p_response, log_q")  # fmt: skip
-        if self.concentration <= 0:
-            found.append(f"'concentration' must be above 0, got {self.concentration}")
-        try:
-            as_schema(self.schema)
-        except (ValueError, TypeError) as error:
-            found.append(f"'schema': {error}")
         sections = {name: getattr(self, name) for name in QUANTITIES}
         found += [
             f"'{name}' says how to score what 'quantities' doesn't ask for"
@@ -173,10 +126,7 @@ class ScoreConfig:
         ]
         if self.log_p_attributes is not None and self.log_p_attributes.checkpointer is None:
             found.append("'log_p_attributes' needs a 'checkpointer': an attribute model's")
-        if Path(self.input).absolute() == Path(self.output).absolute():
-            found.append("'output' must be another file than 'input'")
-        if Path(self.output).suffix == ".gz":
-            found.append("'output' can't be compressed: it is appended to; give a .jsonl name")
+        found += output_problems(self.input, self.output)
         return found
 
 
@@ -184,7 +134,7 @@ class Stage(NamedTuple):
     """A pass over the file with one model, or with none."""
 
     quantities: list[Quantity]
-    scorer: ScorerOptions
+    scorer: ModelOptions
 
 
 class EngineGap(NamedTuple):
@@ -201,15 +151,7 @@ class ScoreRecipe:
         self.cfg = cfg
         self.schema = as_schema(cfg.schema)
         self.stages = stages_of(cfg)
-        self.world = init_world(
-            cfg.device,
-            tensor_parallel_dim=cfg.tensor_parallel_dim,
-            data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
-            data_parallel_shard_dim=cfg.data_parallel_shard_dim,
-            needs_mesh=cfg.fsdp_cpu_offload,
-            timeout_seconds=cfg.collective_timeout_seconds,
-            flight_records=Path(cfg.output).parent / LOG_FOLDER,
-        )
+        self.world = join_processes(cfg, Path(cfg.output).parent)
         self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
 
     def score(self) -> None:
@@ -219,10 +161,6 @@ class ScoreRecipe:
             f"{cfg.output}.{'+'.join(stage.quantities)}" for stage in self.stages[:-1]
         ] + [cfg.output]
         world.on_main(self._output(last).check)
-        if world.size > 1:
-            folder = Path(cfg.output).parent
-            world.on_main(lambda: make_output_dir(folder, "the folder of output"))
-            open_rank_log(folder, world)
         source = cfg.input
         for stage, target in zip(self.stages, [*handed_on, last], strict=True):
             if target != last and world.from_main(Path(last).exists()):
@@ -237,13 +175,10 @@ class ScoreRecipe:
             free_memory()
             world.barrier()
             source = target
-        self.watch.close()
         if world.is_main:
             for file in handed_on:
                 for path in (Path(file), Path(f"{file}.settings.json")):
                     path.unlink(missing_ok=True)
-            if "log_q" in cfg.quantities:
-                self._compare_with_engine()
 
     def _score_log_probs(self, stage: Stage, source: str, output: ResumableOutput) -> None:
         """log P(y|x) and log Q'(y|a,x) of a model, and log P(a|x,y) from stored scores."""
@@ -257,7 +192,7 @@ class ScoreRecipe:
         template = instantiate(stage.scorer.template or cfg.template)
         data = tokenize_records(records, tokenizer, template, cfg.max_seq_len, source)
         groups = data.groups
-        done = world.from_main(world.on_main(lambda: output.begin(len(groups))) or 0)
+        done = world.computed_on_main(lambda: output.begin(len(groups)))
         inputs: dict[str, list[Group]] = {}
         if "log_p_response" in stage.quantities:
             inputs["log_p_response"] = data.without_label()
@@ -267,7 +202,7 @@ class ScoreRecipe:
         if done < len(groups) and inputs:
             model = self._language_model(stage.scorer, tokenizer, data.longest())
 
-        bar = self._bar(stage, len(groups), done)
+        bar = progress_bar(world, len(groups), done, unit="group", text=", ".join(stage.quantities))
         for start in range(done, len(groups), cfg.records_per_write):
             chosen = slice(start, start + cfg.records_per_write)
             self.watch.at(f"group {start + 1}", patience=LONG if start == done else 1.0)
@@ -298,10 +233,12 @@ class ScoreRecipe:
         cfg, world = self.cfg, self.world
         records = read_records(source, require=())
         check_labels(records, source, self.schema)
-        done = world.from_main(world.on_main(lambda: output.begin(len(records))) or 0)
+        done = world.computed_on_main(lambda: output.begin(len(records)))
         num_cut = 0
         model = self._attribute_model(stage.scorer) if done < len(records) else None
-        bar = self._bar(stage, len(records), done)
+        bar = progress_bar(
+            world, len(records), done, unit="group", text=", ".join(stage.quantities)
+        )
         for start in range(done, len(records), cfg.records_per_write):
             assert model is not None
             chosen = records[start : start + cfg.records_per_write]
@@ -345,10 +282,12 @@ class ScoreRecipe:
                 f"long: {num_cut})"
             )
 
-    def _compare_with_engine(self) -> None:
+    def compare_with_engine(self) -> None:
         """Compare `engine_log_q` with log Q' over the complete output, also of earlier runs."""
         cfg = self.cfg
-        scorer = cfg.log_q or ScorerOptions()
+        if "log_q" not in cfg.quantities or not self.world.is_main:
+            return
+        scorer = cfg.log_q or ModelOptions()
         tokenizer = instantiate(scorer.tokenizer or cfg.tokenizer)
         template = instantiate(scorer.template or cfg.template)
         gaps = [
@@ -394,13 +333,11 @@ class ScoreRecipe:
         )
 
     def _language_model(
-        self, scorer: ScorerOptions, tokenizer: Tokenizer, longest: int
+        self, scorer: ModelOptions, tokenizer: Tokenizer, longest: int
     ) -> TransformerDecoder:
         cfg, world = self.cfg, self.world
         self.watch.at("loading the model", patience=LONG)
-        dtype = DTYPES[cfg.dtype]
-        with torch.device("meta"):
-            model = instantiate(scorer.model or cfg.model).to(dtype)
+        model = build_decoder(scorer.model or cfg.model, DTYPES[cfg.dtype])
         check_vocabulary(model, tokenizer)
         check_context(model, longest)
         checkpointer = world.on_main(
@@ -412,19 +349,11 @@ class ScoreRecipe:
                 output_dir="",
             )
         )
-        parallelize(
-            model,
-            world,
-            dtype=dtype,
-            compile=cfg.compile,
-            reshard_after_forward=cfg.fsdp_reshard_after_forward,
-            cpu_offload=cfg.fsdp_cpu_offload,
-        )
-        load_weights(model, checkpointer, world, seed=cfg.seed, cpu_offload=cfg.fsdp_cpu_offload)
+        lay_out(model, checkpointer, world, cfg)
         self.watch.follow(model)
         return model.eval()
 
-    def _attribute_model(self, scorer: ScorerOptions) -> AttributeModel:
+    def _attribute_model(self, scorer: ModelOptions) -> AttributeModel:
         cfg = self.cfg
         self.watch.at("loading the attribute model", patience=LONG)
         model = load_attribute_model(
@@ -445,15 +374,6 @@ class ScoreRecipe:
         self.watch.follow(model.decoder)
         return model
 
-    def _bar(self, stage: Stage, total: int, done: int) -> tqdm:
-        return tqdm(
-            desc=", ".join(stage.quantities),
-            total=total,
-            initial=done,
-            disable=not self.world.is_main,
-            unit="group",
-        )
-
 
 def stages_of(cfg: ScoreConfig) -> list[Stage]:
     """The passes over the file: quantities of one model share one."""
@@ -461,7 +381,7 @@ def stages_of(cfg: ScoreConfig) -> list[Stage]:
     for quantity in QUANTITIES:
         if quantity not in cfg.quantities:
             continue
-        scorer = getattr(cfg, quantity) or ScorerOptions()
+        scorer = getattr(cfg, quantity) or ModelOptions()
         if stages and stages[-1].scorer == scorer:
             stages[-1].quantities.append(quantity)
         else:
@@ -558,7 +478,10 @@ def scored_record(
 
 @recipe_main(ScoreConfig)
 def main(cfg: ScoreConfig) -> None:
-    ScoreRecipe(cfg).score()
+    recipe = ScoreRecipe(cfg)
+    with recipe.watch:
+        recipe.score()
+    recipe.compare_with_engine()
 
 
 if __name__ == "__main__":

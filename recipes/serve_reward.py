@@ -18,12 +18,13 @@ import importlib.util
 import math
 import signal
 import socket
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from steerlm2.attributes import as_schema
 from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
-from steerlm2.config.loader import Component, instantiate
+from steerlm2.config.keys import ModelKeys, above_zero, at_least_one, schema_problems
+from steerlm2.config.loader import instantiate
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import init_world
@@ -38,47 +39,44 @@ KEEP_ALIVE_SECONDS = 75
 otherwise reuse connections that the server has just closed."""
 
 
-@dataclass
-class ServeConfig:
-    """Every key of the recipe, with its default."""
+@dataclass(kw_only=True)
+class ServeConfig(ModelKeys):
+    """The keys of serve_reward."""
 
-    tokenizer: Component
-    model: Component  # the backbone: its output layer gives way to the head
-    template: Component = field(
-        default_factory=lambda: Component(_component_="steerlm2.data.extra_id_template")
-    )
-    checkpointer: Component | None = None  # none: fresh weights from the seed
-    schema: dict[str, Any] | None = None  # names, min_value and max_value; none: the default ones
-    system_prompt: str = DEFAULT_SYSTEM_PROMPT  # of conversations without one, and of texts
-    model_name: str | None = None  # in answers; none: the checkpoint's last two folders
+    schema: dict[str, Any] | None = None
+    """The attributes: names, min_value and max_value; null: the default ones, from 0 to 4."""
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    """System text of conversations without one, and of texts."""
+    model_name: str | None = None
+    """The model's name in answers; null: the checkpoint's last two folders."""
 
-    host: str = "127.0.0.1"  # 0.0.0.0: all IPv4 addresses of the machine, for everybody there
-    port: int = 8000  # 0: any free one; the start-up message says which
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: all IPv4 addresses of the machine, for everybody there."""
+    port: int = 8000
+    """Port to listen on; 0: any free one, which the start-up message names."""
     max_body_bytes: int = 1_048_576
-    max_items: int = 64  # conversations or texts of a request
-    max_queue: int = 1024  # texts that wait, of all requests together; more get 503
-    request_timeout: float = 60.0  # seconds from a request's header to its answer
-    truncate: bool = False  # whether a longer text loses its beginning, or is refused
-    max_seq_len: int = 4096  # tokens of a text with its conversation
-    max_tokens_per_microbatch: int = 4096  # of a batch
-
-    seed: int = 0
-    device: Literal["cpu", "cuda"] = "cuda"
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = False
+    """Bytes of a request."""
+    max_items: int = 64
+    """Conversations or texts of a request."""
+    max_queue: int = 1024
+    """Texts that wait, of all requests together; more get 503."""
+    request_timeout: float = 60.0
+    """Seconds from a request's header to its answer."""
+    truncate: bool = False
+    """A text that is too long loses its beginning; false: it is refused."""
+    max_seq_len: int = 4096
+    """Tokens of a text with its conversation."""
+    max_tokens_per_microbatch: int = 4096
+    """Tokens that are computed at a time, over packed texts."""
 
     def problems(self) -> list[str]:
-        """What is wrong between keys that are right by themselves."""
-        found = [
-            f"'{name}' must be at least 1, got {getattr(self, name)}"
-            for name in (
-                *("max_body_bytes", "max_items", "max_queue"),
-                *("max_seq_len", "max_tokens_per_microbatch"),
-            )
-            if getattr(self, name) < 1
-        ]
-        if self.request_timeout <= 0:
-            found.append(f"'request_timeout' must be above 0, got {self.request_timeout}")
+        found = super().problems()
+        found += at_least_one(
+            self,
+            *("max_body_bytes", "max_items", "max_queue"),
+            *("max_seq_len", "max_tokens_per_microbatch"),
+        )
+        found += above_zero(self, "request_timeout")
         if self.max_queue < self.max_items:
             found.append(
                 f"'max_queue' ({self.max_queue}) must be at least 'max_items' ({self.max_items}): "
@@ -86,10 +84,7 @@ class ServeConfig:
             )
         if not 0 <= self.port <= 65535:
             found.append(f"'port' must be 0 to 65535, got {self.port}")
-        try:
-            as_schema(self.schema)
-        except (ValueError, TypeError) as error:
-            found.append(f"'schema': {error}")
+        found += schema_problems(self.schema)
         return found
 
 

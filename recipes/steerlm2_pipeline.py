@@ -68,28 +68,38 @@ LAST_LINES = 20
 SUMMARY, REPORT = "summary.json", "report.html"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PipelineConfig:
-    """Every key of the recipe, with its default."""
+    """The keys of steerlm2_pipeline."""
 
     output_dir: str
-    stages: dict[str, StageOptions]  # in this order
-    proposal: list[str] = field(default_factory=list)  # stages that train what is sampled from
+    """Folder of the stages, their logs, and the report."""
+    stages: dict[str, StageOptions]
+    """The stages by name, in their order."""
+    proposal: list[str] = field(default_factory=list)
+    """Stages that train a model to sample from; the last one before a stage is its {proposal}."""
     iterations: int = 2
-    bootstrap: bool = False  # for `when` of the stages that are for it
-    names: dict[str, Any] = field(default_factory=dict)  # values that stages share: ${names.NAME}
-    torchrun: str = ""  # arguments, e.g. --nproc_per_node 8; for recipes that can use them
-    launch: str = ""  # what stands before `tune run` where there are such arguments, e.g. srun
+    """Of the stages with each_iteration."""
+    bootstrap: bool = False
+    """For stages that say `when: ${bootstrap}`."""
+    names: dict[str, Any] = field(default_factory=dict)
+    """Values that stages share, as ${names.NAME}."""
+    torchrun: str = ""
+    """Its arguments, e.g. --nproc_per_node 8, for recipes that run on several processes."""
+    launch: str = ""
+    """What stands before `tune run` where there are such arguments, e.g. srun."""
     only: str | list[str] | None = None
+    """The stages to run; null: all."""
     from_stage: str | None = field(default=None, metadata={"key": "from"})
+    """The first stage to run; null: the first of all."""
     dry_run: bool = False
-    adopt: bool = (
-        False  # what is in the stages' folders is complete: their commands were run by hand
-    )
-    show_output: bool = False  # of the stages, here instead of in their logs
+    """Print the commands that would run, instead of running them."""
+    adopt: bool = False
+    """Take what is in the stages' folders for complete: their commands were run by hand."""
+    show_output: bool = False
+    """Show what the stages print here, instead of writing it into their logs."""
 
     def problems(self) -> list[str]:
-        """What is wrong between keys that are right by themselves."""
         found = []
         if self.iterations < 0:
             found.append(f"'iterations' must be at least 0, got {self.iterations}")

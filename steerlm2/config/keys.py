@@ -1,6 +1,8 @@
 """The keys that recipes share: a recipe's config class inherits them, flat as in torchtune.
 
     ModelKeys -> DistributedKeys -> TrainingKeys
+                                 -> InferenceKeys -> SamplingKeys
+                                                  -> ScoringKeys
 
 Each key is a field with a docstring: `--help` and recipe_configs/KEYS.md are made from them. What a
 key may be stands in `problems`, which a recipe's own `problems` extends.
@@ -10,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from steerlm2.attributes import parse_label
+from steerlm2.attributes import AttributeSchema, as_schema, encode_label, parse_label
 from steerlm2.config.loader import Component
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 
@@ -49,11 +52,27 @@ def above_zero(config: object, *names: str, section: str = "") -> Iterator[str]:
 
 
 def sampling_problems(config: Any, section: str = "") -> Iterator[str]:
-    """What is wrong with `temperature` and `top_p`."""
+    """Problems of `temperature` and `top_p`."""
     if not config.temperature >= 0:
         yield f"'{section}temperature' must be at least 0, got {config.temperature}"
     if not 0 < config.top_p <= 1:
         yield f"'{section}top_p' must be above 0 and at most 1, got {config.top_p}"
+
+
+def schema_problems(schema: dict[str, Any] | None) -> Iterator[str]:
+    """Problems of a `schema:` section."""
+    try:
+        as_schema(schema)
+    except (ValueError, TypeError) as error:
+        yield f"'schema': {error}"
+
+
+def output_problems(source: str, output: str) -> Iterator[str]:
+    """Problems of the keys `input` and `output` of a recipe that writes in slices."""
+    if Path(source).absolute() == Path(output).absolute():
+        yield "'output' must be another file than 'input'"
+    if Path(output).suffix == ".gz":
+        yield "'output' can't be compressed: it is appended to; give a .jsonl name"
 
 
 @dataclass(kw_only=True)
@@ -79,7 +98,7 @@ class ModelKeys:
     """Compile the layers with torch.compile."""
 
     def problems(self) -> list[str]:
-        """What is wrong between keys that are right by themselves."""
+        """Problems between keys that are right by themselves."""
         return []
 
 
@@ -286,7 +305,7 @@ class GenerationOptions:
     from names to numbers, logged as val_NAME."""
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with its values."""
+        """Problems of its keys."""
         if not self.prompts and not self.from_dataset_val:
             yield "'generation' needs 'prompts' or 'from_dataset_val'"
         if self.from_dataset_val < 0:
@@ -298,6 +317,136 @@ class GenerationOptions:
                 parse_label(self.label)
             except ValueError as error:
                 yield f"'generation.label': {error}"
+
+
+@dataclass(kw_only=True)
+class LabelOptions:
+    """The `label:` section: which labels the prompts get."""
+
+    kind: Literal["record", "fixed", "uniform", "empirical", "none"] = "record"
+    """record: the prompt's own label, a conversation's last answer's; fixed: `value` for all;
+    uniform: any values of `attributes`, drawn; empirical: drawn from the labels in `file`, as often
+    as they are there; none: no label."""
+    value: str | None = None
+    """Of kind fixed, e.g. "humor:2,verbosity:1"."""
+    attributes: list[str] | None = None
+    """Of kind uniform: the attributes that get values."""
+    file: str | None = None
+    """Of kind empirical: conversations or SteerLM2 records."""
+    labels_per_prompt: int = 1
+    """Of kinds uniform and empirical: so many different ones, each a record of its own."""
+
+    def problems(self, schema: AttributeSchema) -> Iterator[str]:
+        """Problems of its keys."""
+        yield from at_least_one(self, "labels_per_prompt", section="label.")
+        for kind, key in (("fixed", "value"), ("uniform", "attributes"), ("empirical", "file")):
+            given = getattr(self, key)
+            if self.kind == kind and not given:
+                yield f"'label.{key}' is missing: 'label.kind' is {kind}"
+            if self.kind != kind and given:
+                yield f"'label.{key}' is for 'label.kind' {kind}, not {self.kind}"
+        if self.labels_per_prompt > 1 and self.kind not in ("uniform", "empirical"):
+            yield (
+                f"'label.kind' {self.kind} has one label a prompt: set label.labels_per_prompt=1"
+            )
+        try:
+            if self.value:
+                parse_label(self.value, schema)
+            if self.attributes:
+                encode_label(dict.fromkeys(self.attributes, schema.min_value), schema)
+        except ValueError as error:
+            yield f"'label': {error}"
+        if self.kind == "uniform" and self.attributes:
+            grid = (schema.max_value - schema.min_value + 1) ** len(set(self.attributes))
+            if self.labels_per_prompt > grid:
+                yield f"'label.labels_per_prompt': there are only {grid} labels"
+
+
+@dataclass(kw_only=True)
+class InferenceKeys(DistributedKeys):
+    """What runs of a model over a file have in common."""
+
+    schema: dict[str, Any] | None = None
+    """The attributes: names, min_value and max_value; null: the default ones, from 0 to 4."""
+    records_per_write: int = 128
+    """Records that are written at a time; a stopped run repeats at most so many."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        found += at_least_one(self, "records_per_write")
+        found += schema_problems(self.schema)
+        return found
+
+
+@dataclass(kw_only=True)
+class SamplingKeys(InferenceKeys):
+    """Answers to prompts with labels, sampled by processes that each hold the whole model."""
+
+    label: LabelOptions = field(default_factory=LabelOptions)
+    """The labels that are asked for."""
+    max_prompts: int | None = None
+    """The first so many prompts of the file; null: all."""
+    n: int = 10
+    """Answers to a prompt with a label."""
+    temperature: float = 0.7
+    """Of sampling; 0: the most likely token."""
+    top_p: float = 0.9
+    """Sample from the most likely tokens that together have this probability."""
+    max_new_tokens: int = 1024
+    """Tokens of an answer, the stop token among them; a longer one is cut off."""
+    max_seq_len: int = 4096
+    """Tokens of a prompt with an answer; a prompt that leaves no room for `max_new_tokens` isn't
+    asked."""
+    max_cache_tokens: int = 65536
+    """Tokens of the prompts, with all their answers, that are sampled together on a process."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        found += at_least_one(
+            self, "max_prompts", "n", "max_new_tokens", "max_seq_len", "max_cache_tokens"
+        )
+        found += sampling_problems(self)
+        if self.temperature == 0 and self.n > 1:
+            found.append("'temperature' is 0: all responses of a prompt would be the same; set n=1")
+        if self.max_new_tokens >= self.max_seq_len:
+            found.append("'max_new_tokens' must be below 'max_seq_len': a prompt has tokens too")
+        if not list(schema_problems(self.schema)):
+            found += self.label.problems(as_schema(self.schema))
+        found += self.whole_model_problems()
+        return found
+
+
+@dataclass(kw_only=True)
+class ScoringKeys(InferenceKeys):
+    """Given texts, scored by a model that is laid out over the processes."""
+
+    max_tokens_per_microbatch: int = 4096
+    """Tokens that a data-parallel rank computes at a time, over packed texts."""
+    concentration: float = 24.0
+    """alpha + beta of the Beta distribution by which P(a|x,y) follows from a score."""
+    bins: Literal["midpoint", "uniform"] = "midpoint"
+    """Parts of that distribution that belong to one value of an attribute: with edges halfway
+    between values, or all of one width."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        found += at_least_one(self, "max_tokens_per_microbatch")
+        found += above_zero(self, "concentration")
+        return found
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """A model under a section of its own: what is null is what the whole config says."""
+
+    checkpointer: Component | None = None
+    """Where its weights come from."""
+    model: Component | None = None
+    """Its builder."""
+    tokenizer: Component | None = None
+    """Its tokenizer's builder."""
+    template: Component | None = None
+    """How a conversation becomes its tokens."""
 
 
 @dataclass(kw_only=True)
@@ -316,7 +465,7 @@ class ServerOptions:
     """Tries more of a failed request, with pauses of 0.5 s, 1 s, 2 s, ..."""
 
     def problems(self, section: str = "server") -> Iterator[str]:
-        """What is wrong with its values; `section` is where it stands in the config."""
+        """Problems of its keys; `section` is the config key of the section."""
         yield from at_least_one(self, "concurrency", section=f"{section}.")
         yield from above_zero(self, "timeout", section=f"{section}.")
         if self.retries < 0:

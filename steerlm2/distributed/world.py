@@ -143,6 +143,14 @@ class World:
             raise ValueError(problem)
         return result
 
+    def computed_on_main(self, action: Callable[[], ObjectT]) -> ObjectT:
+        """What rank 0 computes, a picklable value, on every rank.
+
+        Raises:
+            ValueError: as `on_main`.
+        """
+        return cast(ObjectT, self.from_main(self.on_main(action)))
+
     def on_all(self, action: Callable[[], ObjectT]) -> ObjectT:
         """Run an action on every rank that may fail on some of them.
 

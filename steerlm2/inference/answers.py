@@ -17,8 +17,8 @@ from steerlm2.checkpoints.weights import (
     load_weights,
     open_checkpointer,
 )
+from steerlm2.config.keys import LabelOptions, ServerOptions
 from steerlm2.config.loader import instantiate
-from steerlm2.config.sections import LabelOptions, ServerOptions
 from steerlm2.data.prompts import (
     DrawLabel,
     Prompt,
@@ -185,6 +185,24 @@ def open_server(
     engine = CompletionsEngine(more.pop("url"), settings, tokenizer.encode, **more)
     engine.connect(max_seq_len)
     return engine
+
+
+def fitting_requests(
+    items: Sequence[Item],
+    template: Template,
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
+    max_seq_len: int,
+    show_labels: bool = True,
+) -> dict[int, Request]:
+    """What is asked, by index; not the prompts that leave no room for `max_new_tokens`."""
+    prompts = [item.encode(template, tokenizer, show_labels=show_labels) for item in items]
+    return {
+        index: Request(prompt, item.seed)
+        for index, (item, prompt) in enumerate(zip(items, prompts, strict=True))
+        if len(prompt) + max_new_tokens <= max_seq_len
+    }
 
 
 def sample_everywhere(

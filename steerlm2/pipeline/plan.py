@@ -34,18 +34,26 @@ TORCHTUNE = Path(torchtune.__file__).parents[1]
 RESERVED_NAMES = {"here", "proposal", "iteration", "output_dir", "stage"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StageOptions:
     """One entry of the `stages:` section."""
 
     recipe: str
+    """Name or file of the recipe."""
     config: str
-    overrides: dict[str, Any] = field(default_factory=dict)  # of the config; nested or dotted
-    remove: list[str] = field(default_factory=list)  # keys of the config that don't apply
+    """Name or file of its config."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Values of the config that are set otherwise, nested or dotted; {PLACE}s are filled in."""
+    remove: list[str] = field(default_factory=list)
+    """Keys of the config that don't apply."""
     each_iteration: bool = False
-    when: bool | None = None  # false: left out
-    torchrun: str | None = None  # its arguments; none: the pipeline's, where the recipe can
-    launch: str | None = None  # put before `tune run`; none: the pipeline's, with torchrun
+    """Run it in every iteration; such stages stand one after the other."""
+    when: bool | None = None
+    """false: it is left out."""
+    torchrun: str | None = None
+    """Arguments of torchrun; null: the pipeline's, where the recipe runs on several processes."""
+    launch: str | None = None
+    """What stands before `tune run`; null: the pipeline's, where there are torchrun arguments."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from steerlm2.attributes import as_schema
-from steerlm2.config.loader import Component, instantiate
+from steerlm2.config.keys import TrainingKeys
+from steerlm2.config.loader import instantiate
 from steerlm2.data.packing import (
     Dialogue,
     Group,
@@ -28,7 +29,7 @@ from steerlm2.data.packing import (
     pack_dialogues,
     pack_for_reward,
 )
-from steerlm2.distributed.parallelize import DTYPES, ActivationCheckpointing
+from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import World
 from steerlm2.losses import bradley_terry_sum, squared_error_sum
 from steerlm2.models.llama import pair_cost
@@ -43,31 +44,6 @@ SPREAD = 0.8
 2.8 times the median."""
 SHORTEST = 8
 """Tokens of the shortest prompt or response that is drawn; a choice."""
-
-
-class TrainingConfig(Protocol):
-    """The keys that the training recipes share, as far as planning reads them."""
-
-    model: Component
-    dataset: Component
-    optimizer: Component
-    lr: float | None
-    global_batch_size: int
-    epochs: int | None
-    max_steps: int | None
-    clip_grad_norm: float | None
-    device: str
-    dtype: str
-    param_dtype: str | None
-    compile: bool
-    enable_activation_checkpointing: bool
-    ac_mode: ActivationCheckpointing
-    tensor_parallel_dim: int
-    data_parallel_replicate_dim: int
-    data_parallel_shard_dim: int
-    fsdp_cpu_offload: bool
-    fsdp_reshard_after_forward: bool
-    fsdp_reduce_every_microbatch: bool
 
 
 @dataclass(frozen=True)
@@ -127,7 +103,7 @@ class Job(abc.ABC, Generic[RecordT]):
     budget_key: ClassVar[str]
 
     def __init__(self, cfg: Any) -> None:
-        self.cfg: TrainingConfig = cfg
+        self.cfg: TrainingKeys = cfg
         self.dtype = DTYPES[self.cfg.dtype]
         self.param_dtype = DTYPES[self.cfg.param_dtype or self.cfg.dtype]
 

@@ -30,11 +30,12 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.config.keys import TrainingKeys
 from steerlm2.distributed.parallelize import clip_gradients, parallelize, reduce_gradients
 from steerlm2.distributed.world import World, mesh_shape
 from steerlm2.models import logprobs
 from steerlm2.models.nf4 import finish_empty
-from steerlm2.planning.jobs import Job, TrainingConfig
+from steerlm2.planning.jobs import Job
 from steerlm2.planning.tracker import Collective, Kind, StepTracker, Traffic
 
 MESH = ("dp_replicate", "dp_shard", "tp")
@@ -62,7 +63,7 @@ class Trace:
 
 
 @contextlib.contextmanager
-def fake_world(world_size: int, cfg: TrainingConfig) -> Iterator[World]:
+def fake_world(world_size: int, cfg: TrainingKeys) -> Iterator[World]:
     """Rank 0 of `world_size` fake processes, with the mesh of the config.
 
     Raises:

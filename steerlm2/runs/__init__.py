@@ -1,6 +1,7 @@
 """A run's folder, logs and metrics, and the monitoring of its ranks.
 
 entry          the command line of a recipe
+processes      joining the processes of a run that doesn't train
 output         the output folder; files of an earlier run are moved out of the way
 lock           one run at a time in a folder
 record         config, revisions and machines of the run

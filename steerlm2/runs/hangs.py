@@ -46,7 +46,7 @@ HOW_ON = (
 
 
 class HangWatch:
-    """Watches the progress of all ranks until `close`.
+    """Watches the progress of all ranks until `close`, or as a context manager.
 
     Args:
         seconds: without progress, after which it is reported; None: never. A single process isn't
@@ -89,22 +89,31 @@ class HangWatch:
         self._forwards = 0
         self._position = (self._count, position, time.monotonic(), patience)
 
-    def follow(self, decoder: nn.Module) -> None:
+    def follow(self, decoder: nn.Module, *, alike: bool = True) -> None:
         """Count a decoder's forwards as progress.
 
         A position's patience holds for its first two forwards, which may compile; then it is 1.
-        """
-        decoder.register_forward_pre_hook(lambda *_: self._forward())
 
-    def _forward(self) -> None:
+        Args:
+            alike: all ranks run the same number of forwards, so that one with fewer is behind.
+        """
+        decoder.register_forward_pre_hook(lambda *_: self._forward(alike))
+
+    def _forward(self, alike: bool) -> None:
         _, position, _, patience = self._position
-        self._count += 1
+        self._count += alike
         self._forwards += 1
         now = time.monotonic()
         self._position = (self._count, position, now, patience if self._forwards <= 2 else 1.0)
 
     def close(self) -> None:
         self._closed.set()
+
+    def __enter__(self) -> HangWatch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _waited(self) -> float:
         """Time without progress on this rank, as a share of the time that is allowed."""
@@ -158,7 +167,7 @@ class HangWatch:
             before, now = now, time.monotonic()
             if now - before > self._silence:
                 self._stalled_since = None  # this process itself was stopped: start over
-            count, report = self._count, self._hang_report(now)
+            position, report = self._position, self._hang_report(now)
             if report is None:
                 continue
             stack = "".join(traceback.format_stack(sys._current_frames()[self._main]))
@@ -166,7 +175,7 @@ class HangWatch:
             reporting_rank, text = report
             if self.world.rank == reporting_rank:
                 warn(text)
-            while self._count == count and not self._closed.wait(self._pause):
+            while self._position is position and not self._closed.wait(self._pause):
                 now = time.monotonic()
             if self.world.rank == reporting_rank and not self._closed.is_set():
                 warn(f"the ranks go on: {self._position[1]}")

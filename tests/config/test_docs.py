@@ -17,8 +17,8 @@ from steerlm2.config.docs import (
     keys_of,
     ready_made_recipes,
 )
+from steerlm2.config.keys import LabelOptions
 from steerlm2.config.loader import REST, Component
-from steerlm2.config.sections import LabelOptions
 
 
 @dataclass(kw_only=True)
@@ -133,7 +133,7 @@ def test_a_script_run_as_main_is_read_from_its_own_file(tmp_path: Path) -> None:
     """The library's class from the library's."""
     source = (
         "from dataclasses import dataclass\n"
-        "from steerlm2.config.sections import LabelOptions\n"
+        "from steerlm2.config.keys import LabelOptions\n"
         "@dataclass\n"
         "class Mine(LabelOptions):\n"
         "    mine: int = 3\n"
@@ -239,23 +239,6 @@ def keys_of_recipe(recipe: str) -> list[KeyDoc]:
     return keys_of(config_class)
 
 
-NOT_YET_DESCRIBED = RECIPES.keys() - {
-    *("reward_distributed", "sft_distributed", "steerlm2_distributed"),
-}
-"""Recipes with keys that have no description. Whoever describes the last one takes it out."""
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param(
-            recipe,
-            marks=[pytest.mark.xfail(strict=True, reason="keys are being described")]
-            if recipe in NOT_YET_DESCRIBED
-            else [],
-        )
-        for recipe in RECIPES
-    ],
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_key_of_a_recipe_has_a_description(recipe: str) -> None:
     assert [doc.key for doc in keys_of_recipe(recipe) if not doc.text] == []

@@ -321,7 +321,7 @@ SCRIPT = """
 from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal as OneOf
-from steerlm2.config.sections import LabelOptions
+from steerlm2.config.keys import LabelOptions
 
 @dataclass
 class Part:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steerlm2.attributes import AttributeSchema
-from steerlm2.config.sections import LabelOptions
+from steerlm2.config.keys import LabelOptions
 from steerlm2.data.prompts import Prompt
 from steerlm2.data.records import Turn
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template

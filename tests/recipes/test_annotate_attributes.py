@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from transformers import LlamaForSequenceClassification
 
 import annotate_attributes
 from annotate_attributes import AttributeSchema, ConversationFormat
+from processes import ranks_with_logs, stopped_until_named
 from ready_made import recipe_config
 from steerlm2.attributes import beta_log_prob, parse_label
 from steerlm2.data.records import Turn, json_line
@@ -254,10 +256,22 @@ def test_two_ranks_give_the_same(
     tmp_path: Path,
     tensor_parallel_dim: int,
 ) -> None:
+    """And each leaves a log."""
     output = tmp_path / "scored.jsonl"
     layout = f"tensor_parallel_dim={tensor_parallel_dim}"
     tune(*arguments(groups, output, attribute_model, layout), nproc=2)
     assert scores_in(output) == pytest.approx(scores_in(scored), rel=0, abs=1e-4)
+    assert ranks_with_logs(tmp_path) == [0, 1]
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on(
+    tune: Any, groups: Path, tmp_path: Path
+) -> None:
+    many, output = tmp_path / "groups.jsonl", tmp_path / "scored.jsonl"
+    many.write_bytes(groups.read_bytes() * 5)
+    process = tune.start(*arguments(many, output, None, "hang_timeout_seconds=2"), nproc=2)
+    stderr = stopped_until_named(process, tmp_path, "scored.jsonl.partial")
+    assert re.search(r"rank 0 on \S+: record \d+, in ", stderr)
 
 
 def test_all_turns_of_a_compressed_file(

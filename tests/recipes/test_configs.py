@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import itertools
 import re
 import shlex
 import typing
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.modules import TransformerDecoder
 
 from steerlm2._tune import RECIPES, SINGLE_PROCESS_RECIPES
+from steerlm2.config.keys import DistributedKeys, ModelKeys
 from steerlm2.config.loader import instantiate, load_config
 from steerlm2.models.llama import tensor_parallel_problems, unsupported_parts
 
@@ -43,14 +43,7 @@ CONFIG_CLASSES = {
 WITH_MODEL = [
     name for name in CONFIGS if "model" in OmegaConf.load(ROOT / "recipe_configs" / f"{name}.yaml")
 ]
-REPLICATED_RECIPES = {"evaluate_steering", "sample_responses"}
-"""Each of their processes holds the whole model."""
-
-DISTRIBUTED = [
-    name
-    for name in WITH_MODEL
-    if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES | REPLICATED_RECIPES
-]
+DISTRIBUTED = [name for name in WITH_MODEL if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES]
 
 each_config = pytest.mark.parametrize("name", CONFIGS)
 each_model = pytest.mark.parametrize("name", WITH_MODEL)
@@ -155,24 +148,13 @@ def test_models_have_the_size_of_their_name(billions: int) -> None:
 
 
 RUN_MODELS = sorted({RECIPE_OF[name] for name in WITH_MODEL})
-SAME_KEYS = {
-    *("tokenizer", "template", "model", "checkpointer", "seed", "device", "dtype", "compile"),
-}
-DISTRIBUTED_KEYS = {
-    *("tensor_parallel_dim", "data_parallel_replicate_dim", "data_parallel_shard_dim"),
-    *("fsdp_cpu_offload", "fsdp_reshard_after_forward"),
-}
-DIFFERENT_KEYS = {"data", "loss", "generation", "server"}
-"""What attribute models and SteerLM 2.0 are trained on, and with, has a section of its own; so have
-servers that score, and servers that sample."""
-
-
-def keys_of(recipe: str) -> dict[str, tuple[Any, Any]]:
-    """Key -> type and default."""
-    return fields_of(config_class(recipe))
+DIFFERENT_KEYS = {"data", "loss", "export"}
+"""What attribute models and SteerLM 2.0 are trained on, and with, has a section of its own; and
+SteerLM 2.0 exports its last weights where the others export their best."""
 
 
 def fields_of(section: type) -> dict[str, tuple[Any, Any]]:
+    """Key -> type and default."""
     hints = typing.get_type_hints(section)
     return {
         field.name: (
@@ -185,30 +167,22 @@ def fields_of(section: type) -> dict[str, tuple[Any, Any]]:
     }
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(RUN_MODELS, 2)))
-def test_recipes_that_run_models_agree_on_the_keys_they_share(first: str, second: str) -> None:
-    """device=, dtype=, template=, ... mean the same, and default to the same, in both."""
-    one, other = keys_of(first), keys_of(second)
-    shared = one.keys() & other.keys()
-    # evaluate_steering has the checkpointers of its models under their names.
-    wanted = SAME_KEYS - ({"checkpointer"} if "evaluate_steering" in (first, second) else set())
-    assert shared >= wanted
-    if not {first, second} & (SINGLE_PROCESS_RECIPES | REPLICATED_RECIPES):
-        assert shared >= DISTRIBUTED_KEYS
-    shared -= DIFFERENT_KEYS
-    assert {key: one[key] for key in shared} == {key: other[key] for key in shared}
+@pytest.mark.parametrize("recipe", RUN_MODELS)
+def test_recipes_that_run_models_inherit_the_shared_keys(recipe: str) -> None:
+    """tokenizer=, device=, ..., and those of layouts where there may be several processes."""
+    shared = ModelKeys if recipe in SINGLE_PROCESS_RECIPES else DistributedKeys
+    assert issubclass(config_class(recipe), shared)
 
 
-def test_generation_of_sft_is_that_of_steerlm2_and_more() -> None:
-    """Only `prompts` may be left out in one and not in the other: sft can ask validation data."""
-    one, other = (
-        fields_of(importlib.import_module(recipe).GenerationOptions)
-        for recipe in ("sft_distributed", "steerlm2_distributed")
-    )
-    assert one.keys() - other.keys() == {"from_dataset_val", "metrics"}
-    assert {key: one[key] for key in other if key != "prompts"} == {
-        key: other[key] for key in other if key != "prompts"
-    }
+def test_a_key_means_the_same_in_all_recipes_that_run_models() -> None:
+    """Inherited or not: device=, max_seq_len=, schema=, ... have one type and one default."""
+    meanings: dict[str, list[tuple[Any, Any]]] = {}
+    for recipe in RUN_MODELS:
+        for key, meaning in fields_of(config_class(recipe)).items():
+            known = meanings.setdefault(key, [])
+            if meaning not in known:
+                known.append(meaning)
+    assert {key for key, known in meanings.items() if len(known) > 1} <= DIFFERENT_KEYS
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 import types
@@ -16,6 +17,7 @@ import torch
 from torchtune.models.llama3 import llama3
 
 import evaluate_steering
+from processes import ranks_with_logs, stopped_until_named
 from ready_made import recipe_config
 from steerlm2.attributes import AttributeSchema
 from steerlm2.checkpoints.weights import load_weights, open_checkpointer, open_reward_checkpointer
@@ -335,7 +337,7 @@ def test_two_ranks_equal_one_process(
     prompts: Path,
     tmp_path: Path,
 ) -> None:
-    """From the command line: the same answers, and so the same report."""
+    """From the command line: the same answers, and so the same report; and each leaves a log."""
     _, report = uninterrupted
     tune(
         *("evaluate_steering", "--config", "tiny/evaluate_steering", f"output_dir={tmp_path}"),
@@ -343,6 +345,20 @@ def test_two_ranks_equal_one_process(
         nproc=2,
     )
     assert report_in(tmp_path) == report
+    assert ranks_with_logs(tmp_path) == [0, 1]
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on(
+    tune: TuneProcess, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    process = tune.start(
+        *("evaluate_steering", "--config", "tiny/evaluate_steering", f"output_dir={tmp_path}"),
+        *sampling(prompts, *checkpoint("a", model), "hang_timeout_seconds=2"),
+        *("label.kind=uniform", "label.attributes=[humor,verbosity]", "label.labels_per_prompt=10"),
+        nproc=2,
+    )
+    stderr = stopped_until_named(process, tmp_path, "answers/a.jsonl.partial")
+    assert re.search(r"rank 0 on \S+: a, answers to group \d+, in ", stderr)
 
 
 def test_a_model_that_was_trained_again_is_not_taken_for_the_same(
@@ -585,6 +601,13 @@ def test_tables_go_to_wandb(answers: Path, tmp_path: Path, monkeypatch: pytest.M
                 "'exact_scorer' and 'attribute_model' are both given",
                 "'attribute_model' needs one of checkpointer, server, got none",
                 "'exact_kl' is of models with a 'checkpointer'",
+            ],
+        ),
+        (
+            [f"checkpointer._component_={CHECKPOINTER}", "tensor_parallel_dim=2"],
+            [
+                "'checkpointer' is a model's own: set models.NAME.checkpointer",
+                "'tensor_parallel_dim' must be 1: every process holds the whole model",
             ],
         ),
         (

@@ -12,7 +12,7 @@ TUNE = Path(sys.executable).with_name("tune")
 PREPARE_DATA = Path(__file__).resolve().parents[2] / "recipes" / "prepare_data.py"
 
 OWN_KEYS = """
-from steerlm2.config.sections import LabelOptions
+from steerlm2.config.keys import LabelOptions
 
 @dataclass(kw_only=True)
 class OwnConfig(PrepareDataConfig, LabelOptions):

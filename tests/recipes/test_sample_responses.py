@@ -18,6 +18,7 @@ import torch
 from torchtune.models.llama3 import llama3
 
 import sample_responses
+from processes import ranks_with_logs, stopped_until_named
 from ready_made import recipe_config
 from steerlm2.attributes import parse_label
 from steerlm2.checkpoints.checkpointer import HFCheckpointer
@@ -210,9 +211,13 @@ def test_a_complete_file_is_left_as_it_is(
     assert sampled.read_bytes() == before
 
 
-def test_two_ranks_sample_the_same(tune: Any, records: Path, sampled: Path, model: Path) -> None:
-    output = records.with_name("two_ranks.jsonl")
+def test_two_ranks_sample_the_same(
+    tune: Any, records: Path, sampled: Path, model: Path, tmp_path: Path
+) -> None:
+    """And each leaves a log."""
+    output = tmp_path / "two_ranks.jsonl"
     tune(*arguments(records, output, model), nproc=2)
+    assert ranks_with_logs(tmp_path) == [0, 1]
     one, two = read_jsonl(sampled), read_jsonl(output)
     assert values(two) == values(one)
     for row, other in zip(one, two, strict=True):
@@ -220,6 +225,18 @@ def test_two_ranks_sample_the_same(tune: Any, records: Path, sampled: Path, mode
             log_q = response.pop("engine_log_q", 0.0)
             assert same.pop("engine_log_q", 0.0) == pytest.approx(log_q, abs=1e-3)
     assert two == one
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on(tune: Any, tmp_path: Path) -> None:
+    source, output = tmp_path / "records.jsonl", tmp_path / "sampled.jsonl"
+    write_records(source, synthetic_records(100, 2, seed=3))
+    process = tune.start(
+        *arguments(source, output, None, "hang_timeout_seconds=2"),
+        *("max_new_tokens=16", "keep_truncated=true"),
+        nproc=2,
+    )
+    stderr = stopped_until_named(process, tmp_path, "sampled.jsonl.partial")
+    assert re.search(r"rank 0 on \S+: group \d+, in ", stderr)
 
 
 def conversations(path: Path) -> Path:

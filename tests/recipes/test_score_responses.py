@@ -22,9 +22,10 @@ from torchtune.models.llama3 import llama3
 from torchtune.modules import TransformerDecoder
 
 import score_responses
-from processes import workers
+from processes import ranks_with_logs, stopped_until_named
 from ready_made import recipe_config
 from steerlm2.attributes import beta_log_prob, parse_label
+from steerlm2.checkpoints import decoder as decoder_module
 from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.checkpoints.weights import load_weights
 from steerlm2.data.records import LOG_PROB_KEYS, Record, read_records, write_records
@@ -343,40 +344,26 @@ def log_probs(path: Path) -> Iterator[float]:
 def test_two_ranks_give_the_same(
     tune: Any, groups: Path, scored: Path, tmp_path: Path, tensor_parallel_dim: int
 ) -> None:
-    """Sums of up to 60 log-probs to 1e-4 nats. The folder of the output is made."""
+    """Sums of up to 60 log-probs to 1e-4 nats. The folder of the output is made, and has logs."""
     output = tmp_path / "new" / "scored.jsonl"
     layout = f"tensor_parallel_dim={tensor_parallel_dim}"
     tune(*arguments(groups, output, layout, "records_per_write=64"), nproc=2)
     expected = list(log_probs(scored))
     assert len(expected) == 3 * RESPONSES_KEPT
     assert list(log_probs(output)) == pytest.approx(expected, rel=0, abs=1e-4)
+    assert ranks_with_logs(output.parent) == [0, 1]
 
 
 def test_a_stopped_rank_is_named_and_the_run_goes_on(
     tune: Any, groups: Path, tmp_path: Path
 ) -> None:
     many = tmp_path / "groups.jsonl"
-    many.write_bytes(groups.read_bytes() * 40)
+    many.write_bytes(groups.read_bytes() * 10)
     output = tmp_path / "scored.jsonl"
     process = tune.start(*arguments(many, output, "hang_timeout_seconds=2"), nproc=2)
-    wait_for_lines(process, tmp_path / "scored.jsonl.partial", lines=5)
-    stopped = workers(process)[1]
-    os.kill(stopped, signal.SIGSTOP)
-    log = tmp_path / "logs" / "rank_000.log"
-    while "All wait for rank 1" not in log.read_text():
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(stopped, signal.SIGCONT)
-    stderr = process.communicate()[1]
-    assert process.returncode == 0
+    stderr = stopped_until_named(process, tmp_path, "scored.jsonl.partial")
     assert "WARNING: no rank has made progress for 2 seconds" in stderr
     assert re.search(r"rank 0 on \S+: group \d+, in ", stderr)
-
-
-@pytest.mark.parametrize("seconds", ["hang_timeout_seconds=0", "collective_timeout_seconds=-1"])
-def test_timeouts_are_positive(tune: Any, groups: Path, tmp_path: Path, seconds: str) -> None:
-    result = tune(*arguments(groups, tmp_path / "out.jsonl", seconds), check=False)
-    assert f"'{seconds.partition('=')[0]}' must be above 0" in result.stderr
 
 
 # A model for each quantity, in one run
@@ -464,7 +451,7 @@ def test_one_model_is_in_memory_at_a_time(
         alive.append(decoders() - before)
         load_weights(*arguments, **options)
 
-    for module in (score_responses, attribute_model_module):
+    for module in (decoder_module, attribute_model_module):
         monkeypatch.setattr(module, "load_weights", count_decoders)
     before = decoders()
     name, _, config, *overrides = arguments(

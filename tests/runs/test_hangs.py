@@ -39,3 +39,22 @@ def test_a_new_position_has_its_own_patience(now: list[float]) -> None:
     watch.at("step 1")
     now[0] += 5
     assert watch._waited() == 1
+
+
+def test_ranks_whose_forwards_differ_are_at_the_same_place(now: list[float]) -> None:
+    """A rank that samples shorter responses isn't behind; its forwards are progress."""
+    watch, decoder = HangWatch(World(torch.device("cpu")), 5), nn.Linear(2, 2)
+    watch.follow(decoder, alike=False)
+    watch.at("group 1")
+    count = watch._note().count
+    now[0] += 5
+    decoder(torch.zeros(2))
+    assert watch._note().count == count
+    assert watch._waited() == 0
+
+
+def test_an_error_ends_the_watch() -> None:
+    watch = HangWatch(World(torch.device("cpu")), 5)
+    with pytest.raises(ValueError, match="no"), watch:
+        raise ValueError("no")
+    assert watch._closed.is_set()

@@ -1,0 +1,57 @@
+"""The processes of a run that isn't training: joined, each with a log of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from steerlm2.config.keys import DistributedKeys
+from steerlm2.distributed.world import World, init_world
+from steerlm2.runs.logs import LOG_FOLDER, open_rank_log
+from steerlm2.runs.output import make_output_dir
+
+
+def join_processes(cfg: DistributedKeys, folder: Path, *, device: str | None = None) -> World:
+    """Join the processes that torchrun started, or be the only one.
+
+    Where there are several, each one's log is FOLDER/logs/rank_NNN.log; on nodes that don't share
+    the folder, in a folder of the node's own.
+
+    Args:
+        cfg: layout, timeout and device.
+        folder: of the run's output.
+        device: instead of `cfg.device`.
+
+    Raises:
+        ValueError: where the number of processes doesn't fit the layout, there is no such device,
+            or nothing can be written into `folder`.
+    """
+    world = init_world(
+        device or cfg.device,
+        tensor_parallel_dim=cfg.tensor_parallel_dim,
+        data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
+        data_parallel_shard_dim=cfg.data_parallel_shard_dim,
+        needs_mesh=cfg.fsdp_cpu_offload,
+        timeout_seconds=cfg.collective_timeout_seconds,
+        flight_records=folder / LOG_FOLDER,
+    )
+    if world.size > 1:
+        world.on_all(lambda: make_output_dir(folder, "the folder of output"))
+        open_rank_log(folder, world)
+    return world
+
+
+def process_beside_server() -> World:
+    """The only process of a run for which a server computes: it needs no GPU.
+
+    Raises:
+        ValueError: where torchrun started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "with 'server' one process asks for everything: run it without --nproc_per_node and "
+            "--nnodes, and set server.concurrency"
+        )
+    return World(torch.device("cpu"))
