@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoints.decoder import build_decoder
 from steerlm2.checkpoints.weights import (
     check_context,
     check_vocabulary,
@@ -18,7 +19,6 @@ from steerlm2.checkpoints.weights import (
     open_checkpointer,
 )
 from steerlm2.config.keys import LabelOptions, ServerOptions
-from steerlm2.config.loader import instantiate
 from steerlm2.data.prompts import (
     DrawLabel,
     Prompt,
@@ -154,8 +154,7 @@ def load_whole_decoder(
         ValueError: where tokenizer, model, checkpoint and `max_seq_len` don't fit together.
         FileNotFoundError: where the checkpoint, or a file of it, doesn't exist.
     """
-    with torch.device("meta"):
-        decoder = instantiate(model).to(dtype)
+    decoder = build_decoder(model, dtype)
     if problems := list(unsupported_parts(decoder)):
         raise ValueError("; ".join(problems))
     check_vocabulary(decoder, tokenizer)

@@ -13,20 +13,19 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoints.decoder import build_decoder
 from steerlm2.checkpoints.weights import (
     check_context,
     check_vocabulary,
     load_weights,
     open_reward_checkpointer,
 )
-from steerlm2.config.loader import instantiate
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import Turn
 from steerlm2.data.templates import Template, encode_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
-from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training.forward import score_attributes
 
 
@@ -89,10 +88,7 @@ def load_attribute_model(
         ValueError: where tokenizer, model, checkpoint, schema and `max_seq_len` don't fit together.
         FileNotFoundError: where the checkpoint, or a file of it, doesn't exist.
     """
-    with torch.device("meta"):
-        decoder = instantiate(model)
-        add_reward_head(decoder, len(schema.names))
-        decoder = decoder.to(dtype)
+    decoder = build_decoder(model, dtype, num_attributes=len(schema.names))
     check_vocabulary(decoder, tokenizer)
     check_context(decoder, max_seq_len)
     source = world.on_main(

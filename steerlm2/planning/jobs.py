@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from steerlm2.attributes import as_schema
+from steerlm2.checkpoints.decoder import build_decoder
 from steerlm2.config.keys import TrainingKeys
 from steerlm2.config.loader import instantiate
 from steerlm2.data.packing import (
@@ -33,7 +33,6 @@ from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import World
 from steerlm2.losses import bradley_terry_sum, squared_error_sum
 from steerlm2.models.llama import pair_cost
-from steerlm2.models.reward_head import add_reward_head
 from steerlm2.training.forward import attribute_scores, response_logps, target_logps
 from steerlm2.training.step_plan import microbatches_by_rank, plan_step, slices
 
@@ -140,15 +139,17 @@ class Job(abc.ABC, Generic[RecordT]):
 
     def build(self) -> TransformerDecoder:
         """The model as the recipe builds it, on the meta device."""
-        with torch.device("meta"):
-            decoder = self._decoder().to(self.param_dtype)
-        if adapters := get_adapter_params(decoder):
-            set_trainable_params(decoder, adapters)
-            self._unfreeze(decoder)
-            for parameter in decoder.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(self.dtype)
-        return decoder
+        return build_decoder(
+            self.cfg.model,
+            self.dtype,
+            param_dtype=self.param_dtype,
+            num_attributes=self.num_attributes,
+        )
+
+    @property
+    def num_attributes(self) -> int | None:
+        """Of an attribute model; None of a language model."""
+        return None
 
     def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         lr = self.cfg.optimizer.get("lr", self.cfg.lr)
@@ -170,12 +171,6 @@ class Job(abc.ABC, Generic[RecordT]):
             return largest
         *others, last = largest.records
         return PlannedMicrobatch([*others, self._lengthened(last, missing)])
-
-    def _decoder(self) -> TransformerDecoder:
-        return instantiate(self.cfg.model)
-
-    def _unfreeze(self, decoder: TransformerDecoder) -> None:
-        """Make further parameters trainable beside the adapters."""
 
     @abc.abstractmethod
     def _lengthened(self, record: RecordT, tokens: int) -> RecordT: ...
@@ -323,13 +318,9 @@ class RewardJob(Job[RewardGroup]):
             loss = bradley_terry_sum(scores_NA[:, 0], batch.strength_G, self.loss)
         return (loss * world.dp_size).backward
 
-    def _decoder(self) -> TransformerDecoder:
-        decoder = super()._decoder()
-        add_reward_head(decoder, len(self.schema.names))
-        return decoder
-
-    def _unfreeze(self, decoder: TransformerDecoder) -> None:
-        decoder.output.requires_grad_()
+    @property
+    def num_attributes(self) -> int:
+        return len(self.schema.names)
 
     def _lengthened(self, record: RewardGroup, tokens: int) -> RewardGroup:
         *others, last = record.responses

@@ -127,6 +127,7 @@ class TrainingRun:
         self._logger: Any = None
         self._lock: RunLock | None = None
         self._files: list[JsonLines] = []
+        self._patience = 1.0
         self.world = world = init_world(
             cfg.device,
             tensor_parallel_dim=cfg.tensor_parallel_dim,
@@ -296,8 +297,6 @@ class TrainingRun:
             patience: how many times longer than usual it may stay there; None: as the step.
         """
         self._watch.at(position, patience=self._patience if patience is None else patience)
-
-    _patience = 1.0
 
     def due(self, step: int, grad_norm: Tensor) -> Due:
         """What comes after this step. Called by all ranks, before the optimizer's step.

@@ -126,7 +126,7 @@ def model(**sizes):
     decoder = llama3_1(**sizes)
     if os.environ["RANK"] == "1":
         for layer in decoder.layers:
-            layer.attn.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+            layer.attn.register_forward_pre_hook(lambda *_: time.sleep(0.1))
     return decoder
 """
 
@@ -140,14 +140,16 @@ def test_a_slow_rank_is_named(
     slow = ("model._component_=slow_model.model", "max_steps=12", f"output_dir={tmp_path}")
     result = tune(*arguments, *slow, nproc=3)
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("WARNING")]
-    assert warning.startswith(f"WARNING: step 10: rank 1 on {HOST} is slow: for 10 log steps")
+    # The first steps are slow on all ranks, so that the ten in a row may begin after them.
+    named = rf"WARNING: step 1[0-2]: rank 1 on {re.escape(HOST)} is slow: for 10 log steps"
+    assert re.match(named, warning)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
-    assert all(row["slowest_rank_lag"] > 0.5 for row in rows[1:])  # the first step is slow on all
+    assert all(row["slowest_rank_lag"] > 0.5 for row in rows[2:])
     logs = [(tmp_path / "logs" / f"rank_{rank:03d}.log").read_text() for rank in range(3)]
     times = [re.findall(r"([\d.]+) s in the layers' forwards", log) for log in logs]
     assert [len(seconds) for seconds in times] == [12, 12, 12]
     own = [statistics.median(map(float, seconds)) for seconds in times]
-    assert own[1] > 2 * 0.02 > max(own[0], own[2])
+    assert own[1] > 2 * 0.1 > max(own[0], own[2])
 
 
 @pytest.fixture
