@@ -242,7 +242,7 @@ def test_distance_falls(reference: RunFolder) -> None:
 
 
 def test_stdout_ends_with_the_table_and_where_the_files_are(reference: RunFolder) -> None:
-    table, files = reference.stdout.rstrip().split("\n\n")[-2:]
+    table, validation, files = reference.stdout.rstrip().split("\n\n")[-3:]
     assert [line.split()[0] for line in table.splitlines()[2:]] == [
         "distance",
         "loss",
@@ -253,6 +253,9 @@ def test_stdout_ends_with_the_table_and_where_the_files_are(reference: RunFolder
         "grad_norm",
         "lr",
     ]
+    heading, *metrics = validation.splitlines()
+    assert heading == f"validation at step {STEPS}"
+    assert [line.split()[0] for line in metrics[:2]] == ["loss", "distance"]
     assert [line.split(":")[0] for line in files.splitlines()] == ["plot", "metrics", "weights"]
 
 

@@ -12,14 +12,16 @@ if TYPE_CHECKING:
 
 SHORT = (
     *("global_batch_size=4", "max_tokens_per_microbatch=512", "lr_scheduler.warmup_steps=0"),
-    *("dataset.num_records=8", "val_every_n_steps=null", "dataset_val=null"),
+    *("val_every_n_steps=null", "dataset_val=null"),
 )
+ANSWERS = ("dataset.num_records=4", "dataset.responses_per_prompt=2")
 RECIPES = {
-    "reward_distributed": ("tiny/reward", *SHORT, "dataset.responses_per_prompt=1"),
-    "sft_distributed": ("tiny/sft", *SHORT, "generation=null", "dataset.responses_per_prompt=1"),
+    "reward_distributed": ("tiny/reward", *SHORT, *ANSWERS),
+    "sft_distributed": ("tiny/sft", *SHORT, *ANSWERS, "generation=null"),
     "steerlm2_distributed": (
         "tiny/steerlm2",
         *(key for key in SHORT if not key.startswith("max_tokens")),
+        "dataset.num_records=8",
         "generation=null",
         "limit_val_batches=null",
     ),
