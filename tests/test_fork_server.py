@@ -134,7 +134,9 @@ def test_ranks_meet_in_torchruns_store(start: Start) -> None:
         "dist.init_process_group('gloo')\n"
         "rank = torch.tensor([dist.get_rank() + 1])\n"
         "dist.all_reduce(rank)\n"
-        "print(os.environ['LOCAL_RANK'], os.environ['LOCAL_WORLD_SIZE'], rank.item(), sys.argv[1])",
+        "places = os.environ['LOCAL_RANK'], os.environ['LOCAL_WORLD_SIZE']\n"
+        # in one piece: ranks write at the same time
+        "sys.stdout.write(' '.join([*places, str(rank.item()), sys.argv[1]]) + '\\n')",
         "word",
         command=(TORCHRUN, "--nproc_per_node=3"),
     )
