@@ -48,12 +48,12 @@ def use_float8(decoder: TransformerDecoder, device: torch.device, *, emulate: bo
         ValueError: where the GPU has no float8 products; for a decoder with LoRA adapters, whose
             matrices would stay as they are.
     """
-    if not emulate:
-        check_float8_device(device)
     if get_adapter_params(decoder):
         raise ValueError(
             "float8 doesn't go with LoRA adapters: set float8=false, or a `model` without"
         )
+    if not emulate:
+        check_float8_device(device)
     # Gradients of weights are products over the tokens, whose number isn't a multiple of 16.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     for layer in decoder.layers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +14,14 @@ from torchtune.modules import TransformerDecoder
 
 from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.checkpoints.weights import load_weights
+from steerlm2.config.keys import TrainingKeys
+from steerlm2.config.loader import Component
 from steerlm2.data.packing import Group, pack
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
 from steerlm2.models.reward_head import add_reward_head
-from steerlm2.training.float8 import check_float8_device, float8_config_problems, use_float8
+from steerlm2.training.float8 import check_float8_device, use_float8
 from steerlm2.training.forward import response_logps
 
 CPU = World(torch.device("cpu"))
@@ -50,7 +51,7 @@ def gradients(*, float8: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of the responses, and the gradients of their sum."""
     decoder = meta_decoder()
     if float8:
-        use_float8(decoder, emulate=True)
+        use_float8(decoder, CPU.device, emulate=True)
     parallelize(decoder, CPU, dtype=torch.float32, activation_checkpointing="selective")
     source = ScratchCheckpointer(decoder, tiny_tokenizer(), seed=0, output_dir="")
     load_weights(decoder, source, CPU, seed=0)
@@ -65,7 +66,7 @@ def test_matrices_of_the_layers_are_converted() -> None:
     """7 a layer; neither the output nor a reward head."""
     decoder = meta_decoder()
     add_reward_head(decoder, 3)
-    use_float8(decoder, emulate=True)
+    use_float8(decoder, CPU.device, emulate=True)
     names = list(converted(decoder))
     assert len(names) == 2 * 7
     assert all(name.startswith("layers.") for name in names)
@@ -74,7 +75,7 @@ def test_matrices_of_the_layers_are_converted() -> None:
 def test_matrices_that_the_gpu_cannot_multiply_stay() -> None:
     """MLP units that are no multiple of 16: the 4 matrices of attention are left."""
     decoder = meta_decoder(intermediate_dim=90)
-    use_float8(decoder, emulate=True)
+    use_float8(decoder, CPU.device, emulate=True)
     assert len(list(converted(decoder))) == 2 * 4
 
 
@@ -93,7 +94,7 @@ def test_adapters_are_refused() -> None:
     with torch.device("meta"):
         decoder = lora_llama3(**TINY, lora_attn_modules=["q_proj"], lora_rank=4, lora_alpha=8)
     with pytest.raises(ValueError, match="float8=false"):
-        use_float8(decoder)
+        use_float8(decoder, CPU.device)
 
 
 def test_a_device_without_float8_is_named() -> None:
@@ -110,10 +111,11 @@ def test_a_device_without_float8_is_named() -> None:
     ],
 )
 def test_configs_that_do_not_go_with_it(changes: dict[str, Any], says: str) -> None:
-    good = {"float8": True, "device": "cuda", "dtype": "bf16", "tensor_parallel_dim": 1}
-    assert list(float8_config_problems(SimpleNamespace(**good))) == []
-    (problem,) = float8_config_problems(SimpleNamespace(**(good | changes)))
+    unused = Component(_component_="builtins.dict")
+    sections = dict.fromkeys(("tokenizer", "model", "dataset", "optimizer"), unused)
+    good: dict[str, Any] = {"float8": True, "device": "cuda", "dtype": "bf16"}
+    good |= {"tensor_parallel_dim": 1, "output_dir": "out", "max_steps": 1, "lr": 1e-3, **sections}
+    assert TrainingKeys(**good).problems() == []
+    (problem,) = TrainingKeys(**(good | changes)).problems()
     assert says in problem
-    assert (
-        list(float8_config_problems(SimpleNamespace(**(good | changes | {"float8": False})))) == []
-    )
+    assert TrainingKeys(**(good | changes | {"float8": False})).problems() == []
