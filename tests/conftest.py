@@ -10,8 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from fork_server import ForkServer
+
+# A loaded machine is slow, not wrong: examples have no deadline.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
