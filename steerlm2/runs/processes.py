@@ -1,4 +1,4 @@
-"""The processes of a run that isn't training: joined, each with a log of its own."""
+"""The processes of a run: joined as its config says, each with a log of its own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,33 @@ from steerlm2.runs.logs import LOG_FOLDER, open_rank_log
 from steerlm2.runs.output import make_output_dir
 
 
+def world_of(
+    cfg: DistributedKeys, folder: Path, *, device: str | None = None, needs_mesh: bool = False
+) -> World:
+    """Join the processes that torchrun started, or be the only one, in the config's layout.
+
+    Args:
+        folder: of the run; NCCL's flight records go to its logs.
+        device: instead of `cfg.device`.
+        needs_mesh: as of `init_world`; CPU offload needs one in any case.
+
+    Raises:
+        ValueError: where the number of processes doesn't fit the layout, or there is no such
+            device.
+    """
+    return init_world(
+        device or cfg.device,
+        tensor_parallel_dim=cfg.tensor_parallel_dim,
+        data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
+        data_parallel_shard_dim=cfg.data_parallel_shard_dim,
+        needs_mesh=needs_mesh or cfg.fsdp_cpu_offload,
+        timeout_seconds=cfg.collective_timeout_seconds,
+        flight_records=folder / LOG_FOLDER,
+    )
+
+
 def join_processes(cfg: DistributedKeys, folder: Path, *, device: str | None = None) -> World:
-    """Join the processes that torchrun started, or be the only one.
+    """The processes of a run that isn't training.
 
     Where there are several, each one's log is FOLDER/logs/rank_NNN.log; on nodes that don't share
     the folder, in a folder of the node's own.
@@ -28,15 +53,7 @@ def join_processes(cfg: DistributedKeys, folder: Path, *, device: str | None = N
         ValueError: where the number of processes doesn't fit the layout, there is no such device,
             or nothing can be written into `folder`.
     """
-    world = init_world(
-        device or cfg.device,
-        tensor_parallel_dim=cfg.tensor_parallel_dim,
-        data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
-        data_parallel_shard_dim=cfg.data_parallel_shard_dim,
-        needs_mesh=cfg.fsdp_cpu_offload,
-        timeout_seconds=cfg.collective_timeout_seconds,
-        flight_records=folder / LOG_FOLDER,
-    )
+    world = world_of(cfg, folder, device=device)
     if world.size > 1:
         world.on_all(lambda: make_output_dir(folder, "the folder of output"))
         open_rank_log(folder, world)

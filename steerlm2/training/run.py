@@ -44,11 +44,10 @@ from steerlm2.checkpoints.weights import Checkpointer, save_weights
 from steerlm2.config.keys import TrainingKeys
 from steerlm2.config.loader import as_yaml, instantiate
 from steerlm2.distributed.parallelize import DTYPES, check_finite
-from steerlm2.distributed.world import init_world
 from steerlm2.models.llama import pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.lock import RunLock
-from steerlm2.runs.logs import LOG_FOLDER, Progress, open_rank_log
+from steerlm2.runs.logs import Progress, open_rank_log
 from steerlm2.runs.metrics import (
     JsonLines,
     lacks_validation,
@@ -63,6 +62,7 @@ from steerlm2.runs.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
+from steerlm2.runs.processes import world_of
 from steerlm2.runs.record import (
     describe_run,
     log_path,
@@ -128,15 +128,8 @@ class TrainingRun:
         self._lock: RunLock | None = None
         self._files: list[JsonLines] = []
         self._patience = 1.0
-        self.world = world = init_world(
-            cfg.device,
-            tensor_parallel_dim=cfg.tensor_parallel_dim,
-            data_parallel_replicate_dim=cfg.data_parallel_replicate_dim,
-            data_parallel_shard_dim=cfg.data_parallel_shard_dim,
-            needs_mesh=self.param_dtype != self.dtype or cfg.fsdp_cpu_offload,
-            timeout_seconds=cfg.collective_timeout_seconds,
-            flight_records=self.output_dir / LOG_FOLDER,
-        )
+        mixed = self.param_dtype != self.dtype
+        self.world = world = world_of(cfg, self.output_dir, needs_mesh=mixed)
         self._watch = HangWatch(world, cfg.hang_timeout_seconds)
         torch.manual_seed(cfg.seed)
         try:
