@@ -46,7 +46,6 @@ from steerlm2.training.setup import (
     build_model,
     build_optimizer,
     lay_out_model,
-    open_run_checkpointer,
 )
 from steerlm2.training.step_plan import StepBatches, microbatches_by_rank
 
@@ -109,9 +108,7 @@ class RewardRecipe:
             cfg, self.tokenizer, longest=longest, num_attributes=num_attributes
         )
         head = RewardHeadOptions(self.template, self.schema, cfg.load_reward_head)
-        self.checkpointer = open_run_checkpointer(cfg, self.model, self.tokenizer, world, head)
-        fresh_head = cfg.checkpointer is not None and not cfg.load_reward_head
-        lay_out_model(self.model, self.checkpointer, world, cfg, fresh_head=fresh_head)
+        self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world, head)
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)
         self.calibrations = run.json_lines("calibration.jsonl")
         pairwise = cfg.loss != "regression"

@@ -26,16 +26,11 @@ from steerlm2.data.packing import Dialogue, PackedDialogues, pack_dialogues
 from steerlm2.datasets import DialogueDataset
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
 from steerlm2.inference.engines import response_end
-from steerlm2.inference.validation_answers import answer_questions, questions_of
+from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.runs.entry import recipe_main
 from steerlm2.training.forward import target_logps
 from steerlm2.training.run import TrainingRun
-from steerlm2.training.setup import (
-    build_model,
-    build_optimizer,
-    lay_out_model,
-    open_run_checkpointer,
-)
+from steerlm2.training.setup import build_model, build_optimizer, lay_out_model
 from steerlm2.training.step_plan import StepBatches, microbatches_by_rank
 
 
@@ -72,17 +67,19 @@ class SFTRecipe:
         self.train_set = self._dataset(cfg.dataset)
         self.val_set = self._dataset(cfg.val_data) if cfg.val_data else None
         conversations = self.val_set.conversations if self.val_set else []
-        self.questions = questions_of(cfg.generation, self.template, self.tokenizer, conversations)
+        self.answers = ValidationAnswers(
+            cfg.generation,
+            self.template,
+            self.tokenizer,
+            conversations,
+            run.json_lines("samples.jsonl"),
+        )
         run.plan(len(self.train_set))
 
-        generated = cfg.generation.max_new_tokens if cfg.generation else 0
-        asked = [len(question.tokens) + generated for question in self.questions]
         longest = [data.longest() for data in (self.train_set, self.val_set) if data]
-        self.model = build_model(cfg, self.tokenizer, longest=max([*longest, *asked]))
-        self.checkpointer = open_run_checkpointer(cfg, self.model, self.tokenizer, world)
-        lay_out_model(self.model, self.checkpointer, world, cfg)
+        self.model = build_model(cfg, self.tokenizer, longest=max([*longest, self.answers.longest]))
+        self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world)
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)
-        self.samples = run.json_lines("samples.jsonl")
         dialogues = self.train_set.dialogues
         data_state = {
             "dialogues": len(dialogues),
@@ -140,17 +137,7 @@ class SFTRecipe:
                 loss_sum -= target_logps(self.model, batch.to(world.device), world).double().sum()
             num_targets = sum(len(dialogue.target_positions) for dialogue in dialogues)
             metrics = {"loss": world.sum(loss_sum).item() / num_targets}
-            metrics |= answer_questions(
-                self.model,
-                self.questions,
-                cfg.generation,
-                self.template,
-                self.tokenizer,
-                world,
-                step=step,
-                seed=cfg.seed,
-                samples=self.samples,
-            )
+            metrics |= self.answers.sample(self.model, world, step=step, seed=cfg.seed)
         run.log_validation(step, metrics)
 
     def export(self) -> None:

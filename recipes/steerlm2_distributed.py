@@ -31,17 +31,12 @@ from steerlm2.data.packing import Group, PackedGroups, Targets, targets_of
 from steerlm2.datasets import SteerLM2Dataset, with_log_probs
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
 from steerlm2.inference.engines import response_end
-from steerlm2.inference.validation_answers import answer_questions, questions_of
+from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.runs.entry import recipe_main
 from steerlm2.training.forward import response_logps, score_groups
 from steerlm2.training.run import TrainingRun
-from steerlm2.training.setup import (
-    build_model,
-    build_optimizer,
-    lay_out_model,
-    open_run_checkpointer,
-)
+from steerlm2.training.setup import build_model, build_optimizer, lay_out_model
 from steerlm2.training.step_plan import GroupBatches, Strategy, pack_step, plan_step
 
 LOGGED = ("loss", *METRIC_NAMES)
@@ -123,22 +118,24 @@ class SteerLM2Recipe:
         train_set = self._dataset(cfg.dataset)
         val_set = self._dataset(cfg.val_data) if cfg.val_data else None
         conversations = val_set.conversations() if val_set else []
-        self.questions = questions_of(cfg.generation, self.template, self.tokenizer, conversations)
+        self.answers = ValidationAnswers(
+            cfg.generation,
+            self.template,
+            self.tokenizer,
+            conversations,
+            run.json_lines("samples.jsonl"),
+        )
         run.plan(len(train_set))
 
-        generated = cfg.generation.max_new_tokens if cfg.generation else 0
-        asked = [len(question.tokens) + generated for question in self.questions]
         longest = [data.longest() for data in (train_set, val_set) if data]
-        self.model = build_model(cfg, self.tokenizer, longest=max([*longest, *asked]))
-        self.checkpointer = open_run_checkpointer(cfg, self.model, self.tokenizer, world)
-        lay_out_model(self.model, self.checkpointer, world, cfg)
+        self.model = build_model(cfg, self.tokenizer, longest=max([*longest, self.answers.longest]))
+        self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world)
         self.loss_fn = instantiate(cfg.loss, normalize=cfg.steerlm2.normalize)
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)
 
         # Q_theta is Q' only now: after a training state is loaded it has moved on.
         self.train_groups = self._scored(train_set, "dataset")
         self.val_groups = self._scored(val_set, "dataset_val") if val_set else []
-        self.samples = run.json_lines("samples.jsonl")
         tokens = sum(group.num_tokens for group in self.train_groups)
         data_state = {"groups": len(train_set), "tokens": tokens, "shuffle": cfg.data.shuffle}
         run.begin(self.model, self.optimizer, self.lr_scheduler, data_state)
@@ -219,17 +216,7 @@ class SteerLM2Recipe:
                 logps_N = torch.tensor(logps, dtype=torch.float64, device=world.device)
                 means = (self._metric_sums(logps_N, groups) / len(groups)).tolist()
                 metrics |= zip(LOGGED, world.from_main(means), strict=True)
-            metrics |= answer_questions(
-                self.model,
-                self.questions,
-                cfg.generation,
-                self.template,
-                self.tokenizer,
-                world,
-                step=step,
-                seed=cfg.seed,
-                samples=self.samples,
-            )
+            metrics |= self.answers.sample(self.model, world, step=step, seed=cfg.seed)
         if metrics:
             run.log_validation(step, metrics)
 

@@ -54,47 +54,65 @@ def questions_of(
     return questions
 
 
-def answer_questions(
-    decoder: TransformerDecoder,
-    questions: Sequence[Question],
-    options: GenerationOptions | None,
-    template: Template,
-    tokenizer: Tokenizer,
-    world: World,
-    *,
-    step: int,
-    seed: int,
-    samples: JsonLines,
-) -> dict[str, float]:
-    """Sample an answer to every question, and append it to `samples.jsonl`. Called by all ranks.
-
-    The texts are without the template's end of turn and stop token.
+class ValidationAnswers:
+    """Samples an answer to every question at each validation, into `samples.jsonl`.
 
     Args:
+        options: None: no questions.
+        conversations: the validation data; the last turn of each is to be answered.
         samples: the file.
 
-    Returns:
-        The values of the functions in `options.metrics` for the answers, the same on all ranks.
+    Attributes:
+        longest: tokens of the longest question with its answer.
     """
-    if options is None:
-        return {}
-    end_of_turn, stop_id = response_end(template, tokenizer)
-    answers = sample_tokens(
-        decoder,
-        [question.tokens for question in questions],
-        world,
-        stop_id=stop_id,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=seed + step,
-    )
-    prompts = [question.prompt for question in questions]
-    labels = [question.label for question in questions]
-    responses = [tokenizer.decode(answer).removesuffix(end_of_turn) for answer in answers]
-    if world.is_main:
-        for prompt, label, response in zip(prompts, labels, responses, strict=True):
-            samples.append({"step": step, "label": label, "prompt": prompt, "response": response})
-    # On one rank only, because a metric function may send requests to a server.
-    metrics = world.on_main(lambda: answer_metrics(options.metrics, prompts, labels, responses))
-    return world.from_main(metrics) or {}
+
+    def __init__(
+        self,
+        options: GenerationOptions | None,
+        template: Template,
+        tokenizer: Tokenizer,
+        conversations: Sequence[Conversation],
+        samples: JsonLines,
+    ) -> None:
+        self.options = options
+        self.tokenizer = tokenizer
+        self.samples = samples
+        self.questions = questions_of(options, template, tokenizer, conversations)
+        self.end_of_turn, self.stop_id = response_end(template, tokenizer)
+        generated = options.max_new_tokens if options else 0
+        self.longest = max((len(q.tokens) + generated for q in self.questions), default=0)
+
+    def sample(
+        self, decoder: TransformerDecoder, world: World, *, step: int, seed: int
+    ) -> dict[str, float]:
+        """Answer all questions with the weights after a step. Called by all ranks.
+
+        The texts are without the template's end of turn and stop token.
+
+        Returns:
+            The values of the functions in `options.metrics` for the answers, the same on all
+            ranks.
+        """
+        options = self.options
+        if options is None:
+            return {}
+        answers = sample_tokens(
+            decoder,
+            [question.tokens for question in self.questions],
+            world,
+            stop_id=self.stop_id,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=seed + step,
+        )
+        prompts = [question.prompt for question in self.questions]
+        labels = [question.label for question in self.questions]
+        texts = [self.tokenizer.decode(answer).removesuffix(self.end_of_turn) for answer in answers]
+        if world.is_main:
+            for prompt, label, text in zip(prompts, labels, texts, strict=True):
+                entry = {"step": step, "label": label, "prompt": prompt, "response": text}
+                self.samples.append(entry)
+        # On one rank only, because a metric function may send requests to a server.
+        metrics = world.on_main(lambda: answer_metrics(options.metrics, prompts, labels, texts))
+        return world.from_main(metrics) or {}

@@ -65,61 +65,60 @@ class RewardHeadOptions:
     """Whether the checkpoint that the run starts from must have this head."""
 
 
-def open_run_checkpointer(
+def lay_out_model(
     cfg: TrainingKeys,
     model: TransformerDecoder,
     tokenizer: Tokenizer,
     world: World,
     head: RewardHeadOptions | None = None,
 ) -> Checkpointer | None:
-    """The checkpointer of a run; None on ranks other than 0.
+    """Lay the model out over the processes, and fill it with weights: a checkpoint's or fresh ones.
 
     Args:
+        model: on the meta device.
         head: of an attribute model.
 
+    Returns:
+        The checkpointer, which writes the export; None on ranks other than 0.
+
     Raises:
-        ValueError: on every rank, where the folder isn't a checkpoint that can be read, or has
-            another head than `head` asks for.
+        ValueError: on every rank, where the folder isn't a checkpoint that can be read, has another
+            head than `head` asks for, or doesn't fit the model, or the model doesn't fit the
+            layout.
     """
-
-    def opened() -> Checkpointer:
-        if head is None:
-            return open_checkpointer(
-                cfg.checkpointer, model, tokenizer, seed=cfg.seed, output_dir=cfg.output_dir
-            )
-        return open_reward_checkpointer(
-            cfg.checkpointer,
-            model,
-            tokenizer,
-            head.template,
-            head.schema,
-            seed=cfg.seed,
-            output_dir=cfg.output_dir,
-            load_head=head.load_head,
-        )
-
-    return world.on_main(opened)
-
-
-def lay_out_model(
-    model: TransformerDecoder,
-    checkpointer: Checkpointer | None,
-    world: World,
-    cfg: TrainingKeys,
-    *,
-    fresh_head: bool = False,
-) -> None:
-    """Lay the model out over the processes, and fill it with weights; arguments as of `lay_out`."""
+    checkpointer = world.on_main(lambda: _open_checkpointer(cfg, model, tokenizer, head))
     if cfg.float8:
         use_float8(model, world.device)
-    checkpointing = cfg.ac_mode if cfg.enable_activation_checkpointing else None
     lay_out(
         model,
         checkpointer,
         world,
         cfg,
-        activation_checkpointing=checkpointing,
-        fresh_head=fresh_head,
+        activation_checkpointing=cfg.ac_mode if cfg.enable_activation_checkpointing else None,
+        fresh_head=head is not None and cfg.checkpointer is not None and not head.load_head,
+    )
+    return checkpointer
+
+
+def _open_checkpointer(
+    cfg: TrainingKeys,
+    model: TransformerDecoder,
+    tokenizer: Tokenizer,
+    head: RewardHeadOptions | None,
+) -> Checkpointer:
+    if head is None:
+        return open_checkpointer(
+            cfg.checkpointer, model, tokenizer, seed=cfg.seed, output_dir=cfg.output_dir
+        )
+    return open_reward_checkpointer(
+        cfg.checkpointer,
+        model,
+        tokenizer,
+        head.template,
+        head.schema,
+        seed=cfg.seed,
+        output_dir=cfg.output_dir,
+        load_head=head.load_head,
     )
 
 

@@ -17,7 +17,7 @@ from steerlm2.data.templates import encode_prompt, encode_response, extra_id_tem
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.inference import validation_answers
-from steerlm2.inference.validation_answers import Question, answer_questions, questions_of
+from steerlm2.inference.validation_answers import Question, ValidationAnswers, questions_of
 from steerlm2.models.llama import end_at_hidden_states
 from steerlm2.runs.metrics import JsonLines
 
@@ -59,12 +59,9 @@ def test_prompts_come_first_and_then_the_first_conversations() -> None:
 def test_nothing_is_asked_without_the_section(tmp_path: Path) -> None:
     assert questions_of(None, TEMPLATE, TOKENIZER, []) == []
     samples = JsonLines(tmp_path / "samples.jsonl")
-    assert (
-        answer_questions(
-            decoder(), [], None, TEMPLATE, TOKENIZER, CPU, step=1, seed=0, samples=samples
-        )
-        == {}
-    )
+    answers = ValidationAnswers(None, TEMPLATE, TOKENIZER, [], samples)
+    assert answers.longest == 0
+    assert answers.sample(decoder(), CPU, step=1, seed=0) == {}
     assert samples.read() == []
 
 
@@ -82,11 +79,9 @@ def test_samples_and_metrics_are_of_texts_without_the_end_of_turn(
         lambda components, *texts: lengths(*texts) if components == [metric] else {},
     )
     options = GenerationOptions(prompts=["q"], label="humor:4", metrics=[metric])
-    questions = questions_of(options, TEMPLATE, TOKENIZER, [])
     samples = JsonLines(tmp_path / "samples.jsonl")
-    metrics = answer_questions(
-        decoder(), questions, options, TEMPLATE, TOKENIZER, CPU, step=3, seed=0, samples=samples
-    )
+    answers = ValidationAnswers(options, TEMPLATE, TOKENIZER, [], samples)
+    metrics = answers.sample(decoder(), CPU, step=3, seed=0)
     assert samples.read() == [{"step": 3, "label": "humor:4", "prompt": "q", "response": "good"}]
     assert metrics == {"mean_length": 4.0}
 
@@ -96,11 +91,16 @@ def test_answers_follow_from_seed_and_step(tmp_path: Path) -> None:
     model = decoder()
     end_at_hidden_states(model)
     options = GenerationOptions(prompts=["q"], max_new_tokens=5, temperature=1.0, top_p=1.0)
-    questions = questions_of(options, TEMPLATE, TOKENIZER, [])
     samples = JsonLines(tmp_path / "samples.jsonl")
+    answers = ValidationAnswers(options, TEMPLATE, TOKENIZER, [], samples)
     for step in (1, 1, 2):
-        answer_questions(
-            model, questions, options, TEMPLATE, TOKENIZER, CPU, step=step, seed=0, samples=samples
-        )
+        answers.sample(model, CPU, step=step, seed=0)
     first, again, other = (entry["response"] for entry in samples.read())
     assert first == again != other
+
+
+def test_the_longest_question_has_room_for_its_answer(tmp_path: Path) -> None:
+    options = GenerationOptions(prompts=["a", "a a a"], max_new_tokens=7)
+    samples = JsonLines(tmp_path / "samples.jsonl")
+    answers = ValidationAnswers(options, TEMPLATE, TOKENIZER, [], samples)
+    assert answers.longest == len(answers.questions[1].tokens) + 7
