@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import yaml
+from example_config import GOOD, TEMPLATE, Config, Inner
 from omegaconf import OmegaConf
 
 from steerlm2.config.loader import (
@@ -21,35 +21,6 @@ from steerlm2.config.loader import (
 )
 
 SCHEDULE = "steerlm2.training.warmup_cosine_hold"
-
-
-TEMPLATE = "steerlm2.data.extra_id_template"
-
-
-@dataclass
-class Inner:
-    strategy: Literal["auto", "two_pass"] = "auto"
-    max_tokens: int = 4096
-    tolerance: float = 0.05
-
-
-@dataclass
-class Config:
-    output_dir: str
-    model: Component
-    lr: float | None = None
-    steps: int | None = None
-    compile: bool = False
-    prompts: list[str] = field(default_factory=list)
-    steerlm2: Inner = field(default_factory=Inner)
-    validation: Inner | None = None
-    named: dict[str, Inner] = field(default_factory=dict)
-
-    def problems(self) -> list[str]:
-        return ["'steps' and 'lr' go together"] if self.steps and self.lr is None else []
-
-
-GOOD: dict[str, Any] = {"output_dir": "out", "model": {"_component_": TEMPLATE}}
 
 
 def load(**values: Any) -> Config:
