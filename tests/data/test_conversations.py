@@ -145,7 +145,6 @@ PLAIN = PLAIN.filter(lambda text: "<extra_id_" not in text)
 SPOKEN = st.tuples(st.sampled_from(["User", "Assistant"]), PLAIN)
 
 
-@hypothesis.settings(deadline=None, derandomize=True)
 @hypothesis.given(PLAIN, st.lists(SPOKEN, max_size=5), PLAIN)
 def test_a_regression_text_gives_back_its_conversation(
     system: str, spoken: list[tuple[str, str]], response: str

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from drawn_groups import group, groups_of_any_size, ids, text, two_groups
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steerlm2.data.packing import (
@@ -157,7 +157,6 @@ def test_to_moves_every_tensor() -> None:
 
 
 @given(groups_of_any_size)
-@settings(deadline=None)
 def test_a_groups_token_count_is_its_length_in_a_packed_sequence(groups: list[Group]) -> None:
     batch = pack(groups)
     assert int((batch.group_T != PADDING).sum()) == sum(group.num_tokens for group in groups)
@@ -185,7 +184,6 @@ def test_slices_within_a_token_budget() -> None:
 
 
 @given(groups_of_any_size, st.integers(1, 20))
-@settings(deadline=None)
 def test_slices_within_cover_all_responses_once_in_order(groups: list[Group], budget: int) -> None:
     for whole in groups:
         indices = [i for part in whole.slices_within(budget) for i in part.responses_kept]
@@ -193,7 +191,6 @@ def test_slices_within_cover_all_responses_once_in_order(groups: list[Group], bu
 
 
 @given(groups_of_any_size, st.integers(1, 20))
-@settings(deadline=None)
 def test_slices_within_keep_to_the_budget_or_are_single_responses(
     groups: list[Group], budget: int
 ) -> None:
@@ -203,7 +200,6 @@ def test_slices_within_keep_to_the_budget_or_are_single_responses(
 
 
 @given(groups_of_any_size, st.integers(1, 20))
-@settings(deadline=None)
 def test_slices_within_are_as_long_as_they_can_be(groups: list[Group], budget: int) -> None:
     """The next slice's first response would not have fitted in."""
     for whole in groups:
@@ -213,7 +209,6 @@ def test_slices_within_are_as_long_as_they_can_be(groups: list[Group], budget: i
 
 
 @given(groups_of_any_size)
-@settings(deadline=None)
 def test_pairs_are_those_of_the_mask(groups: list[Group]) -> None:
     assert sum(group.num_pairs for group in groups) == _num_unmasked_pairs(pack(groups))
     reward_groups = [RewardGroup(g.prompt, g.responses) for g in groups]

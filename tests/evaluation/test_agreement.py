@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steerlm2.attributes import NOT_LABELLED, AttributeSchema
@@ -68,7 +68,6 @@ def test_pairwise_accuracy_by_hand() -> None:
     assert of_one([1, 3, 1, 2], [0, 1, 1, 2])["pairwise_accuracy"] == 3.5 / 5
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(-2, 6), st.integers(0, 4)), min_size=2, max_size=30))
 def test_pairwise_accuracy_is_its_definition(pairs: list[tuple[int, int]]) -> None:
     """Over all pairs of texts with different labels; few values, so that there are many ties."""
@@ -187,7 +186,6 @@ def test_calibration_of_preferences_by_hand() -> None:
     ]
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.floats(-50, 50), st.integers(-3, 3)), max_size=30))
 def test_every_decided_pair_is_in_one_bin(pairs: list[tuple[float, int]]) -> None:
     rows = preference_calibration([[0, gap] for gap, _ in pairs], [s for _, s in pairs])

@@ -7,7 +7,6 @@ Run as a script it is one of the two ranks of the vocabulary-parallel test.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,10 +176,8 @@ def run_rank(rank: int, folder: Path) -> None:
 def vocabulary_parallel(tmp_path_factory: pytest.TempPathFactory) -> list[list[Tensor]]:
     """[log-probs, gradient of hidden, gradient of the weight's shard] of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment)
-        for rank in range(2)
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

@@ -61,7 +61,7 @@ class TuneProcess:
         return self.start_process(
             [TUNE, "run", *launcher, *arguments],
             cwd=self.cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | self.variables,
+            env=os.environ | self.variables,
             **options,
         )
 

@@ -195,7 +195,6 @@ def test_sigterm_for_a_launcher_on_a_node_stops_its_ranks(
     process = subprocess.Popen(
         [sys.executable, "-m", "steerlm2.runs.on_node", TUNE, "run", *launch, *arguments,
          f"output_dir={tmp_path}", "save_every_n_steps=100", "max_steps=4000"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -305,7 +304,7 @@ def test_a_full_disk_is_one_message_and_earlier_checkpoints_stay(
     limited = subprocess.run(
         ["bash", "-c", 'ulimit -f 1024; exec "$@"', "-", TUNE, "run", *arguments,
          f"output_dir={tmp_path}"],
-        cwd=tune.cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tune.cwd, capture_output=True, text=True,
     )  # fmt: skip
     text = message(limited)
     assert f"WARNING: {tmp_path}/checkpoints/step_000003 could not be written" in limited.stderr

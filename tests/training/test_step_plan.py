@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from drawn_groups import group, groups_of_any_size, two_groups
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steerlm2.data.packing import (
@@ -26,14 +26,12 @@ from steerlm2.training.step_plan import (
 
 
 @given(groups_of_any_size, st.integers(1, 60))
-@settings(deadline=None)
 def test_microbatches_hold_every_group_once(groups: list[Group], budget: int) -> None:
     batches = fill_microbatches(groups, budget)
     assert sorted(group.index for batch in batches for group in batch) == list(range(len(groups)))
 
 
 @given(groups_of_any_size, st.integers(1, 60))
-@settings(deadline=None)
 def test_microbatches_keep_to_the_budget_or_hold_one_group(
     groups: list[Group], budget: int
 ) -> None:
@@ -42,7 +40,6 @@ def test_microbatches_keep_to_the_budget_or_hold_one_group(
 
 
 @given(groups_of_any_size, st.integers(1, 60))
-@settings(deadline=None)
 def test_no_two_microbatches_could_have_been_one(groups: list[Group], budget: int) -> None:
     loads = sorted(sum(g.num_tokens for g in batch) for batch in fill_microbatches(groups, budget))
     assert len(loads) < 2 or loads[0] + loads[1] > budget
@@ -114,7 +111,6 @@ def plans_of(groups: list[Group], num_ranks: int, **settings: Any) -> list[Any]:
     st.sampled_from(["auto", "single_pass", "two_pass"]),
     st.integers(1, 60),
 )
-@settings(deadline=None)
 def test_a_step_has_every_group_once_over_all_ranks(
     groups: list[Group], num_ranks: int, strategy: Strategy, budget: int
 ) -> None:
@@ -127,7 +123,6 @@ def test_a_step_has_every_group_once_over_all_ranks(
 
 
 @given(groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
-@settings(deadline=None)
 def test_auto_takes_two_passes_for_groups_over_the_budget_only(
     groups: list[Group], num_ranks: int, budget: int
 ) -> None:
@@ -147,7 +142,6 @@ def test_a_fixed_strategy_leaves_the_other_kind_empty(strategy: str, kind: str) 
 
 
 @given(groups_of_any_size, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4))
-@settings(deadline=None)
 def test_all_ranks_run_as_many_microbatches_as_the_busiest(
     groups: list[Group], num_ranks: int, budget: int, size: int
 ) -> None:
@@ -179,7 +173,6 @@ reward_groups_of_any_size = groups_of_any_size.map(
 )
 
 
-@settings(deadline=None, derandomize=True)
 @given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
 def test_microbatches_of_ranks_hold_every_group_once(
     groups: list[RewardGroup], num_ranks: int, max_tokens: int
@@ -190,7 +183,6 @@ def test_microbatches_of_ranks_hold_every_group_once(
     assert sorted(found) == list(range(len(groups)))
 
 
-@settings(deadline=None, derandomize=True)
 @given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
 def test_all_ranks_have_as_many_microbatches(
     groups: list[RewardGroup], num_ranks: int, max_tokens: int
@@ -204,7 +196,6 @@ def test_all_ranks_have_as_many_microbatches(
     assert all(any(own) for own in zip(*microbatches, strict=True))
 
 
-@settings(deadline=None, derandomize=True)
 @given(reward_groups_of_any_size, st.integers(1, 5), st.integers(1, 60))
 def test_microbatches_of_ranks_stay_within_the_budget(
     groups: list[RewardGroup], num_ranks: int, max_tokens: int
