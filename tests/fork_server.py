@@ -489,9 +489,11 @@ def preload() -> None:
 
     Nothing here may start a thread: a child would have what the thread held, but not the thread.
     """
+    import matplotlib.backends.backend_agg  # noqa: F401
     import torch.distributed.run
 
     torch.distributed.run.run = run_on_forked_ranks
+    import torchtune._cli.tune  # noqa: F401
     from torchtune._recipe_registry import get_all_recipes
 
     from steerlm2._tune import RECIPES

@@ -20,6 +20,7 @@ graph break there and aren't recompiled for other blocks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def attend(
     if isinstance(mask, BlockMask):
         # Inside a compiled layer FlexAttention is compiled with it; on a CPU it runs uncompiled.
         as_it_is = torch.compiler.is_compiling() or not q.is_cuda
-        attention = flex_attention if as_it_is else _compiled_flex_attention
+        attention = flex_attention if as_it_is else _compiled(flex_attention)
         if queries_per_key > 1:  # the repetitions are neither read nor kept for the backward
             k, v = (each[:, ::queries_per_key].contiguous() for each in (k, v))
         return attention(
@@ -195,7 +196,7 @@ def flex_mask(group_T: Tensor, segment_T: Tensor) -> BlockMask:
         group_T: [T] as in `PackedSequence`; segment_T alike.
     """
     length = len(group_T)
-    create = _compiled_create_block_mask if group_T.is_cuda else create_block_mask
+    create = _compiled(create_block_mask) if group_T.is_cuda else create_block_mask
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (segment_T[k] == 0) | (segment_T[q] == segment_T[k])
@@ -204,6 +205,10 @@ def flex_mask(group_T: Tensor, segment_T: Tensor) -> BlockMask:
     return create(sees, None, None, length, length, device=group_T.device)
 
 
-# Packed sequences have many lengths: static shapes would be compiled anew for each.
-_compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
-_compiled_create_block_mask = torch.compile(create_block_mask, dynamic=True)
+@functools.cache
+def _compiled(function: Any) -> Any:
+    """Packed sequences have many lengths: static shapes would be compiled anew for each.
+
+    Compiled at the first use: importing the compiler takes seconds.
+    """
+    return torch.compile(function, dynamic=True)

@@ -146,8 +146,13 @@ def plot_curves(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(keys), 3.6), layout="constrained")
+    width, height = 5 * len(keys), 3.6
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    # A layout that is computed takes as long as all else here.
+    figure.subplots_adjust(
+        left=0.6 / width, right=1 - 0.2 / width, bottom=0.5 / height, top=1 - 0.3 / height
+    )
     for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         for name, label, marker in ((key, "train", ""), ("val_" + key, "validation", "o")):
             points = [(e["step"], e[name]) for e in entries if name in e]

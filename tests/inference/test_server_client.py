@@ -41,12 +41,10 @@ def test_nothing_to_ask_is_not_asked(fake_vllm: Any) -> None:
 
 
 def test_concurrency_is_bounded(fake_vllm: Any) -> None:
-    """20 texts of 20 ms by 4 threads: never 5 at a time, and faster than one after the other."""
+    """20 texts of 20 ms by 4 threads: several at a time, never 5."""
     fake_vllm.seconds = 0.02
     asked = connected(fake_vllm, concurrency=4)
-    started = time.monotonic()
     asked.classify(TEXTS)
-    assert time.monotonic() - started < 20 * 0.02
     assert 2 <= fake_vllm.most_in_flight <= 4
 
 

@@ -26,10 +26,6 @@ WriteGroups = Callable[..., Path]
 TUNE = Path(sys.executable).with_name("tune")
 STEPS = 40
 KILLS = 10
-LAYOUTS = {
-    "tp2_fsdp2": ("tensor_parallel_dim=2",),
-    "hsdp2x2": ("data_parallel_replicate_dim=2",),
-}
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +229,7 @@ def start_two_nodes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
-    layout: str,
     tune: Any,
     tune_command: Any,
     arguments: list[str],
@@ -243,10 +237,10 @@ def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One rank of the second launcher is killed once, in mid-run: all ranks start again from the
-    newest checkpoint, without being told to resume."""
+    """Tensor parallel in a node, sharded over both. One rank of the second launcher is killed once,
+    in mid-run: all ranks start again from the newest checkpoint, without being told to resume."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    overrides = (*LAYOUTS[layout], "max_steps=12", "save_every_n_steps=2")
+    overrides = ("tensor_parallel_dim=2", "max_steps=12", "save_every_n_steps=2")
     single, double = tmp_path / "single", tmp_path / "double"
     tune(*arguments, *overrides, f"output_dir={single}", nproc=4)
     nodes = start_two_nodes(

@@ -1,6 +1,6 @@
 """torchao's optimizers through `tune run`: trained, saved, and resumed on the same and other ranks.
 
-They compile their update, so a run has a minute of its own.
+They compile their update for each shape of a parameter, so the models here have few shapes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import pytest
 if TYPE_CHECKING:
     from tests.recipes.conftest import RunFolder, TuneProcess
 
+FEW_SHAPES = ("model.num_kv_heads=4", "model.intermediate_dim=128")  # embed_dim is 128
 STEERLM2 = (
     *("steerlm2_distributed", "--config", "tiny/steerlm2", "generation=null", "dataset_val=null"),
     *("val_every_n_steps=null", "dataset.num_records=64", "max_steps=4", "save_every_n_steps=2"),
     *("keep_last_n_checkpoints=2", "optimizer._component_=torchao.optim.AdamW8bit"),
+    *FEW_SHAPES,
 )
 OTHERS = {
     "sft_distributed": ("--config", "tiny/acsft", "generation=null"),
@@ -75,6 +77,7 @@ def test_the_other_recipes_train_and_resume(
         *("dataset.num_records=48", "max_steps=4", "save_every_n_steps=2"),
         *("keep_last_n_checkpoints=2", "lr_scheduler.warmup_steps=1"),
         *("optimizer._component_=torchao.optim.AdamW8bit", f"output_dir={tmp_path}/run"),
+        *FEW_SHAPES,
     )
     tune(*arguments)
     run = run_folder(tmp_path / "run")
