@@ -157,11 +157,11 @@ def _write_groups(path: Path, sizes: Iterable[int], *, seed: int = 0, too_long: 
 
 
 @pytest.fixture(scope="session")
-def attribute_model(tune_command: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def attribute_model(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that reward_distributed exports after 40 steps of tiny/reward: its scores are not
     good yet, but differ from text to text."""
     output_dir = tmp_path_factory.mktemp("attribute_model")
-    tune_command(
+    tune(
         *("reward_distributed", "--config", "tiny/reward", f"output_dir={output_dir}"),
         *("max_steps=40", "lr_scheduler.warmup_steps=5", "dataset.num_records=320"),
         *("dataset_val=null", "val_every_n_steps=null", "save_every_n_steps=null", "export=last"),

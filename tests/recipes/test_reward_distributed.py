@@ -343,9 +343,9 @@ def test_bfloat16_computation_on_float32_weights(train: Train, reference: RunFol
     assert {tensor.dtype for tensor in run.weights().values()} == {torch.bfloat16}
 
 
-def test_synthetic_preferences_are_learned(tune: TuneProcess, tmp_path: Path) -> None:
+def test_synthetic_preferences_are_learned(tune_command: TuneProcess, tmp_path: Path) -> None:
     """tiny/reward with another loss, and nothing else to set."""
-    tune(
+    tune_command(
         *("reward_distributed", "--config", "tiny/reward", "loss=regular_bt", "max_steps=40"),
         *("dataset.num_records=320", f"output_dir={tmp_path}", "val_every_n_steps=40"),
     )
