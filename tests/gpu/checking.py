@@ -261,14 +261,14 @@ def tune(recipe: str, config: str, *overrides: str, **options: Any) -> str:
     return start_tune(recipe, config, *overrides, **options).output()
 
 
-def rows(run: Path, key: str = "loss") -> list[dict[str, Any]]:
+def entries(run: Path, key: str = "loss") -> list[dict[str, Any]]:
     """The lines of a run's metrics that have a key."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if key in row]
 
 
 def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in rows(run)]
+    return [row["loss"] for row in entries(run)]
 
 
 def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -13,13 +13,13 @@ from checking import (
     CONTEXT,
     Child,
     check,
+    entries,
     expect,
     folder,
     largest_difference,
     losses,
     note,
     on_gpu,
-    rows,
     start_tune,
     tune,
 )
@@ -77,13 +77,13 @@ def compiled() -> tuple[str, ...]:
 
 def note_steps(run: Path, reference: Path) -> None:
     """The figures of a run against the CPU's, step by step."""
-    ours, theirs = rows(run), rows(reference)
+    ours, theirs = entries(run), entries(reference)
     note(steps=len(ours))
     for key in ("loss", "distance", "grad_norm"):
         pair = [row[key] for row in ours], [row[key] for row in theirs]
         note(**{f"{key}_first": largest_difference(pair[0][:1], pair[1][:1])})
         note(**{f"{key}_worst": largest_difference(*pair)})
-    validated = [[row["val_loss"] for row in rows(r, "val_loss")] for r in (run, reference)]
+    validated = [[row["val_loss"] for row in entries(r, "val_loss")] for r in (run, reference)]
     note(val_loss_worst=largest_difference(*validated))
     rates = [row["tokens_per_second"] for row in ours]
     note(first_step_tokens_per_second=rates[0])
@@ -114,7 +114,7 @@ def cpu_reference() -> None:
     """20 steps of tiny/steerlm2 on the CPU in float32: what the GPU's are compared with."""
     run = folder() / "run"
     tune(*steerlm2(), "device=cpu", *FP32, f"output_dir={run}")
-    note(steps=len(rows(run)), last_loss=rows(run)[-1]["loss"])
+    note(steps=len(entries(run)), last_loss=entries(run)[-1]["loss"])
 
 
 @check(120, needs=["cpu_reference"])
@@ -194,7 +194,7 @@ def resume() -> None:
     whole = start_tune(*base, f"output_dir={folder()}/whole")
     killed = folder() / "killed"
     kill_after(start_tune(*base, f"output_dir={killed}"), killed, killed_from)
-    note(killed_after=len(rows(killed)))
+    note(killed_after=len(entries(killed)))
     again = tune(*base, f"output_dir={killed}", "resume_from_checkpoint=true")
     found = re.search(r"resumed from .*?(step_\d+)", again)
     note(resumed_from=found[1] if found else "nothing")

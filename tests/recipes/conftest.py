@@ -94,7 +94,7 @@ class RunFolder:
     path: Path
     stdout: str = ""
 
-    def rows(self, file: str = "metrics.jsonl") -> list[Json]:
+    def entries(self, file: str = "metrics.jsonl") -> list[Json]:
         """The lines of a .jsonl file, without what measures the machine and not the run."""
         machine = {
             *("tokens_per_second", "peak_memory_gib", "checkpoint_pause_seconds"),

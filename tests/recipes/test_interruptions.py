@@ -86,7 +86,7 @@ def is_saving(folder: Path) -> bool:
 
 def assert_same_run(run: RunFolder, reference: RunFolder) -> None:
     """Bit for bit; no step is missing or stands there twice."""
-    assert run.rows() == reference.rows()
+    assert run.entries() == reference.entries()
     got, expected = run.weights(), reference.weights()
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -252,8 +252,8 @@ def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert any("resumed from" in stdout for stdout, _ in outputs)
     run, expected = run_folder(double), run_folder(single)
-    assert [row["step"] for row in run.rows()] == list(range(1, 13))
-    for row, other in zip(run.rows(), expected.rows(), strict=True):
+    assert [row["step"] for row in run.entries()] == list(range(1, 13))
+    for row, other in zip(run.entries(), expected.entries(), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
     weights = run.weights()
     for name, tensor in expected.weights().items():

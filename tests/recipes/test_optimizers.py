@@ -59,7 +59,7 @@ def test_a_resumed_run_goes_on(
     arguments = (layout, f"output_dir={folder}", "resume_from_checkpoint=true")
     result = tune(*STEERLM2, *arguments, nproc=nproc)
     assert "resumed from" in result.stdout
-    got, expected = run_folder(folder).rows(), run_on_two.rows()
+    got, expected = run_folder(folder).entries(), run_on_two.entries()
     assert [row["lr"] for row in got] == [row["lr"] for row in expected]
     assert [row["loss"] for row in got] == pytest.approx(
         [row["loss"] for row in expected], rel=tolerance, abs=0
@@ -81,10 +81,10 @@ def test_the_other_recipes_train_and_resume(
     )
     tune(*arguments)
     run = run_folder(tmp_path / "run")
-    expected = run.rows()
+    expected = run.entries()
     shutil.rmtree(run.path / "checkpoints" / "step_000004")
     tune(*arguments, "resume_from_checkpoint=true")
-    assert run.rows() == expected
+    assert run.entries() == expected
 
 
 def test_bf16_weights_with_stochastic_rounding_train(
@@ -98,5 +98,5 @@ def test_bf16_weights_with_stochastic_rounding_train(
         *("dtype=bf16", "dataset.num_records=16", "max_steps=8", "save_every_n_steps=null"),
         *("lr=1e-3", "lr_scheduler.warmup_steps=0", f"output_dir={tmp_path}/run"),
     )
-    loss = [row["loss"] for row in run_folder(tmp_path / "run").rows()]
+    loss = [row["loss"] for row in run_folder(tmp_path / "run").entries()]
     assert loss[-1] < 0.8 * loss[0]

@@ -37,7 +37,7 @@ def runs(
 
 
 def losses(run: RunFolder) -> list[float]:
-    return [row["loss"] for row in run.rows() if "loss" in row]
+    return [row["loss"] for row in run.entries() if "loss" in row]
 
 
 def test_two_ranks_give_the_loss_of_one_process(runs: dict[str, RunFolder]) -> None:
@@ -61,11 +61,11 @@ def test_resumed_ranks_give_the_losses_of_the_uninterrupted_run(
     runs: dict[str, RunFolder], tune: TuneProcess, run_folder: type[RunFolder]
 ) -> None:
     run = runs["two"]
-    expected = run.rows()
+    expected = run.entries()
     for file in (run.path / "checkpoints" / "step_000006").iterdir():
         file.unlink()
     tune(*QLORA, f"output_dir={run.path}", "resume_from_checkpoint=true", nproc=2)
-    assert run_folder(run.path).rows() == expected
+    assert run_folder(run.path).entries() == expected
 
 
 def test_exports_are_dequantized_weights_with_the_adapters(runs: dict[str, RunFolder]) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tests.recipes.conftest import RunFolder, TuneProcess
 
 Train = Callable[..., "RunFolder"]
-Rows = dict[int, dict[str, float]]
+Entries = dict[int, dict[str, float]]
 
 SCHEMA = AttributeSchema(("humor", "verbosity"))
 GLOBAL_BATCH_SIZE = 7
@@ -173,9 +173,9 @@ def pairs(pair_file: Path) -> tuple[str, ...]:
     )
 
 
-def rows(run: RunFolder, key: str) -> Rows:
-    """The rows of metrics.jsonl that have the key, by their step."""
-    return {row["step"]: row for row in run.rows() if key in row}
+def entries_with(run: RunFolder, key: str) -> Entries:
+    """The entries of metrics.jsonl that have the key, by their step."""
+    return {row["step"]: row for row in run.entries() if key in row}
 
 
 def worst(run: RunFolder, reference: RunFolder) -> float:
@@ -183,7 +183,7 @@ def worst(run: RunFolder, reference: RunFolder) -> float:
 
     Correlations and accuracies are on a scale of 1: one that is nearly 0 is no more accurate.
     """
-    got, expected = run.rows(), reference.rows()
+    got, expected = run.entries(), reference.entries()
     assert [row.keys() for row in got] == [row.keys() for row in expected]
     differences = [
         abs(a[key] - b[key]) / max(abs(b[key]), 1.0 if "val_" in key and "mse" not in key else 1e-2)
@@ -244,7 +244,9 @@ def test_regression_loss_is_the_mean_over_all_labels_of_the_step(
     ]
     assert len(squares) < 2 * GLOBAL_BATCH_SIZE, "no label is missing"
     run = train(*ONE_STEP, nproc=4)
-    assert rows(run, "loss")[1]["loss"] == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+    assert entries_with(run, "loss")[1]["loss"] == pytest.approx(
+        sum(squares) / len(squares), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("loss", ["regular_bt", "margin_bt", "scaled_bt"])
@@ -272,31 +274,35 @@ def test_bradley_terry_loss_is_the_mean_over_all_pairs_of_the_step(
         orders = {-1: [-gap], 0: [gap, -gap], 1: [gap]}[(strength > 0) - (strength < 0)]
         losses.append(sum(nll(d, size) for d in orders) / len(orders))
     run = train(*pairs, f"loss={loss}", *ONE_STEP, nproc=4)
-    assert rows(run, "loss")[1]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert entries_with(run, "loss")[1]["loss"] == pytest.approx(
+        sum(losses) / len(losses), rel=1e-5
+    )
 
 
 # The reference run by itself
 
 
 def test_loss_falls(reference: RunFolder) -> None:
-    losses = [row["loss"] for row in rows(reference, "loss").values()]
+    losses = [row["loss"] for row in entries_with(reference, "loss").values()]
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
 def test_validation_reports_every_attribute(reference: RunFolder) -> None:
     metrics = {"mse", "pearson", "spearman", "pairwise_accuracy", "mse_of_mean"}
     expected = {f"val_{metric}_{name}" for metric in metrics for name in SCHEMA.names}
-    assert rows(reference, "val_loss")[STEPS].keys() == {"step", "val_loss"} | expected
+    assert entries_with(reference, "val_loss")[STEPS].keys() == {"step", "val_loss"} | expected
 
 
 def test_calibration_counts_every_validation_text(reference: RunFolder) -> None:
     """6 records of 3 responses, with two attributes each."""
-    for row in reference.rows("calibration.jsonl"):
+    for row in reference.entries("calibration.jsonl"):
         assert sum(line["responses"] for line in row["calibration"]) == 6 * 3 * 2
 
 
 def test_stdout_says_which_step_was_exported(reference: RunFolder) -> None:
-    losses = {step: row["val_loss"] for step, row in rows(reference, "val_loss").items() if step}
+    losses = {
+        step: row["val_loss"] for step, row in entries_with(reference, "val_loss").items() if step
+    }
     best = min(losses, key=lambda step: losses[step])
     assert reference.stdout.rstrip().endswith(f"(of step {best})")
 
@@ -337,7 +343,7 @@ def test_bfloat16_computation_on_float32_weights(train: Train, reference: RunFol
     """What the 70B configs do: bfloat16 keeps 8 bits of each activation, so a loss is off by a few
     per cent; the export is bfloat16."""
     run = train("dtype=bf16", "param_dtype=fp32", "save_dtype=bf16", "save_every_n_steps=null")
-    losses, expected = rows(run, "loss"), rows(reference, "loss")
+    losses, expected = entries_with(run, "loss"), entries_with(reference, "loss")
     for step, row in losses.items():
         assert row["loss"] == pytest.approx(expected[step]["loss"], rel=0.1)
     assert {tensor.dtype for tensor in run.weights().values()} == {torch.bfloat16}
@@ -384,8 +390,8 @@ def stage_of(run: RunFolder, *overrides: str) -> tuple[str, ...]:
 def test_second_stage_starts_with_the_head_of_the_first(train: Train, reference: RunFolder) -> None:
     """Its validation before the first step is that of the exported step."""
     second = train(*stage_of(reference, "load_reward_head=true", "max_steps=1"))
-    losses = [row["val_loss"] for step, row in rows(reference, "val_loss").items() if step]
-    assert rows(second, "val_loss")[0]["val_loss"] == pytest.approx(min(losses), rel=1e-5)
+    losses = [row["val_loss"] for step, row in entries_with(reference, "val_loss").items() if step]
+    assert entries_with(second, "val_loss")[0]["val_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_fresh_head_on_a_trained_backbone(train: Train, reference: RunFolder) -> None:
@@ -399,11 +405,11 @@ def test_fresh_head_on_a_trained_backbone(train: Train, reference: RunFolder) ->
 def test_exported_weights_are_those_of_the_best_or_the_last_step(train: Train, export: str) -> None:
     """With a learning rate that rises too far, the last step isn't the best."""
     run = train("lr=0.03", "lr_scheduler.warmup_steps=12", f"export={export}")
-    losses = {step: row["val_loss"] for step, row in rows(run, "val_loss").items() if step}
+    losses = {step: row["val_loss"] for step, row in entries_with(run, "val_loss").items() if step}
     assert losses[STEPS] > min(losses.values())
     expected = min(losses.values()) if export == "best" else losses[STEPS]
     again = train(*stage_of(run, "load_reward_head=true", "max_steps=1"))
-    assert rows(again, "val_loss")[0]["val_loss"] == pytest.approx(expected, rel=1e-4)
+    assert entries_with(again, "val_loss")[0]["val_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_start_from_an_export_of_the_same_output_dir_is_refused(
@@ -438,8 +444,8 @@ def test_killed_run_resumes_bit_for_bit(
 
     resumed = train("resume_from_checkpoint=true", output_dir=run.path)
     assert "resumed from" in resumed.stdout
-    assert resumed.rows() == reference.rows()
-    assert resumed.rows("calibration.jsonl") == reference.rows("calibration.jsonl")
+    assert resumed.entries() == reference.entries()
+    assert resumed.entries("calibration.jsonl") == reference.entries("calibration.jsonl")
     ours, theirs = resumed.weights(), reference.weights()
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
@@ -453,9 +459,9 @@ def test_run_resumes_on_other_ranks(
     resumed = train(
         "resume_from_checkpoint=true", "tensor_parallel_dim=2", nproc=2, output_dir=half.path
     )
-    schedule = rows(reference, "loss")[STEPS]["lr"]
-    assert rows(resumed, "loss")[STEPS]["lr"] == schedule
-    assert list(rows(resumed, "loss")) == list(range(1, STEPS + 1))
+    schedule = entries_with(reference, "loss")[STEPS]["lr"]
+    assert entries_with(resumed, "loss")[STEPS]["lr"] == schedule
+    assert list(entries_with(resumed, "loss")) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("override", ["schema.names=[verbosity,humor]", "seed=7"])
@@ -493,7 +499,7 @@ def test_counts_are_learned(train: Train, tmp_path: Path, tune: TuneProcess) -> 
 def test_preferences_are_learned(train: Train, pairs: tuple[str, ...]) -> None:
     """Of pairs that it is trained on, the model prefers the response that the label prefers."""
     run = train(*pairs, "loss=scaled_bt", "max_steps=60", "val_every_n_steps=60", "lr=2e-3")
-    accuracy = {k: row["val_pairwise_accuracy"] for k, row in rows(run, "val_loss").items()}
+    accuracy = {k: row["val_pairwise_accuracy"] for k, row in entries_with(run, "val_loss").items()}
     assert accuracy[60] > 0.9 > accuracy[0]
 
 

@@ -151,12 +151,12 @@ def reference(train: Train) -> RunFolder:
 
 def rows(run: RunFolder, key: str) -> Rows:
     """The rows of metrics.jsonl that have the key, by their step."""
-    return {row["step"]: row for row in run.rows() if key in row}
+    return {row["step"]: row for row in run.entries() if key in row}
 
 
 def worst(run: RunFolder, reference: RunFolder) -> float:
     """The largest relative difference of any metric, in training and validation."""
-    got, expected = run.rows(), reference.rows()
+    got, expected = run.entries(), reference.entries()
     assert [row.keys() for row in got] == [row.keys() for row in expected]
     differences = [
         abs(a[key] - b[key]) / max(abs(b[key]), 1e-2)
@@ -245,10 +245,10 @@ def test_users_metric_function_is_logged(reference: RunFolder, files: tuple[Path
     prompts = ["What is the capital of France?"]
     prompts += ["\n".join(turn.value for turn in c.turns[:-1]) for c in validation]
     labels = ["humor:2,verbosity:1", *(c.turns[-1].label for c in validation)]
-    calls = [row["arguments"] for row in reference.rows("calls.jsonl")]
+    calls = [row["arguments"] for row in reference.entries("calls.jsonl")]
     logged = rows(reference, "val_length")
     assert len(calls) == len(logged) == 4  # before the first step, after 4, 8 and 10
-    samples = reference.rows("samples.jsonl")
+    samples = reference.entries("samples.jsonl")
     for (step, row), call in zip(logged.items(), calls, strict=True):
         responses = [sample["response"] for sample in samples if sample["step"] == step]
         assert call == [prompts, labels, responses]
@@ -278,8 +278,8 @@ def test_layouts_share_one_trajectory(train: Train, reference: RunFolder, name: 
     run = train(*overrides, nproc=nproc)
     assert worst(run, reference) < 1e-4
     assert worst_tensor(run, reference) < 1e-3
-    assert run.rows("samples.jsonl") == reference.rows("samples.jsonl")
-    assert run.rows("calls.jsonl") == reference.rows("calls.jsonl")
+    assert run.entries("samples.jsonl") == reference.entries("samples.jsonl")
+    assert run.entries("calls.jsonl") == reference.entries("calls.jsonl")
 
 
 def test_lora_trains_the_adapters_alone(train: Train) -> None:
@@ -343,8 +343,8 @@ def test_killed_run_resumes_bit_for_bit(
 
     resumed = train("resume_from_checkpoint=true", output_dir=run.path)
     assert "resumed from" in resumed.stdout
-    assert resumed.rows() == reference.rows()
-    assert resumed.rows("samples.jsonl") == reference.rows("samples.jsonl")
+    assert resumed.entries() == reference.entries()
+    assert resumed.entries("samples.jsonl") == reference.entries("samples.jsonl")
     ours, theirs = resumed.weights(), reference.weights()
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
@@ -398,7 +398,7 @@ def test_transformers_answers_as_the_validation_did(trained: RunFolder) -> None:
     (folder,) = trained.path.glob("epoch_*")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    samples = [row for row in trained.rows("samples.jsonl") if row["step"] == 100][1:]
+    samples = [row for row in trained.entries("samples.jsonl") if row["step"] == 100][1:]
     assert len(samples) == 6
     records = synthetic_records(6, 2, seed=0, split="validation")
     questions = [record for record in records for _ in record.responses][:6]

@@ -149,7 +149,7 @@ def steps(run: RunFolder, key: str) -> Steps:
     """The rows of metrics.jsonl that have the key, by their step."""
     if not (run.path / "metrics.jsonl").exists():
         return {}
-    return {row["step"]: row for row in run.rows() if key in row}
+    return {row["step"]: row for row in run.entries() if key in row}
 
 
 def worst_step(run: RunFolder, reference: RunFolder, key: str) -> float:
@@ -212,7 +212,7 @@ def test_metrics_of_a_training_step(reference: RunFolder) -> None:
 
 
 def test_metrics_of_a_validation(reference: RunFolder) -> None:
-    assert reference.rows()[0].keys() == {
+    assert reference.entries()[0].keys() == {
         "step",
         "val_loss",
         "val_distance",
@@ -229,7 +229,7 @@ def test_every_step_is_logged_and_every_tenth_validated(reference: RunFolder) ->
 
 
 def test_each_validation_samples_an_answer(reference: RunFolder) -> None:
-    samples = reference.rows("samples.jsonl")
+    samples = reference.entries("samples.jsonl")
     assert [sample["step"] for sample in samples] == [0, 10, 20]
     assert {sample["prompt"] for sample in samples} == {"What is the capital of France?"}
 
@@ -270,7 +270,7 @@ def test_only_the_newest_checkpoint_is_kept(reference: RunFolder) -> None:
 
 def test_disk_logger_gets_every_row(reference: RunFolder, disk_log: Path) -> None:
     logged = [line for line in disk_log.read_text().splitlines() if line.startswith("Step ")]
-    assert [int(line.split()[1]) for line in logged] == [row["step"] for row in reference.rows()]
+    assert [int(line.split()[1]) for line in logged] == [row["step"] for row in reference.entries()]
 
 
 # 1 process against 4 ranks: the layout changes nothing but the order of sums
@@ -308,7 +308,7 @@ def test_four_ranks_give_the_weights_of_one_process(
 def test_four_ranks_give_the_answers_of_one_process(
     on_four_ranks: RunFolder, reference: RunFolder
 ) -> None:
-    assert on_four_ranks.rows("samples.jsonl") == reference.rows("samples.jsonl")
+    assert on_four_ranks.entries("samples.jsonl") == reference.entries("samples.jsonl")
 
 
 # The same for other models and other ways to compute, over 6 steps
@@ -462,7 +462,7 @@ def test_resumed_lines_are_those_of_the_uninterrupted_run(
     resumed: RunFolder, reference: RunFolder, file: str
 ) -> None:
     """Bit for bit; no step is missing or stands there twice."""
-    assert resumed.rows(file) == reference.rows(file)
+    assert resumed.entries(file) == reference.entries(file)
 
 
 def test_resumed_weights_are_those_of_the_uninterrupted_run(
@@ -479,7 +479,7 @@ def test_resumed_run_sets_nothing_aside(resumed: RunFolder) -> None:
 
 
 def test_resumed_on_two_ranks_repeats_and_misses_no_step(resumed_on_two: RunFolder) -> None:
-    logged = [row["step"] for row in resumed_on_two.rows() if "loss" in row]
+    logged = [row["step"] for row in resumed_on_two.entries() if "loss" in row]
     assert logged == list(range(1, STEPS + 1))
 
 
