@@ -61,6 +61,18 @@ CLOSES_STAGERS = not torch.torch_version.TorchVersion(torch.__version__) >= "2.1
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
+def staging_options(device: torch.device, *, pin_memory: bool) -> StagingOptions:
+    """How a state is copied to the host: at once, and on a GPU without waiting for each tensor if
+    the memory is pinned."""
+    pinned = pin_memory and device.type == "cuda"
+    return StagingOptions(
+        use_pinned_memory=pinned,
+        use_shared_memory=False,
+        use_async_staging=False,
+        use_non_blocking_copy=pinned,
+    )
+
+
 class StateWriter:
     """Writes a run's states into a folder, one at a time, in a background thread.
 
@@ -75,6 +87,7 @@ class StateWriter:
         keep_last_n: number of states to keep; older ones are removed once a newer one is complete.
             None keeps all. States of later steps, which a resumed run found broken, are not
             removed until the run has passed them.
+        pin_memory: on a GPU, copy into page-locked host memory, which is faster.
         on_complete: called on rank 0, in the thread, with each complete directory.
     """
 
@@ -84,6 +97,7 @@ class StateWriter:
         world: World,
         *,
         keep_last_n: int | None = None,
+        pin_memory: bool = True,
         on_complete: Callable[[Path], None] | None = None,
     ) -> None:
         self.folder = folder
@@ -94,17 +108,11 @@ class StateWriter:
         if world.mesh is not None:
             group = dist.new_group(timeout=world.timeout, backend="gloo")
         self.world = dataclasses.replace(world, group=group)
-        on_gpu = world.device.type == "cuda"
-        self._staging = StagingOptions(
-            use_pinned_memory=on_gpu,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=on_gpu,
-        )
+        self._staging = staging_options(world.device, pin_memory=pin_memory)
         self._stager = DefaultStager(self._staging)
 
         def begin() -> None:
-            if on_gpu:  # otherwise every rank's thread would create a context on GPU 0
+            if world.device.type == "cuda":  # otherwise every rank's thread would create a context on GPU 0
                 torch.cuda.set_device(world.device)
 
         self._thread = ThreadPoolExecutor(1, "checkpoint", begin)

@@ -192,6 +192,9 @@ class TrainingKeys(DistributedKeys):
     SIGTERM."""
     keep_last_n_checkpoints: int | None = None
     """Training states to keep; null: all."""
+    pin_checkpoint_memory: bool = True
+    """On a GPU, copy training states into page-locked host memory; false: slower, for nodes that
+    don't allow so much of it."""
     resume_from_checkpoint: bool = False
     """Continue from the newest training state in `output_dir`."""
     save_adapter_weights_only: bool = False

@@ -194,6 +194,7 @@ class TrainingRun:
             self.checkpoints,
             world,
             keep_last_n=cfg.keep_last_n_checkpoints,
+            pin_memory=cfg.pin_checkpoint_memory,
             on_complete=lambda path: log_path(self._logger, "newest_checkpoint", path),
         )
         self.at("start", patience=LONG)

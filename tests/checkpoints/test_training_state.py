@@ -32,6 +32,7 @@ from steerlm2.checkpoints.training_state import (
     load_training_state,
     newest_whole,
     resume_training,
+    staging_options,
 )
 from steerlm2.checkpoints.weights import load_weights, open_reward_checkpointer
 from steerlm2.data.templates import extra_id_template
@@ -354,6 +355,18 @@ def test_a_run_that_fails_completes_the_state_that_it_has_begun(
         writer.save(1, *new_run(), {"data": {"seed": 5}})
         raise KeyError
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000001"]
+
+
+@pytest.mark.parametrize(
+    ("device", "pin_memory", "pinned"),
+    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)],
+)
+def test_memory_is_pinned_on_a_gpu_where_it_may_be(
+    device: str, pin_memory: bool, pinned: bool
+) -> None:
+    """Copies that don't wait are right from pinned memory only."""
+    options = staging_options(torch.device(device), pin_memory=pin_memory)
+    assert (options.use_pinned_memory, options.use_non_blocking_copy) == (pinned, pinned)
 
 
 def test_the_pause_is_counted_once(tmp_path: Path) -> None:
