@@ -33,6 +33,8 @@ GPU_CAPABILITY = (8, 0)
 FLEX_BLOCK_TOKENS = 128
 """Queries and keys of a block in FlexAttention's masks (its default); a multiple of the 16 rows
 that float8 products need."""
+TENSOR_PARALLEL_TOKENS = 64
+"""A choice. Of 10 steps on two CPU ranks a third was spent on layouts for new lengths."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ class World:
     def padding_multiple(self) -> int:
         """The length of a packed sequence is a multiple of this (`multiple_of` of `pack`).
 
-        Tensor-parallel ranks hold equal parts of it. On a GPU it is whole blocks of FlexAttention
-        too, which spares its kernels the checks at the end, and is what float8 products need.
+        On a GPU it is whole blocks of FlexAttention, which spares its kernels the checks at the
+        end, and is what float8 products need. Tensor-parallel ranks hold equal parts of it; each
+        new length costs them DTensor's propagation of layouts, so there are few lengths.
         """
         blocks = FLEX_BLOCK_TOKENS if self.device.type == "cuda" else 1
-        return math.lcm(blocks, self.tp_size)
+        lengths = 1 if self.tp_size == 1 else TENSOR_PARALLEL_TOKENS
+        return math.lcm(blocks, lengths, self.tp_size)
 
     @property
     def dp_size(self) -> int:

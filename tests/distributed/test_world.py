@@ -39,7 +39,7 @@ def test_a_single_process_is_all_there_is() -> None:
 
 @pytest.mark.parametrize(
     ("device", "tp_size", "expected"),
-    [("cpu", 1, 1), ("cpu", 6, 6), ("cuda", 1, 128), ("cuda", 8, 128), ("cuda", 6, 384)],
+    [("cpu", 1, 1), ("cpu", 6, 192), ("cuda", 1, 128), ("cuda", 8, 128), ("cuda", 6, 384)],
 )
 def test_lengths_are_multiples_of_the_ranks_and_of_a_gpus_blocks(
     monkeypatch: pytest.MonkeyPatch, device: str, tp_size: int, expected: int
