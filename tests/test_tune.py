@@ -22,6 +22,8 @@ from steerlm2 import _tune
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE_NAMES = list(_tune.RECIPES)
 CONFIG_NAMES = [config for configs in _tune.RECIPES.values() for config in configs]
+pytestmark = pytest.mark.slow
+
 INSTALLS = ["pip", "pip editable", "uv", "uv editable"]
 UNKNOWN_KEY = "no_such_key=1"  # every recipe answers it by name, before it does any work
 

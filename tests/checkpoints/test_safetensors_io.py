@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
 }
 LARGE: dict[str, Any] = {
     "vocab_size": 64000,
-    "num_layers": 10,
+    "num_layers": 3,
     "num_heads": 16,
     "num_kv_heads": 8,
     "embed_dim": 2048,
@@ -154,19 +154,24 @@ def test_ranks_merge_the_adapters(layout: str, small: Path) -> None:
 def test_no_rank_has_more_than_two_tensors_above_its_shards(
     tmp_path: Path, record_property: Any, run_script: Callable[..., None]
 ) -> None:
-    """1.5 GB in several files, read by 4 ranks (TP2 x FSDP2): memory that isn't mapped from the
+    """0.8 GB in several files, read by 4 ranks (TP2 x FSDP2): memory that isn't mapped from the
     files grows by less than twice the largest tensor (262 MB) beyond the shards. The weights are
     transformers' own."""
     folder = tmp_path / "model"
     folder.mkdir()
     decoder = meta_decoder(**LARGE)
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(64000 * 2048 + 1000, dtype=torch.bfloat16)
+    names = [name for name, _ in decoder.named_parameters()]
+
+    def tensor(name: str) -> torch.Tensor:
+        """Its own for each name; drawing them all would take longer than the rest."""
+        shape = decoder.get_parameter(name).shape
+        return noise[names.index(name) :][: shape.numel()].view(shape)
+
     write_weights(
         folder,
         {name: p.shape for name, p in decoder.named_parameters()},
-        lambda name: torch.randn(
-            decoder.get_parameter(name).shape, dtype=torch.bfloat16, generator=generator
-        ),
+        tensor,
         CPU,
         dtype=torch.bfloat16,
         heads=head_shape(decoder),
@@ -175,7 +180,7 @@ def test_no_rank_has_more_than_two_tensors_above_its_shards(
     (folder / "config.json").write_text(json.dumps(hf_config(decoder, "bfloat16")))
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     largest = 64000 * 2048 * 2
-    assert total > 1.4e9
+    assert total > 0.8e9
     run_script(SCRIPT, "large", tmp_path)
     found = torch.load(tmp_path / "large.pt")
     assert found["different"] == found["left"] == []

@@ -534,6 +534,9 @@ def test_the_grammars_metrics_are_of_the_split_that_is_asked_for() -> None:
     assert set(metrics) >= {"exact_kl", "exact_mass", "exact_steering_mae"}
     assert all(name.startswith("exact_") for name in metrics)
     assert metrics["exact_mass"] == pytest.approx(90 * 2.718281828**-30, rel=1e-6)
+    asked.clear()
+    grammar_metrics(score, TOKENIZER, TEMPLATE, split="all", max_pairs=3)
+    assert len(asked) == 3
 
 
 def test_tables_go_to_wandb(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

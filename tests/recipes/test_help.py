@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-TUNE = Path(sys.executable).with_name("tune")
+Tune = Any
 PREPARE_DATA = Path(__file__).resolve().parents[2] / "recipes" / "prepare_data.py"
 
 OWN_KEYS = """
@@ -24,10 +24,6 @@ class OwnConfig(PrepareDataConfig, LabelOptions):
 """LabelOptions' annotations use Literal, which prepare_data doesn't import."""
 
 
-def tune_run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([TUNE, "run", *arguments], cwd=cwd, capture_output=True, text=True)
-
-
 @pytest.fixture
 def own_recipe(tmp_path: Path) -> Path:
     """A copy of prepare_data, in another folder, whose config inherits a class of the library."""
@@ -39,9 +35,9 @@ def own_recipe(tmp_path: Path) -> Path:
     return own
 
 
-@pytest.mark.parametrize("launcher", [[], ["--nproc_per_node", "2"]])
-def test_help_of_a_ready_made_recipe(launcher: list[str], tmp_path: Path) -> None:
-    result = tune_run(tmp_path, *launcher, "sft_distributed", "--help")
+@pytest.mark.parametrize("nproc", [None, 2])
+def test_help_of_a_ready_made_recipe(nproc: int | None, tune_command: Tune) -> None:
+    result = tune_command("sft_distributed", "--help", nproc=nproc)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == (
@@ -51,11 +47,11 @@ def test_help_of_a_ready_made_recipe(launcher: list[str], tmp_path: Path) -> Non
     assert "  data.shuffle: true or false; default true" in lines
 
 
-def test_help_of_an_own_recipe(own_recipe: Path) -> None:
+def test_help_of_an_own_recipe(own_recipe: Path, tune: Tune) -> None:
     """Its own keys, those of the recipe it was copied from, and the library's, with the config's
     values."""
-    result = tune_run(own_recipe.parent, "mine.py", "--config", "data/oasst_groups", "--help")
-    assert result.returncode == 0, result.stderr
+    own = dataclasses.replace(tune, cwd=own_recipe.parent)
+    result = own("mine.py", "--config", "data/oasst_groups", "--help")
     usage, *lines = result.stdout.splitlines()
     assert usage.split(" --config")[0] == "usage: tune run [TORCHRUN-OPTIONS] mine.py"
     assert lines[lines.index("  shout: true or false; default false") + 1].endswith("it is loud.")
@@ -63,9 +59,10 @@ def test_help_of_an_own_recipe(own_recipe: Path) -> None:
     assert any(line.startswith("  source: text; required; this config: ") for line in lines)
 
 
-def test_inherited_keys_of_an_own_recipe_are_checked(own_recipe: Path) -> None:
-    config = ("--config", "data/oasst_groups")
-    result = tune_run(own_recipe.parent, "mine.py", *config, "kind=any", "shout=5", "shoot=1")
+def test_inherited_keys_of_an_own_recipe_are_checked(own_recipe: Path, tune: Tune) -> None:
+    own = dataclasses.replace(tune, cwd=own_recipe.parent)
+    wrong = ("kind=any", "shout=5", "shoot=1")
+    result = own("mine.py", "--config", "data/oasst_groups", *wrong, check=False)
     assert result.returncode == 1
     assert "'kind' must be one of record, fixed, uniform, empirical, none" in result.stderr
     assert "'shout' must be true or false, got 5" in result.stderr

@@ -363,11 +363,11 @@ def steps_so_far(folder: Path) -> set[int]:
 def trained(
     tune_command: TuneProcess, run_folder: type[RunFolder], tmp_path_factory: pytest.TempPathFactory
 ) -> RunFolder:
-    """tiny/sft's first 100 of 400 steps; at the end, greedy answers to 6 validation questions."""
+    """tiny/sft's first 80 of 400 steps; at the end, greedy answers to 6 validation questions."""
     output_dir = tmp_path_factory.mktemp("trained")
     result = tune_command(
         *("sft_distributed", "--config", "tiny/sft", f"output_dir={output_dir}"),
-        *("max_steps=100", "val_every_n_steps=100", "save_every_n_steps=null"),
+        *("max_steps=80", "val_every_n_steps=80", "save_every_n_steps=null"),
         *("generation.temperature=0", "generation.from_dataset_val=6"),
         *("dataset_val.num_records=6", "dataset_val.responses_per_prompt=2"),
     )
@@ -398,7 +398,7 @@ def test_transformers_answers_as_the_validation_did(trained: RunFolder) -> None:
     (folder,) = trained.path.glob("epoch_*")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    samples = [row for row in trained.entries("samples.jsonl") if row["step"] == 100][1:]
+    samples = [row for row in trained.entries("samples.jsonl") if row["step"] == 80][1:]
     assert len(samples) == 6
     records = synthetic_records(6, 2, seed=0, split="validation")
     questions = [record for record in records for _ in record.responses][:6]

@@ -35,6 +35,8 @@ from steerlm2.training.schedules import warmup_cosine_hold
 if TYPE_CHECKING:
     from tests.recipes.conftest import RunFolder, TuneProcess, WriteGroups
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., "RunFolder"]
 Steps = dict[int, dict[str, float]]
 

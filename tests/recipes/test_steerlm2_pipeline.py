@@ -238,7 +238,7 @@ def small_world(output_dir: Path) -> list[str]:
         "prompts": {"sample_fraction": 0.02},
         "sample": {"n": 3, "max_new_tokens": 12, "keep_truncated": True, "min_responses": 1},
         "steerlm2": {"max_steps": 4, "save_every_n_steps": 2},
-        "evaluate": {"n": 1, "max_new_tokens": 12},
+        "evaluate": {"n": 1, "max_new_tokens": 12, "exact_kl.max_pairs": 2},
     }
     return [
         f"output_dir={output_dir}",
