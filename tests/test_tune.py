@@ -5,6 +5,7 @@ The heavy dependencies are those of the environment that runs the tests: a path 
 site-packages, whose own start-up files Python doesn't run.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -119,18 +120,42 @@ def create_environment(root: Path, how: str) -> Environment:
     """Create a virtual environment with a `tune` of its own and with steerlm2, installed `how`."""
     venv.create(root, symlinks=True)
     environment = Environment(root, how)
-    run_here("pip", "--python", environment.python, "install", "--no-deps", "torchtune==0.6.1")
+    run_here(
+        *("uv", "pip", "install", "--python", environment.python, "--compile-bytecode"),
+        *("--no-deps", "torchtune==0.6.1"),
+    )
     install(environment)
     here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (environment.site_packages / "dependencies.pth").write_text("\n".join(here))
     return environment
 
 
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Environment]:
+    """One for each way to install, made when it is first asked for."""
+    return functools.cache(
+        lambda how: create_environment(tmp_path_factory.mktemp("installed"), how)
+    )
+
+
 @pytest.fixture(scope="module", params=INSTALLS)
 def installed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, environments: Callable[[str], Environment]
 ) -> Environment:
-    return create_environment(tmp_path_factory.mktemp("installed"), request.param)
+    return environments(request.param)
+
+
+@pytest.fixture(scope="module", params=["pip", "uv editable"])
+def wheel_or_checkout(
+    request: pytest.FixtureRequest, environments: Callable[[str], Environment]
+) -> Environment:
+    """For what depends on where the files lie, and not on who has put them there."""
+    return environments(request.param)
+
+
+@pytest.fixture(scope="module")
+def listed_by_torchtune() -> str:
+    return Environment(Path(sys.prefix)).output("tune", "ls", STEERLM2_NO_TUNE="1")
 
 
 @pytest.fixture
@@ -140,10 +165,9 @@ def bare(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-def test_ls_lists_ours_after_torchtunes(installed: Environment) -> None:
+def test_ls_lists_ours_after_torchtunes(installed: Environment, listed_by_torchtune: str) -> None:
     """Ours come last, as the table has them, and torchtune's keep their places."""
-    ours = installed.output("tune", "ls")
-    theirs = installed.output("tune", "ls", STEERLM2_NO_TUNE="1")
+    ours, theirs = installed.output("tune", "ls"), listed_by_torchtune
 
     assert "full_finetune_distributed" in theirs
     assert not any(name in theirs for name in RECIPE_NAMES + CONFIG_NAMES)
@@ -171,30 +195,30 @@ def test_recipes_come_from_the_package_or_from_the_checkout(installed: Environme
         assert folders == [package / "_recipes", package / "_recipe_configs"]
 
 
-def test_the_page_of_a_report_has_its_template(installed: Environment) -> None:
+def test_the_page_of_a_report_has_its_template(wheel_or_checkout: Environment) -> None:
     code = (
         "from steerlm2.evaluation.report import SteeringResult, html_page; "
         "rows = [dict(attribute='wit', requested=4, mean_score=3.5, std_score=0.5)]; "
         "print(html_page({'mine': SteeringResult({'steering_mae': 0.5}, rows, {})}))"
     )
-    assert installed.output("python", "-c", code).startswith("<!doctype html>")
+    assert wheel_or_checkout.output("python", "-c", code).startswith("<!doctype html>")
 
 
-def test_cp_and_cat_a_config(installed: Environment) -> None:
+def test_cp_and_cat_a_config(wheel_or_checkout: Environment) -> None:
     """`tune cp` gives the file to the byte; `tune cat` prints its values, formatted anew."""
     name = "llama3_1/70B_steerlm2_multinode"
     source = (REPOSITORY / "recipe_configs" / f"{name}.yaml").read_bytes()
 
-    installed.output("tune", "cp", name, "my.yaml")
-    printed = installed.output("tune", "cat", name)
+    wheel_or_checkout.output("tune", "cp", name, "my.yaml")
+    printed = wheel_or_checkout.output("tune", "cat", name)
 
-    assert (installed.root / "my.yaml").read_bytes() == source
+    assert (wheel_or_checkout.root / "my.yaml").read_bytes() == source
     assert yaml.safe_load(printed) == yaml.safe_load(source)
 
 
-def test_run_by_name(installed: Environment) -> None:
+def test_run_by_name(wheel_or_checkout: Environment) -> None:
     """The recipe itself answers: it refuses a key that it doesn't know."""
-    result = installed.run(
+    result = wheel_or_checkout.run(
         "tune", "run", "prepare_data", "--config", "data/oasst_groups", UNKNOWN_KEY
     )
 
@@ -202,22 +226,24 @@ def test_run_by_name(installed: Environment) -> None:
     assert "no_such_key" in result.stderr
 
 
-def test_run_an_edited_copy(installed: Environment) -> None:
+def test_run_an_edited_copy(wheel_or_checkout: Environment) -> None:
     """A recipe copied with `tune cp` and then edited runs by its path, with a built-in config."""
     main = 'if __name__ == "__main__":'
-    copy = installed.root / "my_recipe.py"
+    copy = wheel_or_checkout.root / "my_recipe.py"
 
-    installed.output("tune", "cp", "prepare_data", copy.name)
+    wheel_or_checkout.output("tune", "cp", "prepare_data", copy.name)
     text = copy.read_text()
     assert text == (REPOSITORY / "recipes" / "prepare_data.py").read_text()
     copy.write_text(text.replace(main, f'{main}\n    print("edited copy")'))
-    result = installed.run("tune", "run", copy.name, "--config", "data/oasst_groups", UNKNOWN_KEY)
+    result = wheel_or_checkout.run(
+        "tune", "run", copy.name, "--config", "data/oasst_groups", UNKNOWN_KEY
+    )
 
     assert "edited copy" in result.stdout
     assert "no_such_key" in result.stderr
 
 
-@pytest.mark.parametrize("how", INSTALLS)
+@pytest.mark.parametrize("how", ["pip", "uv editable"])
 def test_uninstall_leaves_tune_and_nothing_else(tmp_path: Path, how: str) -> None:
     """What Python wrote at run time (__pycache__) goes too; torchtune keeps all that it had."""
     environment = create_environment(tmp_path, how)
