@@ -32,9 +32,16 @@ MULTI_NODE = {
 
 
 def traced(
-    job: Job[Any], world_size: int, *, accumulates: bool = True, num_layers: int | None = None
+    job: Job[Any],
+    world_size: int,
+    *,
+    accumulates: bool = True,
+    num_layers: int | None = None,
+    prompt: int = 100,
+    response: int = 100,
 ) -> Trace:
-    records = [job.record(100, [100] * (job.responses or 4))]
+    """Of a micro-batch of one record, whose prompt and responses have so many tokens."""
+    records = [job.record(prompt, [response] * (job.responses or 4))]
     with fake_world(world_size, job.cfg) as world:
         return trace_step(job, records, world, accumulates=accumulates, num_layers=num_layers)
 
@@ -151,10 +158,9 @@ def test_activation_checkpointing_trades_memory_for_a_forward(make_job: MakeJob)
 
 
 def test_tensor_parallel_ranks_share_the_work(make_job: MakeJob) -> None:
-    """Half of the FLOPs each."""
-    whole = traced(make_job("tiny/sft"), 1)
-    half = traced(make_job("tiny/sft", "tensor_parallel_dim=2"), 2)
-    # padded from 199 to 200 tokens
+    """Half of the FLOPs each, of 256 tokens: two ranks pack to a multiple of 64."""
+    whole = traced(make_job("tiny/sft"), 1, prompt=128, response=129)
+    half = traced(make_job("tiny/sft", "tensor_parallel_dim=2"), 2, prompt=128, response=129)
     assert half.flops["forward"] == pytest.approx(whole.flops["forward"] / 2, rel=0.01)
 
 
