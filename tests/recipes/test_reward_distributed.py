@@ -357,6 +357,7 @@ def test_synthetic_preferences_are_learned(tune_command: TuneProcess, tmp_path: 
     tune_command(
         *("reward_distributed", "--config", "tiny/reward", "loss=regular_bt", "max_steps=40"),
         *("dataset.num_records=320", f"output_dir={tmp_path}", "val_every_n_steps=40"),
+        *("dataset_val.num_records=24", "save_every_n_steps=null"),
     )
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     accuracy = [r["val_pairwise_accuracy"] for r in map(json.loads, lines) if "val_loss" in r]
@@ -365,8 +366,9 @@ def test_synthetic_preferences_are_learned(tune_command: TuneProcess, tmp_path: 
 
 def test_lora_trains_the_head_and_leaves_the_base(train: Train) -> None:
     """Two ranks give what one gives; unadapted matrices stay as the seed made them."""
-    one = train(*LORA, "save_every_n_steps=null")
-    two = train(*LORA, "save_every_n_steps=null", "tensor_parallel_dim=2", nproc=2)
+    short = ("max_steps=6", "val_every_n_steps=6", "save_every_n_steps=null")
+    one = train(*LORA, *short)
+    two = train(*LORA, *short, "tensor_parallel_dim=2", nproc=2)
     assert worst(two, one) < 1e-4
     start = train(*LORA, *ONE_STEP, "lr=1e-30")
     changed = {
