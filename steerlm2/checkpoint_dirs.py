@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
@@ -74,17 +75,40 @@ def is_complete(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of a folder's files of weights, from its index if it has one."""
+    """Names of a folder's files of weights, as transformers chooses them: model.safetensors, else
+    the files of the index. Without either there are none, whatever else lies there.
+
+    Raises:
+        ValueError: for an index that can't be read, or that names other things than files of the
+            folder.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
     index = folder / INDEX_FILE
-    if index.is_file():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return sorted(file.name for file in folder.glob("*.safetensors"))
+    if not index.is_file():
+        return []
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index.absolute()} is damaged or cut off ({error!r}): download it again"
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(
+                f"{index.absolute()}: weight_map must name files of that folder, got {name!r}"
+            )
+    return sorted(names)
 
 
 def missing_weights(folder: Path) -> list[str]:
-    """Names of a folder's files of weights that don't exist."""
-    names = weight_files(folder)
-    return [name for name in names if not (folder / name).is_file()] if names else ["*.safetensors"]
+    """Names of a folder's files of weights that don't exist.
+
+    Raises:
+        ValueError: as in `weight_files`.
+    """
+    names = weight_files(folder) or [f"{SINGLE_FILE} (or {INDEX_FILE} and its files)"]
+    return [name for name in names if not (folder / name).is_file()]
 
 
 def file_digest(path: str | Path) -> str:

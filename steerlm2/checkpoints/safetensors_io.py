@@ -57,12 +57,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     A tensor that a Llama doesn't have keeps its own name.
 
     Raises:
-        ValueError: for damaged files.
+        ValueError: for damaged files, a damaged index, and a tensor that is in two files.
         FileNotFoundError: naming the files that are missing.
     """
     if missing := missing_weights(folder):
+        others = sorted(
+            {file.name for file in folder.glob("*.safetensors")} - {*weight_files(folder)}
+        )
         raise FileNotFoundError(
             f"{folder.absolute()} lacks {', '.join(missing)}: download it again"
+            + (f" (other files aren't read: {', '.join(others)})" if others else "")
         )
     found: dict[str, StoredTensor] = {}
     damaged = []
@@ -71,6 +75,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for hf_name in tensors.offset_keys():
+                    if hf_name in found:
+                        first = found[hf_name].file.name
+                        damaged.append(
+                            f"{folder.absolute()}: {hf_name} is in {first} and in {name}"
+                        )
                     view = tensors.get_tensor(hf_name)  # mapped, not read
                     found[hf_name] = StoredTensor(file, hf_name, view.shape, view.dtype)
         except (SafetensorError, OSError) as error:

@@ -225,10 +225,75 @@ def test_all_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         stored_tensors(folder)
 
 
+# Which files are the weights: as transformers chooses
+
+
+def add_to(file: Path, name: str, tensor: Tensor) -> None:
+    save_file(load_file(file) | {name: tensor}, file)
+
+
+NORM = "model.norm.weight"
+
+
+def files_read(folder: Path) -> set[str]:
+    return {stored.file.name for stored in stored_tensors(folder).values()}
+
+
+def test_other_files_of_safetensors_are_not_read(tmp_path: Path) -> None:
+    """`*_old.safetensors` comes after the others by its name, and would win."""
+    folder = language_model(tmp_path)
+    save_file({NORM: torch.zeros(36), "more": torch.zeros(1)}, folder / "model_old.safetensors")
+    assert files_read(folder) == {"model.safetensors"}
+    assert "more" not in stored_tensors(folder)
+
+
+def test_the_single_file_comes_before_an_index(tmp_path: Path) -> None:
+    folder = language_model(tmp_path)
+    save_file({NORM: torch.zeros(36)}, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {NORM: "model-00001-of-00001.safetensors"}}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    assert files_read(folder) == {"model.safetensors"}
+
+
+def test_without_single_file_and_index_nothing_is_guessed(tmp_path: Path) -> None:
+    folder = language_model(tmp_path)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors .*weights\.safetensors"):
+        stored_tensors(folder)
+
+
+def test_a_tensor_in_two_files_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_io, "MAX_SHARD_SIZE", "40KB")
+    folder = language_model(tmp_path)
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    (name, *_) = load_file(first)
+    add_to(last, name, torch.zeros(1))
+    with pytest.raises(ValueError, match=f"{name} is in {first.name} and in {last.name}"):
+        stored_tensors(folder)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/model.safetensors", "a/b", "..", 3])
+def test_an_index_names_files_of_its_folder(tmp_path: Path, file: object) -> None:
+    folder = language_model(tmp_path / "run")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {NORM: file}}))
+    with pytest.raises(ValueError, match="weight_map must name files of that folder, got"):
+        stored_tensors(folder)
+
+
+@pytest.mark.parametrize("text", ["", '{"weight_map": {"a": ', "{}", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
+    folder = language_model(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX_FILE).write_text(text)
+    with pytest.raises(ValueError, match=f"{folder / INDEX_FILE} is damaged or cut off"):
+        stored_tensors(folder)
+
+
 def test_a_tied_checkpoint_may_hold_its_output_matrix_twice(tmp_path: Path) -> None:
     """As transformers ignores it, where config.json says that the two are one."""
     folder = language_model(tmp_path, llama3_2)
-    save_file({"lm_head.weight": torch.zeros(514, 36)}, folder / "more.safetensors")
+    add_to(folder / "model.safetensors", "lm_head.weight", torch.zeros(514, 36))
     decoder = meta_decoder(llama3_2)
     load_weights(decoder, HFCheckpointer(str(folder)), CPU, seed=0)
     expected = {name: t for name, t in read(folder).items() if name != "output.weight"}
