@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -299,6 +300,7 @@ class ScoreRecipe:
             for response in record.responses
             if response.log_q is not None
             and isinstance(response.extra.get("engine_log_q"), int | float)
+            and math.isfinite(response.extra["engine_log_q"])
         ]
         if not gaps:
             return

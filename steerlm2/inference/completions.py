@@ -7,6 +7,7 @@ sampling defaults of the server (from a checkpoint's generation_config.json).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from steerlm2.inference.server_client import ServerClient
 
 NEVER = -100
 """The logit bias of a token that must not be sampled: the lowest that the API allows."""
+
+CLAMPED_LOG_PROB = -9999.0
+"""What vLLM gives in place of a log-prob that is lower, -inf among them."""
 
 NO_OTHER_CUTS = {
     "top_k": -1,
@@ -96,6 +100,13 @@ class CompletionsEngine(ServerClient):
         if reason == STOP and tokens[-1:] != [self.settings.stop_id]:
             # vLLM ends at the model's own end of text too, which isn't ours.
             reason = "other_stop"
-        logprobs: list[float | None] = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        known = [logprob for logprob in logprobs if logprob is not None]
+        logprobs: list[Any] = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        known = [float(logprob) for logprob in logprobs if _is_known(logprob)]
         return Sample(tokens, reason, sum(known) if len(known) == len(tokens) else None)
+
+
+def _is_known(logprob: object) -> bool:
+    """Whether a server's log-prob of a token is one: not null, not NaN, infinite or clamped."""
+    if not isinstance(logprob, int | float) or isinstance(logprob, bool):
+        return False
+    return math.isfinite(logprob) and logprob > CLAMPED_LOG_PROB

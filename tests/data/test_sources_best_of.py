@@ -87,9 +87,10 @@ def test_the_label_is_that_of_the_responses_own_scores(tmp_path: Path) -> None:
     assert unit == [("a", "humor:3,verbosity:1")]
 
 
-def test_responses_that_were_cut_off_do_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", ["length", "other_stop", "abort", "error"])
+def test_responses_that_were_cut_off_do_not_count(tmp_path: Path, reason: str) -> None:
     responses = [
-        response("cut", 4, 0, finish_reason="length"),
+        response("cut", 4, 0, finish_reason=reason),
         response("whole", 3.6, 0, finish_reason="stop"),
     ]
     (unit,) = best_of(tmp_path, record("humor:4,verbosity:0", *responses), keep=2)

@@ -159,6 +159,22 @@ def test_a_server_without_token_ids(server: Server) -> None:
     assert connected(server).sample(REQUESTS[:1]) == [wanted]
 
 
+@pytest.mark.parametrize(
+    "logprob", [None, float("nan"), float("-inf"), -9999.0, "-0.5", True], ids=str
+)
+def test_a_log_prob_that_is_none_is_not_known(server: Server, logprob: Any) -> None:
+    """Of one token, so of its response; the others' are. vLLM clamps to -9999."""
+
+    def one_unknown(body: dict[str, Any]) -> list[dict[str, Any]]:
+        choices = answer_of(body)
+        choices[1]["logprobs"]["token_logprobs"][1] = logprob
+        return choices
+
+    server.choices = one_unknown
+    (samples,) = connected(server).sample(REQUESTS[:1])
+    assert [sample.log_prob for sample in samples] == [-1.5, None, -3.0]
+
+
 def test_an_end_at_another_token_is_no_stop(server: Server) -> None:
     """vLLM says "stop" at the model's own end of text too."""
 

@@ -19,8 +19,9 @@ from steerlm2.data.records import ASSISTANT, LineProblems, Record, Response, Tur
 from steerlm2.data.sources.base import Unit
 from steerlm2.data.sources.rows import iter_rows
 
-_CUT_OFF = "length"
-"""The finish_reason of an incomplete response that sample_responses kept."""
+_COMPLETE = (None, "stop")
+"""The finish_reasons of complete responses: nothing is known, or the stop token ended it. Others
+("length", "other_stop", a server's "abort") are of responses that were cut off."""
 
 _CONVERSATION_KEYS = {"conversations", "system", "mask", "type"}
 
@@ -113,7 +114,7 @@ def _by_distance(record: Record, schema: AttributeSchema) -> list[tuple[float, R
     )
     if lacking:
         raise ValueError(f"no score for {', '.join(lacking)} (recipe annotate_attributes adds it)")
-    complete = [r for r in record.responses if r.extra.get("finish_reason") != _CUT_OFF]
+    complete = [r for r in record.responses if r.extra.get("finish_reason") in _COMPLETE]
     distances = [
         sum(abs(_clipped(r, name, schema) - value) for name, value in wanted.items()) / len(wanted)
         for r in complete
