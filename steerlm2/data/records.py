@@ -6,6 +6,7 @@ everything has Python names. Unknown keys are kept and written back.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import json
@@ -25,6 +26,23 @@ LOG_PROB_KEYS = {
     "log_q": "log(Q(y|a,x))",
 }
 """Field of Response -> JSON key. All are natural logarithms, summed over the response's tokens."""
+
+_START = 4096
+"""Bytes of a file that tell its format."""
+_UTF_16 = "UTF-16 or UTF-32: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
+_ARCHIVE = "compressed: unpack it, or compress it with gzip under a name that ends in .gz"
+_OTHER_FORMATS = {
+    b"PAR1": "Parquet: recipe prepare_data reads it under a name that ends in .parquet",
+    b"\x1f\x8b": "compressed with gzip: give it a name that ends in .gz",
+    codecs.BOM_UTF16_LE: _UTF_16,
+    codecs.BOM_UTF16_BE: _UTF_16,
+    b"PK\x03\x04": _ARCHIVE,  # zip
+    b"\x28\xb5\x2f\xfd": _ARCHIVE,  # Zstandard
+    b"BZh": _ARCHIVE,
+    b"\xfd7zXZ": _ARCHIVE,
+    b"ARROW1": "Arrow: recipe prepare_data reads Parquet, under a name that ends in .parquet",
+}
+"""First bytes -> what a file is, and what to do."""
 
 USER, ASSISTANT = "User", "Assistant"
 
@@ -213,11 +231,12 @@ class LineProblems:
 def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[int, Any]]:
     """(line number from 1, decoded JSON) of the lines of a .jsonl or .jsonl.gz file.
 
-    Blank lines are skipped. Lines that can't be decoded go to `problems`, which the caller raises
-    at the end.
+    Blank lines are skipped. Lines that can't be decoded, or have a key twice, go to `problems`,
+    which the caller raises at the end.
 
     Raises:
         FileNotFoundError: with the absolute path.
+        ValueError: for a file of another format, which it names.
     """
     path = Path(path)
     if not path.is_file():
@@ -229,12 +248,14 @@ def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[
     line_number = 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         try:
+            _refuse_other_formats(path, file.peek(_START))
             for line_number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
                     obj = json.loads(
-                        line.rstrip(b"\r\n").decode("utf-8-sig" if line_number == 1 else "utf-8")
+                        line.rstrip(b"\r\n").decode("utf-8-sig" if line_number == 1 else "utf-8"),
+                        object_pairs_hook=_object,
                     )
                 except (ValueError, RecursionError) as error:
                     problems.add(line_number, f"not valid JSON ({_json_hint(error)})")
@@ -242,6 +263,37 @@ def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[
                     yield line_number, obj
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             problems.add(line_number + 1, f"the compressed file is damaged or cut off ({error})")
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    """One message instead of one a line.
+
+    Args:
+        start: the first bytes of the file, or of what is compressed in it.
+
+    Raises:
+        ValueError: where they aren't those of JSON lines in UTF-8.
+    """
+    found = next((what for magic, what in _OTHER_FORMATS.items() if start.startswith(magic)), None)
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    first_line, line_end, _ = text.partition(b"\n")
+    if found is None and b"\0" in start[:4]:
+        found = _UTF_16
+    elif found is None and text.startswith(b"["):
+        found = f"one JSON array: write an object a line (jq -c '.[]' {path.name})"
+    elif found is None and line_end and first_line.rstrip().endswith((b"{", b"[", b",")):
+        found = f"JSON over several lines: write an object a line (jq -c . {path.name})"
+    if found is not None:
+        raise ValueError(f"{path} is {found}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that is there twice, of which json would take the last."""
+    obj = dict(pairs)
+    if len(obj) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in obj if keys.count(key) > 1)!r} is there twice")
+    return obj
 
 
 def _json_hint(error: Exception) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import copy
 import gzip
 import json
+import lzma
 import math
 from pathlib import Path
 from typing import Any
@@ -276,7 +278,7 @@ def test_bad_lines_are_named_with_file_and_line_the_first_ten(tmp_path: Path) ->
 
 def test_iter_records_yields_the_good_ones_before_it_raises(tmp_path: Path) -> None:
     good = json.dumps(example())
-    path = _write_lines(tmp_path / "d.jsonl", ["[]", good, "", good])
+    path = _write_lines(tmp_path / "d.jsonl", ["3", good, "", good])
     records = iter_records(path)
     assert [next(records), next(records)] == [parse_record(example())] * 2
     with pytest.raises(ValueError, match=r"d\.jsonl:1: a record must be a JSON object"):
@@ -296,6 +298,47 @@ def test_an_empty_file_is_an_error(tmp_path: Path, content: bytes) -> None:
         read_records(tmp_path / "d.jsonl")
 
 
+LINE = json.dumps(example()).encode() + b"\n"
+OTHER_FORMATS = {
+    "one JSON array: write an object a line": b"[" + LINE.rstrip() + b",\n" + LINE + b"]\n",
+    "one JSON array": b"\xef\xbb\xbf\n [\n" + LINE + b"]\n",
+    "JSON over several lines: write an object a line": json.dumps(example(), indent=2).encode(),
+    "JSON over several": json.dumps(example()).replace('", "', '",\n"').encode(),
+    "UTF-16 or UTF-32: convert it to UTF-8": LINE.decode().encode("utf-16"),
+    "UTF-16 or UTF-32": LINE.decode().encode("utf-16-le"),
+    "UTF-16": LINE.decode().encode("utf-32-be"),
+    "compressed with gzip: give it a name that ends in .gz": gzip.compress(LINE),
+    "compressed: unpack it": b"PK\x03\x04" + bytes(100),
+    "compressed: unpack": bz2.compress(LINE),
+    "compressed:": lzma.compress(LINE),
+    "Parquet: recipe prepare_data reads it": b"PAR1" + bytes(100) + b"PAR1",
+}
+
+
+@pytest.mark.parametrize("message", OTHER_FORMATS)
+def test_other_formats_are_one_message(tmp_path: Path, message: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(OTHER_FORMATS[message])
+    with pytest.raises(ValueError, match=f"^{path} is {message}") as error:
+        read_records(path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_array_in_a_compressed_file_is_one_too(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl.gz"
+    path.write_bytes(gzip.compress(b"[" + LINE + b"]"))
+    with pytest.raises(ValueError, match=f"^{path} is one JSON array"):
+        read_records(path)
+
+
+@pytest.mark.parametrize("line", ['{"a": 1, "b": 2, "a": 1}', '{"b": [{"a": 1, "a": null}]}'])
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path, line: str) -> None:
+    """Which of them counts is a matter of the reader; json takes the last."""
+    path = _write_lines(tmp_path / "d.jsonl", [json.dumps(example()), line])
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON \(key 'a' is there twice\)"):
+        read_records(path)
+
+
 def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(json.dumps(example()).encode() + b'\n{"system": "\xff"}\n')
     with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON \(not UTF-8 at byte 13\)"):
@@ -303,7 +346,7 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
 
 
 def test_a_line_nested_too_deeply_is_a_bad_line(tmp_path: Path) -> None:
-    path = _write_lines(tmp_path / "d.jsonl", ["[" * 200_000])
+    path = _write_lines(tmp_path / "d.jsonl", ['{"a": ' * 200_000])
     with pytest.raises(ValueError, match=r"d\.jsonl:1: not valid JSON \(nested too deeply\)"):
         read_records(path)
 

@@ -100,7 +100,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 def test_bad_json_is_named_with_its_file(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", 1)
-    (tmp_path / "validation.jsonl").write_text("{\n")
+    (tmp_path / "validation.jsonl").write_text("{]\n")
     with pytest.raises(ValueError, match=r"validation\.jsonl:1: not valid JSON"):
         read(tmp_path)
 
