@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from steerlm2.pipeline.state import PipelineState
 
+TUNE = Path(sys.executable).with_name("tune")
 QUICKSTART = ("steerlm2_pipeline", "--config", "tiny/quickstart")
 
 WORLD_STAGES = [
@@ -187,7 +188,7 @@ def test_commands_run_by_hand_are_adopted(tune: Any, two_stages: Path, tmp_path:
     """The printed lines are a shell script; what they leave counts when one says so."""
     command = ("steerlm2_pipeline", "--config", str(two_stages))
     script = tune(*command, "dry_run=true").stdout
-    environment = os.environ | tune.variables
+    environment = os.environ | {"PATH": f"{TUNE.parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(["bash", "-eu", "-c", script], env=environment, check=True, cwd=tmp_path)
     tune(*command, "adopt=true")
     assert runs(tmp_path / "out") == {"draw": 0, "split": 0}
