@@ -8,7 +8,9 @@ text, so the server's chat template and tokenizer aren't used. It returns one sc
 
 from __future__ import annotations
 
+import ipaddress
 import threading
+import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -28,6 +30,9 @@ AnswerT = TypeVar("AnswerT")
 
 class ServerClient:
     """Sends requests from several threads. Connection errors, 429 and 5xx are retried.
+
+    A server on this machine is asked directly, others through the environment's proxy if it has one
+    for them.
 
     Args:
         url: of the server, "http://127.0.0.1:8000".
@@ -49,7 +54,9 @@ class ServerClient:
         self.retries = retries
         self._check_url()
         limits = httpx.Limits(max_connections=concurrency)
-        self._http = httpx.Client(timeout=timeout, limits=limits)
+        self._http = httpx.Client(
+            timeout=timeout, limits=limits, trust_env=not is_loopback(httpx.URL(self.url).host)
+        )
         self._stop = threading.Event()
 
     def connect(self, max_seq_len: int) -> None:
@@ -119,7 +126,8 @@ class ServerClient:
             if response.status_code < 500 and response.status_code != TOO_MANY_REQUESTS:
                 raise ValueError(f"{self.url}{path} refuses the request{hint}: {problem}")
         raise ConnectionError(
-            f"the server at {self.url} doesn't answer, tried {self.retries + 1} times ({problem}). "
+            f"the server at {self.url} doesn't answer, tried {self.retries + 1} times ({problem}"
+            f"{self._by_proxy()}). "
             "Once it is up again, the same command continues where it stopped"
         )
 
@@ -133,6 +141,14 @@ class ServerClient:
         return ValueError(
             f"{self.url}{path} doesn't answer as a vLLM server does: {str(answer)[:200]}"
         )
+
+    def _by_proxy(self) -> str:
+        """Of the environment, where a request goes through one."""
+        url = httpx.URL(self.url)
+        proxy = urllib.request.getproxies().get(url.scheme)
+        if not proxy or is_loopback(url.host) or urllib.request.proxy_bypass(url.host):
+            return ""
+        return f", through the proxy that {url.scheme}_proxy names; no_proxy={url.host} spares it"
 
     def _check_url(self) -> None:
         try:
@@ -199,6 +215,15 @@ class ClassifyClient(ServerClient):
                 "for, in the same order"
             )
         return scores
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host of a URL is this machine."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def _reason(response: httpx.Response) -> str:

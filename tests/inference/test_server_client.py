@@ -35,6 +35,42 @@ def test_scores_come_in_the_order_of_the_texts(fake_vllm: Any) -> None:
     assert sorted(fake_vllm.texts) == sorted(TEXTS)
 
 
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """In the environment, as on clusters; nothing answers there."""
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    return "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_server_on_this_machine_is_asked_directly(fake_vllm: Any, proxy: str, host: str) -> None:
+    fake_vllm.url = fake_vllm.url.replace("127.0.0.1", host)
+    assert connected(fake_vllm).classify(TEXTS[:2]) == [fake_vllm.scores(t) for t in TEXTS[:2]]
+
+
+def test_a_proxy_that_does_not_answer_is_named(proxy: str) -> None:
+    """The server itself may be up."""
+    asked = ClassifyClient("http://vllm.example:8000", NAMES, retries=0)
+    with pytest.raises(
+        ConnectionError, match=r"through the proxy that http_proxy names; no_proxy="
+    ):
+        asked.connect(max_seq_len=512)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        *[("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("0.0.0.0", True)],
+        *[("localhost", True), ("a.localhost", True), ("10.0.0.1", False)],
+        *[("localhost.example", False), ("node1", False)],
+    ],
+)
+def test_what_is_this_machine(host: str, expected: bool) -> None:
+    assert server_client.is_loopback(host) is expected
+
+
 def test_nothing_to_ask_is_not_asked(fake_vllm: Any) -> None:
     assert connected(fake_vllm).classify([]) == []
     assert fake_vllm.texts == []

@@ -212,6 +212,16 @@ def test_the_status_is_the_commands(with_server: WithServer, code: str, status: 
     assert [pid for pid in with_server.server_pids() if alive(pid)] == []
 
 
+def test_a_proxy_in_the_environment_is_not_asked(
+    with_server: WithServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing answers there; the server is healthy all the same."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    status, stdout, stderr = with_server.run(sys.executable, "-c", "print('ran')")
+    assert (status, stdout) == (0, "ran\n"), stderr
+
+
 def test_there_is_no_such_command(with_server: WithServer) -> None:
     """No server is started for it."""
     status, _, stderr = with_server.run("/no/such/command")
