@@ -112,9 +112,8 @@ class StateWriter:
         self._stager = DefaultStager(self._staging)
 
         def begin() -> None:
-            if (
-                world.device.type == "cuda"
-            ):  # otherwise every rank's thread would create a context on GPU 0
+            # Otherwise every rank's thread would create a context on GPU 0.
+            if world.device.type == "cuda":
                 torch.cuda.set_device(world.device)
 
         self._thread = ThreadPoolExecutor(1, "checkpoint", begin)

@@ -152,7 +152,6 @@ def test_nothing_has_the_size_of_the_dense_mask() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"compile": True},
         {"activation_checkpointing": "full"},
         {"compile": True, "activation_checkpointing": "selective"},
     ],

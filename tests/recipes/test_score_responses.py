@@ -456,6 +456,7 @@ def test_one_model_is_in_memory_at_a_time(
 
     for module in (decoder_module, attribute_model_module):
         monkeypatch.setattr(module, "load_weights", count_decoders)
+    gc.collect()  # what other tests have left
     before = decoders()
     name, _, config, *overrides = arguments(
         unscored, tmp_path / "out.jsonl", *SCHEMA, *with_models(three_models)
