@@ -274,17 +274,18 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     Raises:
         ValueError: where they aren't those of JSON lines in UTF-8.
     """
-    found = next((what for magic, what in _OTHER_FORMATS.items() if start.startswith(magic)), None)
+    for magic, what in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is {what}")
+    if b"\0" in start[:4]:
+        raise ValueError(f"{path} is {_UTF_16}")
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    one_a_line = "write an object a line (jq -c"
+    if text.startswith(b"["):
+        raise ValueError(f"{path} is one JSON array: {one_a_line} '.[]' {path.name})")
     first_line, line_end, _ = text.partition(b"\n")
-    if found is None and b"\0" in start[:4]:
-        found = _UTF_16
-    elif found is None and text.startswith(b"["):
-        found = f"one JSON array: write an object a line (jq -c '.[]' {path.name})"
-    elif found is None and line_end and first_line.rstrip().endswith((b"{", b"[", b",")):
-        found = f"JSON over several lines: write an object a line (jq -c . {path.name})"
-    if found is not None:
-        raise ValueError(f"{path} is {found}")
+    if line_end and first_line.rstrip().endswith((b"{", b"[", b",")):
+        raise ValueError(f"{path} is JSON over several lines: {one_a_line} . {path.name})")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,10 +52,10 @@ class ServerClient:
         self.model = model
         self.concurrency = concurrency
         self.retries = retries
-        self._check_url()
+        self._address = self._checked_url()
         limits = httpx.Limits(max_connections=concurrency)
         self._http = httpx.Client(
-            timeout=timeout, limits=limits, trust_env=not is_loopback(httpx.URL(self.url).host)
+            timeout=timeout, limits=limits, trust_env=not is_loopback(self._address.host)
         )
         self._stop = threading.Event()
 
@@ -144,19 +144,20 @@ class ServerClient:
 
     def _by_proxy(self) -> str:
         """Of the environment, where a request goes through one."""
-        url = httpx.URL(self.url)
-        proxy = urllib.request.getproxies().get(url.scheme)
-        if not proxy or is_loopback(url.host) or urllib.request.proxy_bypass(url.host):
+        scheme, host = self._address.scheme, self._address.host
+        proxy = urllib.request.getproxies().get(scheme)
+        if not proxy or not self._http.trust_env or urllib.request.proxy_bypass(host):
             return ""
-        return f", through the proxy that {url.scheme}_proxy names; no_proxy={url.host} spares it"
+        return f", through the proxy that {scheme}_proxy names; no_proxy={host} spares it"
 
-    def _check_url(self) -> None:
+    def _checked_url(self) -> httpx.URL:
         try:
             parts = httpx.URL(self.url)
         except httpx.InvalidURL as error:
             raise ValueError(f"server.url {self.url!r}: {error}") from error
         if parts.scheme not in ("http", "https") or not parts.host:
             raise ValueError(f"server.url must look like http://127.0.0.1:8000, got {self.url!r}")
+        return parts
 
 
 class ClassifyClient(ServerClient):
