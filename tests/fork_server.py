@@ -347,10 +347,17 @@ def _enter(request: Request, files: Sequence[int]) -> None:
     of_request = request.env.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(request.env)
+    if EAGER in os.environ:
+        import torch
+
+        torch.compiler.set_stance("force_eager")
     kept = [path for path in sys.path[1:] if path not in of_server]
     search_path[:] = [*filter(None, of_request), *kept]
     _become(request.argv, os.path.dirname(os.path.realpath(request.argv[0])))
 
+
+EAGER = "FORKED_PROCESSES_COMPILE_NOTHING"
+"""In a request's environment; torch.compile(fullgraph=True), too, then calls the function itself."""
 
 search_path: list[str] = []
 """A child's, before its script changes it; without the script's own folder."""

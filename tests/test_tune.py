@@ -145,12 +145,10 @@ def installed(
     return environments(request.param)
 
 
-@pytest.fixture(scope="module", params=["pip", "uv editable"])
-def wheel_or_checkout(
-    request: pytest.FixtureRequest, environments: Callable[[str], Environment]
-) -> Environment:
-    """For what depends on where the files lie, and not on who has put them there."""
-    return environments(request.param)
+@pytest.fixture(scope="module")
+def wheel(environments: Callable[[str], Environment]) -> Environment:
+    """For what depends on where the files lie: all other tests run from a checkout."""
+    return environments("pip")
 
 
 @pytest.fixture(scope="module")
@@ -195,30 +193,30 @@ def test_recipes_come_from_the_package_or_from_the_checkout(installed: Environme
         assert folders == [package / "_recipes", package / "_recipe_configs"]
 
 
-def test_the_page_of_a_report_has_its_template(wheel_or_checkout: Environment) -> None:
+def test_the_page_of_a_report_has_its_template(wheel: Environment) -> None:
     code = (
         "from steerlm2.evaluation.report import SteeringResult, html_page; "
         "rows = [dict(attribute='wit', requested=4, mean_score=3.5, std_score=0.5)]; "
         "print(html_page({'mine': SteeringResult({'steering_mae': 0.5}, rows, {})}))"
     )
-    assert wheel_or_checkout.output("python", "-c", code).startswith("<!doctype html>")
+    assert wheel.output("python", "-c", code).startswith("<!doctype html>")
 
 
-def test_cp_and_cat_a_config(wheel_or_checkout: Environment) -> None:
+def test_cp_and_cat_a_config(wheel: Environment) -> None:
     """`tune cp` gives the file to the byte; `tune cat` prints its values, formatted anew."""
     name = "llama3_1/70B_steerlm2_multinode"
     source = (REPOSITORY / "recipe_configs" / f"{name}.yaml").read_bytes()
 
-    wheel_or_checkout.output("tune", "cp", name, "my.yaml")
-    printed = wheel_or_checkout.output("tune", "cat", name)
+    wheel.output("tune", "cp", name, "my.yaml")
+    printed = wheel.output("tune", "cat", name)
 
-    assert (wheel_or_checkout.root / "my.yaml").read_bytes() == source
+    assert (wheel.root / "my.yaml").read_bytes() == source
     assert yaml.safe_load(printed) == yaml.safe_load(source)
 
 
-def test_run_by_name(wheel_or_checkout: Environment) -> None:
+def test_run_by_name(wheel: Environment) -> None:
     """The recipe itself answers: it refuses a key that it doesn't know."""
-    result = wheel_or_checkout.run(
+    result = wheel.run(
         "tune", "run", "prepare_data", "--config", "data/oasst_groups", UNKNOWN_KEY
     )
 
@@ -226,16 +224,16 @@ def test_run_by_name(wheel_or_checkout: Environment) -> None:
     assert "no_such_key" in result.stderr
 
 
-def test_run_an_edited_copy(wheel_or_checkout: Environment) -> None:
+def test_run_an_edited_copy(wheel: Environment) -> None:
     """A recipe copied with `tune cp` and then edited runs by its path, with a built-in config."""
     main = 'if __name__ == "__main__":'
-    copy = wheel_or_checkout.root / "my_recipe.py"
+    copy = wheel.root / "my_recipe.py"
 
-    wheel_or_checkout.output("tune", "cp", "prepare_data", copy.name)
+    wheel.output("tune", "cp", "prepare_data", copy.name)
     text = copy.read_text()
     assert text == (REPOSITORY / "recipes" / "prepare_data.py").read_text()
     copy.write_text(text.replace(main, f'{main}\n    print("edited copy")'))
-    result = wheel_or_checkout.run(
+    result = wheel.run(
         "tune", "run", copy.name, "--config", "data/oasst_groups", UNKNOWN_KEY
     )
 

@@ -7,6 +7,7 @@ without changes of the model code.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -121,7 +122,7 @@ def parallelize(
             # Packed sequences have many lengths: the second one compiles dynamic shapes.
             # dynamic=True from the start fails under tensor parallel without grouped-query
             # attention (torch 2.13).
-            layer.compile()
+            layer.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
     if world.mesh is not None:
         _shard(decoder, world.mesh, dtype, reshard_after_forward, cpu_offload)
 

@@ -157,8 +157,11 @@ def test_nothing_has_the_size_of_the_dense_mask() -> None:
     ],
     ids=str,
 )
-def test_blocks_pass_through_compiled_and_checkpointed_layers(options: dict[str, object]) -> None:
+def test_blocks_pass_through_compiled_and_checkpointed_layers(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same gradients as the plain layers', for several lengths and block counts."""
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
     torch.manual_seed(0)
     sizes = {"num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "vocab_size": 700}
     plain = llama3(**sizes, max_seq_len=700, intermediate_dim=48)

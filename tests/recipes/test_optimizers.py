@@ -1,15 +1,19 @@
 """torchao's optimizers through `tune run`: trained, saved, and resumed on the same and other ranks.
 
-They compile their update for each shape of a parameter, so the models here have few shapes.
+They compile their update for each shape of a parameter, which takes a minute a run: here that is
+done once, for a model of few shapes, and switched off elsewhere.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fork_server import EAGER
 
 if TYPE_CHECKING:
     from tests.recipes.conftest import RunFolder, TuneProcess
@@ -27,13 +31,21 @@ OTHERS = {
 }
 
 
+@contextmanager
+def without_compiling() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(EAGER, "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def run_on_two(
     tune: TuneProcess, run_folder: type[RunFolder], tmp_path_factory: pytest.TempPathFactory
 ) -> RunFolder:
     """Tensor parallel over two ranks; saved after steps 2 and 4."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    tune(*STEERLM2, "tensor_parallel_dim=2", f"output_dir={folder}", nproc=2)
+    with without_compiling():
+        tune(*STEERLM2, "tensor_parallel_dim=2", f"output_dir={folder}", nproc=2)
     return run_folder(folder)
 
 
@@ -57,7 +69,8 @@ def test_a_resumed_run_goes_on(
     shutil.copytree(run_on_two.path, folder)
     shutil.rmtree(folder / "checkpoints" / "step_000004")
     arguments = (layout, f"output_dir={folder}", "resume_from_checkpoint=true")
-    result = tune(*STEERLM2, *arguments, nproc=nproc)
+    with without_compiling():
+        result = tune(*STEERLM2, *arguments, nproc=nproc)
     assert "resumed from" in result.stdout
     got, expected = run_folder(folder).entries(), run_on_two.entries()
     assert [row["lr"] for row in got] == [row["lr"] for row in expected]
@@ -71,7 +84,7 @@ def test_a_resumed_run_goes_on(
 def test_the_other_recipes_train_and_resume(
     recipe: str, tune: TuneProcess, run_folder: type[RunFolder], tmp_path: Path
 ) -> None:
-    """One process; bit for bit."""
+    """One process, compiled as it comes; bit for bit."""
     arguments = (
         *(recipe, *OTHERS[recipe], "val_every_n_steps=null", "dataset_val=null", "export=last"),
         *("dataset.num_records=48", "max_steps=4", "save_every_n_steps=2"),
@@ -91,12 +104,13 @@ def test_bf16_weights_with_stochastic_rounding_train(
     tune: TuneProcess, run_folder: type[RunFolder], tmp_path: Path
 ) -> None:
     """torchao's AdamW without quantization; half of the time bf16 would not move at all."""
-    tune(
-        *STEERLM2,
-        "optimizer._component_=torchao.optim._AdamW",
-        "optimizer.bf16_stochastic_round=true",
-        *("dtype=bf16", "dataset.num_records=16", "max_steps=8", "save_every_n_steps=null"),
-        *("lr=1e-3", "lr_scheduler.warmup_steps=0", f"output_dir={tmp_path}/run"),
-    )
+    with without_compiling():
+        tune(
+            *STEERLM2,
+            "optimizer._component_=torchao.optim._AdamW",
+            "optimizer.bf16_stochastic_round=true",
+            *("dtype=bf16", "dataset.num_records=16", "max_steps=8", "save_every_n_steps=null"),
+            *("lr=1e-3", "lr_scheduler.warmup_steps=0", f"output_dir={tmp_path}/run"),
+        )
     loss = [row["loss"] for row in run_folder(tmp_path / "run").entries()]
     assert loss[-1] < 0.8 * loss[0]

@@ -68,6 +68,7 @@ LORA = (
 )
 PAIRS = "reward_attribute=verbosity"
 """In the command line of every run on pairs."""
+SHORT = ("max_steps=6", "val_every_n_steps=3", "save_every_n_steps=null")
 ONE_STEP = ("max_steps=1", "val_every_n_steps=null", "save_every_n_steps=null")
 
 
@@ -161,6 +162,11 @@ def command_line(labelled_file: Path, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def reference(train: Train) -> RunFolder:
     return train()
+
+
+@pytest.fixture(scope="module")
+def short_reference(train: Train) -> RunFolder:
+    return train(*SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +279,7 @@ def test_bradley_terry_loss_is_the_mean_over_all_pairs_of_the_step(
         gap, size = second[1] - first[1], abs(strength)
         orders = {-1: [-gap], 0: [gap, -gap], 1: [gap]}[(strength > 0) - (strength < 0)]
         losses.append(sum(nll(d, size) for d in orders) / len(orders))
-    run = train(*pairs, f"loss={loss}", *ONE_STEP, nproc=4)
+    run = train(*pairs, f"loss={loss}", *ONE_STEP, nproc=2)
     assert entries_with(run, "loss")[1]["loss"] == pytest.approx(
         sum(losses) / len(losses), rel=1e-5
     )
@@ -322,19 +328,19 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_share_one_trajectory(train: Train, reference: RunFolder, name: str) -> None:
-    """All metrics of 12 steps to 1e-4, the exported weights to 1e-3."""
+def test_layouts_share_one_trajectory(train: Train, short_reference: RunFolder, name: str) -> None:
+    """All metrics of 6 steps to 1e-4, the exported weights to 1e-3."""
     overrides, nproc = LAYOUTS[name]
-    run = train(*overrides, nproc=nproc)
-    assert worst(run, reference) < 1e-4
-    assert worst_tensor(run, reference) < 1e-3
+    run = train(*SHORT, *overrides, nproc=nproc)
+    assert worst(run, short_reference) < 1e-4
+    assert worst_tensor(run, short_reference) < 1e-3
 
 
 def test_pairs_share_one_trajectory(train: Train, pairs: tuple[str, ...]) -> None:
     """Two ranks with tensor parallel, one pair a row, against one process."""
     arguments = (
-        *(*pairs, "loss=margin_bt", "max_steps=6", "save_every_n_steps=null"),
-        *("val_every_n_steps=6", "limit_val_batches=2"),
+        *(*pairs, "loss=margin_bt", "max_steps=3", "save_every_n_steps=null"),
+        *("val_every_n_steps=3", "limit_val_batches=2"),
     )
     one = train(*arguments)
     two = train(*arguments, "tensor_parallel_dim=2", "max_tokens_per_microbatch=1", nproc=2)
@@ -366,9 +372,8 @@ def test_synthetic_preferences_are_learned(tune_command: TuneProcess, tmp_path: 
 
 def test_lora_trains_the_head_and_leaves_the_base(train: Train) -> None:
     """Two ranks give what one gives; unadapted matrices stay as the seed made them."""
-    short = ("max_steps=6", "val_every_n_steps=6", "save_every_n_steps=null")
-    one = train(*LORA, *short)
-    two = train(*LORA, *short, "tensor_parallel_dim=2", nproc=2)
+    one = train(*LORA, *SHORT)
+    two = train(*LORA, *SHORT, "tensor_parallel_dim=2", nproc=2)
     assert worst(two, one) < 1e-4
     start = train(*LORA, *ONE_STEP, "lr=1e-30")
     changed = {

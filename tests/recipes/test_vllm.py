@@ -230,16 +230,14 @@ def test_killed_server_is_named_and_what_was_written_stays(
 
 @pytest.fixture(scope="module")
 def language_model(tune: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An attribute-conditioned model after 60 small steps, as four ranks of sft_distributed export
-    it: split over two of them, sharded over the other two."""
+    """An attribute-conditioned model after 60 small steps. What ranks export is the same:
+    test_sft_distributed."""
     output_dir = tmp_path_factory.mktemp("acsft")
     tune(
         *("sft_distributed", "--config", "tiny/acsft", f"output_dir={output_dir}", "max_steps=60"),
         *("lr_scheduler.warmup_steps=5", "dataset.num_records=100", "dataset_val=null"),
         *("global_batch_size=12", "lr=4.0e-3"),
         *("val_every_n_steps=null", "save_every_n_steps=null", "generation=null"),
-        "tensor_parallel_dim=2",
-        nproc=4,
     )
     (folder,) = output_dir.glob("epoch_*")
     return folder
