@@ -11,16 +11,19 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from steerlm2.checkpoints.weights import Checkpointer, load_weights
 from steerlm2.config.keys import ActivationCheckpointing, DistributedKeys
-from steerlm2.config.loader import instantiate
+from steerlm2.config.loader import instantiate, takes
 from steerlm2.distributed.parallelize import DTYPES, parallelize
 from steerlm2.distributed.world import World
 from steerlm2.models.reward_head import add_reward_head
+
+CHECKPOINT_DIR = "checkpoint_dir"
 
 
 def build_decoder(
     model: Mapping[str, Any],
     dtype: torch.dtype,
     *,
+    checkpointer: Mapping[str, Any] | None = None,
     param_dtype: torch.dtype | None = None,
     num_attributes: int | None = None,
 ) -> TransformerDecoder:
@@ -30,11 +33,16 @@ def build_decoder(
 
     Args:
         dtype: of the computation.
+        checkpointer: section of the model's checkpointer, whose folder a `from_checkpoint` without
+            one of its own reads.
         param_dtype: of the trained weights; none: `dtype`.
         num_attributes: of an attribute model, whose reward head replaces the output layer.
     """
+    own = dict(model)
+    if takes(model, CHECKPOINT_DIR) and not model.get(CHECKPOINT_DIR) and checkpointer is not None:
+        own[CHECKPOINT_DIR] = checkpointer.get(CHECKPOINT_DIR) or ""
     with torch.device("meta"):
-        decoder = instantiate(model)
+        decoder = instantiate(own)
         if num_attributes is not None:
             add_reward_head(decoder, num_attributes)
         decoder = decoder.to(param_dtype or dtype)

@@ -142,6 +142,7 @@ class Job(abc.ABC, Generic[RecordT]):
         return build_decoder(
             self.cfg.model,
             self.dtype,
+            checkpointer=self.cfg.checkpointer,
             param_dtype=self.param_dtype,
             num_attributes=self.num_attributes,
         )
