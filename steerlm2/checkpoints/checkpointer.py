@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import read_config, resolve_checkpoint_dir
 from steerlm2.checkpoints.hf_names import decoder_name
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
@@ -30,7 +30,7 @@ from steerlm2.data.records import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.models.llama import head_shape, hf_config
-from steerlm2.models.llama_config import llama_config, read_config
+from steerlm2.models.llama_config import llama_config
 from steerlm2.models.reward_head import attribute_names
 
 INIT_STD = 0.02

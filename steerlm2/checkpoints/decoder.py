@@ -19,6 +19,12 @@ from steerlm2.models.reward_head import add_reward_head
 CHECKPOINT_DIR = "checkpoint_dir"
 
 
+def checkpoint_dir_of(model: Mapping[str, Any], checkpointer: Mapping[str, Any] | None) -> str:
+    """The folder whose config.json a `model` section is built from: its own or its checkpointer's;
+    "" where there is neither."""
+    return model.get(CHECKPOINT_DIR) or (checkpointer or {}).get(CHECKPOINT_DIR) or ""
+
+
 def build_decoder(
     model: Mapping[str, Any],
     dtype: torch.dtype,
@@ -37,12 +43,21 @@ def build_decoder(
             one of its own reads.
         param_dtype: of the trained weights; none: `dtype`.
         num_attributes: of an attribute model, whose reward head replaces the output layer.
+
+    Raises:
+        ValueError: where the arguments don't go together, or `from_checkpoint` has no folder.
+        FileNotFoundError: where its folder doesn't exist.
     """
-    own = dict(model)
-    if takes(model, CHECKPOINT_DIR) and not model.get(CHECKPOINT_DIR) and checkpointer is not None:
-        own[CHECKPOINT_DIR] = checkpointer.get(CHECKPOINT_DIR) or ""
+    arguments = dict(model)
+    if takes(model, CHECKPOINT_DIR):
+        arguments[CHECKPOINT_DIR] = checkpoint_dir_of(model, checkpointer)
+        if not arguments[CHECKPOINT_DIR]:
+            raise ValueError(
+                f"{model['_component_']} needs a checkpoint: set checkpointer, or "
+                "model.checkpoint_dir"
+            )
     with torch.device("meta"):
-        decoder = instantiate(own)
+        decoder = instantiate(arguments)
         if num_attributes is not None:
             add_reward_head(decoder, num_attributes)
         decoder = decoder.to(param_dtype or dtype)

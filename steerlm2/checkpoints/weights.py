@@ -26,7 +26,7 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.attributes import AttributeSchema
-from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import read_config, resolve_checkpoint_dir
 from steerlm2.checkpoints.checkpointer import (
     FolderCheckpointer,
     HFCheckpointer,
@@ -49,7 +49,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
 from steerlm2.models.llama import context_length, head_shape
-from steerlm2.models.llama_config import check_decoder, exported_config, read_config
+from steerlm2.models.llama_config import check_decoder, exported_config
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
 from steerlm2.models.reward_head import (
     HF_HEAD,

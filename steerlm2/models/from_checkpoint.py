@@ -20,9 +20,9 @@ from torchtune.modules import (
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
-from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import read_config, resolve_checkpoint_dir
 from steerlm2.models.llama import hf_config
-from steerlm2.models.llama_config import LlamaConfig, llama_config, read_config
+from steerlm2.models.llama_config import LlamaConfig, llama_config
 from steerlm2.models.rope import build_rope
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")

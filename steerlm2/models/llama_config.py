@@ -77,22 +77,6 @@ class LlamaConfig:
     """Settings, as in `steerlm2.models.rope`."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The values of a folder's config.json.
-
-    Raises:
-        ValueError: where it isn't a JSON object.
-    """
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file.absolute()} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file.absolute()} must be a JSON object, not {type(values).__name__}")
-    return values
-
-
 def llama_config(values: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
     """What a config.json describes.
 
