@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +221,26 @@ def test_both_spellings_at_once_must_say_the_same(more: dict[str, Any], same: bo
     """transformers 4 reads one, transformers 5 the other."""
     problems = list(config_problems(VERSION_5 | more))
     assert [("say different things" in problem) for problem in problems] == ([] if same else [True])
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama2.llama2_70b": {"vocab_size": 32_000, "max_position_embeddings": 4096},
+    "llama3.llama3_70b": {"rope_theta": 500_000.0, "max_position_embeddings": 8192},
+    "llama3_1.llama3_1_70b": {"rope_theta": 500_000.0, "rope_scaling": LLAMA3},
+    "llama3_3.llama3_3_70b": {"rope_theta": 500_000.0, "rope_scaling": LLAMA3},
+}
+"""What tells the 70B models' published config.json from one another."""
+
+
+@pytest.mark.parametrize("builder", PUBLISHED)
+def test_builders_of_the_70b_configs_build_what_is_published(builder: str) -> None:
+    sizes = {"vocab_size": 128_256, "hidden_size": 8192, "intermediate_size": 28_672}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80}
+    more = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 131_072}
+    module, _, name = f"torchtune.models.{builder}".rpartition(".")
+    with torch.device("meta"):
+        decoder = getattr(importlib.import_module(module), name)()
+    assert decoder_problems(decoder, sizes | heads | more | PUBLISHED[builder]) == []
 
 
 def test_all_differences_are_in_one_message(tmp_path: Path) -> None:
