@@ -41,7 +41,13 @@ from steerlm2.planning.estimate import (
     step_time,
 )
 from steerlm2.planning.gpus import find_gpu
-from steerlm2.planning.jobs import JOBS, Job, Lengths, PlannedMicrobatch
+from steerlm2.planning.jobs import (
+    JOBS,
+    Job,
+    Lengths,
+    PlannedMicrobatch,
+    planned_without_checkpoint,
+)
 from steerlm2.planning.trace import Trace, fake_world, trace_step
 from steerlm2.planning.tracker import KINDS
 from steerlm2.runs.entry import recipe_main
@@ -151,6 +157,8 @@ class PlanRecipe:
     def run(self) -> None:
         cfg = self.cfg
         recipe, config = training_config(cfg.training, cfg.recipe)
+        if planned := planned_without_checkpoint(config):
+            print(planned)
         plan = self.plan(JOBS[recipe](config), cfg.world_size)
         job_hours = self.gpu_hours(plan)
         iteration = self.iteration(plan, job_hours)

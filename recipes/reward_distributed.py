@@ -104,9 +104,7 @@ class RewardRecipe:
 
         longest = max(data.longest() for data in (self.train_set, self.val_set) if data)
         num_attributes = len(self.schema.names)
-        self.model = build_model(
-            cfg, self.tokenizer, longest=longest, num_attributes=num_attributes
-        )
+        self.model = build_model(cfg, longest=longest, num_attributes=num_attributes)
         head = RewardHeadOptions(self.template, self.schema, cfg.load_reward_head)
         self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world, head)
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)

@@ -39,7 +39,7 @@ from steerlm2.attributes import (
     parse_label,
 )
 from steerlm2.checkpoints.decoder import build_decoder, lay_out
-from steerlm2.checkpoints.weights import check_context, check_vocabulary, open_checkpointer
+from steerlm2.checkpoints.weights import check_context, open_checkpointer
 from steerlm2.config.keys import ModelOptions, ScoringKeys, at_least_one, output_problems
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.packing import Group
@@ -339,12 +339,12 @@ class ScoreRecipe:
     ) -> TransformerDecoder:
         cfg, world = self.cfg, self.world
         self.watch.at("loading the model", patience=LONG)
-        model = build_decoder(scorer.model or cfg.model, DTYPES[cfg.dtype])
-        check_vocabulary(model, tokenizer)
+        component = scorer.checkpointer or cfg.checkpointer
+        model = build_decoder(scorer.model or cfg.model, DTYPES[cfg.dtype], checkpointer=component)
         check_context(model, longest)
         checkpointer = world.on_main(
             lambda: open_checkpointer(
-                scorer.checkpointer or cfg.checkpointer,
+                component,
                 model,
                 tokenizer,
                 seed=cfg.seed,

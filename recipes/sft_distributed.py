@@ -77,7 +77,7 @@ class SFTRecipe:
         run.plan(len(self.train_set))
 
         longest = [data.longest() for data in (self.train_set, self.val_set) if data]
-        self.model = build_model(cfg, self.tokenizer, longest=max([*longest, self.answers.longest]))
+        self.model = build_model(cfg, longest=max([*longest, self.answers.longest]))
         self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world)
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)
         dialogues = self.train_set.dialogues

@@ -128,7 +128,7 @@ class SteerLM2Recipe:
         run.plan(len(train_set))
 
         longest = [data.longest() for data in (train_set, val_set) if data]
-        self.model = build_model(cfg, self.tokenizer, longest=max([*longest, self.answers.longest]))
+        self.model = build_model(cfg, longest=max([*longest, self.answers.longest]))
         self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world)
         self.loss_fn = instantiate(cfg.loss, normalize=cfg.steerlm2.normalize)
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)

@@ -1,4 +1,5 @@
-"""Finding a checkpoint (a Hugging Face folder, or the newest export of a run), and its digest."""
+"""Finding a checkpoint (a Hugging Face folder, or the newest export of a run), its config.json and
+its digest."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,6 +50,22 @@ def resolve_checkpoint_dir(
             "has a complete epoch_N folder"
         )
     return export or folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values of a folder's config.json.
+
+    Raises:
+        ValueError: where it isn't a JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.absolute()} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file.absolute()} must be a JSON object, not {type(values).__name__}")
+    return values
 
 
 def is_checkpoint(path: str) -> bool:

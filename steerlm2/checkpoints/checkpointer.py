@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import read_config, resolve_checkpoint_dir
 from steerlm2.checkpoints.hf_names import decoder_name
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
@@ -30,6 +30,7 @@ from steerlm2.data.records import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.models.llama import head_shape, hf_config
+from steerlm2.models.llama_config import llama_config
 from steerlm2.models.reward_head import attribute_names
 
 INIT_STD = 0.02
@@ -107,19 +108,27 @@ class HFCheckpointer(FolderCheckpointer):
 
     Raises:
         FileNotFoundError: where there is no checkpoint.
+        ValueError: where config.json describes another model than a Llama, or one that can't be
+            computed here (`models.llama_config`).
     """
 
     def __init__(self, checkpoint_dir: str, output_dir: str = "") -> None:
         self.checkpoint_dir = resolve_checkpoint_dir(checkpoint_dir)
         self.output_dir = Path(output_dir)
-        config = (self.checkpoint_dir / "config.json").read_text()
-        self.hf_config: dict[str, Any] = json.loads(config)
-        self.heads = _heads_of(self.hf_config)
+        self.hf_config: dict[str, Any] = read_config(self.checkpoint_dir)
+        file = str((self.checkpoint_dir / "config.json").absolute())
+        self.config = llama_config(self.hf_config, file)
+        self.heads = {
+            "num_heads": self.config.num_attention_heads,
+            "num_kv_heads": self.config.num_key_value_heads,
+            "dim": self.config.hidden_size,
+            "head_dim": self.config.head_dim,
+        }
 
     @property
     def is_tied(self) -> bool:
         """Whether config.json ties the output layer to the embedding."""
-        return bool(self.hf_config.get("tie_word_embeddings"))
+        return self.config.tie_word_embeddings
 
     def stored_tensors(self) -> dict[str, StoredTensor]:
         """Its tensors' locations in its files (`safetensors_io.stored_tensors`)."""
@@ -207,14 +216,3 @@ def update_json(file: Path, values: Mapping[str, Any]) -> None:
     """Set keys of the JSON object in a file; other keys stay."""
     known = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**known, **values}, indent=2) + "\n")
-
-
-def _heads_of(config: Mapping[str, Any]) -> dict[str, int]:
-    """The arguments of torchtune's weight conversion, from a config.json."""
-    num_heads, dim = config["num_attention_heads"], config["hidden_size"]
-    return {
-        "num_heads": num_heads,
-        "num_kv_heads": config.get("num_key_value_heads", num_heads),
-        "dim": dim,
-        "head_dim": config.get("head_dim") or dim // num_heads,
-    }

@@ -11,16 +11,25 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from steerlm2.checkpoints.weights import Checkpointer, load_weights
 from steerlm2.config.keys import ActivationCheckpointing, DistributedKeys
-from steerlm2.config.loader import instantiate
+from steerlm2.config.loader import instantiate, takes
 from steerlm2.distributed.parallelize import DTYPES, parallelize
 from steerlm2.distributed.world import World
 from steerlm2.models.reward_head import add_reward_head
+
+CHECKPOINT_DIR = "checkpoint_dir"
+
+
+def checkpoint_dir_of(model: Mapping[str, Any], checkpointer: Mapping[str, Any] | None) -> str:
+    """The folder whose config.json a `model` section is built from: its own or its checkpointer's;
+    "" where there is neither."""
+    return model.get(CHECKPOINT_DIR) or (checkpointer or {}).get(CHECKPOINT_DIR) or ""
 
 
 def build_decoder(
     model: Mapping[str, Any],
     dtype: torch.dtype,
     *,
+    checkpointer: Mapping[str, Any] | None = None,
     param_dtype: torch.dtype | None = None,
     num_attributes: int | None = None,
 ) -> TransformerDecoder:
@@ -30,11 +39,25 @@ def build_decoder(
 
     Args:
         dtype: of the computation.
+        checkpointer: section of the model's checkpointer, whose folder a `from_checkpoint` without
+            one of its own reads.
         param_dtype: of the trained weights; none: `dtype`.
         num_attributes: of an attribute model, whose reward head replaces the output layer.
+
+    Raises:
+        ValueError: where the arguments don't go together, or `from_checkpoint` has no folder.
+        FileNotFoundError: where its folder doesn't exist.
     """
+    arguments = dict(model)
+    if takes(model, CHECKPOINT_DIR):
+        arguments[CHECKPOINT_DIR] = checkpoint_dir_of(model, checkpointer)
+        if not arguments[CHECKPOINT_DIR]:
+            raise ValueError(
+                f"{model['_component_']} needs a checkpoint: set checkpointer, or "
+                "model.checkpoint_dir"
+            )
     with torch.device("meta"):
-        decoder = instantiate(model)
+        decoder = instantiate(arguments)
         if num_attributes is not None:
             add_reward_head(decoder, num_attributes)
         decoder = decoder.to(param_dtype or dtype)

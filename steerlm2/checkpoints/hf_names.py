@@ -17,6 +17,7 @@ from steerlm2.models.reward_head import HF_HEAD
 
 HEAD = "output.weight"
 """The decoder's output layer: of a language model or, as a reward head, of an attribute model."""
+EMBEDDING = "tok_embeddings.weight"
 
 _ROW_PAIR = torch.zeros(2, 1)
 """A smallest weight (one head of one rotary pair), to convert its name only."""

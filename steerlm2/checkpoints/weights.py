@@ -26,7 +26,7 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.attributes import AttributeSchema
-from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import read_config, resolve_checkpoint_dir
 from steerlm2.checkpoints.checkpointer import (
     FolderCheckpointer,
     HFCheckpointer,
@@ -35,7 +35,7 @@ from steerlm2.checkpoints.checkpointer import (
     plain_name,
     update_json,
 )
-from steerlm2.checkpoints.hf_names import HEAD
+from steerlm2.checkpoints.hf_names import EMBEDDING, HEAD
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
     copy_part,
@@ -49,6 +49,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
 from steerlm2.models.llama import context_length, head_shape
+from steerlm2.models.llama_config import check_decoder, exported_config
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
 from steerlm2.models.reward_head import (
     HF_HEAD,
@@ -76,20 +77,31 @@ def open_checkpointer(
 ) -> Checkpointer:
     """The configured checkpointer, or `ScratchCheckpointer` where there is none.
 
+    What it writes into config.json describes the decoder.
+
     Args:
         output_dir: where it writes, unless the component has its own output_dir; "" only reads.
 
     Raises:
-        ValueError: where the folder isn't a checkpoint that the checkpointer can read.
+        ValueError: where the folder isn't a checkpoint that the checkpointer can read, the decoder
+            doesn't compute what its config.json describes, or has too few embeddings for the
+            tokenizer.
         FileNotFoundError: where it, or a file of it, doesn't exist.
     """
     if component is None:
+        check_vocabulary(decoder, tokenizer)
         return ScratchCheckpointer(decoder, tokenizer, seed=seed, output_dir=output_dir)
     if not component.get("checkpoint_dir"):
         raise ValueError("'checkpointer.checkpoint_dir' is missing: the folder of the checkpoint")
     folder = resolve_checkpoint_dir(component["checkpoint_dir"], "checkpointer.checkpoint_dir")
+    values = read_config(folder)
+    check_decoder(decoder, values, folder)
+    check_vocabulary(decoder, tokenizer)
     arguments = {"output_dir": output_dir} if output_dir else {}
-    return instantiate(arguments | dict(component) | {"checkpoint_dir": str(folder)})
+    checkpointer = instantiate(arguments | dict(component) | {"checkpoint_dir": str(folder)})
+    if isinstance(checkpointer, HFCheckpointer):
+        checkpointer.hf_config = exported_config(decoder, values)
+    return checkpointer
 
 
 def open_reward_checkpointer(
@@ -150,7 +162,8 @@ def check_vocabulary(decoder: TransformerDecoder, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
             f"{decoder.tok_embeddings.num_embeddings} embeddings: `tokenizer` and `model` must be "
-            "of one checkpoint"
+            "of one checkpoint; a model without a checkpoint takes "
+            f"model.vocab_size={tokenizer.vocab_size}"
         )
 
 
@@ -206,7 +219,7 @@ def load_weights(
             return None
         stored = checkpointer.stored_tensors()
         if isinstance(decoder.output, TiedLinear) and checkpointer.is_tied:
-            stored.pop(HEAD, None)
+            _check_tied(stored.pop(HEAD, None), stored.get(EMBEDDING))
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         _check_shapes(expected, shapes | {name: expected[name] for name in is_fresh})
         return stored
@@ -402,6 +415,24 @@ def _of_main(tensor: Tensor | None, shape: torch.Size, world: World) -> Tensor:
     tensor = tensor.float().to(world.device)
     dist.broadcast(tensor, src=0)
     return tensor
+
+
+def _check_tied(head: StoredTensor | None, embedding: StoredTensor | None) -> None:
+    """Check that a tied model's file has no output layer of its own.
+
+    transformers 4 leaves such a layer out, and 5 trains it.
+    """
+    if head is None or embedding is None:
+        return
+    stored = {"head": head, "embedding": embedding}
+    values = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
+    read_weights(values, stored, {})
+    if not torch.equal(values["head"], values["embedding"]):
+        raise ValueError(
+            "config.json: tie_word_embeddings true, but the checkpoint's lm_head.weight differs "
+            "from its embeddings: set it to false there to use lm_head.weight, and `model` to "
+            "steerlm2.models.from_checkpoint; or remove lm_head.weight"
+        )
 
 
 def _check_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:

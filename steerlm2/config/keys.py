@@ -82,8 +82,9 @@ class ModelKeys:
     tokenizer: Component
     """Builder of the tokenizer, e.g. steerlm2.data.hf_tokenizer."""
     model: Component
-    """Builder of the decoder, e.g. torchtune.models.llama3_1.llama3_1_8b; an attribute model's
-    backbone, whose output layer gives way to the head."""
+    """Builder of the decoder: steerlm2.models.from_checkpoint, what the checkpoint's config.json
+    describes, or e.g. torchtune.models.llama3_1.llama3_1_8b, which must compute the same; an
+    attribute model's backbone, whose output layer gives way to the head."""
     template: Component = field(default_factory=default_template)
     """How a conversation becomes tokens; a model is used with the template it was trained with."""
     checkpointer: Component | None = None

@@ -14,7 +14,6 @@ from steerlm2.attributes import AttributeSchema
 from steerlm2.checkpoints.decoder import build_decoder
 from steerlm2.checkpoints.weights import (
     check_context,
-    check_vocabulary,
     load_weights,
     open_checkpointer,
 )
@@ -154,10 +153,9 @@ def load_whole_decoder(
         ValueError: where tokenizer, model, checkpoint and `max_seq_len` don't fit together.
         FileNotFoundError: where the checkpoint, or a file of it, doesn't exist.
     """
-    decoder = build_decoder(model, dtype)
+    decoder = build_decoder(model, dtype, checkpointer=checkpointer)
     if problems := list(unsupported_parts(decoder)):
         raise ValueError("; ".join(problems))
-    check_vocabulary(decoder, tokenizer)
     check_context(decoder, max_seq_len)
     source = world.on_main(
         lambda: open_checkpointer(checkpointer, decoder, tokenizer, seed=seed, output_dir="")

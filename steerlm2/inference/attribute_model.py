@@ -16,7 +16,6 @@ from steerlm2.attributes import AttributeSchema
 from steerlm2.checkpoints.decoder import build_decoder
 from steerlm2.checkpoints.weights import (
     check_context,
-    check_vocabulary,
     load_weights,
     open_reward_checkpointer,
 )
@@ -88,8 +87,9 @@ def load_attribute_model(
         ValueError: where tokenizer, model, checkpoint, schema and `max_seq_len` don't fit together.
         FileNotFoundError: where the checkpoint, or a file of it, doesn't exist.
     """
-    decoder = build_decoder(model, dtype, num_attributes=len(schema.names))
-    check_vocabulary(decoder, tokenizer)
+    decoder = build_decoder(
+        model, dtype, checkpointer=checkpointer, num_attributes=len(schema.names)
+    )
     check_context(decoder, max_seq_len)
     source = world.on_main(
         lambda: open_reward_checkpointer(

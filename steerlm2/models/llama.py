@@ -30,13 +30,13 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     SequenceParallel,
 )
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import RMSNorm, TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.models.attention import attend
 from steerlm2.models.reward_head import RewardHead
-from steerlm2.torchtune_private import Llama3ScaledRoPE
+from steerlm2.models.rope import rope_settings
 
 PACKED_LENGTH_LIMIT = 1 << 30
 """Tokens of a packed sequence. It can be longer than the model's context, because its position ids
@@ -246,20 +246,49 @@ def pair_cost(decoder: TransformerDecoder) -> float:
     return 2 * len(decoder.layers) * decoder.num_heads * decoder.head_dim / weights
 
 
+def unlike_llama(decoder: TransformerDecoder) -> Iterator[str]:
+    """Parts of a decoder that no Llama has, so that no config.json of a Llama describes it."""
+    norms = [decoder.norm]
+    for layer in decoder.layers:
+        norms += [layer.sa_norm, layer.mlp_norm]
+    if not all(isinstance(norm, RMSNorm) and norm.eps == decoder.norm.eps for norm in norms):
+        kinds = sorted({f"{type(norm).__name__}({getattr(norm, 'eps', '')})" for norm in norms})
+        yield f"norms {', '.join(kinds)}: a Llama's are all RMSNorm with one rms_norm_eps"
+    activations = {type(layer.mlp.activation).__name__ for layer in decoder.layers}
+    if activations != {"SiLU"}:
+        yield f"hidden_act {', '.join(sorted(activations))}: a Llama's is silu"
+    for part in ("attn", "mlp"):
+        if any(name.endswith(".bias") and f".{part}." in name for name in _names(decoder)):
+            key = {"attn": "attention_bias", "mlp": "mlp_bias"}[part]
+            yield f"{key} true: a Llama's is false"
+    if any(layer.attn.q_norm is not None for layer in decoder.layers):
+        yield "norms of queries and keys: a Llama has none"
+    rope = rope_settings(decoder.layers[0].attn.pos_embeddings)
+    if "rope_theta" not in rope:
+        yield f"rotary positions of the class {rope['rope_type']}: a Llama has others"
+
+
+def _names(decoder: TransformerDecoder) -> list[str]:
+    return [name for name, _ in decoder.named_parameters()]
+
+
 def hf_config(decoder: TransformerDecoder, dtype: str = "float32") -> dict[str, Any]:
     """The config.json of a Hugging Face Llama that computes what this decoder computes.
 
-    It is for decoders that are built from scratch; one that is loaded from a checkpoint keeps the
-    checkpoint's config. Token ids come from the tokenizer.
+    Token ids come from the tokenizer.
+
+    Raises:
+        ValueError: where no Llama computes that.
     """
-    attention, mlp = decoder.layers[0].attn, decoder.layers[0].mlp
-    rope = attention.pos_embeddings
+    if parts := list(unlike_llama(decoder)):
+        raise ValueError("only Llamas can be exported; `model` has " + "; ".join(parts))
+    rope = rope_settings(decoder.layers[0].attn.pos_embeddings)
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": decoder.tok_embeddings.num_embeddings,
         "hidden_size": decoder.tok_embeddings.embedding_dim,
-        "intermediate_size": mlp.w1.weight.shape[0],
+        "intermediate_size": decoder.layers[0].mlp.w1.weight.shape[0],
         "num_hidden_layers": len(decoder.layers),
         "num_attention_heads": decoder.num_heads,
         "num_key_value_heads": head_shape(decoder)["num_kv_heads"],
@@ -269,16 +298,10 @@ def hf_config(decoder: TransformerDecoder, dtype: str = "float32") -> dict[str, 
         "mlp_bias": False,
         "max_position_embeddings": context_length(decoder),
         "rms_norm_eps": decoder.norm.eps,
-        "rope_theta": float(rope.base),
+        "rope_theta": rope.pop("rope_theta"),
         "tie_word_embeddings": isinstance(decoder.output, TiedLinear),
         "torch_dtype": dtype,
     }
-    if isinstance(rope, Llama3ScaledRoPE):
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": float(rope.scale_factor),
-            "low_freq_factor": float(rope.low_freq_factor),
-            "high_freq_factor": float(rope.high_freq_factor),
-            "original_max_position_embeddings": rope.old_context_len,
-        }
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
     return config

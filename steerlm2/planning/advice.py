@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torchtune.modules.peft import get_adapter_params
+
+from steerlm2.config.loader import takes
 from steerlm2.models.llama import tensor_parallel_problems
 from steerlm2.planning.jobs import Job
 
@@ -74,6 +77,9 @@ def changes(job: Job[Any], gpus_per_node: int) -> Iterator[Change]:
             ("fsdp_cpu_offload=true",), "the optimizer runs on the CPU, in the host's memory", True
         )
     module, _, builder = cfg.model["_component_"].rpartition(".")
+    adapters = "only adapters are trained"
     if hasattr(importlib.import_module(module), f"lora_{builder}"):
-        yield Change((f"model={module}.lora_{builder}", *LORA), "only adapters are trained", True)
+        yield Change((f"model={module}.lora_{builder}", *LORA), adapters, True)
+    elif takes(cfg.model, "lora_rank") and not get_adapter_params(job.build()):
+        yield Change(LORA, adapters, True)
     yield Change((), "twice as many GPUs", True, more_gpus=2)

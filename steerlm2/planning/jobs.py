@@ -18,7 +18,8 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.attributes import as_schema
-from steerlm2.checkpoints.decoder import build_decoder
+from steerlm2.checkpoint_dirs import is_checkpoint
+from steerlm2.checkpoints.decoder import build_decoder, checkpoint_dir_of
 from steerlm2.config.keys import TrainingKeys
 from steerlm2.config.loader import instantiate
 from steerlm2.data.packing import (
@@ -94,6 +95,15 @@ class PlannedMicrobatch(Generic[RecordT]):
         return sum(record.num_pairs for record in self.records)
 
 
+def planned_without_checkpoint(cfg: TrainingKeys) -> str | None:
+    """A sentence, where the model of the checkpoint is planned for before there is one."""
+    folder = checkpoint_dir_of(cfg.model, cfg.checkpointer)
+    planned_as = cfg.model.get("planned_as")
+    if planned_as is None or is_checkpoint(folder):
+        return None
+    return f"{folder} is no checkpoint yet: planned as {planned_as}"
+
+
 class Job(abc.ABC, Generic[RecordT]):
     """One of the training recipes with its config."""
 
@@ -142,6 +152,7 @@ class Job(abc.ABC, Generic[RecordT]):
         return build_decoder(
             self.cfg.model,
             self.dtype,
+            checkpointer=self.cfg.checkpointer,
             param_dtype=self.param_dtype,
             num_attributes=self.num_attributes,
         )

@@ -28,7 +28,7 @@ from typing import Any
 
 import httpx
 
-from steerlm2.checkpoint_dirs import INDEX_FILE, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import INDEX_FILE, read_config, resolve_checkpoint_dir
 from steerlm2.runs.child_process import ChildProcess
 
 SHARE_FOR_WEIGHTS = 0.6
@@ -84,7 +84,12 @@ def vllm_command(
 
 
 def _tensor_parallel(folder: Path, gpus: int, gpu_gib: float) -> int:
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
+    if "num_attention_heads" not in config:
+        raise ValueError(
+            f"{(folder / 'config.json').absolute()} has no num_attention_heads: it must be a "
+            "language model's"
+        )
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     gib = _served_bytes(folder, config) / 2**30
     for size in range(1, gpus + 1):

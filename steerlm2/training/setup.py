@@ -16,7 +16,6 @@ from steerlm2.checkpoints.decoder import build_decoder, lay_out
 from steerlm2.checkpoints.weights import (
     Checkpointer,
     check_context,
-    check_vocabulary,
     open_checkpointer,
     open_reward_checkpointer,
 )
@@ -31,7 +30,6 @@ from steerlm2.training.float8 import use_float8
 
 def build_model(
     cfg: TrainingKeys,
-    tokenizer: Tokenizer,
     *,
     longest: int,
     num_attributes: int | None = None,
@@ -43,14 +41,19 @@ def build_model(
         num_attributes: of an attribute model, whose reward head replaces the output layer.
 
     Raises:
-        ValueError: where tokenizer or data don't fit the model, or only adapters are to be saved
+        ValueError: where the data don't fit the model, or only adapters are to be saved
             and there are none.
     """
     dtype, param_dtype = DTYPES[cfg.dtype], DTYPES[cfg.param_dtype or cfg.dtype]
-    model = build_decoder(cfg.model, dtype, param_dtype=param_dtype, num_attributes=num_attributes)
+    model = build_decoder(
+        cfg.model,
+        dtype,
+        checkpointer=cfg.checkpointer,
+        param_dtype=param_dtype,
+        num_attributes=num_attributes,
+    )
     if cfg.save_adapter_weights_only and not get_adapter_params(model):
         raise ValueError("save_adapter_weights_only needs a `model` with LoRA adapters")
-    check_vocabulary(model, tokenizer)
     check_context(model, longest)
     return model
 

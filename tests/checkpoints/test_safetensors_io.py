@@ -291,13 +291,24 @@ def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_a_tied_checkpoint_may_hold_its_output_matrix_twice(tmp_path: Path) -> None:
-    """As transformers ignores it, where config.json says that the two are one."""
+    """As some published files do; config.json says that the two are one."""
     folder = language_model(tmp_path, llama3_2)
-    add_to(folder / "model.safetensors", "lm_head.weight", torch.zeros(514, 36))
+    embedding = read(folder)["tok_embeddings.weight"]
+    add_to(folder / "model.safetensors", "lm_head.weight", embedding)
     decoder = meta_decoder(llama3_2)
     load_weights(decoder, HFCheckpointer(str(folder)), CPU, seed=0)
     expected = {name: t for name, t in read(folder).items() if name != "output.weight"}
     assert differing(dict(decoder.state_dict()), expected) == []
+
+
+def test_a_tied_checkpoint_with_another_output_matrix_is_refused(tmp_path: Path) -> None:
+    """transformers 4 leaves it out, transformers 5 computes with it."""
+    folder = language_model(tmp_path, llama3_2)
+    add_to(folder / "model.safetensors", "lm_head.weight", torch.zeros(514, 36))
+    with pytest.raises(
+        ValueError, match=r"tie_word_embeddings true, but .*lm_head\.weight differs"
+    ):
+        load_weights(meta_decoder(llama3_2), HFCheckpointer(str(folder)), CPU, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -290,6 +290,13 @@ def test_without_a_component_weights_start_from_the_seed() -> None:
     assert isinstance(checkpointer, ScratchCheckpointer)
 
 
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has 512 tokens, the model only .*model\.vocab_size=512"):
+        open_checkpointer(
+            None, meta_decoder(vocab_size=500), tiny_tokenizer(), seed=0, output_dir="unused"
+        )
+
+
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     component = {"_component_": "torchtune.training.FullModelHFCheckpointer"}
     with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no config.json.*tune download"):

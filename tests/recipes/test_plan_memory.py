@@ -34,7 +34,7 @@ def test_from_the_command_line(tune_command: Any, tmp_path: Path) -> None:
     output = tmp_path / "plan.json"
     run = tune_command(
         *("plan_memory", "--config", "llama3_1/8B_steerlm2", "world_size=8", "gpu=H100"),
-        *("model=torchtune.models.llama3_2.llama3_2_1b", f"output={output}"),
+        *("model.planned_as=torchtune.models.llama3_2.llama3_2_1b", f"output={output}"),
     )
     plan = json.loads(output.read_text())
     assert plan.keys() >= {"per_gpu_gib", "fits", "step_seconds", "gpu_hours", "collectives"}
@@ -45,6 +45,7 @@ def test_from_the_command_line(tune_command: Any, tmp_path: Path) -> None:
     assert parts["gradients"] == pytest.approx(1.236e9 * 4 / 8 / 2**30, rel=0.01)
     assert parts["optimizer"] == pytest.approx(2 * parts["gradients"], rel=0.01)
     assert "fits" in run.stdout
+    assert "is no checkpoint yet: planned as torchtune.models.llama3_2.llama3_2_1b" in run.stdout
     assert "1184 H100 node-hours" in run.stdout
 
 

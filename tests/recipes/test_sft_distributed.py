@@ -22,7 +22,7 @@ import pytest
 import torch
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules import TransformerDecoder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from steerlm2.checkpoints.checkpointer import HFCheckpointer, ScratchCheckpointer
 from steerlm2.data.conversations import Conversation, conversation_to_json, iter_conversations
@@ -177,7 +177,7 @@ def worst_tensor(run: RunFolder, reference: RunFolder) -> float:
 # The loss, against plain float64
 
 
-def loss_of_answers(decoder: TransformerDecoder, conversations: list[Conversation]) -> float:
+def loss_of_answers(decoder: torch.nn.Module, conversations: list[Conversation]) -> float:
     """-log P(answer | everything before it) of every answer by itself, over all their tokens."""
     nats, count = 0.0, 0
     for conversation in conversations:
@@ -220,6 +220,47 @@ def test_first_loss_is_the_mean_over_all_answers_tokens(
     assert rows(reference, "loss")[1]["loss"] == pytest.approx(expected, rel=1e-6)
     expected = loss_of_answers(decoder, validation)
     assert rows(reference, "val_loss")[0]["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+class TransformersLogits(torch.nn.Module):
+    """A folder's model in transformers, called as a decoder is."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens).logits
+
+
+@torch.no_grad()
+def test_a_checkpoints_losses_are_transformers_before_and_after(
+    train: Train, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """From a folder of transformers with a scaled rope and tied matrices, of which the config says
+    no number: its validation loss, and that of the export after 2 steps."""
+    torch.manual_seed(0)
+    scaling = {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 64}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    more = {"tie_word_embeddings": True, "initializer_range": 0.2, "max_position_embeddings": 512}
+    start = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **more, rope_parameters=scaling))
+    start.save_pretrained(tmp_path)
+    TOKENIZER.save(str(tmp_path))
+    run = train(
+        *("model=steerlm2.models.from_checkpoint", *(f"~model.{key}" for key in MODEL)),
+        "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
+        f"checkpointer.checkpoint_dir={tmp_path}",
+        *("max_steps=2", "val_every_n_steps=2", "save_every_n_steps=null", "generation=null"),
+        "lr_scheduler.warmup_steps=0",
+    )
+    losses = [row["val_loss"] for row in rows(run, "val_loss").values()]
+    assert losses[1] < losses[0] - 0.01
+    validation = list(iter_conversations(files[1]))
+    for loss, folder in zip(losses, (tmp_path, *run.path.glob("epoch_*")), strict=True):
+        expected = loss_of_answers(TransformersLogits(folder), validation)
+        assert loss == pytest.approx(expected, abs=1e-4)
 
 
 # The reference run by itself

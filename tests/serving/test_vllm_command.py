@@ -86,6 +86,13 @@ def test_the_newest_export_of_a_run_is_served(tmp_path: Path) -> None:
     assert option(vllm_command(tmp_path, 1), "--model") == str(tmp_path / "epoch_10")
 
 
+def test_a_config_without_heads_is_named(tmp_path: Path) -> None:
+    """A multimodal model's are in its text_config."""
+    (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 8}}')
+    with pytest.raises(ValueError, match=r"config\.json has no num_attention_heads"):
+        vllm_command(tmp_path, 1)
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         vllm_command(tmp_path, 1)

@@ -1,0 +1,314 @@
+"""config.json of a Hugging Face Llama: what it describes, and whether a decoder computes that.
+
+Absent keys have transformers' defaults. What transformers computes and the decoders here don't is
+refused, not left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtune.modules import TransformerDecoder
+
+from steerlm2.models.llama import hf_config, unlike_llama
+from steerlm2.models.reward_head import HF_ARCHITECTURE, RewardHead
+from steerlm2.models.rope import NUMBERS_OF, build_rope, inverse_frequencies
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "text_config": (None,),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "is_causal": (True,),
+    "partial_rotary_factor": (None, 1),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+}
+"""Keys with the values that a decoder here computes; the first is what an absent key means."""
+
+SIZES = {
+    "vocab_size": 0,
+    "hidden_size": 0,
+    "intermediate_size": 0,
+    "num_hidden_layers": 0,
+    "num_attention_heads": 0,
+    "max_position_embeddings": 2048,
+}
+"""Whole numbers that aren't null, and what an absent one means; 0: it must be there."""
+
+BUILDER_ARGUMENTS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "intermediate_size": "intermediate_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_base",
+    "factor": "scale_factor",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+"""What torchtune's builders call a key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """What a Llama computes, by the names of its config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: Mapping[str, Any]
+    """Settings, as in `steerlm2.models.rope`."""
+
+
+def llama_config(values: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
+    """What a config.json describes.
+
+    Args:
+        source: its name in the error.
+
+    Raises:
+        ValueError: naming every key whose value isn't supported, or isn't one.
+    """
+    if problems := list(config_problems(values)):
+        raise ValueError(
+            f"{source} doesn't describe a Llama that can be computed here:\n  - "
+            + "\n  - ".join(problems)
+        )
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    return LlamaConfig(
+        **{key: values.get(key, absent) for key, absent in SIZES.items()},
+        num_key_value_heads=_given(values, "num_key_value_heads", heads),
+        head_dim=_given(values, "head_dim", hidden // heads),
+        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
+        rope=_rope(values),
+    )
+
+
+def config_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Every key of a config.json that isn't supported, with its value; nothing for a Llama."""
+    if values.get("model_type") != "llama":
+        yield f"model_type {_shown(values.get('model_type'))}: only llama is supported"
+    for key, allowed in FIXED.items():
+        value = values.get(key, allowed[0])
+        if value not in allowed:
+            yield f"{key} {_shown(value)}: only {_shown(allowed[0])} is supported"
+    layers = sorted({str(kind) for kind in values.get("layer_types") or []})
+    if layers not in ([], ["full_attention"]):
+        yield f"layer_types {', '.join(layers)}: only full_attention is supported"
+    if values.get("text_config") is not None:
+        return  # its own sizes stand in there
+    wrong = [key for key, absent in SIZES.items() if not _is_size(values.get(key, absent))]
+    for key in ("num_key_value_heads", "head_dim"):  # null means what the others make of it
+        if not _is_size(_given(values, key, 1)):
+            wrong.append(key)
+    for key in wrong:
+        yield f"{key} {_shown(values.get(key))}: it must be a whole number of at least 1"
+    if not _is_positive(values.get("rms_norm_eps", 1e-6)):
+        yield f"rms_norm_eps {_shown(values['rms_norm_eps'])}: it must be a number above 0"
+    tied = values.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        yield f"tie_word_embeddings {_shown(tied)}: it must be true or false"
+    if not wrong:
+        yield from _head_problems(values)
+    yield from _rope_problems(values)
+
+
+def decoder_problems(decoder: TransformerDecoder, values: Mapping[str, Any]) -> list[str]:
+    """Where a decoder doesn't compute what transformers computes from a config.json.
+
+    Frequencies of rotary positions are compared, not the settings that they come from. An attribute
+    model's head may stand in for the output layer.
+
+    Args:
+        values: of config.json.
+    """
+    problems = [f"config.json: {problem}" for problem in config_problems(values)]
+    problems += [f"model: {part}" for part in unlike_llama(decoder)]
+    is_attribute_model = isinstance(decoder.output, RewardHead)
+    if not is_attribute_model and values.get("architectures") == [HF_ARCHITECTURE]:
+        problems.append(f"config.json: architectures [{HF_ARCHITECTURE}], model: a language model")
+    if problems:
+        return problems
+    theirs, ours = llama_config(values), llama_config(hf_config(decoder))
+    return list(_differences(theirs, ours, is_attribute_model))
+
+
+def check_decoder(decoder: TransformerDecoder, values: Mapping[str, Any], folder: Path) -> None:
+    """Check that a decoder computes what transformers computes from a folder's config.json.
+
+    Raises:
+        ValueError: listing every key that differs, with both values.
+    """
+    if problems := decoder_problems(decoder, values):
+        raise ValueError(
+            f"`model` isn't the model that {(folder / 'config.json').absolute()} describes:\n  - "
+            + "\n  - ".join(problems)
+            + "\nSet `model` to steerlm2.models.from_checkpoint, which builds what config.json "
+            "describes, or its builder's arguments to the values of config.json."
+        )
+
+
+def exported_config(decoder: TransformerDecoder, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a decoder that was loaded from a folder, in all of transformers' versions.
+
+    The rotary positions are spelled as transformers 4 reads them (5 reads that too), and as the
+    folder spells them. The context stays the folder's.
+
+    Args:
+        values: of the folder's config.json; its keys that say nothing of the computation stay.
+    """
+    own = hf_config(decoder)
+    del own["torch_dtype"]
+    if isinstance(decoder.output, RewardHead):  # `classification_config` describes it
+        del own["architectures"], own["tie_word_embeddings"]
+    own["max_position_embeddings"] = llama_config(values).max_position_embeddings
+    if "rope_scaling" in values:
+        own.setdefault("rope_scaling", None)
+    if "rope_parameters" in values:
+        own["rope_parameters"] = dict(llama_config(own).rope)
+    return {**values, **own}
+
+
+def _differences(theirs: LlamaConfig, ours: LlamaConfig, is_attribute_model: bool) -> Iterator[str]:
+    exact = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    exact += ["num_attention_heads", "num_key_value_heads", "head_dim"]
+    exact += [] if is_attribute_model else ["tie_word_embeddings"]
+    for key in exact:
+        if getattr(theirs, key) != getattr(ours, key):
+            yield _difference(key, getattr(theirs, key), getattr(ours, key))
+    if not math.isclose(theirs.rms_norm_eps, ours.rms_norm_eps, rel_tol=1e-6):
+        yield _difference("rms_norm_eps", theirs.rms_norm_eps, ours.rms_norm_eps)
+    if theirs.max_position_embeddings < ours.max_position_embeddings:
+        yield _difference(
+            "max_position_embeddings", theirs.max_position_embeddings, ours.max_position_embeddings
+        )
+    if theirs.head_dim == ours.head_dim:
+        one, other = (
+            inverse_frequencies(build_rope(config.rope, config.head_dim, 1))
+            for config in (theirs, ours)
+        )
+        if not torch.allclose(one, other, rtol=1e-6, atol=0):
+            same_kind = theirs.rope["rope_type"] == ours.rope["rope_type"]
+            for key in theirs.rope if same_kind else ("rope_type", "rope_theta"):
+                if theirs.rope[key] != ours.rope[key]:
+                    yield _difference(key, theirs.rope[key], ours.rope[key])
+
+
+def _difference(key: str, theirs: Any, ours: Any) -> str:
+    line = f"config.json: {key} {_shown(theirs)}, model: {_shown(ours)}"
+    argument = BUILDER_ARGUMENTS.get(key)
+    return line if argument is None else f"{line} (model.{argument}={_shown(theirs)})"
+
+
+def _head_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    kv_heads = _given(values, "num_key_value_heads", heads)
+    if hidden % heads:
+        yield f"hidden_size {hidden}: it must be a multiple of num_attention_heads {heads}"
+    if heads % kv_heads:
+        yield f"num_key_value_heads {kv_heads}: it must divide num_attention_heads {heads}"
+    head_dim = _given(values, "head_dim", hidden // heads)
+    if head_dim % 2:
+        yield f"head_dim {head_dim}: it must be even"
+
+
+def _rope_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    spellings: dict[str, Any] = {
+        key: {} if values.get(key) is None else values[key]
+        for key in ("rope_scaling", "rope_parameters")
+    }
+    wrong = [key for key, spelling in spellings.items() if not _is_flat(spelling)]
+    for key in wrong:
+        yield f"{key} {_shown(values[key])}: it must be one flat object"
+    if wrong:
+        return
+    for spelling in spellings.values():
+        kinds = [spelling[key] for key in ("rope_type", "type") if key in spelling]
+        if any(kind != kinds[0] for kind in kinds):
+            yield f"rope_type {_shown(kinds[0])}, but type {_shown(kinds[1])}"
+            return
+    settings = _rope(values)
+    kind = settings["rope_type"]
+    if kind not in NUMBERS_OF:
+        yield f"rope_type {_shown(kind)}: only {', '.join(NUMBERS_OF)} are supported"
+        return
+    numbers = ("rope_theta", *NUMBERS_OF[kind])
+    wrong_numbers = [key for key in numbers if not _is_positive(settings[key])]
+    for key in wrong_numbers:
+        yield f"{key} {_shown(settings[key])}: it must be a number above 0 for rope_type {kind}"
+    if wrong_numbers:
+        return
+    if kind == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
+        yield (
+            f"low_freq_factor {settings['low_freq_factor']}: it must be below high_freq_factor "
+            f"{settings['high_freq_factor']}"
+        )
+    for spelling in spellings.values():
+        factor = spelling.get("partial_rotary_factor")
+        if factor not in (None, 1):
+            yield f"partial_rotary_factor {_shown(factor)}: only 1 is supported"
+    original = "original_max_position_embeddings"
+    if kind == "llama3" and values.get(original, settings[original]) != settings[original]:
+        yield f"{original} {_shown(values[original])}, but {settings[original]} in the rope's"
+    if spellings["rope_parameters"] and ("rope_theta" in values or spellings["rope_scaling"]):
+        version_4 = _rope({key: value for key, value in values.items() if key != "rope_parameters"})
+        if version_4 != settings or version_4 != _rope({**values, "rope_scaling": None}):
+            yield (
+                "rope_parameters (transformers 5) and rope_theta with rope_scaling (transformers "
+                "4) say different things: leave the wrong ones out"
+            )
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that transformers 5 reads, from either spelling; None where a number lacks."""
+    spelling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    kind = spelling.get("rope_type", spelling.get("type", "default"))
+    theta = spelling.get("rope_theta", values.get("rope_theta", 10_000.0))
+    numbers = {key: spelling.get(key) for key in NUMBERS_OF.get(kind, ())}
+    return {"rope_type": kind, "rope_theta": theta, **numbers}
+
+
+def _given(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = values.get(key)
+    return default if value is None else value
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, Mapping) and not any(isinstance(v, Mapping) for v in value.values())
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
+
+
+def _shown(value: Any) -> str:
+    """As JSON, without quotes around text; a long one cut off."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

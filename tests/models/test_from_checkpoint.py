@@ -1,0 +1,250 @@
+"""`from_checkpoint` computes what transformers computes from the same folder, before and after an
+export, in the spelling of config.json of transformers 4 and of 5.
+
+Dimension letters: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchtune.models.llama3 import lora_llama3
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params
+from torchtune.modules.tied_linear import TiedLinear
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from steerlm2.checkpoints.decoder import build_decoder
+from steerlm2.checkpoints.weights import load_weights, open_checkpointer, save_weights
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.distributed.world import World
+from steerlm2.models import from_checkpoint
+
+CPU = World(torch.device("cpu"))
+TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "initializer_range": 0.2,
+}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2": {"rope_theta": 10_000.0},
+    "llama3": GROUPED | {"rope_theta": 500_000.0},
+    "llama3_1": GROUPED | {"rope_theta": 500_000.0, "rope_scaling": SCALING},
+    "llama3_2": GROUPED
+    | {"rope_theta": 500_000.0, "tie_word_embeddings": True}
+    | {"rope_scaling": SCALING | {"factor": 32.0}},
+    "linear": {"rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "wide heads": GROUPED | {"rope_theta": 10_000.0, "head_dim": 32},
+    "other factors": GROUPED
+    | {"rope_theta": 1_000.0}
+    | {"rope_scaling": SCALING | {"low_freq_factor": 2.0, "high_freq_factor": 8.0}},
+}
+"""config.json, in transformers 4's spelling, with what tells one family from another."""
+TOKENS_T = torch.randint(512, (200,), generator=torch.Generator().manual_seed(1))
+
+
+def spelled(config: dict[str, Any], version: int) -> dict[str, Any]:
+    """The values of transformers 4 as that version of transformers writes them."""
+    if version == 4:
+        return config
+    rest = {key: value for key, value in config.items() if not key.startswith("rope_")}
+    scaling = config.get("rope_scaling") or {"rope_type": "default"}
+    return rest | {"rope_parameters": scaling | {"rope_theta": config["rope_theta"]}}
+
+
+def make_folder(folder: Path, family: str, version: int = 5) -> Path:
+    """A folder that transformers wrote, with config.json in the spelling of a version."""
+    values = TINY | FAMILIES[family]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**json.loads(json.dumps(values))))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if not key.startswith("rope_")}
+    (folder / "config.json").write_text(json.dumps(config | spelled(values, version)))
+    return folder
+
+
+@torch.no_grad()
+def transformers_logps(folder: Path) -> Tensor:
+    """[T, V] in the installed transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(TOKENS_T[None]).logits[0].log_softmax(dim=1)
+
+
+def loaded(folder: Path, output_dir: Path, **lora: Any) -> tuple[TransformerDecoder, Any]:
+    """The decoder of a folder with its weights, and its checkpointer."""
+    component = {
+        "_component_": "steerlm2.checkpoints.HFCheckpointer",
+        "checkpoint_dir": str(folder),
+    }
+    model = {"_component_": "steerlm2.models.from_checkpoint", **lora}
+    decoder = build_decoder(model, torch.float32, checkpointer=component)
+    checkpointer = open_checkpointer(
+        component, decoder, tiny_tokenizer(), seed=0, output_dir=str(output_dir)
+    )
+    load_weights(decoder, checkpointer, CPU, seed=0)
+    return decoder.eval(), checkpointer
+
+
+@torch.no_grad()
+def logps(decoder: TransformerDecoder) -> Tensor:
+    return decoder(TOKENS_T[None])[0].log_softmax(dim=1)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_of_config_json_computes_what_transformers_computes(
+    family: str, version: int, tmp_path: Path
+) -> None:
+    """Log-probs of all tokens at 200 positions; then of other weights, through an export."""
+    folder = make_folder(tmp_path / "base", family, version)
+    decoder, checkpointer = loaded(folder, tmp_path)
+    torch.testing.assert_close(logps(decoder), transformers_logps(folder), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(1.25)
+    options: dict[str, Any] = {"epoch": 1, "dtype": torch.float32, "output_dir": tmp_path}
+    export = save_weights(decoder, checkpointer, CPU, **options)
+    torch.testing.assert_close(logps(decoder), transformers_logps(export), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama3_1", "llama3_2"])
+def test_transformers_4_reads_the_same_rope_from_an_export(family: str, tmp_path: Path) -> None:
+    """It ignores rope_parameters; the folder had nothing else."""
+    folder = make_folder(tmp_path / "base", family, version=5)
+    _, checkpointer = loaded(folder, tmp_path)
+    config = checkpointer.hf_config
+    assert config["rope_theta"] == 500_000.0
+    assert config.get("rope_scaling") == FAMILIES[family].get("rope_scaling")
+    assert config["rope_parameters"]["rope_theta"] == 500_000.0
+
+
+def test_another_rope_would_show(tmp_path: Path) -> None:
+    """The comparison with transformers can fail: 1% of theta moves log-probs by more than 1e-4."""
+    folder = make_folder(tmp_path, "llama3", version=4)
+    before = transformers_logps(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 505_000.0}))
+    assert (transformers_logps(folder) - before).abs().max() > 1e-3
+
+
+# Adapters
+
+LORA: dict[str, Any] = {
+    "lora_attn_modules": ["q_proj", "output_proj"],
+    "apply_lora_to_mlp": True,
+    "lora_rank": 4,
+    "lora_alpha": 8,
+}
+
+
+def test_adapters_are_those_of_torchtunes_builder(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "llama3")
+    with torch.device("meta"):
+        ours = from_checkpoint(str(folder), **LORA)
+        theirs = lora_llama3(
+            **LORA,
+            vocab_size=512,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            embed_dim=64,
+            max_seq_len=256,
+            intermediate_dim=96,
+        )
+    shapes = [{n: p.shape for n, p in m.state_dict().items()} for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert get_adapter_params(ours).keys() == get_adapter_params(theirs).keys()
+    adapted = ours.layers[0].attn.q_proj
+    assert (adapted.rank, adapted.alpha) == (4, 8)
+
+
+def test_an_adapted_model_starts_as_its_checkpoint(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "llama3_2")
+    decoder, _ = loaded(folder, tmp_path, **LORA)
+    assert isinstance(decoder.output, TiedLinear)
+    torch.testing.assert_close(logps(decoder), transformers_logps(folder), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lora_rank": 4}, "set lora_attn_modules"),
+        ({"quantize_base": True}, "set lora_attn_modules"),
+        ({"lora_attn_modules": ["q_proj", "w1"]}, "must be a list of .*; got w1"),
+        ({"lora_attn_modules": "q_proj"}, "must be a list of .*; got q_proj"),
+    ],
+)
+def test_lora_arguments_that_do_not_go_together_are_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_checkpoint(planned_as="torchtune.models.llama3.llama3_8b", **arguments)
+
+
+# Which folder
+
+
+def test_a_folder_of_its_own_comes_before_the_checkpointers(tmp_path: Path) -> None:
+    make_folder(tmp_path / "own", "llama3")
+    make_folder(tmp_path / "other", "llama2")
+    component = {"checkpoint_dir": str(tmp_path / "other")}
+    model = {"_component_": "steerlm2.models.from_checkpoint"}
+    own = model | {"checkpoint_dir": str(tmp_path / "own")}
+    kv_heads = [
+        build_decoder(section, torch.float32, checkpointer=component).layers[0].attn.num_kv_heads
+        for section in (model, own)
+    ]
+    assert kv_heads == [4, 2]
+
+
+@pytest.mark.parametrize("checkpointer", [None, {}])
+def test_without_a_checkpoint_it_says_what_to_set(checkpointer: dict[str, Any] | None) -> None:
+    """What is planned doesn't stand in for one: that would be trained from nothing."""
+    model = {
+        "_component_": "steerlm2.models.from_checkpoint",
+        "planned_as": "torchtune.models.llama3_1.llama3_1_8b",
+    }
+    with pytest.raises(ValueError, match=r"set checkpointer, or model\.checkpoint_dir"):
+        build_decoder(model, torch.float32, checkpointer=checkpointer)
+
+
+def test_a_folder_that_does_not_exist_can_be_planned_with(tmp_path: Path) -> None:
+    """8.03e9 parameters of Llama 3.1 8B; without `planned_as` the folder is named."""
+    model = {
+        "_component_": "steerlm2.models.from_checkpoint",
+        "checkpoint_dir": str(tmp_path / "missing"),
+    }
+    with pytest.raises(FileNotFoundError, match=r"missing has no config\.json"):
+        build_decoder(model, torch.float32)
+    model["planned_as"] = "torchtune.models.llama3_1.llama3_1_8b"
+    decoder = build_decoder(model, torch.float32)
+    assert sum(p.numel() for p in decoder.parameters()) == 8_030_261_248
+
+
+def test_an_existing_folder_comes_before_what_is_planned(tmp_path: Path) -> None:
+    make_folder(tmp_path, "llama2")
+    decoder = from_checkpoint(str(tmp_path), planned_as="torchtune.models.llama3_1.llama3_1_8b")
+    assert len(decoder.layers) == 2
