@@ -357,7 +357,7 @@ def _enter(request: Request, files: Sequence[int]) -> None:
 
 
 EAGER = "FORKED_PROCESSES_COMPILE_NOTHING"
-"""In a request's environment; torch.compile(fullgraph=True), too, then calls the function itself."""
+"""In a request's environment: torch.compile, also with fullgraph, then returns what it is given."""
 
 search_path: list[str] = []
 """A child's, before its script changes it; without the script's own folder."""
