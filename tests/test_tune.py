@@ -216,9 +216,7 @@ def test_cp_and_cat_a_config(wheel: Environment) -> None:
 
 def test_run_by_name(wheel: Environment) -> None:
     """The recipe itself answers: it refuses a key that it doesn't know."""
-    result = wheel.run(
-        "tune", "run", "prepare_data", "--config", "data/oasst_groups", UNKNOWN_KEY
-    )
+    result = wheel.run("tune", "run", "prepare_data", "--config", "data/oasst_groups", UNKNOWN_KEY)
 
     assert result.returncode != 0
     assert "no_such_key" in result.stderr
@@ -233,9 +231,7 @@ def test_run_an_edited_copy(wheel: Environment) -> None:
     text = copy.read_text()
     assert text == (REPOSITORY / "recipes" / "prepare_data.py").read_text()
     copy.write_text(text.replace(main, f'{main}\n    print("edited copy")'))
-    result = wheel.run(
-        "tune", "run", copy.name, "--config", "data/oasst_groups", UNKNOWN_KEY
-    )
+    result = wheel.run("tune", "run", copy.name, "--config", "data/oasst_groups", UNKNOWN_KEY)
 
     assert "edited copy" in result.stdout
     assert "no_such_key" in result.stderr

@@ -237,8 +237,8 @@ def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sharded over both. The second launcher's rank is killed once, in mid-run: both ranks start again
-    from the newest checkpoint, without being told to resume."""
+    """Sharded over both. The second launcher's rank is killed once, in mid-run: both ranks start
+    again from the newest checkpoint, without being told to resume."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     overrides = ("max_steps=12", "save_every_n_steps=2")
     single, double = tmp_path / "single", tmp_path / "double"
