@@ -185,7 +185,7 @@ def fresh_weights(
     They depend on the seed and on the parameter's index among `parameters`.
     """
     for i, (name, parameter) in enumerate(parameters):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
         weight = torch.empty(parameter.shape)
         if name.endswith("lora_b.weight"):
             nn.init.zeros_(weight)

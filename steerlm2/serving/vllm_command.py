@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -200,6 +201,10 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def main() -> None:
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
@@ -216,8 +221,13 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--gpu-gib", type=float, default=80, help="memory of one GPU")
-    parser.add_argument("--python", default="python", help="of the environment that has vLLM")
-    parser.add_argument("--log", type=Path, default=Path("vllm.log"), help="of the server")
+    parser.add_argument(
+        "--python",
+        type=os.path.expanduser,
+        default="python",
+        help="of the environment that has vLLM",
+    )
+    parser.add_argument("--log", type=_path, default=Path("vllm.log"), help="of the server")
     parser.add_argument(
         *("--start-timeout", "--start_timeout"),
         type=float,
