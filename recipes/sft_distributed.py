@@ -87,7 +87,8 @@ class SFTRecipe:
             "targets": sum(len(dialogue.target_positions) for dialogue in dialogues),
             "shuffle": cfg.data.shuffle,
         }
-        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state)
+        data = dialogues, self.val_set.dialogues if self.val_set else []
+        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *data)
         val_summary = self.val_set.summary() if self.val_set else ""
         run.describe(self.train_set.summary(), val_summary, "conversations")
 

@@ -138,7 +138,8 @@ class SteerLM2Recipe:
         self.val_groups = self._scored(val_set, "dataset_val") if val_set else []
         tokens = sum(group.num_tokens for group in self.train_groups)
         data_state = {"groups": len(train_set), "tokens": tokens, "shuffle": cfg.data.shuffle}
-        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state)
+        data = train_set.groups, val_set.groups if val_set else []  # as stored, not as scored here
+        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *data)
         run.describe(train_set.summary(), val_set.summary() if val_set else "", "prompts")
         if run.first_step == 0:
             self._check_drift()

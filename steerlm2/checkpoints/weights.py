@@ -38,6 +38,7 @@ from steerlm2.checkpoints.checkpointer import (
 from steerlm2.checkpoints.hf_names import HEAD
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
+    checkpoint_digest,
     copy_part,
     read_weights,
     write_safetensors,
@@ -90,6 +91,13 @@ def open_checkpointer(
     folder = resolve_checkpoint_dir(component["checkpoint_dir"], "checkpointer.checkpoint_dir")
     arguments = {"output_dir": output_dir} if output_dir else {}
     return instantiate(arguments | dict(component) | {"checkpoint_dir": str(folder)})
+
+
+def start_digest(component: Mapping[str, Any] | None) -> str:
+    """A digest of the checkpoint that a run starts from; of no files where it starts afresh."""
+    if component is None:
+        return "fresh weights"
+    return checkpoint_digest(resolve_checkpoint_dir(component["checkpoint_dir"]))
 
 
 def open_reward_checkpointer(

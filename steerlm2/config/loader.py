@@ -213,9 +213,8 @@ def _build_dataclass(
                 problems.append(_unknown_key(where + str(key), str(key), list(fields), elsewhere))
     for key, field in fields.items():
         if key in values and values[key] != MISSING:
-            arguments[field.name] = _convert(
-                values[key], hints[field.name], where + key, problems, namespace
-            )
+            value = _convert(values[key], hints[field.name], where + key, problems, namespace)
+            arguments[field.name] = _in_home(value) if isinstance(value, str) else value
             if isinstance(values[key], int):
                 problems.extend(_seed_problems(key, values[key], where))
         elif key in values or is_required(field):
@@ -309,7 +308,7 @@ def _convert(
         except ValueError:
             pass
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
-        return _in_home(value)
+        return _in_home(value) if hint is Any else value
     problems.append(f"'{where}' must be {TYPE_NAMES.get(hint, hint.__name__)}, got {value!r}")
     return value
 

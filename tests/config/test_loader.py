@@ -389,5 +389,5 @@ def test_seeds_that_no_generator_takes_are_named_at_once() -> None:
         "  - 'seed' must be a whole number from 0 to 2**63 - 1, got 9223372036854775808",
         "  - 'dataset.seed' must be a whole number from 0 to 2**63 - 1, got 1.5",
     ]
-    with pytest.raises(ValueError, match="'seed' must be a whole number from 0 .*, got -1"):
+    with pytest.raises(ValueError, match=r"'seed' must be a whole number from 0 .*, got -1"):
         load_config(Seeded, {"seed": -1})
