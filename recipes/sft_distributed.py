@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.config.keys import GenerationOptions, TrainingKeys, at_least_one
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.packing import Dialogue, PackedDialogues, pack_dialogues
@@ -143,7 +144,8 @@ class SFTRecipe:
 
     def export(self) -> None:
         """The weights as Hugging Face safetensors, and the run's table and plot."""
-        step = self.run.export(self.model, self.checkpointer, self.stop_id)
+        text = TrainedText(self.tokenizer, self.template, self.stop_id)
+        step = self.run.export(self.model, self.checkpointer, text)
         self.run.report(step, table=("loss", "grad_norm", "lr"), curves=("loss",))
 
     # Helpers

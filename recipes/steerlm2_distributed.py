@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.config.keys import DataOptions, GenerationOptions, TrainingKeys, at_least_one
 from steerlm2.config.loader import Component, instantiate, takes
 from steerlm2.data.packing import Group, PackedGroups, Targets, targets_of
@@ -223,7 +224,8 @@ class SteerLM2Recipe:
 
     def export(self) -> None:
         """The trained weights as Hugging Face safetensors, and the run's table and plot."""
-        step = self.run.export(self.model, self.checkpointer, self.stop_id)
+        text = TrainedText(self.tokenizer, self.template, self.stop_id)
+        step = self.run.export(self.model, self.checkpointer, text)
         table = ("distance", "loss", *METRIC_NAMES[1:], "grad_norm", "lr")
         self.run.report(step, table=table, curves=("distance", "loss"))
 

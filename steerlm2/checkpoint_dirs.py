@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -21,6 +22,23 @@ PIECES, PIECE = 64, 4096
 training changes nearly every weight, so each piece would show it."""
 
 _EXPORT = re.compile(r"epoch_(\d+)")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        ValueError: where it is damaged, naming it.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{file.absolute()} is damaged or cut off ({error}): download it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file.absolute()} must hold a JSON object: download it again")
+    return values
 
 
 def resolve_checkpoint_dir(

@@ -34,6 +34,7 @@ from steerlm2.checkpoint_dirs import (
     INDEX_FILE,
     file_digest,
     missing_weights,
+    read_json,
     weight_files,
     weights_digest,
 )
@@ -110,7 +111,7 @@ def checkpoint_digest(folder: Path) -> str:
     Of large files the headers count, both ends of every tensor, and pieces (`file_digest`): a few
     MB of a model of 140 GB.
     """
-    config = json.loads((folder / "config.json").read_bytes())
+    config = read_json(folder / "config.json")
     facts = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     names = weight_files(folder)

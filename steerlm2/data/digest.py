@@ -58,8 +58,8 @@ def _contents(record: Dialogue | Group | RewardGroup) -> Iterator[tuple[str, byt
             yield LABELS, _numbers(values)
         yield LABELS, _numbers(None if record.strength is None else [record.strength])
     else:
-        for values in (record.log_p_attributes, record.log_p_response, record.log_q):
-            yield LOG_PROBS, _numbers(values)
+        for log_probs in (record.log_p_attributes, record.log_p_response, record.log_q):
+            yield LOG_PROBS, _numbers(log_probs)
 
 
 def _integers(values: Sequence[int]) -> bytes:

@@ -34,6 +34,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
+from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.checkpoints.training_state import (
     DIGESTS,
     TRAINING_ORDER,
@@ -42,7 +43,7 @@ from steerlm2.checkpoints.training_state import (
     load_best_weights,
     resume_training,
 )
-from steerlm2.checkpoints.weights import Checkpointer, save_weights, start_digest
+from steerlm2.checkpoints.weights import Checkpointer, check_start, save_weights, start_digest
 from steerlm2.config.keys import TrainingKeys
 from steerlm2.config.loader import as_yaml, instantiate
 from steerlm2.data.digest import ORDER, PARTS, data_digests, template_digest
@@ -392,13 +393,13 @@ class TrainingRun:
         self,
         model: TransformerDecoder,
         checkpointer: Checkpointer | None,
-        stop_id: int | None = None,
+        text: TrainedText | None = None,
     ) -> int:
         """Write the weights of the best validation, or the last, as Hugging Face safetensors.
 
         Args:
             checkpointer: on rank 0; None on the others.
-            stop_id: of a language model, the token that it was trained to end a response with.
+            text: of a language model, what it was trained on.
 
         Returns:
             The step that the weights are of.
@@ -416,7 +417,7 @@ class TrainingRun:
             epoch=-(-last // self.steps_per_epoch),
             dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
             output_dir=self.output_dir,
-            stop_id=stop_id,
+            text=text,
             adapter_only=cfg.save_adapter_weights_only,
         )
         log_path(self._logger, "exported_weights", folder)
@@ -469,6 +470,7 @@ class TrainingRun:
     def _open_folder(self) -> None:
         cfg, world = self.cfg, self.world
         world.on_main(lambda: check_not_own_run(self.output_dir, cfg.checkpointer))
+        world.on_main(lambda: check_start(cfg.checkpointer))
         world.on_main(lambda: check_metric_logger(cfg.metric_logger))
         world.on_main(lambda: make_output_dir(self.output_dir))
         self._lock = world.on_main(lambda: RunLock(self.output_dir))
