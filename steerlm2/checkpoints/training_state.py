@@ -380,7 +380,7 @@ def _differences(written: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
     others = [name for name in digests if name in before and before[name] != digests[name]]
     if len(others) > 1 and TRAINING_ORDER in others:
         others.remove(TRAINING_ORDER)  # follows from the others
-    yield from (f"another {name}" for name in others)
+    yield from others
 
 
 def load_training_state(

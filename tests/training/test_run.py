@@ -253,11 +253,11 @@ LLAMA3 = Component(_component_="steerlm2.data.llama3_template")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"train": [DATA[0], Dialogue([4, 5, 9], [2])]}, "another training data (tokens)"),
-        ({"train": DATA[::-1]}, "another order of the training data"),
-        ({"template": LLAMA3}, "another template"),
-        ({"val": DATA}, "another validation data (losses choose the weights with export=best)"),
-        ({"checkpointer": None}, "another base checkpoint (checkpointer)"),
+        ({"train": [DATA[0], Dialogue([4, 5, 9], [2])]}, "training data (tokens)"),
+        ({"train": DATA[::-1]}, "order of the training data"),
+        ({"template": LLAMA3}, "template"),
+        ({"val": DATA}, "validation data (losses choose the weights with export=best)"),
+        ({"checkpointer": None}, "base checkpoint (checkpointer)"),
         ({"global_batch_size": 2}, "global_batch_size: 4 then, 2 now"),
     ],
 )
@@ -274,7 +274,7 @@ def test_another_base_checkpoint_of_the_same_shape_is_refused(
 ) -> None:
     """One of other weights, or of another config.json; a copy goes on."""
     for number, other in enumerate(({"value": 1.0}, {"rope_theta": 2.0})):
-        with pytest.raises(ValueError, match="another base checkpoint"):
+        with pytest.raises(ValueError, match=r"\n  - base checkpoint \(checkpointer\)\n"):
             resume(checkpointer=base(tmp_path / f"other{number}", **other))
     assert resume(checkpointer=base(tmp_path / "copy", transformers_version="5")).first_step == 2
 
