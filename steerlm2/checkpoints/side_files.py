@@ -118,7 +118,9 @@ def generation_config(
         and (i == text.tokenizer.eos_id or token_of_start(i) == text.tokenizer.decode([i]) != "")
     ]
     ids = token_ids(text, pad_id) | {"eos_token_id": [text.stop_id, *kept]}
-    return {key: value for key, value in known.items() if key not in ids} | ids
+    # With `_from_model_config` transformers takes the ends from config.json again.
+    rest = {k: v for k, v in known.items() if k not in ids and k != "_from_model_config"}
+    return rest | ids
 
 
 def token_names(folder: Path) -> Callable[[int], str | None]:

@@ -22,6 +22,7 @@ from steerlm2.distributed.world import World
 from steerlm2.models.reward_head import add_reward_head
 
 CPU = World(torch.device("cpu"))
+GENERATION = {"eos_token_id": [1], "top_p": 0.9, "_from_model_config": True}
 CHAT_OF_EXTRA_ID = (
     "<extra_id_0>System\n{{ messages[0].content }}\n"
     "{% for m in messages[1:] %}<extra_id_1>{{ m.role.capitalize() }}\n{{ m.content }}\n"
@@ -89,7 +90,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 def test_the_tokenizer_of_an_export_is_the_runs(tmp_path: Path, theirs: bool) -> None:
     """The checkpoint's has other ids and a token less; all files agree on the special tokens. Its
     other end, 1, is <pad> now, so it ends nothing; the run's own end of text does."""
-    folder = base_folder(tmp_path, generation={"eos_token_id": [1], "top_p": 0.9})
+    folder = base_folder(tmp_path, generation=GENERATION)
     tokenizer = other_tokenizer(tmp_path)
     stop = tokenizer.token_id("<extra_id_1>")
     checkpointer = FullModelHFCheckpointer(
@@ -105,6 +106,7 @@ def test_the_tokenizer_of_an_export_is_the_runs(tmp_path: Path, theirs: bool) ->
     generation = GenerationConfig.from_pretrained(exported)
     assert (generation.eos_token_id, generation.pad_token_id) == ([stop, 0], 1)
     assert generation.top_p == 0.9
+    assert "_from_model_config" not in read(exported, "generation_config.json")
 
 
 @pytest.mark.parametrize(

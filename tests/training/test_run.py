@@ -312,6 +312,18 @@ def test_damaged_records_of_a_run_do_not_block_it(
     assert f"WARNING: {folder}/run.json is damaged" in shown
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors.index.json"]
+)
+def test_a_damaged_side_file_of_the_checkpoint_is_named_first(tmp_path: Path, name: str) -> None:
+    """Before the data are read, not at the export."""
+    checkpointer = base(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (tmp_path / "base" / name).write_text('{"weight_map": {"a')
+    with pytest.raises(ValueError, match=rf"/base/{name} is damaged or cut off"):
+        TrainingRun(config(tmp_path / "run", checkpointer=checkpointer))
+
+
 def test_a_metric_logger_that_cannot_open_is_named_first(tmp_path: Path) -> None:
     logger = Component(_component_="torchtune.training.metric_logging.CometLogger")
     with pytest.raises(ValueError, match=r"CometLogger needs the package comet_ml.*\bnull\b"):
