@@ -118,7 +118,8 @@ class RewardRecipe:
             "loss": cfg.loss,
             "reward_attribute": cfg.reward_attribute if pairwise else "",
         }
-        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state)
+        data = self.train_set.groups, self.val_set.groups if self.val_set else []
+        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *data)
         val_summary = self.val_set.summary() if self.val_set else ""
         run.describe(self.train_set.summary(), val_summary, "pairs" if pairwise else "texts")
         run.say(f"reward head: {'of the checkpoint' if cfg.load_reward_head else 'fresh'}")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.config.keys import GenerationOptions, TrainingKeys, at_least_one
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.packing import Dialogue, PackedDialogues, pack_dialogues
@@ -87,7 +88,8 @@ class SFTRecipe:
             "targets": sum(len(dialogue.target_positions) for dialogue in dialogues),
             "shuffle": cfg.data.shuffle,
         }
-        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state)
+        data = dialogues, self.val_set.dialogues if self.val_set else []
+        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *data)
         val_summary = self.val_set.summary() if self.val_set else ""
         run.describe(self.train_set.summary(), val_summary, "conversations")
 
@@ -142,7 +144,8 @@ class SFTRecipe:
 
     def export(self) -> None:
         """The weights as Hugging Face safetensors, and the run's table and plot."""
-        step = self.run.export(self.model, self.checkpointer, self.stop_id)
+        text = TrainedText(self.tokenizer, self.template, self.stop_id)
+        step = self.run.export(self.model, self.checkpointer, text)
         self.run.report(step, table=("loss", "grad_norm", "lr"), curves=("loss",))
 
     # Helpers

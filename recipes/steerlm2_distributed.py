@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.config.keys import DataOptions, GenerationOptions, TrainingKeys, at_least_one
 from steerlm2.config.loader import Component, instantiate, takes
 from steerlm2.data.packing import Group, PackedGroups, Targets, targets_of
@@ -138,7 +139,8 @@ class SteerLM2Recipe:
         self.val_groups = self._scored(val_set, "dataset_val") if val_set else []
         tokens = sum(group.num_tokens for group in self.train_groups)
         data_state = {"groups": len(train_set), "tokens": tokens, "shuffle": cfg.data.shuffle}
-        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state)
+        data = train_set.groups, val_set.groups if val_set else []  # as stored, not as scored here
+        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *data)
         run.describe(train_set.summary(), val_set.summary() if val_set else "", "prompts")
         if run.first_step == 0:
             self._check_drift()
@@ -222,7 +224,8 @@ class SteerLM2Recipe:
 
     def export(self) -> None:
         """The trained weights as Hugging Face safetensors, and the run's table and plot."""
-        step = self.run.export(self.model, self.checkpointer, self.stop_id)
+        text = TrainedText(self.tokenizer, self.template, self.stop_id)
+        step = self.run.export(self.model, self.checkpointer, text)
         table = ("distance", "loss", *METRIC_NAMES[1:], "grad_norm", "lr")
         self.run.report(step, table=table, curves=("distance", "loss"))
 

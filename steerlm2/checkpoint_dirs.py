@@ -25,6 +25,23 @@ training changes nearly every weight, so each piece would show it."""
 _EXPORT = re.compile(r"epoch_(\d+)")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        ValueError: where it is damaged, naming it.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{file.absolute()} is damaged or cut off ({error}): download it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file.absolute()} must hold a JSON object: download it again")
+    return values
+
+
 def resolve_checkpoint_dir(
     path: str | Path, key: str = "checkpoint_dir", *, missing_ok: bool = False
 ) -> Path:
@@ -50,22 +67,6 @@ def resolve_checkpoint_dir(
             "has a complete epoch_N folder"
         )
     return export or folder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The values of a folder's config.json.
-
-    Raises:
-        ValueError: where it isn't a JSON object.
-    """
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.absolute()} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file.absolute()} must be a JSON object, not {type(values).__name__}")
-    return values
 
 
 def is_checkpoint(path: str) -> bool:

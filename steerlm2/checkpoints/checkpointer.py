@@ -7,7 +7,6 @@ in the folder Hugging Face's.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,13 +17,26 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from steerlm2.checkpoint_dirs import read_config, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
 from steerlm2.checkpoints.hf_names import decoder_name
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
     read_weights,
     stored_tensors,
     write_weights,
+)
+from steerlm2.checkpoints.side_files import (
+    GENERATION_CONFIG,
+    SIDE_FILES,
+    TrainedText,
+    check_side_files,
+    generation_config,
+    remove_side_files,
+    token_ids,
+    token_names,
+    update_json,
+    write_generation_config,
+    write_tokenizer,
 )
 from steerlm2.data.records import shortened
 from steerlm2.data.tokenizers import Tokenizer
@@ -47,7 +59,9 @@ class FolderCheckpointer:
     hf_config: dict[str, Any]
     heads: Mapping[str, int]
     output_dir: Path
-    _pad_token: str | None = None
+    text: TrainedText | None = None
+    """What the model is trained on; None: the tokenizer's files are those of its folder."""
+    _pad_id: int | None = None
 
     def load_checkpoint(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -66,31 +80,40 @@ class FolderCheckpointer:
         )
         self.finish(epoch, dtype)
 
-    def set_pad_token(self, token_id: int, tokenizer: Tokenizer) -> None:
-        """Set the token that texts are padded with.
+    def set_pad_token(self, token_id: int, text: TrainedText) -> None:
+        """Set the token that the texts are padded with.
 
         transformers and vLLM read a classifier's scores at the last token that isn't this one.
         """
-        self.hf_config["pad_token_id"] = token_id
-        self._pad_token = tokenizer.decode([token_id])
+        self.text, self._pad_id = text, token_id
 
     def begin(self, epoch: int) -> Path:
         """Make the folder of an epoch, with the files that go beside the weights."""
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
-        self._copy_tokenizer(folder)
-        if self._pad_token is not None:
-            update_json(folder / "tokenizer_config.json", {"pad_token": self._pad_token})
-            if (folder / "special_tokens_map.json").exists():  # transformers prefers it
-                update_json(folder / "special_tokens_map.json", {"pad_token": self._pad_token})
+        if self.text is None:
+            remove_side_files(folder)
+            self._copy_tokenizer(folder)
+            return folder
+        write_tokenizer(folder, self.text, self._pad(self.text))
+        if self.text.stop_id is not None:
+            write_generation_config(folder, self._generation_config(self.text))
         return folder
 
     def finish(self, epoch: int, dtype: torch.dtype) -> None:
         """Write the last file: an export with a config.json is complete (`is_complete`)."""
         name = str(dtype).removeprefix("torch.")
         names = dict.fromkeys(("torch_dtype", "dtype"), name)  # transformers prefers the second
-        update_json(self.output_dir / f"epoch_{epoch}" / "config.json", self.hf_config | names)
+        ids = token_ids(self.text, self._pad(self.text)) if self.text else {}
+        config = {key: value for key, value in self.hf_config.items() if key != "auto_map"}
+        update_json(self.output_dir / f"epoch_{epoch}" / "config.json", config | ids | names)
+
+    def _pad(self, text: TrainedText) -> int:
+        return self._pad_id if self._pad_id is not None else text.tokenizer.pad_id
+
+    def _generation_config(self, text: TrainedText) -> dict[str, Any]:
+        return generation_config({}, None, text, self._pad(text), lambda token_id: None)
 
     def _copy_tokenizer(self, folder: Path) -> None:
         raise NotImplementedError
@@ -115,7 +138,10 @@ class HFCheckpointer(FolderCheckpointer):
     def __init__(self, checkpoint_dir: str, output_dir: str = "") -> None:
         self.checkpoint_dir = resolve_checkpoint_dir(checkpoint_dir)
         self.output_dir = Path(output_dir)
-        self.hf_config: dict[str, Any] = read_config(self.checkpoint_dir)
+        check_side_files(self.checkpoint_dir)
+        self.hf_config: dict[str, Any] = read_json(self.checkpoint_dir / "config.json")
+        generation = self.checkpoint_dir / GENERATION_CONFIG
+        self._generation = read_json(generation) if generation.is_file() else {}
         file = str((self.checkpoint_dir / "config.json").absolute())
         self.config = llama_config(self.hf_config, file)
         self.heads = {
@@ -153,11 +179,15 @@ class HFCheckpointer(FolderCheckpointer):
         return {"model": weights}
 
     def _copy_tokenizer(self, folder: Path) -> None:
-        for file in self.checkpoint_dir.iterdir():
-            weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf")
-            rewritten = weights or file.name.endswith(".index.json") or file.name == "config.json"
-            if file.is_file() and not rewritten:
-                shutil.copyfile(file, folder / file.name)
+        for file in map(self.checkpoint_dir.joinpath, SIDE_FILES):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)  # also of what a link leads to
+
+    def _generation_config(self, text: TrainedText) -> dict[str, Any]:
+        ends, pad_id = self.hf_config.get("eos_token_id"), self._pad(text)
+        return generation_config(
+            self._generation, ends, text, pad_id, token_names(self.checkpoint_dir)
+        )
 
 
 class ScratchCheckpointer(FolderCheckpointer):
@@ -194,7 +224,7 @@ def fresh_weights(
     They depend on the seed and on the parameter's index among `parameters`.
     """
     for i, (name, parameter) in enumerate(parameters):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
         weight = torch.empty(parameter.shape)
         if name.endswith("lora_b.weight"):
             nn.init.zeros_(weight)
@@ -210,9 +240,3 @@ def fresh_weights(
 def plain_name(name: str) -> str:
     """A parameter's name without the prefix of activation checkpointing."""
     return name.replace("_checkpoint_wrapped_module.", "")
-
-
-def update_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Set keys of the JSON object in a file; other keys stay."""
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**known, **values}, indent=2) + "\n")

@@ -14,6 +14,7 @@ writes it; the ranks take turns.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -29,7 +30,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steerlm2.checkpoint_dirs import INDEX_FILE, missing_weights, weight_files
+from steerlm2.checkpoint_dirs import (
+    INDEX_FILE,
+    file_digest,
+    missing_weights,
+    read_json,
+    weight_files,
+    weights_digest,
+)
 from steerlm2.checkpoints.hf_names import decoder_name, row_order, to_hf
 from steerlm2.distributed.parallelize import local_part
 from steerlm2.distributed.world import World
@@ -38,6 +46,8 @@ from steerlm2.models.reward_head import HF_HEAD
 
 MAX_SHARD_SIZE = "5GB"
 
+_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+"""Keys of config.json that say who wrote it, and in which type."""
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -93,6 +103,39 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         for hf_name, tensor in found.items()
         if not hf_name.endswith("rotary_emb.inv_freq")
     }
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's config.json and weights, wherever it lies and whenever written.
+
+    Of large files the headers count, both ends of every tensor, and pieces (`file_digest`): a few
+    MB of a model of 140 GB.
+    """
+    config = read_json(folder / "config.json")
+    facts = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    names = weight_files(folder)
+    if not names or missing_weights(folder):  # other formats, which torchtune's checkpointers read
+        digest.update(weights_digest(folder).encode())
+    for name in names:
+        digest.update(file_digest(folder / name).encode())
+        digest.update(_ends_of_tensors(folder / name))
+    return digest.hexdigest()
+
+
+def _ends_of_tensors(file: Path) -> bytes:
+    """SHA-256 of the header of a safetensors file, and of the first and last KiB of each tensor."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = opened.read(size)
+        digest = hashlib.sha256(header)
+        for name, tensor in json.loads(header).items():
+            if name != "__metadata__":
+                begin, end = (8 + size + offset for offset in tensor["data_offsets"])
+                for start in (begin, max(begin, end - 1024)):
+                    opened.seek(start)
+                    digest.update(opened.read(min(1024, end - start)))
+    return digest.digest()
 
 
 def read_weights(

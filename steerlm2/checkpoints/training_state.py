@@ -50,6 +50,9 @@ from steerlm2.checkpoints.quantized_state import (
 from steerlm2.distributed.world import World
 
 STATE_FILE = "state.json"
+DIGESTS = "digests"
+TRAINING_ORDER = "order of the training data"
+"""Among the digests: of all of the training data, one record after the other."""
 SECONDS_TO_CLOSE = 600.0
 """How long a failed run waits for a state that is being written. A choice: enough for the state of
 a large model on a slow file system; a run that has lost a rank ends so much later, at most."""
@@ -268,11 +271,17 @@ class StateWriter:
 def best_state(folder: Path) -> dict[str, Any] | None:
     """The `state` that was saved with the best weights, and its step; None where there are none.
 
-    Raises:
-        ValueError: where the file can't be read as JSON.
+    Damaged ones are reported, and count as none.
     """
-    file = folder / BEST / STATE_FILE
-    return json.loads(file.read_text()) if file.exists() else None
+    if not (folder / BEST / STATE_FILE).exists():
+        return None
+    if (problem := _damage(folder / BEST)) is not None:
+        print(
+            f"WARNING: {folder / BEST} is broken ({problem}): the best weights from here on count",
+            file=sys.stderr,
+        )
+        return None
+    return json.loads((folder / BEST / STATE_FILE).read_text())
 
 
 def load_best_weights(folder: Path, decoder: nn.Module, world: World) -> None:
@@ -316,13 +325,14 @@ def resume_training(
 
     Args:
         data_state: values that the order of the batches depends on, as passed to
-            `StateWriter.save`.
+            `StateWriter.save`; `digests` among them, by name, says what the run is trained on and
+            starts from.
 
     Returns:
         The checkpoint and its step; None where there is no checkpoint.
 
     Raises:
-        ValueError: where the checkpoint is of another model or another order of the data.
+        ValueError: where the checkpoint is of another model, or has another `data_state`.
     """
     found = world.from_main(world.on_main(lambda: newest_whole(folder)))
     assert found is not None
@@ -336,13 +346,21 @@ def resume_training(
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
-    state = load_training_state(newest, decoder, optimizer, world)
-    if state["data"] != data_state:
-        raise ValueError(
-            f"{newest} was written with {state['data']}, this run has {dict(data_state)}: "
-            "resuming would go on with something else. Use the same data set, data.shuffle, "
-            "global_batch_size, seed and other differing keys, or start in another output_dir."
+    written = json.loads((newest / STATE_FILE).read_text())["data"]
+    if DIGESTS in data_state and DIGESTS not in written and world.is_main:
+        print(
+            f"NOTE: {newest} doesn't say which data, checkpoint and template it is of (an earlier "
+            "version wrote it): whether they are this run's isn't checked",
+            file=sys.stderr,
         )
+    if differences := list(_differences(written, data_state)):
+        raise ValueError(
+            f"{newest} was written with other things than this run has:\n  - "
+            + "\n  - ".join(differences)
+            + "\nResuming would go on with something else: use the same ones, or start in another "
+            "output_dir"
+        )
+    state = load_training_state(newest, decoder, optimizer, world)
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
     lr_scheduler.last_epoch = state["step"]
@@ -351,6 +369,18 @@ def resume_training(
     ):
         group["lr"] = base_lr * factor(state["step"])
     return newest, state["step"]
+
+
+def _differences(written: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between two `data_state`s; digests that one of them lacks aren't compared."""
+    for key in sorted((written.keys() | now.keys()) - {DIGESTS}):
+        if written.get(key) != now.get(key):
+            yield f"{key}: {written.get(key)!r} then, {now.get(key)!r} now"
+    before, digests = written.get(DIGESTS, {}), now.get(DIGESTS, {})
+    others = [name for name in digests if name in before and before[name] != digests[name]]
+    if len(others) > 1 and TRAINING_ORDER in others:
+        others.remove(TRAINING_ORDER)  # follows from the others
+    yield from others
 
 
 def load_training_state(

@@ -26,22 +26,33 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.attributes import AttributeSchema
-from steerlm2.checkpoint_dirs import read_config, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir, weight_files
 from steerlm2.checkpoints.checkpointer import (
     FolderCheckpointer,
     HFCheckpointer,
     ScratchCheckpointer,
     fresh_weights,
     plain_name,
-    update_json,
 )
 from steerlm2.checkpoints.hf_names import EMBEDDING, HEAD
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
+    checkpoint_digest,
     copy_part,
     read_weights,
     write_safetensors,
     write_weights,
+)
+from steerlm2.checkpoints.side_files import (
+    GENERATION_CONFIG,
+    TrainedText,
+    check_side_files,
+    generation_config,
+    token_ids,
+    token_names,
+    update_json,
+    write_generation_config,
+    write_tokenizer,
 )
 from steerlm2.config.loader import instantiate
 from steerlm2.data.records import shortened
@@ -94,7 +105,7 @@ def open_checkpointer(
     if not component.get("checkpoint_dir"):
         raise ValueError("'checkpointer.checkpoint_dir' is missing: the folder of the checkpoint")
     folder = resolve_checkpoint_dir(component["checkpoint_dir"], "checkpointer.checkpoint_dir")
-    values = read_config(folder)
+    values = read_json(folder / "config.json")
     check_decoder(decoder, values, folder)
     check_vocabulary(decoder, tokenizer)
     arguments = {"output_dir": output_dir} if output_dir else {}
@@ -102,6 +113,25 @@ def open_checkpointer(
     if isinstance(checkpointer, HFCheckpointer):
         checkpointer.hf_config = exported_config(decoder, values)
     return checkpointer
+
+
+def check_start(component: Mapping[str, Any] | None) -> None:
+    """Check the small files of the checkpoint that a run starts from, before its data are read.
+
+    Raises:
+        ValueError: naming a damaged file.
+    """
+    if component is not None and component.get("checkpoint_dir"):
+        folder = resolve_checkpoint_dir(component["checkpoint_dir"], missing_ok=True)
+        check_side_files(folder)
+        weight_files(folder)
+
+
+def start_digest(component: Mapping[str, Any] | None) -> str:
+    """A digest of the checkpoint that a run starts from; of no files where it starts afresh."""
+    if component is None:
+        return "fresh weights"
+    return checkpoint_digest(resolve_checkpoint_dir(component["checkpoint_dir"]))
 
 
 def open_reward_checkpointer(
@@ -147,7 +177,7 @@ def open_reward_checkpointer(
                 f"{', '.join(schema.names)}: they must be the same, in the same order"
             )
     used = [tokenizer.token_id(token) for token in template.control_tokens]
-    checkpointer.set_pad_token(spare_token_id(tokenizer, used), tokenizer)
+    checkpointer.set_pad_token(spare_token_id(tokenizer, used), TrainedText(tokenizer, template))
     checkpointer.hf_config |= classification_config(schema.names)
     return checkpointer
 
@@ -269,7 +299,7 @@ def save_weights(
     epoch: int,
     dtype: torch.dtype,
     output_dir: Path,
-    stop_id: int | None = None,
+    text: TrainedText | None = None,
     adapter_only: bool = False,
 ) -> Path:
     """Write the weights in `dtype` as `epoch_{epoch}`, with LoRA adapters merged into them.
@@ -281,9 +311,8 @@ def save_weights(
     Args:
         checkpointer: on rank 0; None on the others.
         dtype: of the files.
-        stop_id: of a language model, the token that it was trained to end a response with. It
-            becomes the first eos token of generation_config.json, which servers and transformers
-            stop at.
+        text: of a language model, what it was trained on: its tokenizer comes along, and the stop
+            token is the end of a text in every file that says so.
         adapter_only: write only the adapters, not the merged model.
 
     Returns:
@@ -322,10 +351,15 @@ def save_weights(
             lambda: _save_adapter(folder / "adapter", tensors, lora, head_shape(decoder), head)
         )
         if adapter_only:
+            if text is not None:
+                alone = folder / "adapter"
+                world.on_main(lambda: write_tokenizer(alone, text, text.tokenizer.pad_id))
             return folder
     shapes = {name: p.shape for name, p in parameters.items() if name not in adapters}
     if world.from_main(isinstance(checkpointer, FolderCheckpointer)):
         ours = cast(FolderCheckpointer, checkpointer)
+        if ours is not None and text is not None:
+            ours.text = text
         write_weights(
             cast(Path, world.from_main(world.on_main(lambda: ours.begin(epoch)))),
             shapes,
@@ -344,20 +378,22 @@ def save_weights(
                 weights[name] = tensor.to("cpu", dtype)
         theirs = cast(Checkpointer, checkpointer)
         world.on_main(lambda: theirs.save_checkpoint({"model": weights}, epoch=epoch))
-    if stop_id is not None:
-        world.on_main(lambda: _stop_at(stop_id, folder))
+        if text is not None:
+            world.on_main(lambda: _rewrite_side_files(folder, text))
     return folder
 
 
-def _stop_at(stop_id: int, folder: Path) -> None:
-    """Make a token the first eos token of generation_config.json."""
-    file = folder / "generation_config.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    config = json.loads((folder / "config.json").read_text())
-    ends = known.get("eos_token_id", config.get("eos_token_id"))
-    others = ends if isinstance(ends, list) else [ends]
-    ids = [stop_id, *(i for i in others if i not in (stop_id, None))]
-    update_json(file, {"eos_token_id": ids})
+def _rewrite_side_files(folder: Path, text: TrainedText) -> None:
+    """In an export of torchtune's, which has the side files of the checkpoint it started from."""
+    config, generation = read_json(folder / "config.json"), folder / GENERATION_CONFIG
+    known = read_json(generation) if generation.is_file() else {}
+    pad_id, name_of = text.tokenizer.pad_id, token_names(folder)
+    write_tokenizer(folder, text, pad_id)
+    if text.stop_id is not None:
+        ends = config.get("eos_token_id")
+        new = generation_config(known, ends, text, pad_id, name_of)
+        write_generation_config(folder, new)
+    update_json(folder / "config.json", token_ids(text, pad_id))
 
 
 def _save_adapter(

@@ -42,6 +42,10 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 """How messages and `--help` name a type."""
 
 
+LARGEST_SEED = 2**63 - 1
+"""Of every key `seed`: torch's generators take no more in all their uses."""
+
+
 class Component(dict[str, Any]):
     """A YAML mapping with `_component_` (a dotpath) and the arguments to call it with."""
 
@@ -54,7 +58,8 @@ def load_config(
     """Check `values` against a dataclass and build it.
 
     If the dataclass has a method `problems() -> list[str]`, it is asked for problems between keys
-    once every key is right by itself.
+    once every key is right by itself. A text that begins with "~/" is a path in the user's home
+    folder; in a list of texts, such as prompts, it stays as it is.
 
     Args:
         namespace: where to look up the annotations of a class of a recipe that is run as a script.
@@ -208,9 +213,10 @@ def _build_dataclass(
                 problems.append(_unknown_key(where + str(key), str(key), list(fields), elsewhere))
     for key, field in fields.items():
         if key in values and values[key] != MISSING:
-            arguments[field.name] = _convert(
-                values[key], hints[field.name], where + key, problems, namespace
-            )
+            value = _convert(values[key], hints[field.name], where + key, problems, namespace)
+            arguments[field.name] = _in_home(value) if isinstance(value, str) else value
+            if isinstance(values[key], int):
+                problems.extend(_seed_problems(key, values[key], where))
         elif key in values or is_required(field):
             problems.append(f"'{where}{key}' is missing: add {where}{key}=... to the command line")
             arguments[field.name] = None
@@ -286,7 +292,7 @@ def _convert(
             return value
         if hint is Component:
             problems.extend(_component_problems(value, where))
-            return Component(value)
+            return Component(_in_home(value))
         if origin is dict:
             (_, item) = typing.get_args(hint)
             return {
@@ -302,7 +308,7 @@ def _convert(
         except ValueError:
             pass
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
-        return value
+        return _in_home(value) if hint is Any else value
     problems.append(f"'{where}' must be {TYPE_NAMES.get(hint, hint.__name__)}, got {value!r}")
     return value
 
@@ -321,9 +327,27 @@ def _component_problems(component: dict[str, Any], where: str) -> Iterator[str]:
     for key, value in component.items():
         if value == MISSING:
             yield f"'{where}.{key}' is missing: add {where}.{key}=... to the command line"
+        yield from _seed_problems(key, value, f"{where}.")
         if key not in parameters and key != "_component_" and not takes_any:
             problem = _unknown_key(f"{where}.{key}", str(key), list(parameters))
             yield f"{problem}; ~{where}.{key} on the command line removes it"
+
+
+def _seed_problems(key: str, value: Any, where: str) -> Iterator[str]:
+    """What keeps the value of a key `seed` from being one."""
+    if key != "seed" or value in (None, MISSING):
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_SEED:
+        yield f"'{where}seed' must be a whole number from 0 to 2**63 - 1, got {value!r}"
+
+
+def _in_home(value: Any) -> Any:
+    """The value with "~/..." written out in its texts, however deep they stand."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, list):
+        return [_in_home(item) for item in value]
+    return {key: _in_home(v) for key, v in value.items()} if isinstance(value, dict) else value
 
 
 def _locate(path: str) -> Callable[..., Any]:

@@ -19,18 +19,16 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from steerlm2.checkpoint_dirs import newest_export
+from steerlm2.checkpoint_dirs import newest_export, read_json
 
 TINY_TOKENIZER_DIR = Path(__file__).parent / "tiny_tokenizer"
 TINY_SPECIAL_TOKENS = ("<pad>", "<|endoftext|>", *(f"<extra_id_{i}>" for i in range(8)))
 TINY_VOCAB_SIZE = 512
 
-_SIDE_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", *_SIDE_FILES, *_OTHER_FORMS)
+"""All that belongs to a tokenizer in a folder."""
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unk>")
 
 
@@ -73,15 +71,23 @@ class Tokenizer(Protocol):
 class HFTokenizer:
     """A Hugging Face tokenizer file. Build it with `hf_tokenizer` or `tiny_tokenizer`."""
 
-    def __init__(self, tokenizer_json: str, side_files: dict[str, str]) -> None:
+    def __init__(
+        self,
+        tokenizer_json: str,
+        side_files: dict[str, str],
+        other_forms: dict[str, bytes] | None = None,
+    ) -> None:
         """Load a tokenizer from texts of its files.
 
         Args:
             tokenizer_json: the text of tokenizer.json.
             side_files: file name -> text of the files beside it, kept for `save`.
+            other_forms: file name -> content of the same tokenizer's files for other programs, kept
+                for `save`.
         """
         self._tokenizer_json = tokenizer_json
         self._side_files = side_files
+        self._other_forms = other_forms or {}
         spec = json.loads(tokenizer_json)
         spec.update(truncation=None, padding=None)
         for part in ("normalizer", "pre_tokenizer", "decoder"):
@@ -141,6 +147,8 @@ class HFTokenizer:
         files |= self._side_files | {"tokenizer.json": self._tokenizer_json}
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
+        for name, content in self._other_forms.items():
+            (directory / name).write_bytes(content)
 
     def _special_tokens(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -195,10 +203,17 @@ def hf_tokenizer(path: str | Path) -> HFTokenizer:
     for name in (file.name, *_SIDE_FILES):
         beside = file.with_name(name)
         if beside.is_file():
+            if name != file.name and beside.suffix == ".json":
+                read_json(beside)  # so that an error names it
             texts[name] = beside.read_text(encoding="utf-8")
     tokenizer_json = texts.pop(file.name)
+    others = {
+        beside.name: beside.read_bytes()
+        for beside in map(file.with_name, _OTHER_FORMS)
+        if beside.is_file()
+    }
     try:
-        return HFTokenizer(tokenizer_json, texts)
+        return HFTokenizer(tokenizer_json, texts, others)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{file.absolute()} is no usable tokenizer: {error}") from error
 

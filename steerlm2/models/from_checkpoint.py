@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from torchtune.modules import (
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
-from steerlm2.checkpoint_dirs import read_config, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
 from steerlm2.models.llama import hf_config
 from steerlm2.models.llama_config import LlamaConfig, llama_config
 from steerlm2.models.rope import build_rope
@@ -152,8 +151,8 @@ def _config(checkpoint_dir: str, planned_as: str | None) -> LlamaConfig:
         checkpoint_dir, "model.checkpoint_dir", missing_ok=planned_as is not None
     )
     if checkpoint_dir and (folder / "config.json").is_file():
-        file = str((folder / "config.json").absolute())
-        return llama_config(read_config(Path(folder)), file)
+        file = folder / "config.json"
+        return llama_config(read_json(file), str(file.absolute()))
     assert planned_as is not None
     module, _, name = planned_as.rpartition(".")
     with torch.device("meta"):

@@ -25,6 +25,7 @@ from typing import Any
 import torchtune
 import yaml
 
+from steerlm2._tune import RECIPES
 from steerlm2.torchtune_private import Recipe, get_all_recipes
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -120,9 +121,9 @@ def plan_stages(
         start = filler.fill(_start(own, torchrun, launch), quoted=True)
         problems.extend(filler.problems)
         problems.extend(
-            f"'{full_name}': {argument} has more than one '=', which `tune run` refuses"
+            f"'{full_name}': {argument} has more than one '=', which torchtune's recipes refuse"
             for argument in arguments
-            if argument.count("=") > 1
+            if argument.count("=") > 1 and find_recipe(own.recipe) and own.recipe not in RECIPES
         )
         words = [own.recipe, "--config", own.config, *arguments]
         stage = Stage(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
-import torchtune.config
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +22,7 @@ from steerlm2._tune import recipe_directories
 from steerlm2.config.docs import help_text, keys_of
 from steerlm2.config.loader import CONFIG_CLASS, LOG, ConfigT, load_config
 from steerlm2.distributed.world import end_rank
+from steerlm2.torchtune_private import parse_arguments
 
 USER_ERRORS = (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException)
 
@@ -53,9 +53,9 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                 if HELP_FLAGS & set(sys.argv[1:]):
                     _print_help(config_class, main.__globals__)
                     return
-                torchtune.config.parse(
-                    lambda cfg: main(load_config(config_class, cfg, main.__globals__))
-                )()
+                values = parse_arguments(sys.argv[1:])
+                main(load_config(config_class, values, main.__globals__))
+                sys.exit()
             except Exception as error:
                 LOG.error("ended by an error", exc_info=True)
                 if not isinstance(error, USER_ERRORS) or os.environ.get(TRACEBACK_VARIABLE) == "1":
@@ -103,16 +103,7 @@ def _given_values() -> DictConfig | None:
     known, _ = parser.parse_known_args(arguments)
     if not known.config:  # `tune run` needs one: without, steerlm2._tune gives it an empty name
         return None
-    values: list[DictConfig] = []
-    program, sys.argv = sys.argv, [sys.argv[0], *arguments]
-    try:
-        torchtune.config.parse(values.append)()
-    except SystemExit:
-        if not values:
-            raise
-    finally:
-        sys.argv = program
-    return values[0]
+    return parse_arguments(arguments)
 
 
 def _error_message(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,35 +19,61 @@ import torch
 
 from steerlm2.config.loader import instantiate
 from steerlm2.distributed.world import World
+from steerlm2.runs.output import write_durably
 
 
 class JsonLines:
-    """Appends entries with a `step` to a .jsonl file; whole lines survive a kill at any moment."""
+    """Appends entries with a `step` to a .jsonl file; whole lines survive a kill at any moment.
+
+    Damaged lines, which a crash of the machine or an editor can leave, are skipped: what is logged
+    isn't what a run goes on from.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._warned = False
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write(_line(entry))
 
     def keep_until(self, step: int) -> None:
         """Drop entries after `step`: a resumed run writes them again."""
-        if not self.path.exists():
-            return
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("")
-        for entry in self.read():
-            if entry["step"] <= step:
-                JsonLines(partial).append(entry)
-        partial.replace(self.path)
+        if self.path.exists():
+            kept = [entry for entry in self.read() if entry["step"] <= step]
+            write_durably(self.path, "".join(map(_line, kept)))
 
     def read(self) -> list[dict[str, Any]]:
-        """The entries, without a last line that a kill cut off; none where there is no file."""
+        """The entries, without a last line that a kill cut off; none where there is no file.
+
+        Of damaged lines a warning says how many they are, once.
+        """
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        entries = [entry for line in lines if (entry := _entry(line)) is not None]
+        if len(entries) < len(lines) and not self._warned:
+            self._warned = True
+            print(
+                f"WARNING: {self.path}: {len(lines) - len(entries)} damaged line(s) left out",
+                file=sys.stderr,
+            )
+        return entries
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line; None where the line is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:  # also of text that isn't UTF-8
+        return None
+    whole = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    return entry if whole else None
 
 
 def lacks_validation(metrics: JsonLines, step: int, world: World) -> bool:
@@ -124,7 +151,8 @@ def summary_table(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], par
     lines = ["mean over steps".ljust(24) + "".join(head.rjust(14) for head in heads)]
     lines.append("-" * len(lines[0]))
     for key in keys:
-        means = (sum(entry[key] for entry in part) / len(part) for part in columns)
+        values = ([entry[key] for entry in part if key in entry] for part in columns)
+        means = (sum(part) / len(part) if part else math.nan for part in values)
         lines.append(key.ljust(24) + "".join(f"{mean:>14.4g}" for mean in means))
     return "\n".join(lines)
 

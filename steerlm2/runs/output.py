@@ -17,6 +17,8 @@ from steerlm2.distributed.world import World
 RUN_FILES = (
     "config.yaml",
     "run.json",
+    "run.damaged",
+    "wandb_run_id",
     "torchtune_config.yaml",  # of its metric loggers
     "metrics.jsonl",
     "samples.jsonl",
@@ -45,6 +47,16 @@ def make_output_dir(output_dir: Path, key: str = "output_dir") -> None:
             f"{key} {output_dir.absolute()} can't be written to ({error.strerror}): choose "
             "another folder"
         ) from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and wait until it is on the disk (fsync)."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def check_not_own_run(output_dir: Path, checkpointer: Mapping[str, Any] | None) -> None:

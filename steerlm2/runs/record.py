@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -21,8 +24,16 @@ from torchtune.training.metric_logging import WandBLogger
 import steerlm2
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.distributed.world import World
+from steerlm2.runs.output import write_durably
 
 RUN_FILE = "run.json"
+WANDB_ID_FILE = "wandb_run_id"
+"""In a run's folder: the W&B run that a resumed run goes on in."""
+PACKAGE_OF_LOGGER = {
+    "WandBLogger": "wandb",
+    "TensorBoardLogger": "tensorboard",
+    "CometLogger": "comet_ml",
+}
 PACKAGES = ("torch", "torchtune", "torchao", "steerlm2")
 SECONDS_FOR_GIT = 10.0
 """Timeout of a git command. A choice: with a slow file system a run starts without its revision
@@ -69,13 +80,32 @@ def _version(package: str) -> str:
 def write_run(output_dir: Path, run: Mapping[str, Any]) -> None:
     """Write `run.json`. Earlier starts of a resumed run are kept under `earlier_starts`."""
     path = output_dir / RUN_FILE
-    earlier: list[dict[str, Any]] = []
-    if path.exists():
-        before = json.loads(path.read_text())
-        earlier = [*before.pop("earlier_starts", []), before]
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**run, "earlier_starts": earlier}, indent=2) + "\n")
-    partial.replace(path)
+    earlier: list[Any] = []
+    if (before := _read_run(path)) is not None:
+        starts = before.pop("earlier_starts", [])
+        earlier = [*(starts if isinstance(starts, list) else []), before]
+    write_durably(path, json.dumps({**run, "earlier_starts": earlier}, indent=2) + "\n")
+
+
+def _read_run(path: Path) -> dict[str, Any] | None:
+    """What run.json says; None where there is none. A damaged one is set aside with a warning."""
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_bytes())
+        if isinstance(run, dict):
+            return run
+        problem = "it isn't a JSON object"
+    except ValueError as error:
+        problem = str(error)
+    aside = path.with_suffix(".damaged")
+    path.replace(aside)
+    print(
+        f"WARNING: {path} is damaged ({problem}): it is now {aside.name}, and what it says of "
+        "earlier starts is left out",
+        file=sys.stderr,
+    )
+    return None
 
 
 def restarted_run(output_dir: Path, world: World) -> bool:
@@ -89,7 +119,11 @@ def restarted_run(output_dir: Path, world: World) -> bool:
 
     def of_this_launch() -> bool:
         path = output_dir / RUN_FILE
-        launch = json.loads(path.read_text()).get("launch") if path.exists() else None
+        if not path.exists():
+            return False
+        if (run := _read_run(path)) is None:
+            return True  # rather than begin anew; a state of another run is refused
+        launch = run.get("launch")
         return launch is not None and launch == os.environ.get(LAUNCH_VARIABLE)
 
     return bool(world.from_main(world.on_main(of_this_launch)))
@@ -125,26 +159,104 @@ def git_state(folder: Path, containing: str | None = None) -> dict[str, Any] | N
         return None
 
 
-def open_metric_logger(component: Mapping[str, Any] | None, run: Mapping[str, Any]) -> Any:
+def check_metric_logger(component: Mapping[str, Any] | None) -> None:
+    """Find what keeps a metric logger from opening, before a model is loaded.
+
+    Raises:
+        ValueError: where its package isn't installed, or W&B has no key, refuses it, or can't be
+            reached.
+    """
+    if component is None:
+        return
+    name = component["_component_"].rpartition(".")[2]
+    package = PACKAGE_OF_LOGGER.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"metric_logger: {name} needs the package {package}, which isn't installed: install "
+            "it, or set metric_logger=null"
+        )
+    mode = str(component.get("mode") or os.environ.get("WANDB_MODE", "online"))
+    if package == "wandb" and mode in ("online", "shared"):
+        import wandb
+
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            raise ValueError(_wandb_problem(error)) from error
+
+
+def open_metric_logger(
+    component: Mapping[str, Any] | None, run: Mapping[str, Any], output_dir: Path | None = None
+) -> Any:
     """The metric logger of a config. It logs the config; W&B also gets the run's record as `run`.
+
+    Args:
+        output_dir: of a run that can be resumed: it keeps the id of the W&B run, which a resumed
+            run goes on in.
 
     Returns:
         None where the config has none.
+
+    Raises:
+        ValueError: where W&B doesn't open the run.
     """
     if component is None:
         return None
-    logger = instantiate(component)
+    id_file = output_dir / WANDB_ID_FILE if output_dir is not None else None
+    if id_file is not None and component["_component_"].endswith("WandBLogger"):
+        # The config may have changed where it may: its values are W&B's too.
+        resumable = {"id": _wandb_id(id_file), "resume": "allow", "allow_val_change": True}
+        component = resumable | dict(component)
+    logger = open_logger(component, id_file)
+    if (tracked := _wandb_run(logger)) is not None and id_file is not None:
+        write_durably(id_file, f"{tracked.id}\n")
     logger.log_config(OmegaConf.create(run["config"]))
-    if (tracked := _wandb_run(logger)) is not None:
+    if tracked is not None:
         facts = {key: value for key, value in run.items() if key != "config"}
         tracked.config.update({"run": facts}, allow_val_change=True)
     return logger
+
+
+def open_logger(component: Mapping[str, Any], id_file: Path | None = None) -> Any:
+    """A metric logger that nothing is logged to yet.
+
+    Args:
+        id_file: that W&B's run is named in.
+
+    Raises:
+        ValueError: where W&B doesn't open the run.
+    """
+    try:
+        return instantiate(component)
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        raise ValueError(_wandb_problem(error, id_file)) from error
 
 
 def log_path(logger: Any, name: str, path: Path) -> None:
     """Add the path of an output to W&B's summary of the run; other loggers have no summary."""
     if (tracked := _wandb_run(logger)) is not None:
         tracked.summary[name] = str(path.absolute())
+
+
+def _wandb_id(file: Path) -> str:
+    """The id of W&B's run in a folder; of a damaged file or none, another one."""
+    if file.exists():
+        known = file.read_bytes().decode(errors="replace").strip()
+        if re.fullmatch(r"[\w-]{1,128}", known, re.ASCII):
+            return known
+        print(f"WARNING: {file} is damaged: a new W&B run begins", file=sys.stderr)
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
+def _wandb_problem(error: Exception, id_file: Path | None = None) -> str:
+    known = id_file is not None and id_file.exists()
+    return (
+        f"metric_logger: W&B can't be used ({' '.join(str(error).split())}): run `wandb login`, or "
+        "set WANDB_API_KEY, WANDB_MODE=offline or metric_logger=null"
+        + (f"; without {id_file} a new W&B run begins" if known else "")
+    )
 
 
 def _wandb_run(logger: Any) -> Any:

@@ -57,8 +57,14 @@ class ResumableOutput:
         written = self.path if self.path.exists() else self.partial
         if not written.exists() or (written == self.partial and written.stat().st_size == 0):
             return  # an output without lines counts as not begun
-        known = self.settings_file.exists()
-        earlier = json.loads(self.settings_file.read_text()) if known else {}
+        try:
+            known = self.settings_file.exists()
+            earlier = json.loads(self.settings_file.read_bytes()) if known else {}
+        except ValueError as error:
+            raise ValueError(
+                f"{self.settings_file} is damaged ({error}): what {written} was written with isn't "
+                f"known; give another output, or remove {self.path}*"
+            ) from error
         changed = [key for key in self.settings if self.settings[key] != earlier.get(key)]
         if changed:
             raise ValueError(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -28,7 +29,7 @@ from typing import Any
 
 import httpx
 
-from steerlm2.checkpoint_dirs import INDEX_FILE, read_config, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import INDEX_FILE, read_json, resolve_checkpoint_dir
 from steerlm2.runs.child_process import ChildProcess
 
 SHARE_FOR_WEIGHTS = 0.6
@@ -84,7 +85,7 @@ def vllm_command(
 
 
 def _tensor_parallel(folder: Path, gpus: int, gpu_gib: float) -> int:
-    config = read_config(folder)
+    config = read_json(folder / "config.json")
     if "num_attention_heads" not in config:
         raise ValueError(
             f"{(folder / 'config.json').absolute()} has no num_attention_heads: it must be a "
@@ -205,6 +206,10 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def main() -> None:
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
@@ -221,8 +226,13 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--gpu-gib", type=float, default=80, help="memory of one GPU")
-    parser.add_argument("--python", default="python", help="of the environment that has vLLM")
-    parser.add_argument("--log", type=Path, default=Path("vllm.log"), help="of the server")
+    parser.add_argument(
+        "--python",
+        type=os.path.expanduser,
+        default="python",
+        help="of the environment that has vLLM",
+    )
+    parser.add_argument("--log", type=_path, default=Path("vllm.log"), help="of the server")
     parser.add_argument(
         *("--start-timeout", "--start_timeout"),
         type=float,

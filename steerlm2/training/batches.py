@@ -21,5 +21,5 @@ def batch_of_step(
     chosen = slice(index * global_batch_size, (index + 1) * global_batch_size)
     if not shuffle:
         return list(range(num_groups)[chosen])
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(num_groups, generator=generator)[chosen].tolist()

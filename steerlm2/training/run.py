@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +34,20 @@ from torchtune.modules import TransformerDecoder
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
+from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.checkpoints.training_state import (
+    DIGESTS,
+    TRAINING_ORDER,
     StateWriter,
     best_state,
     load_best_weights,
     resume_training,
 )
-from steerlm2.checkpoints.weights import Checkpointer, save_weights
+from steerlm2.checkpoints.weights import Checkpointer, check_start, save_weights, start_digest
 from steerlm2.config.keys import TrainingKeys
 from steerlm2.config.loader import as_yaml, instantiate
+from steerlm2.data.digest import ORDER, PARTS, data_digests, template_digest
+from steerlm2.data.packing import Dialogue, Group, RewardGroup
 from steerlm2.distributed.parallelize import DTYPES, check_finite
 from steerlm2.models.llama import pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
@@ -64,6 +69,7 @@ from steerlm2.runs.output import (
 )
 from steerlm2.runs.processes import world_of
 from steerlm2.runs.record import (
+    check_metric_logger,
     describe_run,
     log_path,
     open_metric_logger,
@@ -87,6 +93,7 @@ class Work(Protocol):
 
 
 WorkT = TypeVar("WorkT", bound=Work)
+Record = Dialogue | Group | RewardGroup
 
 
 @dataclass(frozen=True)
@@ -170,15 +177,20 @@ class TrainingRun:
         optimizer: Optimizer,
         lr_scheduler: LambdaLR,
         data_state: Mapping[str, Any],
+        train: Iterable[Record] = (),
+        val: Iterable[Record] = (),
     ) -> None:
         """Continue from the newest training state or start anew, and write down what the run is.
 
         Args:
             model: laid out, with its weights.
             data_state: what the order of the batches depends on, beside batch size and seed.
+            train: the training data as they were loaded, without what the model adds to them.
+            val: the validation data.
 
         Raises:
-            ValueError: where the folder's state is of another model or other data.
+            ValueError: where the folder's state is of another model, other data, another checkpoint
+                or template, or the ranks have different data.
         """
         cfg, world = self.cfg, self.world
         self._model, self._optimizer = model, optimizer
@@ -186,6 +198,7 @@ class TrainingRun:
             **data_state,
             "global_batch_size": cfg.global_batch_size,
             "seed": cfg.seed,
+            DIGESTS: self._digests(train, val),
         }
         self.pair_cost = pair_cost(model)
         self._stragglers = Stragglers(model, world)
@@ -206,7 +219,7 @@ class TrainingRun:
                 set_aside_earlier_run(self.output_dir)
             (self.output_dir / "config.yaml").write_text(as_yaml(cfg))
             write_run(self.output_dir, run)
-            self._logger = open_metric_logger(cfg.metric_logger, run)
+            self._logger = open_metric_logger(cfg.metric_logger, run, self.output_dir)
         world.barrier()
         # Also of a step that a killed run reached and this one hasn't yet.
         self.best = world.from_main(world.on_main(lambda: best_state(self.checkpoints)))
@@ -380,13 +393,13 @@ class TrainingRun:
         self,
         model: TransformerDecoder,
         checkpointer: Checkpointer | None,
-        stop_id: int | None = None,
+        text: TrainedText | None = None,
     ) -> int:
         """Write the weights of the best validation, or the last, as Hugging Face safetensors.
 
         Args:
             checkpointer: on rank 0; None on the others.
-            stop_id: of a language model, the token that it was trained to end a response with.
+            text: of a language model, what it was trained on.
 
         Returns:
             The step that the weights are of.
@@ -404,7 +417,7 @@ class TrainingRun:
             epoch=-(-last // self.steps_per_epoch),
             dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
             output_dir=self.output_dir,
-            stop_id=stop_id,
+            text=text,
             adapter_only=cfg.save_adapter_weights_only,
         )
         log_path(self._logger, "exported_weights", folder)
@@ -457,10 +470,32 @@ class TrainingRun:
     def _open_folder(self) -> None:
         cfg, world = self.cfg, self.world
         world.on_main(lambda: check_not_own_run(self.output_dir, cfg.checkpointer))
+        world.on_main(lambda: check_start(cfg.checkpointer))
+        world.on_main(lambda: check_metric_logger(cfg.metric_logger))
         world.on_main(lambda: make_output_dir(self.output_dir))
         self._lock = world.on_main(lambda: RunLock(self.output_dir))
         check_shared(self.output_dir, world)
         open_rank_log(self.output_dir, world)
+
+    def _digests(self, train: Iterable[Record], val: Iterable[Record]) -> dict[str, str]:
+        """What a resumed run must have in common with the one before, by the name for messages."""
+        cfg, world = self.cfg, self.world
+        of_train = data_digests(train)
+        named = {f"training data ({part})": of_train[part] for part in PARTS}
+        named[TRAINING_ORDER] = of_train[ORDER]
+        if cfg.export == "best" and (val_records := list(val)):
+            named["validation data (losses choose the weights with export=best)"] = (
+                data_digests(val_records)[ORDER] + f" {cfg.limit_val_batches}"
+            )
+        named["template"] = template_digest(instantiate(cfg.template))
+        unlike = [rank for rank, others in enumerate(world.gather(named)) if others != named]
+        if any(world.gather(bool(unlike))):
+            raise ValueError(
+                "the data are not the same on all nodes: `dataset` and `dataset_val` must name "
+                "files on a file system that they share, or equal copies"
+            )
+        base = world.from_main(world.on_main(lambda: start_digest(cfg.checkpointer)))
+        return named | {"base checkpoint (checkpointer)": str(base)}
 
     def _resume(self, lr_scheduler: LambdaLR) -> None:
         found = resume_training(

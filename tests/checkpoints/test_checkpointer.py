@@ -377,19 +377,22 @@ def test_the_dtype_of_an_export_is_that_of_its_weights(tmp_path: Path) -> None:
     assert loaded.dtype == torch.float32
 
 
-def test_the_files_beside_the_weights_come_along(tmp_path: Path) -> None:
-    """The tokenizer's and others, but no weights of another format."""
+def test_the_tokenizers_files_come_along_and_no_others(tmp_path: Path) -> None:
+    """No code, no weights of another format; what a link leads to is copied."""
     folder, _ = language_model(tmp_path)
-    for name in ("chat_template.jinja", "LICENSE", "pytorch_model.bin", "model.gguf"):
+    own = {file.name for file in folder.iterdir()}
+    (tmp_path / "blob").write_text("{}")
+    (folder / "generation_config.json").symlink_to(tmp_path / "blob")
+    for name in ("chat_template.jinja", "LICENSE", "pytorch_model.bin", "x.py", "secrets.json"):
         (folder / name).write_text(name)
     (folder / "original").mkdir()
     again = HFCheckpointer(str(folder), str(tmp_path / "again"))
     again.save_checkpoint(again.load_checkpoint(), epoch=1)
-    copied = {file.name for file in (tmp_path / "again" / "epoch_1").iterdir()}
-    expected = {file.name for file in folder.iterdir()}
-    assert copied == expected - {"pytorch_model.bin", "model.gguf", "original"}
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "again" / "epoch_1" / name).read_bytes() == (folder / name).read_bytes()
+    copied = {file.name: file for file in (tmp_path / "again" / "epoch_1").iterdir()}
+    assert copied.keys() == own | {"generation_config.json", "chat_template.jinja"}
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert copied[name].read_bytes() == (folder / name).read_bytes()
+        assert not copied[name].is_symlink()
 
 
 def test_the_folder_that_was_read_stays_as_it_is(tmp_path: Path) -> None:

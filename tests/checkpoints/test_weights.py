@@ -209,27 +209,6 @@ def trained_lora_decoder() -> TransformerDecoder:
     return decoder
 
 
-@pytest.mark.parametrize(
-    ("known", "expected"),
-    [(None, [7, 1]), ({"eos_token_id": [5, 7], "top_p": 0.9}, [7, 5])],
-    ids=["of the tokenizer", "of the checkpoint"],
-)
-def test_an_export_says_where_its_responses_end(
-    known: dict[str, Any] | None, expected: list[int], tmp_path: Path
-) -> None:
-    """The stop token first, then what ended a generation before; other settings stay."""
-    decoder = loaded(meta_decoder())
-    checkpointer = scratch(decoder, folder=tmp_path)
-    file = tmp_path / "epoch_1" / "generation_config.json"
-    if known:
-        file.parent.mkdir()
-        file.write_text(json.dumps(known))
-    save_weights(
-        decoder, checkpointer, CPU, epoch=1, dtype=torch.float32, output_dir=tmp_path, stop_id=7
-    )
-    assert json.loads(file.read_text()) == (known or {}) | {"eos_token_id": expected}
-
-
 def test_adapters_are_merged_into_the_exported_weights(tmp_path: Path) -> None:
     """W + (alpha / rank) B A = W + 2 B A."""
     decoder = trained_lora_decoder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from steerlm2.config.loader import (
     to_plain,
 )
 
+ANY = "torchtune.training.metric_logging.WandBLogger"
+"""Takes any arguments."""
 SCHEDULE = "steerlm2.training.warmup_cosine_hold"
 
 
@@ -348,3 +351,43 @@ def test_plain_configs_hold_nothing_but_plain_values() -> None:
     plain = to_plain(load(validation={}))
     assert type(plain["model"]) is dict
     assert plain["validation"] == {"strategy": "auto", "max_tokens": 4096, "tolerance": 0.05}
+
+
+def test_paths_in_the_home_folder_are_written_out_everywhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of keys, of components' arguments, however deep; prompts and other lists of texts stay."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"_component_": ANY, "path": "~/base", "files": {"a": ["~/b", "a~/c"]}}
+    config = load(output_dir="~/runs/a", model=given, prompts=["~/x?"])
+    assert config.output_dir == "/home/me/runs/a"
+    assert config.model == given | {
+        "path": "/home/me/base",
+        "files": {"a": ["/home/me/b", "a~/c"]},
+    }
+    assert config.prompts == ["~/x?"]
+
+
+@dataclass
+class Seeded:
+    seed: int = 0
+    dataset: Component | None = None
+
+
+@pytest.mark.parametrize("seed", [0, 20261127120000, 2**63 - 1])
+def test_seeds_that_every_generator_takes(seed: int) -> None:
+    dataset = {"_component_": ANY, "seed": seed}
+    assert load_config(Seeded, {"seed": seed, "dataset": dataset}).seed == seed
+
+
+def test_seeds_that_no_generator_takes_are_named_at_once() -> None:
+    """-1 would draw what 1 draws in Python's generator, 2^63 overflows in torch's."""
+    dataset = {"_component_": ANY, "seed": 1.5}
+    with pytest.raises(ValueError, match="the config has problems") as error:
+        load_config(Seeded, {"seed": 2**63, "dataset": dataset})
+    assert str(error.value).splitlines()[1:] == [
+        "  - 'seed' must be a whole number from 0 to 2**63 - 1, got 9223372036854775808",
+        "  - 'dataset.seed' must be a whole number from 0 to 2**63 - 1, got 1.5",
+    ]
+    with pytest.raises(ValueError, match=r"'seed' must be a whole number from 0 .*, got -1"):
+        load_config(Seeded, {"seed": -1})

@@ -117,6 +117,15 @@ def test_wandb_gets_the_run_and_its_paths(
         assert name.encode() in written
         assert value.encode() in written, name
 
+    # Two more steps go on in the same run of W&B.
+    more = ("max_steps=8", "resume_from_checkpoint=true")
+    tune(*arguments, *more, f"output_dir={tmp_path}", logger, f"metric_logger.log_dir={tmp_path}")
+    starts = [folder.name for folder in tmp_path.glob("wandb/offline-run-*-*")]
+    assert len(starts) == 2
+    assert {name.rpartition("-")[2] for name in starts} == {
+        (tmp_path / "wandb_run_id").read_text().strip()
+    }
+
 
 SLOW_MODEL = """
 import os, time

@@ -60,6 +60,18 @@ def test_a_cut_last_line_is_not_read(lines: JsonLines) -> None:
     assert lines.read() == entries_of(1)
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 9, b'{"st', b"\xff", b"[1]", b'{"loss": 1}', b""])
+def test_damaged_lines_are_left_out_and_counted(
+    lines: JsonLines, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(lines, 1)
+    with lines.path.open("ab") as file:
+        file.write(damage + b"\n")
+    write(lines, 2)
+    assert lines.read() == lines.read() == entries_of(1, 2)
+    assert capsys.readouterr().err == f"WARNING: {lines.path}: 1 damaged line(s) left out\n"
+
+
 def test_appending_after_a_cut_last_line_leaves_whole_lines(lines: JsonLines) -> None:
     """A killed run is resumed: `keep_until` comes before the first append."""
     write(lines, 1, 2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import json
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import torch
 import steerlm2
 from steerlm2.distributed.world import World
 from steerlm2.runs.record import (
+    check_metric_logger,
     describe_run,
     git_state,
     open_metric_logger,
@@ -76,8 +80,20 @@ def test_earlier_starts_stay_in_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("launch_of_the_run", "restarts", "expected"),
-    [("this", "1", True), ("this", "0", False), ("another", "1", False), (None, "1", False)],
-    ids=["restarted", "not restarted", "lost before it began", "lost in an empty folder"],
+    [
+        ("this", "1", True),
+        ("this", "0", False),
+        ("another", "1", False),
+        (None, "1", False),
+        ("damaged", "1", True),
+    ],
+    ids=[
+        "restarted",
+        "not restarted",
+        "lost before it began",
+        "lost in an empty folder",
+        "damaged",
+    ],
 )
 def test_a_restart_goes_on_with_a_run_of_its_own_launch(
     tmp_path: Path,
@@ -89,6 +105,8 @@ def test_a_restart_goes_on_with_a_run_of_its_own_launch(
     if launch_of_the_run is not None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch_of_the_run)
         write_run(tmp_path, describe_run(Config(), CPU))
+    if launch_of_the_run == "damaged":
+        (tmp_path / "run.json").write_text('{"launch": "th')
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     assert restarted_run(tmp_path, CPU) is expected
@@ -115,3 +133,77 @@ def test_a_source_tree_without_an_install_has_a_version(monkeypatch: pytest.Monk
     versions = describe_run(Config(), CPU)["versions"]
     assert versions["steerlm2"] == steerlm2.__version__
     assert versions["torchao"] == "unknown"
+
+
+WANDB = {"_component_": "torchtune.training.metric_logging.WandBLogger"}
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """In place of the package: `started` has what its runs were begun with."""
+
+    class UsageError(Exception):
+        __module__ = "wandb.errors"
+
+    class Values(dict):
+        def update(self, *values: Any, allow_val_change: bool) -> None:
+            changed = any(self.get(key, value) != value for key, value in values[0].items())
+            assert allow_val_change or not changed
+            super().update(*values)
+
+    module: Any = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.run, module.started, module.config = None, [], Values()
+    module.errors = types.SimpleNamespace(Error=UsageError)
+
+    def init(**arguments: Any) -> Any:
+        module.started.append(arguments)
+        if arguments["project"] == "refused":
+            raise UsageError("no such project")
+        run = types.SimpleNamespace(id=arguments["id"], config=module.config, finish=lambda: None)
+        module.run = run
+        run._label = lambda repo: None
+        return run
+
+    def login() -> None:
+        raise UsageError("No API key configured.\nUse `wandb login`")
+
+    module.init, module.login, module.save = init, login, lambda *a, **k: None
+    module.finish = lambda: setattr(module, "run", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def opened(folder: Path, lr: float = 1.0) -> None:
+    config = {"output_dir": str(folder), "lr": lr}
+    open_metric_logger(WANDB, {"config": config, "started": str(lr)}, folder).close()
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, wandb: Any) -> None:
+    """Also with another lr; another folder is another run, and so is one with a damaged file."""
+    opened(tmp_path)
+    opened(tmp_path, lr=2.0)
+    first, second = (arguments["id"] for arguments in wandb.started)
+    assert first == second
+    assert {arguments["resume"] for arguments in wandb.started} == {"allow"}
+    (tmp_path / "wandb_run_id").write_bytes(b"\xff\0")
+    opened(tmp_path)
+    assert wandb.started[-1]["id"] != first
+
+
+def test_a_run_that_wandb_refuses_is_one_line(tmp_path: Path, wandb: Any) -> None:
+    with pytest.raises(ValueError, match=r"W&B can't be used \(no such project\)"):
+        open_metric_logger(WANDB | {"project": "refused"}, {"config": {}}, tmp_path)
+
+
+def test_wandb_without_a_key_is_found_before_a_run(
+    wandb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ValueError, match=r"\(No API key configured\. Use `wandb login`\)") as error:
+        check_metric_logger(WANDB)
+    assert "\n" not in str(error.value)
+    check_metric_logger(WANDB | {"mode": "offline"})
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_metric_logger(WANDB)
+    check_metric_logger(None)

@@ -55,3 +55,10 @@ def test_without_shuffle_groups_come_in_file_order_in_every_epoch() -> None:
     """10 groups in batches of 4: step 4 is the second batch of the second epoch."""
     assert batch_of_step(2, 10, 4, seed=0, shuffle=False) == [8, 9]
     assert batch_of_step(4, 10, 4, seed=0, shuffle=False) == [4, 5, 6, 7]
+
+
+def test_large_seeds_draw_too() -> None:
+    """The last one that a config can have (2^63 - 1), and one whose multiple is beyond 64 bits."""
+    drawn = [flat(epoch(3, seed=seed)) for seed in (20261127120000, 2**63 - 2, 2**63 - 1)]
+    assert all(sorted(order) == list(range(10)) for order in drawn)
+    assert len({tuple(order) for order in drawn}) == 3

@@ -22,6 +22,7 @@ from torchtune.modules import TransformerDecoder
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
+from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.data.packing import (
     Dialogue,
     Group,
@@ -30,6 +31,7 @@ from steerlm2.data.packing import (
     pack_dialogues,
     pack_for_reward,
 )
+from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.losses import SteerLM2Loss, squared_error_sum
@@ -425,7 +427,7 @@ def test_scores_are_transformers(
     made = attribute_decoder(BACKBONES[name])
     checkpointer = ScratchCheckpointer(made, tiny_tokenizer(), seed=0, output_dir=str(tmp_path))
     checkpointer.hf_config |= classification_config([f"a{i}" for i in range(NUM_ATTRIBUTES)])
-    checkpointer.set_pad_token(0, tiny_tokenizer())
+    checkpointer.set_pad_token(0, TrainedText(tiny_tokenizer(), extra_id_template()))
     checkpointer.save_checkpoint({"model": made.state_dict()}, epoch=1)
     theirs, report = LlamaForSequenceClassification.from_pretrained(
         tmp_path / "epoch_1", dtype=torch.float32, output_loading_info=True

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchtune.models.llama3 import llama3
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.config.keys import TrainingKeys
 from steerlm2.config.loader import Component
+from steerlm2.data.packing import Dialogue
 from steerlm2.distributed.parallelize import clip_gradients
 from steerlm2.training import run as run_module
 from steerlm2.training.run import TrainingRun
@@ -58,8 +60,15 @@ def tiny_decoder() -> TransformerDecoder:
 class Training:
     """A recipe's loop around a model whose loss is the sum of its squared weights."""
 
-    def __init__(self, cfg: TrainingKeys, losses: dict[int, float] | None = None) -> None:
+    def __init__(
+        self,
+        cfg: TrainingKeys,
+        losses: dict[int, float] | None = None,
+        train: Sequence[Dialogue] = (),
+        val: Sequence[Dialogue] = (),
+    ) -> None:
         self.cfg, self.losses = cfg, losses or {}
+        self.data = train, val
         self.validated: list[int] = []
         self.steps_done: list[int] = []
 
@@ -69,7 +78,7 @@ class Training:
             run.plan(NUM_RECORDS)
             self.model = tiny_decoder()
             self.optimizer, schedule = build_optimizer(self.cfg, self.model, run.total_steps)
-            run.begin(self.model, self.optimizer, schedule, {"records": NUM_RECORDS})
+            run.begin(self.model, self.optimizer, schedule, {"records": NUM_RECORDS}, *self.data)
             if run.validates_at_start():
                 self.validate(run.first_step)
             with run.steps(lambda step: Work()) as steps:
@@ -207,6 +216,118 @@ def test_a_resumed_run_does_the_steps_that_are_left(tmp_path: Path) -> None:
     assert rest.steps_done == [5, 6]
     assert [entry["step"] for entry in entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     torch.testing.assert_close(rest.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+DATA = [Dialogue([1, 2, 3], [1]), Dialogue([4, 5, 6], [2])]
+VAL = [Dialogue([7, 8], [1])]
+
+
+def base(folder: Path, value: float = 0.0, **config: Any) -> Component:
+    """A checkpoint's folder with one tensor, as `checkpointer`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"rope_theta": 1.0} | config))
+    save_file({"weight": torch.full((1000,), value)}, folder / "model.safetensors")
+    return Component(_component_="builtins.dict", checkpoint_dir=str(folder))
+
+
+@pytest.fixture
+def resume(tmp_path: Path) -> Callable[..., TrainingRun]:
+    """Two steps of a run, then the rest with other keys or data."""
+    keys: dict[str, Any] = {"save_every_n_steps": 2, "checkpointer": base(tmp_path / "base")}
+    Training(config(tmp_path / "run", max_steps=2, **keys), train=DATA, val=VAL)()
+
+    def call(train: Sequence[Dialogue] = DATA, val: Sequence[Dialogue] = VAL, **other: Any) -> Any:
+        given = {"resume_from_checkpoint": True} | keys | other
+        return Training(config(tmp_path / "run", **given), train=train, val=val)()
+
+    return call
+
+
+def differences(error: pytest.ExceptionInfo[ValueError]) -> list[str]:
+    return [line[4:] for line in str(error.value).splitlines() if line.startswith("  - ")]
+
+
+LLAMA3 = Component(_component_="steerlm2.data.llama3_template")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": [DATA[0], Dialogue([4, 5, 9], [2])]}, "training data (tokens)"),
+        ({"train": DATA[::-1]}, "order of the training data"),
+        ({"template": LLAMA3}, "template"),
+        ({"val": DATA}, "validation data (losses choose the weights with export=best)"),
+        ({"checkpointer": None}, "base checkpoint (checkpointer)"),
+        ({"global_batch_size": 2}, "global_batch_size: 4 then, 2 now"),
+    ],
+)
+def test_what_the_run_was_not_begun_with_is_refused_by_name(
+    resume: Callable[..., TrainingRun], changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match="was written with other things than this run") as error:
+        resume(**changes)
+    assert differences(error) == [expected]
+
+
+def test_another_base_checkpoint_of_the_same_shape_is_refused(
+    tmp_path: Path, resume: Callable[..., TrainingRun]
+) -> None:
+    """One of other weights, or of another config.json; a copy goes on."""
+    for number, other in enumerate(({"value": 1.0}, {"rope_theta": 2.0})):
+        with pytest.raises(ValueError, match=r"\n  - base checkpoint \(checkpointer\)\n"):
+            resume(checkpointer=base(tmp_path / f"other{number}", **other))
+    assert resume(checkpointer=base(tmp_path / "copy", transformers_version="5")).first_step == 2
+
+
+def test_other_validation_data_may_be_used_where_they_choose_nothing(
+    resume: Callable[..., TrainingRun],
+) -> None:
+    assert resume(val=DATA, export="last").first_step == 2
+
+
+def test_a_state_of_an_earlier_version_resumes_with_a_notice(
+    tmp_path: Path, resume: Callable[..., TrainingRun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = tmp_path.glob("run/checkpoints/step_000002/state.json")
+    state = json.loads(file.read_text())
+    del state["data"]["digests"]
+    file.write_text(json.dumps(state))
+    assert resume(train=DATA[::-1]).first_step == 2
+    assert "step_000002 doesn't say which data, checkpoint and template" in capsys.readouterr().err
+
+
+def test_damaged_records_of_a_run_do_not_block_it(
+    tmp_path: Path, resume: Callable[..., TrainingRun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """run.json cut off; in metrics.jsonl a line of zeros, as after a power cut, and half a line."""
+    folder = tmp_path / "run"
+    (folder / "run.json").write_text((folder / "run.json").read_text()[:100])
+    first, second = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(first + bytes(20) + b"\n" + second[:9] + b"\n" + second)
+    assert resume().first_step == 2
+    assert [entry["step"] for entry in entries(folder)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((folder / "run.json").read_text())["earlier_starts"] == []
+    shown = capsys.readouterr().err
+    assert f"WARNING: {folder}/metrics.jsonl: 2 damaged line(s) left out" in shown
+    assert f"WARNING: {folder}/run.json is damaged" in shown
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors.index.json"]
+)
+def test_a_damaged_side_file_of_the_checkpoint_is_named_first(tmp_path: Path, name: str) -> None:
+    """Before the data are read, not at the export."""
+    checkpointer = base(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (tmp_path / "base" / name).write_text('{"weight_map": {"a')
+    with pytest.raises(ValueError, match=rf"/base/{name} is damaged or cut off"):
+        TrainingRun(config(tmp_path / "run", checkpointer=checkpointer))
+
+
+def test_a_metric_logger_that_cannot_open_is_named_first(tmp_path: Path) -> None:
+    logger = Component(_component_="torchtune.training.metric_logging.CometLogger")
+    with pytest.raises(ValueError, match=r"CometLogger needs the package comet_ml.*\bnull\b"):
+        TrainingRun(config(tmp_path, metric_logger=logger))
 
 
 def test_weights_of_the_lowest_validation_loss_are_kept(tmp_path: Path) -> None:
