@@ -310,7 +310,8 @@ class SampleRecipe:
         if Path(cfg.output).stat().st_size == 0:
             raise ValueError(
                 f"{cfg.output} is empty: no group has {cfg.min_responses} distinct "
-                "responses that came to an end (keep_truncated keeps others too). Is it the model "
+                "responses that came to an end (keep_truncated keeps others too) and are valid "
+                "UTF-8. Is it the model "
                 "that was trained with this template, and is max_new_tokens large enough? Remove "
                 "the file to try again"
             )

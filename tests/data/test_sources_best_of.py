@@ -100,7 +100,7 @@ def test_responses_that_were_cut_off_do_not_count(tmp_path: Path, reason: str) -
 def test_texts_that_are_not_valid_utf_8_do_not_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Half an emoji. The character U+FFFD itself, sampled as the tokens that it encodes to, does."""
+    """Half an emoji. The character U+FFFD itself does, sampled as the tokens that it encodes to."""
     sampled = {"finish_reason": "stop", "token_ids": [1, 2]}
     responses = [
         response("half \ufffd", 4, 0, encodes_otherwise=True, **sampled),

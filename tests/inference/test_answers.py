@@ -100,7 +100,7 @@ def test_a_sample_that_was_cut_off_keeps_all_its_text() -> None:
 def test_a_token_that_no_response_has_cuts_a_sample_off(
     token: str | None, finish_reason: str
 ) -> None:
-    """A control token, or an id of the model that isn't the tokenizer's, whatever comes after it."""
+    """A control token, or an id of the model that isn't the tokenizer's, whatever follows it."""
     strange = TOKENIZER.vocab_size if token is None else TOKENIZER.token_id(token)
     assert strange is not None
     tokens = [*TOKENIZER.encode("A bear"), strange, *encode_response(TEMPLATE, TOKENIZER, "!")]
@@ -108,17 +108,20 @@ def test_a_token_that_no_response_has_cuts_a_sample_off(
     assert answer == response("A bear", None, finish_reason="other_stop")
 
 
-def test_half_a_character_is_broken_and_the_replacement_character_is_not() -> None:
-    """Both read U+FFFD."""
-    whole = TOKENIZER.encode("\N{GRINNING FACE}")
-    for tokens, broken in (
-        (whole[:-1], True),
+@pytest.mark.parametrize(
+    ("tokens", "broken"),
+    [
+        (TOKENIZER.encode("\N{GRINNING FACE}")[:-1], True),
         (TOKENIZER.encode("\N{REPLACEMENT CHARACTER}"), False),
-    ):
-        tokens = [*tokens, *encode_response(TEMPLATE, TOKENIZER, "")]
-        answer = answer_of(Sample(tokens, "stop", -2.5), TEMPLATE, TOKENIZER)
-        assert "\N{REPLACEMENT CHARACTER}" in answer.value
-        assert answer.is_broken == broken
+    ],
+    ids=["half a character", "the replacement character"],
+)
+def test_half_a_character_is_broken(tokens: list[int], broken: bool) -> None:
+    """Both read U+FFFD."""
+    tokens = [*tokens, *encode_response(TEMPLATE, TOKENIZER, "")]
+    answer = answer_of(Sample(tokens, "stop", -2.5), TEMPLATE, TOKENIZER)
+    assert "\N{REPLACEMENT CHARACTER}" in answer.value
+    assert answer.is_broken == broken
 
 
 def test_a_text_without_tokens_claims_none() -> None:
