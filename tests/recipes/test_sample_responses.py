@@ -206,8 +206,8 @@ class OneOfEach:
             "tokens",
             ["Paris.", "Rome.", "the"],
             "3 responses of 6 sampled (2 truncated, 0 duplicates, 0 empty, 0 too short, "
-            "1 not valid UTF-8); left out: 0 groups with fewer than 2 distinct responses, 0 prompts too long; "
-            "1 responses of other tokens than their text encodes to",
+            "1 not valid UTF-8); left out: 0 groups with fewer than 2 distinct responses, "
+            "0 prompts too long; 1 responses of other tokens than their text encodes to",
         ),
         (
             "stop_reason",
