@@ -115,7 +115,8 @@ def test_pipeline_goes_through_all_stages(
     tune(
         *("steerlm2_pipeline", "--config", "tiny/oasst_pipeline", f"output_dir={output_dir}"),
         f"names.source={shared_dir / 'data' / 'oasst2_trees.jsonl.gz'}",
-        *("names.sample_fraction=0.3", "names.max_steps=4", "bootstrap=true"),
+        *("names.sample_fraction=0.3", "names.max_steps=30", "names.lr=4.0e-3"),
+        "bootstrap=true",
         *(
             "stages.best_sample.overrides.max_prompts=12",
             "stages.best_of.overrides.builder.max_distance=4",
