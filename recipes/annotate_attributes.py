@@ -30,6 +30,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ from steerlm2.data.records import (
     LOG_PROB_KEYS,
     LineProblems,
     Turn,
+    causes_text,
+    count_flaws,
     iter_json_lines,
     json_line,
     parse_record,
@@ -135,6 +138,9 @@ class Format(Protocol):
             index: of the record in the file, from 0.
         """
 
+    def flaws(self, obj: Any) -> Counter[str]:
+        """What makes responses of a valid line others than were sampled (`count_flaws`)."""
+
 
 class AnnotateRecipe:
     """The run: setup -> annotate."""
@@ -155,7 +161,7 @@ class AnnotateRecipe:
         self.watch.at("reading the input", patience=LONG)
         self.output = self._output()
         world.on_main(self.output.check)
-        self.num_records, kind = world.computed_on_main(self._check_input)
+        self.num_records, kind, self.flaws = world.computed_on_main(self._check_input)
         self.format = self._format(kind)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
@@ -215,10 +221,11 @@ class AnnotateRecipe:
         bar.close()
         if world.is_main:
             self.output.finish()
+            flaws = f"; of the responses: {causes_text(self.flaws)}" if self.flaws else ""
             earlier = f"; {self.done} records are of an earlier run" if self.done else ""
             tqdm.write(
                 f"{cfg.output}: {self.num_records} records, {num_texts} texts scored (cut at the "
-                f"beginning, being too long: {num_cut} texts{earlier})"
+                f"beginning, being too long: {num_cut} texts{earlier}){flaws}"
             )
 
     # Helpers
@@ -235,8 +242,8 @@ class AnnotateRecipe:
             slice_size=cfg.records_per_write,
         )
 
-    def _check_input(self) -> tuple[int, str]:
-        """The number of records and their format, after a check of all of them.
+    def _check_input(self) -> tuple[int, str, Counter[str]]:
+        """The number of records, their format and flaws of responses, after a check of all of them.
 
         Raises:
             ValueError: naming every bad line (the first 10), or for an input with nothing to score.
@@ -245,6 +252,7 @@ class AnnotateRecipe:
         problems = LineProblems(cfg.input)
         kind = ""
         num_records, num_texts = 0, 0
+        flaws: Counter[str] = Counter()
         for line_number, obj in iter_json_lines(cfg.input, problems):
             num_records += 1
             try:
@@ -254,6 +262,7 @@ class AnnotateRecipe:
                 problems.add(line_number, str(error))
             else:
                 num_texts += sum(len(question.responses) for question in questions)
+                flaws.update(self._format(kind).flaws(obj))
         problems.raise_if_any()
         if num_records == 0:
             raise ValueError(f"{cfg.input} holds no records: the file is empty")
@@ -262,7 +271,7 @@ class AnnotateRecipe:
                 f"{cfg.input}: no Assistant turn of its {num_records} conversations has a 'label' "
                 "to be filled; turns=all labels those without one too"
             )
-        return num_records, kind
+        return num_records, kind, flaws
 
     def _format(self, kind: str) -> Format:
         cfg = self.cfg
@@ -329,6 +338,9 @@ class ConversationFormat:
         for i, scores in zip(labelled, scores_NA, strict=True):
             items[i]["label"] = self._label(scores, f"labels:{self.seed}:{index}:{i}")
 
+    def flaws(self, obj: Any) -> Counter[str]:
+        return Counter()
+
     def _label(self, scores: list[float], seed: str) -> str:
         if self.labels == "rounded":
             return label_of_scores(scores, self.schema)
@@ -378,6 +390,9 @@ class GroupFormat:
         )
         for response, log_p in zip(obj["responses"], log_probs, strict=True):
             response[LOG_PROB_KEYS["log_p_attributes"]] = log_p
+
+    def flaws(self, obj: Any) -> Counter[str]:
+        return count_flaws(parse_record(obj, require=(), min_responses=1).responses)
 
 
 @recipe_main(AnnotateConfig)

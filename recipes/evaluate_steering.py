@@ -45,14 +45,18 @@ from steerlm2.config.keys import ModelOptions, SamplingKeys, ServerOptions, at_l
 from steerlm2.config.loader import Component, instantiate, to_plain
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
+    BROKEN,
+    OTHER_TOKENS,
+    UNKNOWN_TOKENS,
     Record,
+    count_flaws,
     json_line,
     read_records,
     record_to_json,
     shortened,
     write_records,
 )
-from steerlm2.data.templates import Template, groups_for_scoring
+from steerlm2.data.templates import Template, groups_for_scoring, token_ids_digest
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import DTYPES, free_memory
 from steerlm2.evaluation.agreement import (
@@ -81,7 +85,7 @@ from steerlm2.inference.answers import (
     with_labels,
 )
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
-from steerlm2.inference.engines import STOP, Engine, Sample
+from steerlm2.inference.engines import Engine, Sample
 from steerlm2.inference.local import LocalEngine
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
@@ -99,7 +103,13 @@ SETTINGS_THAT_CHANGE_ANSWERS = (
 SETTINGS_THAT_CHANGE_SCORES = ("schema", "max_seq_len", "dtype")
 
 STANDARD_ERROR = "steering_mae_se"
-NOT_COMPARED = {STANDARD_ERROR, "answers", "left_out", "exact_least_steering_mae"}
+FLAWS = {
+    "not_utf8": BROKEN,
+    "encoded_otherwise": OTHER_TOKENS,
+    "unknown_tokens": UNKNOWN_TOKENS,
+}
+"""Metric -> what makes an answer another one than was sampled; the metric counts them."""
+NOT_COMPARED = {STANDARD_ERROR, "answers", "left_out", "exact_least_steering_mae", *FLAWS}
 
 EMPTY, TOO_LONG = "empty_answers", "prompt_too_long"
 """Keys of a record in answers/: its number of empty answers, and whether its prompt is too long."""
@@ -618,11 +628,13 @@ class EvaluateRecipe:
             "words_p90": float(np.percentile(words, 90)),
             "answers": len(answers),
         }
-        reasons = [a.extra["finish_reason"] for a in answers if "finish_reason" in a.extra]
-        if reasons:
+        ended = [answer for answer in answers if answer.finish_reason is not None]
+        if ended:
             empty = sum(record.extra.get(EMPTY, 0) for record in records)
-            metrics["truncated"] = sum(reason != STOP for reason in reasons) / len(reasons)
+            metrics["truncated"] = sum(answer.is_cut_off for answer in ended) / len(ended)
             metrics["empty"] = empty / (len(answers) + empty)
+        flaws = count_flaws(answers)
+        metrics |= {name: flaws[cause] for name, cause in FLAWS.items() if flaws[cause]}
         if left_out := sum(record.extra.get(TOO_LONG, False) for record in records):
             metrics["left_out"] = left_out
         return SteeringResult(
@@ -655,13 +667,14 @@ def answered(
 ) -> Record:
     """A record with the answers that have text; None stands for a prompt that is too long."""
     extra = dict(item.prompt.extra)
-    answers = [answer_of(sample, template, tokenizer)[0] for sample in samples or []]
+    answers = [answer_of(sample, template, tokenizer) for sample in samples or []]
     if samples is None:
         extra[TOO_LONG] = True
     if empty := sum(not answer.value.strip() for answer in answers):
         extra[EMPTY] = empty
     kept = [answer for answer in answers if answer.value.strip()]
-    return Record(item.prompt.system, item.prompt.turns, item.label, kept, extra)
+    digest = token_ids_digest(template, tokenizer) if any(a.token_ids for a in kept) else None
+    return Record(item.prompt.system, item.prompt.turns, item.label, kept, extra, digest)
 
 
 def with_scores(record: Record, scores: Sequence[dict[str, float]]) -> Record:

@@ -11,8 +11,10 @@ cached, on any number of processes that each hold the whole model, or a vLLM ser
 
 A record is a prompt with a label and its responses, without log-probs: recipe score_responses adds
 them. Every response has a "finish_reason": "stop", or "length" where it was cut off at
-max_new_tokens. Where its text encodes to the very tokens that were sampled, it has the engine's own
-log Q' as "engine_log_q", untempered.
+max_new_tokens. It has the sampled tokens as "token_ids", the stop token included, which are what is
+scored and trained on ("encodes_otherwise": its text encodes to others); the record's
+"token_ids_digest" tells their template and tokenizer. A complete one has the engine's own log Q' as
+"engine_log_q", untempered. A text that isn't valid UTF-8 (half an emoji) is left out.
 
 What is sampled for a prompt follows from the seed, the index of the prompt in the input, and the
 number of the response: not from what is sampled beside it, nor from the number of processes. A run
@@ -24,7 +26,7 @@ from __future__ import annotations
 import collections
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,17 @@ from steerlm2.checkpoint_dirs import file_digest
 from steerlm2.config.keys import SamplingKeys, ServerOptions, at_least_one, output_problems
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.prompts import read_prompts
-from steerlm2.data.records import Record, Response, json_line, record_to_json
+from steerlm2.data.records import (
+    BROKEN,
+    OTHER_TOKENS,
+    UNKNOWN_TOKENS,
+    Record,
+    Response,
+    flaw_of,
+    json_line,
+    record_to_json,
+)
+from steerlm2.data.templates import token_ids_digest
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.inference.answers import (
     Item,
@@ -48,7 +60,7 @@ from steerlm2.inference.answers import (
     sampling_settings,
     with_labels,
 )
-from steerlm2.inference.engines import STOP, Engine, Sample, SamplingSettings
+from steerlm2.inference.engines import Engine, Sample, SamplingSettings
 from steerlm2.inference.local import LocalEngine
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
@@ -95,7 +107,8 @@ class SampleConfig(SamplingKeys):
     min_responses: int = 2
     """Distinct answers of a group; a group with fewer is left out."""
     keep_truncated: bool = False
-    """Keep answers that were cut off too."""
+    """Keep answers that were cut off too. Scoring and training take those that were cut off at
+    max_new_tokens as the tokens that were sampled, without a stop token, and leave out others."""
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -132,6 +145,7 @@ class SampleRecipe:
         self.items = with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=cfg.input)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
+        self.digest = token_ids_digest(self.template, self.tokenizer)
         self.done = world.computed_on_main(lambda: self.output.begin(len(self.items)))
         if self.done < len(self.items):
             self.engine = self._server(cfg.server) if cfg.server else self._local()
@@ -226,8 +240,10 @@ class SampleRecipe:
                 counts["too_few"] += 1
             else:
                 prompt = item.prompt
+                known = any(response.token_ids is not None for response in responses)
+                digest = self.digest if known else None
                 record = record_to_json(
-                    Record(prompt.system, prompt.turns, item.label, responses, prompt.extra)
+                    Record(prompt.system, prompt.turns, item.label, responses, prompt.extra, digest)
                 )
                 counts.update(records=1, responses=len(responses))
         return json_line({"record": record, "counts": dict(counts)})
@@ -239,23 +255,26 @@ class SampleRecipe:
         cfg = self.cfg
         kept: dict[Any, Response] = {}
         for number, sample in enumerate(samples):
-            complete = sample.finish_reason == STOP
+            response = answer_of(sample, self.template, self.tokenizer)
             counts["sampled"] += 1
-            counts["truncated"] += not complete
-            if not complete and not cfg.keep_truncated:
+            counts["truncated"] += response.is_cut_off
+            if response.is_cut_off and not cfg.keep_truncated:
                 continue
-            response, encoded_otherwise = answer_of(sample, self.template, self.tokenizer)
+            if response.is_broken:
+                counts[BROKEN] += 1
+                continue
             if not response.value.strip():
                 counts["empty"] += 1
                 continue
             if len(sample.tokens) < cfg.min_new_tokens:
                 counts["too_short"] += 1
                 continue
-            key = (response.value, sample.finish_reason, None if cfg.distinct else number)
+            key = (response.value, response.finish_reason, None if cfg.distinct else number)
             if key in kept:
                 counts["duplicates"] += 1
                 continue
-            counts["encoded_otherwise"] += encoded_otherwise
+            counts.update([flaw] if (flaw := flaw_of(response)) else [])
+            counts["end_unknown"] += not sample.end_known
             kept[key] = response
         return list(kept.values())
 
@@ -280,21 +299,40 @@ class SampleRecipe:
                 f"{cfg.output}: {counts['records']} records, {counts['responses']} responses of "
                 f"{counts['sampled']} sampled ({counts['truncated']} truncated, "
                 f"{counts['duplicates']} duplicates, {counts['empty']} empty, "
-                f"{counts['too_short']} too short); left out: {counts['too_few']} groups with "
-                f"fewer than {cfg.min_responses} distinct responses, {counts['too_long']} "
-                f"prompts too long; {counts['encoded_otherwise']} responses encode to other tokens "
-                "than were sampled"
+                f"{counts['too_short']} too short, {counts[BROKEN]} {BROKEN}); left out: "
+                f"{counts['too_few']} groups with fewer than {cfg.min_responses} distinct "
+                f"responses, {counts['too_long']} prompts too long"
             )
+            summary += _known_and_unknown(counts)
         if tokens_per_second is not None:
             summary += f"; {tokens_per_second:.0f} tokens/s"
         tqdm.write(summary)
         if Path(cfg.output).stat().st_size == 0:
             raise ValueError(
                 f"{cfg.output} is empty: no group has {cfg.min_responses} distinct "
-                "responses that came to an end (keep_truncated keeps others too). Is it the model "
+                "responses that came to an end (keep_truncated keeps others too) and are valid "
+                "UTF-8. Is it the model "
                 "that was trained with this template, and is max_new_tokens large enough? Remove "
                 "the file to try again"
             )
+
+
+def _known_and_unknown(counts: Mapping[str, int]) -> str:
+    """What is known of the sampled tokens; nothing is said of those that a server didn't give."""
+    parts = []
+    if counts["responses"] > counts[UNKNOWN_TOKENS]:
+        parts.append(f"{counts[OTHER_TOKENS]} responses {OTHER_TOKENS}")
+    if unknown := counts[UNKNOWN_TOKENS]:
+        parts.append(
+            f"{unknown} responses {UNKNOWN_TOKENS} (the server gives no token_ids): it is unknown "
+            "whether their texts encode to what was sampled"
+        )
+    if unknown := counts["end_unknown"]:
+        parts.append(
+            f"it is unknown whether {unknown} responses came to the stop token (the server gives "
+            "no stop_reason)"
+        )
+    return "".join(f"; {part}" for part in parts)
 
 
 @recipe_main(SampleConfig)

@@ -13,6 +13,10 @@ next.
 Where responses carry the "engine_log_q" of what sampled them, the run ends with how far it lies
 from our log Q': a line, and OUTPUT.engine_log_q.json.
 
+A sampled response is scored as the "token_ids" that were sampled, where template and tokenizer are
+those of the sampling. Responses that aren't what was sampled are left out and counted
+(`steerlm2.datasets.ResponseEncoder` has the rule).
+
 The log-probs come from the trainer's own packed code path. A run that was stopped continues where
 it was, on any number of processes; the output is in input order.
 """
@@ -46,15 +50,17 @@ from steerlm2.data.packing import Group
 from steerlm2.data.records import (
     Record,
     Response,
+    causes_text,
+    count_flaws,
     iter_records,
     json_line,
     read_records,
     record_to_json,
     shortened,
 )
-from steerlm2.data.templates import encode_response, groups_for_scoring
+from steerlm2.data.templates import groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
-from steerlm2.datasets import tokenize_records
+from steerlm2.datasets import ResponseEncoder, tokenize_records
 from steerlm2.distributed.parallelize import DTYPES, free_memory
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.runs.entry import recipe_main
@@ -278,9 +284,10 @@ class ScoreRecipe:
         bar.close()
         if world.is_main:
             output.finish()
+            flaws = count_flaws(response for record in records for response in record.responses)
             tqdm.write(
                 f"{output.path}: {len(records)} groups (texts cut at the beginning, being too "
-                f"long: {num_cut})"
+                f"long: {num_cut}; responses: {causes_text(flaws)})"
             )
 
     def compare_with_engine(self) -> None:
@@ -290,11 +297,11 @@ class ScoreRecipe:
             return
         scorer = cfg.log_q or ModelOptions()
         tokenizer = instantiate(scorer.tokenizer or cfg.tokenizer)
-        template = instantiate(scorer.template or cfg.template)
+        encoder = ResponseEncoder(instantiate(scorer.template or cfg.template), tokenizer)
         gaps = [
             EngineGap(
                 abs(response.log_q - response.extra["engine_log_q"]),
-                len(encode_response(template, tokenizer, response.value)),
+                len(encoder.encode(record, response)[0]),
             )
             for record in iter_records(cfg.output, require=("log_q",), min_responses=1)
             for response in record.responses

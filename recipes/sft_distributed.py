@@ -24,9 +24,9 @@ from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.config.keys import GenerationOptions, TrainingKeys, at_least_one
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.packing import Dialogue, PackedDialogues, pack_dialogues
+from steerlm2.data.templates import response_end
 from steerlm2.datasets import DialogueDataset
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
-from steerlm2.inference.engines import response_end
 from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.runs.entry import recipe_main
 from steerlm2.training.forward import target_logps

@@ -29,9 +29,9 @@ from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.config.keys import DataOptions, GenerationOptions, TrainingKeys, at_least_one
 from steerlm2.config.loader import Component, instantiate, takes
 from steerlm2.data.packing import Group, PackedGroups, Targets, targets_of
+from steerlm2.data.templates import response_end
 from steerlm2.datasets import SteerLM2Dataset, with_log_probs
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
-from steerlm2.inference.engines import response_end
 from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.runs.entry import recipe_main

@@ -7,13 +7,15 @@ everything has Python names. Unknown keys are kept and written back.
 from __future__ import annotations
 
 import codecs
+import collections
 import contextlib
 import gzip
 import json
 import math
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +28,23 @@ LOG_PROB_KEYS = {
     "log_q": "log(Q(y|a,x))",
 }
 """Field of Response -> JSON key. All are natural logarithms, summed over the response's tokens."""
+
+STOP, LENGTH = "stop", "length"
+"""Finish reasons of sampled responses: at the stop token, or at the largest number of tokens.
+Responses with another one ("other_stop", a server's "abort") were cut off as well."""
+
+TOKEN_IDS, OTHERWISE, FINISH_REASON = "token_ids", "encodes_otherwise", "finish_reason"
+"""JSON keys of a response about its sampling."""
+TOKEN_IDS_DIGEST = "token_ids_digest"
+"""JSON key of a record: the template and tokenizer of its responses' token ids."""
+
+CUT_OFF = "cut off"
+BROKEN = "not valid UTF-8"
+OTHER_TOKENS = "of other tokens than their text encodes to"
+UNKNOWN_TOKENS = "of unknown tokens"
+"""What makes a response another one than was sampled (`flaw_of`), in words that follow a number."""
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 _START = 4096
 """Bytes of a file that tell its format."""
@@ -47,6 +66,8 @@ _OTHER_FORMATS = {
 USER, ASSISTANT = "User", "Assistant"
 
 _MAX_REPORTED = 10
+_TOO_LARGE = 2**31
+"""Token ids are kept in 4 bytes."""
 
 
 @dataclass
@@ -70,7 +91,56 @@ class Response:
     log_q: float | None = None
     scores: dict[str, float] | None = None
     """Attribute -> human label or regression score, on the scale of the label, unrounded."""
+    token_ids: array[int] | None = None
+    """What was sampled, the stop token included; None: not sampled, or not known."""
+    encodes_otherwise: bool = False
+    """The text encodes to other tokens than were sampled."""
+    finish_reason: str | None = None
+    """Of the sampling; None: not sampled, or not known."""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the sampling is known not to have come to the stop token."""
+        return self.finish_reason not in (None, STOP)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the text isn't made of valid UTF-8.
+
+        Decoders write U+FFFD for bytes that are no UTF-8 (half an emoji). The character itself can
+        be sampled too: it is that where the text encodes to the very tokens that were sampled. Of a
+        text without such tokens nothing shows that it was whole.
+        """
+        whole = self.token_ids is not None and not self.encodes_otherwise
+        return REPLACEMENT in self.value and not whole
+
+
+def flaw_of(response: Response) -> str | None:
+    """BROKEN, CUT_OFF, OTHER_TOKENS or UNKNOWN_TOKENS, the first that holds; None: it has none.
+
+    UNKNOWN_TOKENS: it was sampled, and nothing tells whether its text encodes to what was sampled.
+    """
+    if response.is_broken:
+        return BROKEN
+    if response.is_cut_off:
+        return CUT_OFF
+    if response.encodes_otherwise:
+        return OTHER_TOKENS
+    if response.finish_reason is not None and response.token_ids is None:
+        return UNKNOWN_TOKENS
+    return None
+
+
+def count_flaws(responses: Iterable[Response]) -> collections.Counter[str]:
+    """[flaw] -> responses that have it (`flaw_of`)."""
+    return collections.Counter(flaw for each in responses if (flaw := flaw_of(each)) is not None)
+
+
+def causes_text(counts: Mapping[str, int]) -> str:
+    """Causes with their numbers, "3 cut off, 1 not valid UTF-8"; "none" where there are none."""
+    found = [f"{count} {cause}" for cause, count in sorted(counts.items()) if count]
+    return ", ".join(found) or "none"
 
 
 @dataclass
@@ -82,6 +152,8 @@ class Record:
     label: str | None
     responses: list[Response]
     extra: dict[str, Any] = field(default_factory=dict)
+    token_ids_digest: str | None = None
+    """The template and tokenizer of the responses' `token_ids` (`templates.token_ids_digest`)."""
 
 
 def parse_record(
@@ -108,10 +180,11 @@ def parse_record(
     turns = _turns(obj, schema, problems)
     label = _label(obj, "", schema, problems)
     responses = _responses(obj, require, min_responses, problems)
+    digest = _optional_text(obj, TOKEN_IDS_DIGEST, problems)
     if problems:
         raise ValueError("; ".join(problems))
-    known = {"system", "prompt_turns", "label", "responses"}
-    return Record(system, turns, label, responses, _rest(obj, known))
+    known = {"system", "prompt_turns", "label", "responses", TOKEN_IDS_DIGEST}
+    return Record(system, turns, label, responses, _rest(obj, known), digest)
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -122,12 +195,17 @@ def record_to_json(record: Record) -> dict[str, Any]:
         | turn.extra
         for turn in record.prompt_turns
     ]
-    return {
-        "system": record.system,
-        "prompt_turns": turns,
-        "label": record.label,
-        "responses": [_response_to_json(response) for response in record.responses],
-    } | record.extra
+    digest = record.token_ids_digest
+    return (
+        {
+            "system": record.system,
+            "prompt_turns": turns,
+            "label": record.label,
+            "responses": [_response_to_json(response) for response in record.responses],
+        }
+        | ({} if digest is None else {TOKEN_IDS_DIGEST: digest})
+        | record.extra
+    )
 
 
 def read_records(
@@ -389,14 +467,25 @@ def _response(item: dict[str, Any], require: Collection[str], problems: list[str
             for name, score in scores.items()
         }
         scores = {name: number for name, number in numbers.items() if number is not None}
-    extra = _rest(item, {"from", "value", "scores", *LOG_PROB_KEYS.values()})
-    return Response(value, scores=scores, extra=extra, **log_probs)
+    known = {"from", "value", "scores", TOKEN_IDS, OTHERWISE, FINISH_REASON}
+    return Response(
+        value,
+        scores=scores,
+        token_ids=_token_ids(item, problems),
+        encodes_otherwise=bool(item.get(OTHERWISE)),
+        finish_reason=_optional_text(item, FINISH_REASON, problems),
+        extra=_rest(item, known.union(LOG_PROB_KEYS.values())),
+        **log_probs,
+    )
 
 
 def _response_to_json(response: Response) -> dict[str, Any]:
     known = {"from": ASSISTANT, "value": response.value}
     optional = {key: getattr(response, name) for name, key in LOG_PROB_KEYS.items()}
     optional["scores"] = response.scores
+    optional[FINISH_REASON] = response.finish_reason
+    optional[TOKEN_IDS] = None if response.token_ids is None else response.token_ids.tolist()
+    optional[OTHERWISE] = response.encodes_otherwise or None
     return known | {k: v for k, v in optional.items() if v is not None} | response.extra
 
 
@@ -427,6 +516,20 @@ def _text(obj: dict[str, Any], key: str, where: str, problems: list[str]) -> str
     else:
         return value
     return ""
+
+
+def _optional_text(obj: dict[str, Any], key: str, problems: list[str]) -> str | None:
+    return None if obj.get(key) is None else _text(obj, key, "", problems)
+
+
+def _token_ids(item: dict[str, Any], problems: list[str]) -> array[int] | None:
+    ids = item.get(TOKEN_IDS)
+    if ids is None:
+        return None
+    if isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < _TOO_LARGE for i in ids):
+        return array("i", ids)
+    problems.append(f"{TOKEN_IDS!r} must be a list of token ids, whole numbers from 0")
+    return None
 
 
 def _label(

@@ -8,6 +8,8 @@ the boundary between prompt and response.
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import re
 from array import array
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from steerlm2.data.packing import Dialogue, RewardGroup
-from steerlm2.data.records import ASSISTANT, Turn
+from steerlm2.data.records import ASSISTANT, USER, Turn
 from steerlm2.data.tokenizers import Tokenizer
 
 
@@ -232,6 +234,66 @@ def encode_response(template: Template, tokenizer: Tokenizer, text: str) -> list
         ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
     """
     return encode_segments(template.response(text), tokenizer, template.control_tokens)
+
+
+def token_ids_digest(template: Template, tokenizer: Tokenizer) -> str:
+    """Equal where prompts and responses are encoded alike: 16 hex digits.
+
+    It is of the tokenizer, and of a conversation with everything that templates write.
+    """
+    turns = [Turn(USER, "Why?"), Turn(ASSISTANT, "So.", "humor:1"), Turn(USER, " And\n")]
+    encoded = [
+        encode_prompt(template, tokenizer, "Be terse.", turns, "humor:2,verbosity:0"),
+        encode_prompt(template, tokenizer, "", turns[:1], None),
+        encode_response(template, tokenizer, "Because."),
+    ]
+    return hashlib.sha256(f"{tokenizer.digest}:{encoded}".encode()).hexdigest()[:16]
+
+
+def response_end(template: Template, tokenizer: Tokenizer) -> tuple[str, int]:
+    """The template's end of a response: the end-of-turn text, and the stop token's id."""
+    segments = template.response("")
+    text = "".join(segment.text for segment in segments if not segment.control)
+    return text, encode_response(template, tokenizer, "")[-1]
+
+
+def reserved_ids(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
+    """The control tokens of template and tokenizer: no content is encoded as one of them."""
+    of_template = _control_ids(tokenizer, template.control_tokens).values()
+    return frozenset(tokenizer.control_ids).union(of_template)
+
+
+def sampled_text(
+    template: Template, tokenizer: Tokenizer, token_ids: Sequence[int], *, complete: bool
+) -> tuple[str, bool]:
+    """The text of sampled tokens, and whether a response of the template can have all of them.
+
+    The text ends before the first token that no content is encoded as: a control token, the stop
+    token too, or an id without a token. A complete response ends in the stop token and has none of
+    the others, and its end of turn is no part of its text; one that was cut off has none of them.
+    """
+    end_of_turn, stop_id = response_end(template, tokenizer)
+    reserved, vocab_size = reserved_ids(template, tokenizer), tokenizer.vocab_size
+    content = list(
+        itertools.takewhile(lambda each: each < vocab_size and each not in reserved, token_ids)
+    )
+    text = tokenizer.decode(content)
+    if not complete:
+        return text, len(content) == len(token_ids)
+    return text.removesuffix(end_of_turn), [*content, stop_id] == list(token_ids)
+
+
+def is_encoding(
+    template: Template,
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    text: str,
+    *,
+    complete: bool,
+) -> bool:
+    """Whether the text of a response is encoded as just these tokens."""
+    segments = template.response(text) if complete else [Segment(text)]
+    return encode_segments(segments, tokenizer, template.control_tokens) == list(token_ids)
 
 
 def encode_dialogue(

@@ -12,6 +12,8 @@ the decoded text. All other normalisation of the tokenizer stays.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -66,6 +68,10 @@ class Tokenizer(Protocol):
 
     def save(self, directory: str | Path) -> None:
         """Write the files from which transformers and vLLM load the same tokenizer."""
+
+    @property
+    def digest(self) -> str:
+        """Equal for tokenizers that encode and decode alike, bos apart: short, of hex digits."""
 
 
 class HFTokenizer:
@@ -149,6 +155,16 @@ class HFTokenizer:
             (directory / name).write_text(text, encoding="utf-8")
         for name, content in self._other_forms.items():
             (directory / name).write_bytes(content)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of tokenizer.json as it is understood: neither of its layout nor of the files beside it.
+
+        The post-processor is left out: no text of ours is encoded with it.
+        """
+        spec = json.loads(self._all.to_str()) | {"post_processor": None}
+        text = json.dumps(spec, sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def _special_tokens(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from steerlm2.datasets.dialogues import (
 )
 from steerlm2.datasets.grammar import grammar_attribute_dataset, grammar_dialogue_dataset
 from steerlm2.datasets.groups import (
+    ResponseEncoder,
     SteerLM2Dataset,
     steerlm2_dataset,
     synthetic_dataset,
@@ -24,6 +25,7 @@ from steerlm2.datasets.labelled import (
 
 __all__ = [
     "DialogueDataset",
+    "ResponseEncoder",
     "RewardDataset",
     "SteerLM2Dataset",
     "attribute_dataset",

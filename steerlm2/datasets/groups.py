@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +16,17 @@ from steerlm2.data.conversations import Conversation
 from steerlm2.data.packing import Group
 from steerlm2.data.records import (
     ASSISTANT,
+    BROKEN,
+    CUT_OFF,
+    LENGTH,
     LOG_PROB_KEYS,
+    OTHER_TOKENS,
+    UNKNOWN_TOKENS,
     Record,
+    Response,
     Turn,
+    causes_text,
+    flaw_of,
     read_records,
 )
 from steerlm2.data.synthetic import synthetic_records
@@ -25,25 +35,35 @@ from steerlm2.data.templates import (
     encode_prompt,
     encode_response,
     extra_id_template,
+    sampled_text,
+    token_ids_digest,
 )
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.losses import target_weights
 
+TOO_LONG = "too long"
+OTHER_TOKENIZER = "sampled with another template or tokenizer"
+
 
 @dataclass
 class SteerLM2Dataset(Sequence[Group]):
-    """Tokenised groups, and the numbers of responses and groups that were dropped.
+    """Tokenised groups, and the numbers of responses and groups that were left out.
 
-    A response that doesn't fit into `max_seq_len` is dropped, because a part of it wouldn't match
-    its stored log Q'. A group with fewer than two responses is dropped too.
+    A response that doesn't fit into `max_seq_len` is left out, because a part of it wouldn't match
+    its stored log Q', and so is one that isn't what was sampled (`ResponseEncoder`). A group with
+    fewer than two responses is left out too.
     """
 
     records: list[Record]
     groups: list[Group]
     tokenizer: Tokenizer
     template: Template
-    dropped_responses: int
+    left_out: Mapping[str, int]
+    """[cause] -> responses."""
     dropped_groups: int
+    unchecked: Mapping[str, int]
+    """[why] -> responses that are kept, though their texts may encode to other tokens than were
+    sampled."""
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -75,10 +95,11 @@ class SteerLM2Dataset(Sequence[Group]):
 
     def summary(self) -> str:
         responses = sum(len(group.responses) for group in self.groups)
+        unchecked = f", {causes_text(self.unchecked)}" if self.unchecked else ""
         return (
-            f"{len(self.groups)} groups with {responses} responses "
-            f"(dropped as too long: {self.dropped_responses} responses, "
-            f"{self.dropped_groups} groups)"
+            f"{len(self.groups)} groups with {responses} responses{unchecked} "
+            f"(responses left out: {causes_text(self.left_out)}; groups with fewer than two left: "
+            f"{self.dropped_groups})"
         )
 
 
@@ -141,31 +162,87 @@ def tokenize_records(
     max_seq_len: int,
     source: str,
 ) -> SteerLM2Dataset:
-    """Records as groups; see `SteerLM2Dataset` for what is dropped.
+    """Records as groups; see `SteerLM2Dataset` for what is left out.
 
     Raises:
         ValueError: where no group is left.
     """
     template = template or extra_id_template()
+    encoder = ResponseEncoder(template, tokenizer)
     groups = []
-    dropped_responses = 0
+    left_out: Counter[str] = Counter()
+    unchecked: Counter[str] = Counter()
     for index, record in enumerate(records):
         prompt = _prompt(record, tokenizer, template)
-        responses = [
-            _compact(encode_response(template, tokenizer, r.value)) for r in record.responses
-        ]
-        kept = [i for i, r in enumerate(responses) if len(prompt) + len(r) <= max_seq_len]
-        dropped_responses += len(responses) - len(kept)
-        if len(kept) >= 2:
-            group = Group(prompt, [responses[i] for i in kept], index, kept)
+        responses: dict[int, Sequence[int]] = {}
+        for i, response in enumerate(record.responses):
+            tokens, cause = encoder.encode(record, response)
+            if cause is None and len(prompt) + len(tokens) > max_seq_len:
+                cause = TOO_LONG
+            if cause is None:
+                responses[i] = _compact(tokens)
+            else:
+                left_out[cause] += 1
+        if len(responses) >= 2:
+            group = Group(prompt, [*responses.values()], index, [*responses])
             groups.append(_with_stored_log_probs(group, record))
+            for i, tokens in responses.items():
+                if flaw_of(record.responses[i]) == UNKNOWN_TOKENS:
+                    unchecked[UNKNOWN_TOKENS] += 1
+                elif record.responses[i].token_ids not in (None, tokens):
+                    unchecked[OTHER_TOKENIZER] += 1
     if not groups:
         raise ValueError(
             f"{source}: none of its {len(records)} records has two responses that fit into "
-            f"max_seq_len={max_seq_len} tokens together with their prompt; raise max_seq_len"
+            f"max_seq_len={max_seq_len} tokens together with their prompt and are what was sampled"
+            f" (left out: {causes_text(left_out)}){_remedy(left_out)}"
         )
     dropped_groups = len(records) - len(groups)
-    return SteerLM2Dataset(records, groups, tokenizer, template, dropped_responses, dropped_groups)
+    return SteerLM2Dataset(
+        records, groups, tokenizer, template, left_out, dropped_groups, unchecked
+    )
+
+
+class ResponseEncoder:
+    """The tokens that a response is scored and trained on, or why it is left out.
+
+    A sampled response is a sample of its log Q' only as the very tokens that were sampled:
+
+    1. A text that isn't valid UTF-8 (`Response.is_broken`) is never used.
+    2. A response whose `token_ids` are known, and of this template and tokenizer (the record's
+       digest says so), is these tokens. One that was cut off at the largest number of tokens is
+       used too, without a stop token; it is in a file only where sampling was told to keep it.
+       Tokens that aren't those of the record's text (it was edited) are not used.
+    3. Any other is what its text encodes to, with end of turn and stop token. It isn't used where
+       it is known that something else was sampled: it was cut off, or its text encoded to other
+       tokens than were sampled already where it was sampled.
+    """
+
+    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+        self.template = template
+        self.tokenizer = tokenizer
+
+    def encode(self, record: Record, response: Response) -> tuple[Sequence[int], str | None]:
+        """The tokens, the stop token included, and None; or nothing, and why it isn't used."""
+        template, tokenizer = self.template, self.tokenizer
+        if response.is_broken:
+            return [], BROKEN
+        exact = response.token_ids is not None and record.token_ids_digest == self._digest
+        if response.is_cut_off and not (exact and response.finish_reason == LENGTH):
+            return [], CUT_OFF
+        if response.token_ids is None or not exact:
+            if response.encodes_otherwise:
+                return [], OTHER_TOKENS
+            return encode_response(template, tokenizer, response.value), None
+        complete = not response.is_cut_off
+        text, whole = sampled_text(template, tokenizer, response.token_ids, complete=complete)
+        if not whole or text != response.value:
+            return [], OTHER_TOKENS
+        return response.token_ids, None
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return token_ids_digest(self.template, self.tokenizer)
 
 
 def with_log_probs(
@@ -181,15 +258,19 @@ def with_log_probs(
     )
 
 
+def _remedy(left_out: Mapping[str, int]) -> str:
+    return "; raise max_seq_len" if left_out.get(TOO_LONG) else ""
+
+
 def _prompt(record: Record, tokenizer: Tokenizer, template: Template) -> Sequence[int]:
     return _compact(
         encode_prompt(template, tokenizer, record.system, record.prompt_turns, record.label)
     )
 
 
-def _compact(tokens: list[int]) -> Sequence[int]:
+def _compact(tokens: Sequence[int]) -> Sequence[int]:
     """An array of 4 bytes a token; a list takes 36, and every process has the whole data set."""
-    return array("i", tokens)
+    return tokens if isinstance(tokens, array) else array("i", tokens)
 
 
 def _with_stored_log_probs(group: Group, record: Record) -> Group:

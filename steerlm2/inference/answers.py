@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,20 +27,25 @@ from steerlm2.data.prompts import (
     labels_like,
     uniform_labels,
 )
-from steerlm2.data.records import Response
-from steerlm2.data.templates import Template, encode_prompt, encode_response
+from steerlm2.data.records import STOP, Response
+from steerlm2.data.templates import (
+    Template,
+    encode_prompt,
+    is_encoding,
+    response_end,
+    sampled_text,
+)
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.inference.completions import CompletionsEngine
 from steerlm2.inference.engines import (
-    STOP,
+    OTHER_STOP,
     Engine,
     Request,
     Sample,
     SamplingSettings,
     forbidden_ids,
     request_seed,
-    response_end,
 )
 from steerlm2.models.llama import end_at_hidden_states, unsupported_parts
 
@@ -217,21 +223,27 @@ def sample_everywhere(
     return {index: own for of_rank in of_ranks for index, own in of_rank.items()}
 
 
-def answer_of(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple[Response, bool]:
-    """The sample's text as a response, and whether the text is tokenised differently.
+def answer_of(sample: Sample, template: Template, tokenizer: Tokenizer) -> Response:
+    """A sample as a response, its text without the template's end of turn if it is complete.
 
-    The response has its "finish_reason". If it is complete, and its text is encoded as the tokens
-    that were sampled, it has the engine's log-prob of them as "engine_log_q".
+    The response has the sampled tokens, unless a server didn't give them. If it is complete, it has
+    the engine's log-prob of them, where it is known, as "engine_log_q". A token that no response
+    has (a control token that a server sampled although it was forbidden) cuts it off, and it has
+    neither.
     """
     complete = sample.finish_reason == STOP
-    text = tokenizer.decode(sample.tokens[: -1 if complete else None])
-    response = Response(text, extra={"finish_reason": sample.finish_reason})
-    if not complete:
-        return response, False
-    end_of_turn, _ = response_end(template, tokenizer)
-    response.value = text.removesuffix(end_of_turn)
-    if encode_response(template, tokenizer, response.value) != sample.tokens:
-        return response, True
-    if sample.log_prob is not None:
+    if sample.text is not None:
+        end_of_turn, _ = response_end(template, tokenizer)
+        text = sample.text.removesuffix(end_of_turn) if complete else sample.text
+        return Response(text, finish_reason=sample.finish_reason)
+    tokens = sample.tokens
+    text, whole = sampled_text(template, tokenizer, tokens, complete=complete)
+    if not whole:
+        return Response(text, finish_reason=OTHER_STOP)
+    response = Response(text, token_ids=array("i", tokens), finish_reason=sample.finish_reason)
+    response.encodes_otherwise = not is_encoding(
+        template, tokenizer, tokens, text, complete=complete
+    )
+    if complete and sample.log_prob is not None:
         response.extra["engine_log_q"] = sample.log_prob
-    return response, False
+    return response

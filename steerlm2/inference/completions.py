@@ -2,7 +2,8 @@
 
 Prompts are sent as token ids, so the server's chat template isn't used. These fields of a request
 are vLLM's extensions: stop_token_ids, return_token_ids, and NO_OTHER_CUTS, which switches off the
-sampling defaults of the server (from a checkpoint's generation_config.json).
+sampling defaults of the server (from a checkpoint's generation_config.json) and its own end of
+text. The stop token may be that end of text: without ignore_eos its `stop_reason` would be null.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from steerlm2.inference.engines import STOP, Request, Sample, SamplingSettings
+from steerlm2.data.records import STOP
+from steerlm2.inference.engines import OTHER_STOP, Request, Sample, SamplingSettings
 from steerlm2.inference.server_client import ServerClient
 
 NEVER = -100
@@ -21,6 +23,7 @@ CLAMPED_LOG_PROB = -9999.0
 """What vLLM gives in place of a log-prob that is lower, -inf among them."""
 
 NO_OTHER_CUTS = {
+    "ignore_eos": True,
     "top_k": -1,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
@@ -95,14 +98,21 @@ class CompletionsEngine(ServerClient):
         reason = str(choice["finish_reason"])
         tokens = choice.get("token_ids")
         if tokens is None:
-            stop = [self.settings.stop_id] if reason == STOP else []
-            return Sample([*self.encode(choice["text"]), *stop], reason, None)
+            return self._sample_without_ids(choice, reason)
         if reason == STOP and tokens[-1:] != [self.settings.stop_id]:
-            # vLLM ends at the model's own end of text too, which isn't ours.
-            reason = "other_stop"
+            reason = OTHER_STOP
         logprobs: list[Any] = (choice.get("logprobs") or {}).get("token_logprobs") or []
         known = [float(logprob) for logprob in logprobs if _is_known(logprob)]
         return Sample(tokens, reason, sum(known) if len(known) == len(tokens) else None)
+
+    def _sample_without_ids(self, choice: dict[str, Any], reason: str) -> Sample:
+        """`stop_reason` is the id of the token that ended a response, null for an end of text."""
+        stop_id, text = self.settings.stop_id, str(choice["text"])
+        end_known = reason != STOP or "stop_reason" in choice
+        if reason == STOP and choice.get("stop_reason", stop_id) != stop_id:
+            reason = OTHER_STOP
+        stop = [stop_id] if reason == STOP else []
+        return Sample([*self.encode(text), *stop], reason, None, text, end_known)
 
 
 def _is_known(logprob: object) -> bool:

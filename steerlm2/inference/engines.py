@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from steerlm2.data.templates import Template, encode_response
+from steerlm2.data.templates import Template, reserved_ids, response_end
 from steerlm2.data.tokenizers import Tokenizer
 
-STOP, LENGTH = "stop", "length"
-"""Finish reasons: at the stop token, or at `max_new_tokens`."""
+OTHER_STOP = "other_stop"
+"""The finish reason where a server says "stop", but not at the stop token."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,13 @@ class Sample(NamedTuple):
     tokens: list[int]
     """With the stop token at the end, if the response is complete."""
     finish_reason: str
-    """STOP, LENGTH, or another reason of a server."""
+    """`records.STOP`, `records.LENGTH`, or another reason of a server."""
     log_prob: float | None
     """Of the tokens, by the engine, in nats, before temperature and top-p; None: not known."""
+    text: str | None = None
+    """What a server gave instead of its tokens; `tokens` are then only what the text encodes to."""
+    end_known: bool = True
+    """Whether the finish reason was checked: a server's "stop" may be its own end of text."""
 
 
 class Engine(Protocol):
@@ -64,13 +68,6 @@ def request_seed(seed: int, record: int, label: int) -> int:
     return int.from_bytes(digest[:6])  # JSON keeps whole numbers up to 2^53
 
 
-def response_end(template: Template, tokenizer: Tokenizer) -> tuple[str, int]:
-    """The template's end of a response: the end-of-turn text, and the stop token's id."""
-    segments = template.response("")
-    text = "".join(segment.text for segment in segments if not segment.control)
-    return text, encode_response(template, tokenizer, "")[-1]
-
-
 def forbidden_ids(
     template: Template, tokenizer: Tokenizer, num_embeddings: int = 0
 ) -> tuple[int, ...]:
@@ -79,8 +76,6 @@ def forbidden_ids(
     Args:
         num_embeddings: of the model; ids without a token of the tokenizer are forbidden too.
     """
-    of_template = {tokenizer.token_id(token) for token in template.control_tokens}
-    known = {token_id for token_id in of_template if token_id is not None}
     _, stop_id = response_end(template, tokenizer)
     spare = range(tokenizer.vocab_size, num_embeddings)
-    return (*sorted(known.union(tokenizer.control_ids) - {stop_id}), *spare)
+    return (*sorted(reserved_ids(template, tokenizer) - {stop_id}), *spare)

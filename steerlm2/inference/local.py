@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
-from steerlm2.inference.engines import LENGTH, STOP, Request, Sample, SamplingSettings
+from steerlm2.data.records import LENGTH, STOP
+from steerlm2.inference.engines import Request, Sample, SamplingSettings
 from steerlm2.inference.sampling import choose_tokens
 from steerlm2.models.llama import end_at_hidden_states, output_weight
 

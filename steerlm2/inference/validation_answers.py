@@ -10,10 +10,9 @@ from torchtune.modules import TransformerDecoder
 from steerlm2.config.keys import GenerationOptions
 from steerlm2.data.conversations import Conversation
 from steerlm2.data.records import ASSISTANT, USER, Turn
-from steerlm2.data.templates import Template, encode_prompt
+from steerlm2.data.templates import Template, encode_prompt, response_end
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
-from steerlm2.inference.engines import response_end
 from steerlm2.inference.sampling import sample_tokens
 from steerlm2.runs.metrics import JsonLines, answer_metrics
 

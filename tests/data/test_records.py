@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import math
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,15 @@ from hypothesis import strategies as st
 
 from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema
 from steerlm2.data.records import (
+    BROKEN,
+    CUT_OFF,
+    OTHER_TOKENS,
+    UNKNOWN_TOKENS,
     Record,
     Response,
     Turn,
+    count_flaws,
+    flaw_of,
     iter_records,
     parse_record,
     read_records,
@@ -79,6 +86,62 @@ def test_unknown_keys_survive_the_round_trip() -> None:
     assert record_to_json(parse_record(obj)) == obj
 
 
+def test_what_is_known_of_a_sampling_survives_the_round_trip() -> None:
+    obj = example()
+    obj["responses"][0] |= {"finish_reason": "stop", "token_ids": [5, 6, 2]}
+    obj["responses"][1] |= {"finish_reason": "length", "token_ids": [7]}
+    obj["responses"][1] |= {"encodes_otherwise": True}
+    obj["token_ids_digest"] = "0123456789abcdef"
+    record = parse_record(obj)
+    assert record.token_ids_digest == "0123456789abcdef"
+    assert [list(response.token_ids or []) for response in record.responses] == [[5, 6, 2], [7]]
+    assert record_to_json(record) == obj
+
+
+@pytest.mark.parametrize(
+    ("sampling", "flaw"),
+    [
+        ({}, None),
+        ({"finish_reason": "stop", "token_ids": [1]}, None),
+        ({"finish_reason": "stop"}, UNKNOWN_TOKENS),
+        ({"finish_reason": "stop", "token_ids": [1], "encodes_otherwise": True}, OTHER_TOKENS),
+        ({"finish_reason": "length", "token_ids": [1], "encodes_otherwise": True}, CUT_OFF),
+        ({"finish_reason": "abort"}, CUT_OFF),
+        ({"finish_reason": "other_stop", "token_ids": [1]}, CUT_OFF),
+        ({"value": "a\ufffd"}, BROKEN),
+        ({"value": "a\ufffd", "finish_reason": "length"}, BROKEN),
+        ({"value": "a\ufffd", "token_ids": [1], "encodes_otherwise": True}, BROKEN),
+        ({"value": "a\ufffd", "token_ids": [1], "finish_reason": "stop"}, None),
+    ],
+)
+def test_what_makes_a_response_another_one_than_was_sampled(
+    sampling: dict[str, Any], flaw: str | None
+) -> None:
+    """Of a person's answer (without a finish_reason) nothing is unknown."""
+    obj = example()
+    obj["responses"][0] |= sampling
+    first, second = parse_record(obj).responses
+    assert (flaw_of(first), flaw_of(second)) == (flaw, None)
+    assert count_flaws([first, second, first]) == ({flaw: 2} if flaw else {})
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"token_ids": "1 2"}, "'token_ids' must be a list of token ids"),
+        ({"token_ids": []}, "'token_ids' must be a list of token ids"),
+        ({"token_ids": [1, -1]}, "'token_ids' must be a list of token ids"),
+        ({"token_ids": [1, True]}, "'token_ids' must be a list of token ids"),
+        ({"token_ids": [2**31]}, "'token_ids' must be a list of token ids"),
+        ({"finish_reason": {"type": "stop"}}, "'finish_reason' must be text, got an object"),
+    ],
+)
+def test_what_no_sampling_gives_is_refused(sampling: dict[str, Any], message: str) -> None:
+    obj = example()
+    obj["responses"][0] |= sampling
+    assert f"responses[0]: {message}" in problem_of(obj)
+
+
 def test_unknown_log_probs_are_left_out_of_the_json() -> None:
     obj = example()
     del obj["responses"][0][Q]
@@ -102,6 +165,10 @@ responses = st.builds(
     log_p_response=log_prob,
     log_q=log_prob,
     scores=st.none() | st.dictionaries(text, st.floats(0, 4), max_size=2),
+    token_ids=st.none()
+    | st.lists(st.integers(0, 2**31 - 1), min_size=1).map(lambda ids: array("i", ids)),
+    encodes_otherwise=st.booleans(),
+    finish_reason=st.sampled_from([None, "stop", "length", "abort"]),
     extra=extras,
 )
 
@@ -114,7 +181,8 @@ def records(draw: st.DrawFn) -> Record:
         for i in range(num_turns)
     ]
     answers = draw(st.lists(responses, min_size=2, max_size=4))
-    return Record(draw(text), turns, draw(labels), answers, draw(extras))
+    digest = draw(st.none() | text)
+    return Record(draw(text), turns, draw(labels), answers, draw(extras), digest)
 
 
 @settings(max_examples=100)

@@ -97,6 +97,23 @@ def test_responses_that_were_cut_off_do_not_count(tmp_path: Path, reason: str) -
     assert [text for text, _ in unit] == ["whole"]
 
 
+def test_texts_that_are_not_valid_utf_8_do_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half an emoji. The character U+FFFD itself does, sampled as the tokens that it encodes to."""
+    sampled = {"finish_reason": "stop", "token_ids": [1, 2]}
+    responses = [
+        response("half \ufffd", 4, 0, encodes_otherwise=True, **sampled),
+        response("unknown \ufffd", 4, 0, finish_reason="stop"),
+        response("cut", 4, 0, finish_reason="abort"),
+        response("whole \ufffd", 3.6, 0, **sampled),
+    ]
+    with caplog.at_level(logging.WARNING):
+        (unit,) = best_of(tmp_path, record("humor:4,verbosity:0", *responses), keep=4)
+    assert [text for text, _ in unit] == ["whole \ufffd"]
+    assert "of the responses: 1 cut off, 2 not valid UTF-8; those" in caplog.text
+
+
 def test_prompt_and_unknown_keys_come_along(tmp_path: Path) -> None:
     turns = [
         {"from": "User", "value": "Q1"},
@@ -146,7 +163,7 @@ def test_nothing_left_is_an_error_that_says_how_near_it_came(tmp_path: Path) -> 
 
 def test_only_cut_responses_are_an_error(tmp_path: Path) -> None:
     cut = record("humor:4", response("cut", 4, 0, finish_reason="length"))
-    with pytest.raises(ValueError, match="all responses of its 1 records were cut off"):
+    with pytest.raises(ValueError, match=r"all responses of its 1 records were .*\(1 cut off\)"):
         best_of(tmp_path, cut)
 
 

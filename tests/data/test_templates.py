@@ -25,8 +25,12 @@ from steerlm2.data.templates import (
     encode_response,
     encode_segments,
     extra_id_template,
+    is_encoding,
     llama3_template,
+    response_end,
+    sampled_text,
     segments_to_text,
+    token_ids_digest,
 )
 from steerlm2.data.tokenizers import HFTokenizer, tiny_tokenizer, train_byte_level_bpe
 
@@ -226,6 +230,67 @@ def test_the_responses_ids_do_not_depend_on_the_prompt() -> None:
     assert encode_segments(segments, tokenizer) == prompt + encode_response(
         template, tokenizer, text
     )
+
+
+def test_a_response_is_what_stands_before_the_end_text_and_the_stop_token() -> None:
+    r"""extra_id: "\n" and <extra_id_1>."""
+    text, stop_id = response_end(extra_id_template(), TINY)
+    assert (text, stop_id) == ("\n", TINY.token_id("<extra_id_1>"))
+    *content, last = encode_response(extra_id_template(), TINY, "A dog.\n")
+    assert last == stop_id
+    assert TINY.decode(content).removesuffix(text) == "A dog.\n"
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_tokens_of_a_response_are_its_text_again(pair: str) -> None:
+    """Complete, and cut off before its end of turn."""
+    template, tokenizer = PAIRS[pair]
+    text = "why so \N{GRINNING FACE}"
+    tokens = encode_response(template, tokenizer, text)
+    assert sampled_text(template, tokenizer, tokens, complete=True) == (text, True)
+    assert is_encoding(template, tokenizer, tokens, text, complete=True)
+    cut = encode_segments([Segment(text)], tokenizer)
+    assert sampled_text(template, tokenizer, cut, complete=False) == (text, True)
+    assert is_encoding(template, tokenizer, cut, text, complete=False)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("complete", [True, False])
+def test_sampled_tokens_that_no_response_has(pair: str, complete: bool) -> None:
+    """Every control token, also the stop token, in the midst; an id without a token; a complete
+    one without a stop token, and one that was cut off with it."""
+    template, tokenizer = PAIRS[pair]
+    tokens = encode_response(template, tokenizer, "why")
+    ids = [tokenizer.token_id(token) for token in template.control_tokens]
+    for strange in (*ids, *tokenizer.control_ids, tokenizer.vocab_size):
+        assert strange is not None
+        spoiled = [*tokenizer.encode("so"), strange, *(tokens if complete else tokens[:-1])]
+        assert sampled_text(template, tokenizer, spoiled, complete=complete) == ("so", False)
+    wrong_end = tokens[:-1] if complete else tokens
+    assert not sampled_text(template, tokenizer, wrong_end, complete=complete)[1]
+
+
+def test_the_digest_of_token_ids_is_that_of_what_encodes_them(tmp_path: Path) -> None:
+    """Not of files' layout, nor of what stands beside tokenizer.json, but for bos."""
+    raw = json.loads(RawTokenizer.from_file(str(_saved(LLAMA3, tmp_path))).to_str())
+    config = json.dumps({"eos_token": "<|eot_id|>", "chat_template": "{{ x }}"})
+    again = HFTokenizer(json.dumps(raw, indent=3), {"tokenizer_config.json": config})
+    template = llama3_template()
+    assert token_ids_digest(template, again) == token_ids_digest(template, LLAMA3)
+    no_bos = HFTokenizer(json.dumps(raw | {"post_processor": None}), {})
+    raw["model"]["merges"] = raw["model"]["merges"][:-1]
+    others = [
+        (extra_id_template(LLAMA3_TOKENS), no_bos),
+        (template, HFTokenizer(json.dumps(raw), {})),
+        *PAIRS.values(),
+        (extra_id_template({"<extra_id_1>": "<extra_id_5>"}), TINY),
+    ]
+    assert len({token_ids_digest(*pair) for pair in others}) == len(others)
+
+
+def _saved(tokenizer: HFTokenizer, folder: Path) -> Path:
+    tokenizer.save(folder)
+    return folder / "tokenizer.json"
 
 
 def test_missing_control_tokens_are_all_named() -> None:

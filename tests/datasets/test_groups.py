@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steerlm2.data.packing import Group
-from steerlm2.data.records import parse_record, read_records, write_records
+from steerlm2.data.records import (
+    BROKEN,
+    CUT_OFF,
+    OTHER_TOKENS,
+    UNKNOWN_TOKENS,
+    Response,
+    parse_record,
+    read_records,
+    write_records,
+)
 from steerlm2.data.templates import (
+    Template,
     encode_prompt,
     encode_response,
     extra_id_template,
     llama3_template,
+    token_ids_digest,
 )
 from steerlm2.data.tokenizers import HFTokenizer, tiny_tokenizer
 from steerlm2.datasets import (
@@ -24,6 +36,7 @@ from steerlm2.datasets import (
     tokenize_records,
     with_log_probs,
 )
+from steerlm2.datasets.groups import OTHER_TOKENIZER
 
 P_A, P_Y, Q = "log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))"
 
@@ -123,9 +136,10 @@ def test_responses_that_do_not_fit_are_dropped(tmp_path: Path, tokenizer: HFToke
 
 def test_dropped_responses_and_groups_are_counted(tmp_path: Path, tokenizer: HFTokenizer) -> None:
     dataset = of_two_records(tmp_path, tokenizer)
-    assert (dataset.dropped_responses, dataset.dropped_groups) == (2, 1)
+    assert (dataset.left_out, dataset.dropped_groups) == ({"too long": 2}, 1)
     assert dataset.summary() == (
-        "1 groups with 2 responses (dropped as too long: 2 responses, 1 groups)"
+        "1 groups with 2 responses "
+        "(responses left out: 2 too long; groups with fewer than two left: 1)"
     )
 
 
@@ -232,3 +246,130 @@ def test_written_records_are_the_same_data_set(tmp_path: Path, tokenizer: HFToke
     write_records(tmp_path / "again.jsonl", records)
     again = steerlm2_dataset(tokenizer, source=str(tmp_path / "again.jsonl"), max_seq_len=256)
     assert again.groups == tokenize_records(records, tokenizer, None, 256, path).groups
+
+
+# What was sampled
+
+TEMPLATE, TOKENIZER = extra_id_template(), tiny_tokenizer()
+DIGEST = token_ids_digest(TEMPLATE, TOKENIZER)
+STOP_ID = encode_response(TEMPLATE, TOKENIZER, "")[-1]
+OTHER_TEMPLATE = extra_id_template({"<extra_id_2>": "<extra_id_5>"})
+
+
+def by_letters(text: str) -> list[int]:
+    """Other tokens than the text encodes to."""
+    tokens = [token for letter in f"{text}\n" for token in TOKENIZER.encode(letter)]
+    assert [*tokens, STOP_ID] != encode_response(TEMPLATE, TOKENIZER, text)
+    return [*tokens, STOP_ID]
+
+
+def sampled(
+    *responses: Response, template: Template = TEMPLATE, digest: str | None = DIGEST
+) -> SteerLM2Dataset:
+    """A group of these responses, after two that a person wrote."""
+    known = parse_record(record("Nile", "Rhine"))
+    known.responses += responses
+    known.token_ids_digest = digest
+    return tokenize_records([known], TOKENIZER, template, 256, "f")
+
+
+def response(value: str, tokens: list[int] | None, **more: Any) -> Response:
+    ids = None if tokens is None else array("i", tokens)
+    return Response(value, token_ids=ids, **({"finish_reason": "stop"} | more))
+
+
+def test_a_sampled_response_is_the_tokens_that_were_sampled() -> None:
+    """Also where its text encodes to others, and in groups without labels, for log P(y|x)."""
+    tokens = by_letters("the")
+    dataset = sampled(response("the", tokens, encodes_otherwise=True))
+    assert list(dataset[0].responses[2]) == tokens
+    assert list(dataset.without_label()[0].responses[2]) == tokens
+    assert (dataset.left_out, dataset.unchecked) == ({}, {})
+
+
+@pytest.mark.parametrize("digest", [None, "0123456789abcdef"])
+def test_where_the_tokens_are_of_others_the_text_is_encoded(digest: str | None) -> None:
+    """But not that of a response whose text encoded to other tokens where it was sampled."""
+    odd = response("the", by_letters("the"), encodes_otherwise=True)
+    dataset = sampled(odd, response("Oder", [1, 2, 3]), digest=digest)
+    assert dataset[0].responses_kept == [0, 1, 3]
+    assert list(dataset[0].responses[2]) == encode_response(TEMPLATE, TOKENIZER, "Oder")
+    assert dataset.left_out == {OTHER_TOKENS: 1}
+    assert dataset.unchecked == {OTHER_TOKENIZER: 1}
+    assert "3 responses, 1 sampled with another template or tokenizer (" in dataset.summary()
+
+
+def test_another_template_is_another_digest() -> None:
+    odd = response("the", by_letters("the"), encodes_otherwise=True)
+    assert sampled(odd, template=OTHER_TEMPLATE).left_out == {OTHER_TOKENS: 1}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_half_a_character_is_left_out(known: bool) -> None:
+    tokens = [
+        *TOKENIZER.encode("\N{GRINNING FACE}")[:-1],
+        *encode_response(TEMPLATE, TOKENIZER, ""),
+    ]
+    more = {"encodes_otherwise": True} if known else {}
+    broken = response(TOKENIZER.decode(tokens[:-2]), tokens if known else None, **more)
+    dataset = sampled(broken, digest=DIGEST if known else None)
+    assert (dataset[0].responses_kept, dataset.left_out) == ([0, 1], {BROKEN: 1})
+
+
+def test_the_replacement_character_itself_is_kept() -> None:
+    text = "\N{REPLACEMENT CHARACTER}"
+    dataset = sampled(response(text, encode_response(TEMPLATE, TOKENIZER, text)))
+    assert dataset[0].responses_kept == [0, 1, 2]
+
+
+def test_what_was_cut_off_at_the_limit_is_its_tokens_without_a_stop_token() -> None:
+    tokens = TOKENIZER.encode("The Oder is")
+    dataset = sampled(response("The Oder is", tokens, finish_reason="length"))
+    assert list(dataset[0].responses[2]) == tokens
+
+
+@pytest.mark.parametrize("reason", ["length", "abort", "other_stop", "error"])
+def test_what_was_cut_off_is_never_completed(reason: str) -> None:
+    """A text with a stop token behind it wasn't sampled. Known tokens help only those at the limit
+    (what else ended an answer may depend on what it said)."""
+    tokens = None if reason == "length" else TOKENIZER.encode("The Oder is")
+    dataset = sampled(response("The Oder is", tokens, finish_reason=reason))
+    assert (dataset[0].responses_kept, dataset.left_out) == ([0, 1], {CUT_OFF: 1})
+    tokens = TOKENIZER.encode("The Oder is")
+    of_others = sampled(response("The Oder is", tokens, finish_reason=reason), digest=None)
+    assert of_others.left_out == {CUT_OFF: 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens"),
+    [
+        ("edited", encode_response(TEMPLATE, TOKENIZER, "the")),
+        ("the", encode_response(TEMPLATE, TOKENIZER, "the")[:-1]),
+        (
+            "the<extra_id_2>",
+            [*TOKENIZER.encode("the"), TOKENIZER.token_id("<extra_id_2>"), STOP_ID],
+        ),
+        ("the", [*TOKENIZER.encode("the"), TOKENIZER.vocab_size, STOP_ID]),
+    ],
+    ids=["other text", "no stop token", "control token", "no token"],
+)
+def test_tokens_that_are_not_those_of_the_text_are_left_out(value: str, tokens: list[int]) -> None:
+    dataset = sampled(response(value, tokens))
+    assert (dataset[0].responses_kept, dataset.left_out) == ([0, 1], {OTHER_TOKENS: 1})
+
+
+def test_responses_of_unknown_tokens_are_counted() -> None:
+    """Sampled, by a server that gave no token ids; the two of a person aren't unknown."""
+    dataset = sampled(response("Oder", None), digest=None)
+    assert list(dataset[0].responses[2]) == encode_response(TEMPLATE, TOKENIZER, "Oder")
+    assert dataset.unchecked == {UNKNOWN_TOKENS: 1}
+    assert dataset.summary().startswith("1 groups with 3 responses, 1 of unknown tokens (")
+
+
+def test_nothing_left_names_the_causes() -> None:
+    """Without the advice to raise max_seq_len, which would help nothing."""
+    cut = parse_record(record("The Oder is", "Po"))
+    for each in cut.responses:
+        each.finish_reason = "abort"
+    with pytest.raises(ValueError, match=r"\(left out: 2 cut off\)$"):
+        tokenize_records([cut], TOKENIZER, TEMPLATE, 256, "f")

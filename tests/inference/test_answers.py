@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from steerlm2.attributes import AttributeSchema
 from steerlm2.config.keys import LabelOptions
 from steerlm2.data.prompts import Prompt
-from steerlm2.data.records import Turn
+from steerlm2.data.records import Response, Turn
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
@@ -24,6 +26,7 @@ from steerlm2.inference.answers import (
 from steerlm2.inference.engines import Request, Sample, request_seed
 
 TEMPLATE, TOKENIZER = extra_id_template(), tiny_tokenizer()
+STOP_ID = encode_response(TEMPLATE, TOKENIZER, "")[-1]
 SCHEMA = AttributeSchema(("humor", "verbosity"))
 TURNS = [Turn("User", "Q"), Turn("Assistant", "A", "humor:3"), Turn("User", "R")]
 
@@ -63,30 +66,72 @@ def test_labels_are_shown_or_hidden_in_all_turns() -> None:
     assert "humor" not in TOKENIZER.decode(hidden)
 
 
-def test_a_complete_sample_has_the_engines_log_prob() -> None:
+def response(value: str, tokens: Sequence[int] | None, **more: Any) -> Response:
+    ids = None if tokens is None else array("i", tokens)
+    return Response(value, token_ids=ids, **({"finish_reason": "stop"} | more))
+
+
+def test_a_complete_sample_has_its_tokens_and_the_engines_log_prob() -> None:
     tokens = encode_response(TEMPLATE, TOKENIZER, "A bear.")
-    answer, otherwise = answer_of(Sample(tokens, "stop", -2.5), TEMPLATE, TOKENIZER)
-    assert answer.value == "A bear."
-    assert answer.extra == {"finish_reason": "stop", "engine_log_q": -2.5}
-    assert not otherwise
-    unknown, _ = answer_of(Sample(tokens, "stop", None), TEMPLATE, TOKENIZER)
-    assert unknown.extra == {"finish_reason": "stop"}
+    answer = answer_of(Sample(tokens, "stop", -2.5), TEMPLATE, TOKENIZER)
+    assert answer == response("A bear.", tokens, extra={"engine_log_q": -2.5})
+    unknown = answer_of(Sample(tokens, "stop", None), TEMPLATE, TOKENIZER)
+    assert unknown == response("A bear.", tokens)
 
 
-def test_a_sample_of_other_tokens_has_none() -> None:
-    """Letter by letter the text is the same, and its tokens aren't."""
-    *_, stop = encode_response(TEMPLATE, TOKENIZER, "")
-    letters = [token for letter in "the\n" for token in TOKENIZER.encode(letter)]
-    assert letters != TOKENIZER.encode("the\n")
-    answer, otherwise = answer_of(Sample([*letters, stop], "stop", -2.5), TEMPLATE, TOKENIZER)
-    assert (answer.value, answer.extra, otherwise) == ("the", {"finish_reason": "stop"}, True)
+@pytest.mark.parametrize("text", ["the\n", "the"], ids=["letter by letter", "no end of turn"])
+def test_a_sample_of_other_tokens_says_so(text: str) -> None:
+    """Its text is the same, and its tokens aren't those of the text; its log-prob is of them."""
+    tokens = [*(token for letter in text for token in TOKENIZER.encode(letter)), STOP_ID]
+    assert tokens != encode_response(TEMPLATE, TOKENIZER, "the")
+    answer = answer_of(Sample(tokens, "stop", -2.5), TEMPLATE, TOKENIZER)
+    expected = response("the", tokens, encodes_otherwise=True, extra={"engine_log_q": -2.5})
+    assert answer == expected
 
 
 def test_a_sample_that_was_cut_off_keeps_all_its_text() -> None:
     tokens = TOKENIZER.encode("A bear\n")
-    answer, otherwise = answer_of(Sample(tokens, "length", -2.5), TEMPLATE, TOKENIZER)
-    assert (answer.value, answer.extra) == ("A bear\n", {"finish_reason": "length"})
-    assert not otherwise
+    answer = answer_of(Sample(tokens, "length", -2.5), TEMPLATE, TOKENIZER)
+    assert answer == response("A bear\n", tokens, finish_reason="length")
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "other_stop", "length"])
+@pytest.mark.parametrize("token", ["<|endoftext|>", "<extra_id_2>", None])
+def test_a_token_that_no_response_has_cuts_a_sample_off(
+    token: str | None, finish_reason: str
+) -> None:
+    """A control token, or an id of the model that isn't the tokenizer's, whatever follows it."""
+    strange = TOKENIZER.vocab_size if token is None else TOKENIZER.token_id(token)
+    assert strange is not None
+    tokens = [*TOKENIZER.encode("A bear"), strange, *encode_response(TEMPLATE, TOKENIZER, "!")]
+    answer = answer_of(Sample(tokens, finish_reason, -2.5), TEMPLATE, TOKENIZER)
+    assert answer == response("A bear", None, finish_reason="other_stop")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "broken"),
+    [
+        (TOKENIZER.encode("\N{GRINNING FACE}")[:-1], True),
+        (TOKENIZER.encode("\N{REPLACEMENT CHARACTER}"), False),
+    ],
+    ids=["half a character", "the replacement character"],
+)
+def test_half_a_character_is_broken(tokens: list[int], broken: bool) -> None:
+    """Both read U+FFFD."""
+    tokens = [*tokens, *encode_response(TEMPLATE, TOKENIZER, "")]
+    answer = answer_of(Sample(tokens, "stop", -2.5), TEMPLATE, TOKENIZER)
+    assert "\N{REPLACEMENT CHARACTER}" in answer.value
+    assert answer.is_broken == broken
+
+
+def test_a_text_without_tokens_claims_none() -> None:
+    """What a server says is taken as it is, without the end of turn."""
+    tokens = encode_response(TEMPLATE, TOKENIZER, "A bear.")
+    sample = Sample(tokens, "stop", None, "A bear.\n")
+    assert answer_of(sample, TEMPLATE, TOKENIZER) == response("A bear.", None)
+    cut = Sample(tokens[:-1], "length", None, "A bear.\n")
+    expected = response("A bear.\n", None, finish_reason="length")
+    assert answer_of(cut, TEMPLATE, TOKENIZER) == expected
 
 
 def test_settings_stop_at_the_templates_end_and_forbid_other_control_tokens() -> None:

@@ -131,6 +131,7 @@ def test_what_is_asked_for(server: Server) -> None:
             "logit_bias": {"0": -100, "1": -100, "2": -100},
             "logprobs": 0,
             "return_token_ids": True,
+            "ignore_eos": True,
             "top_k": -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
@@ -145,18 +146,47 @@ def test_choices_in_another_order(server: Server) -> None:
     assert connected(server).sample(REQUESTS[:1]) == [expected(REQUESTS[0])]
 
 
+def texts_alone(body: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {key: choice[key] for key in ("index", "text", "finish_reason")}
+        for choice in answer_of(body)
+    ]
+
+
 def test_a_server_without_token_ids(server: Server) -> None:
-    """The text is encoded, the stop token put behind it; log-probs of it are not known."""
-
-    def without(body: dict[str, Any]) -> list[dict[str, Any]]:
-        return [
-            {key: choice[key] for key in ("index", "text", "finish_reason")}
-            for choice in answer_of(body)
-        ]
-
-    server.choices = without
-    wanted = [sample._replace(log_prob=None) for sample in expected(REQUESTS[0])]
+    """The text is there, with what it encodes to; its log-probs are not known, nor whether "stop"
+    means the stop token."""
+    server.choices = texts_alone
+    wanted = [
+        sample._replace(log_prob=None, text=text, end_known=sample.finish_reason != "stop")
+        for sample, text in zip(expected(REQUESTS[0]), ("10 10", "10 11", "10 12"), strict=True)
+    ]
     assert connected(server).sample(REQUESTS[:1]) == [wanted]
+
+
+@pytest.mark.parametrize("stop_reason", [None, 9, "\n"])
+def test_without_token_ids_the_stop_reason_tells_the_end(
+    server: Server, stop_reason: int | str | None
+) -> None:
+    """Null is the model's own end of text, another id or text isn't ours either."""
+    server.choices = lambda body: [
+        choice | {"stop_reason": 3 if choice["index"] else stop_reason}
+        for choice in texts_alone(body)
+    ]
+    (samples,) = connected(server).sample(REQUESTS[:1])
+    assert [sample.finish_reason for sample in samples] == ["other_stop", "stop", "length"]
+    assert samples[0].tokens == [10, 10]
+    assert all(sample.end_known for sample in samples)
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_other_reasons_stay_with_and_without_token_ids(server: Server, reason: str) -> None:
+    for choices in (answer_of, texts_alone):
+        server.choices = lambda body, choices=choices: [
+            choice | {"finish_reason": reason, "stop_reason": None} for choice in choices(body)
+        ]
+        (samples,) = connected(server).sample(REQUESTS[:1])
+        assert {sample.finish_reason for sample in samples} == {reason}
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,14 @@
-"""Where a response ends, what can't stand in it, and the seeds of requests."""
+"""What can't stand in a response, and the seeds of requests."""
 
 from __future__ import annotations
 
 import itertools
 
-from steerlm2.data.templates import encode_response, extra_id_template
+from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import TINY_SPECIAL_TOKENS, tiny_tokenizer
-from steerlm2.inference.engines import forbidden_ids, request_seed, response_end
+from steerlm2.inference.engines import forbidden_ids, request_seed
 
 TOKENIZER = tiny_tokenizer()
-
-
-def test_a_response_is_what_stands_before_the_end_text_and_the_stop_token() -> None:
-    r"""extra_id: "\n" and <extra_id_1>."""
-    text, stop_id = response_end(extra_id_template(), TOKENIZER)
-    assert (text, stop_id) == ("\n", TOKENIZER.token_id("<extra_id_1>"))
-    *content, last = encode_response(extra_id_template(), TOKENIZER, "A dog.\n")
-    assert last == stop_id
-    assert TOKENIZER.decode(content).removesuffix(text) == "A dog.\n"
 
 
 def test_control_tokens_are_forbidden_but_for_the_stop_token() -> None:

@@ -575,3 +575,24 @@ def test_a_server_and_several_processes_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="run it without --nproc_per_node"):
         run_here(conversations, tmp_path / "output.jsonl", None, "server.url=http://127.0.0.1:1")
+
+
+def test_responses_that_are_not_what_was_sampled_are_counted(
+    groups: Path, attribute_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are scored too, and nothing else of them changes; the other 6 answers have no flaw."""
+    rows = read_jsonl(groups)[:4]
+    sampled = {"finish_reason": "stop", "token_ids": [1, 2], "encodes_otherwise": True}
+    ways = [{"finish_reason": "abort"}, {"value": "the \ufffd"}, {"finish_reason": "stop"}, sampled]
+    for response, more in zip(rows[3]["responses"], ways, strict=True):
+        response |= more
+    output = tmp_path / "out.jsonl"
+    run_here(write_jsonl(tmp_path / "in.jsonl", rows), output, attribute_model)
+    flaws = (
+        "1 cut off, 1 not valid UTF-8, 1 of other tokens than their text encodes to, 1 of unknown"
+    )
+    assert f"; of the responses: {flaws} tokens" in capsys.readouterr().out
+    annotated = read_jsonl(output)[3]["responses"]
+    assert [more.items() <= each.items() for more, each in zip(ways, annotated, strict=True)] == [
+        True
+    ] * 4

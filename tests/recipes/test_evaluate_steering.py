@@ -25,7 +25,13 @@ from steerlm2.data.grammar import grammar_pairs, grammar_prompts
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import Record, Response, Turn, read_records, write_records
 from steerlm2.data.synthetic import score_text
-from steerlm2.data.templates import encode_for_scoring, encode_prompt, extra_id_template
+from steerlm2.data.templates import (
+    encode_for_scoring,
+    encode_prompt,
+    encode_response,
+    extra_id_template,
+    token_ids_digest,
+)
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
@@ -245,13 +251,14 @@ def test_every_answer_is_kept_and_scored(uninterrupted: tuple[Path, Json], promp
     output_dir, report = uninterrupted
     asked = read_answers(prompts)
     records = read_answers(output_dir / "answers" / "steered.jsonl")
-    assert [dataclasses.replace(r, responses=[], extra={}) for r in records] == [
+    sampled = {"responses": [], "extra": {}, "token_ids_digest": None}
+    assert [dataclasses.replace(r, **sampled) for r in records] == [
         dataclasses.replace(r, responses=[], extra={}) for r in asked
     ]
     found = [answer for record in records for answer in record.responses]
     empty = sum(record.extra.get("empty_answers", 0) for record in records)
     assert len(found) + empty == NUM_PROMPTS * N
-    cut = [a for a in found if a.extra["finish_reason"] == "length"]
+    cut = [a for a in found if a.finish_reason == "length"]
     metrics = report["steered"]["metrics"]
     assert metrics["truncated"] == len(cut) / len(found) > 0.5
     assert metrics["empty"] == empty / (NUM_PROMPTS * N)
@@ -421,6 +428,35 @@ def test_a_server_answers(prompts: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert (metrics["answers"], metrics["empty"], metrics["truncated"]) == (NUM_PROMPTS, 0.5, 0)
     records = read_answers(tmp_path / "out" / "answers" / "served.jsonl")
     assert {a.value for r in records for a in r.responses} == {"Paris."}
+    assert {r.token_ids_digest for r in records} == {token_ids_digest(TEMPLATE, TOKENIZER)}
+    flaws = {"not_utf8", "encoded_otherwise", "unknown_tokens"}
+    assert flaws & metrics.keys() == set()
+
+
+def test_answers_that_are_not_what_was_sampled_are_counted(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half an emoji, letters one by one, a text without tokens, an abort; all are scored."""
+    *end, stop = encode_response(TEMPLATE, TOKENIZER, "")
+    half = [*TOKENIZER.encode("So \N{GRINNING FACE}")[:-1], *end, stop]
+    letters = [*(token for letter in "the" for token in TOKENIZER.encode(letter)), *end, stop]
+    samples = [
+        *(Sample(tokens, "stop", -1.0) for tokens in (half, letters)),
+        Sample([*TOKENIZER.encode("So."), *end, stop], "stop", None, "So.\n"),
+        Sample(TOKENIZER.encode("Par"), "abort", -1.0),
+    ]
+    engine = EngineWithAnswers()
+    monkeypatch.setattr(engine, "sample", lambda requests: [samples for _ in requests])
+    monkeypatch.setattr(evaluate_steering, "open_server", lambda *arguments: engine)
+    report = run_here(
+        tmp_path / "out",
+        *sampling(prompts, "n=4", "max_prompts=2"),
+        "models.served.server.url=http://127.0.0.1:1",
+    )
+    metrics = report["served"]["metrics"]
+    assert (metrics["answers"], metrics["truncated"]) == (8, 0.25)
+    flaws = [metrics[name] for name in ("not_utf8", "encoded_otherwise", "unknown_tokens")]
+    assert flaws == [2, 2, 2]
 
 
 def reward_section(folder: Path) -> list[str]:

@@ -116,10 +116,11 @@ def test_pipeline_goes_through_all_stages(
         *("steerlm2_pipeline", "--config", "tiny/oasst_pipeline", f"output_dir={output_dir}"),
         f"names.source={shared_dir / 'data' / 'oasst2_trees.jsonl.gz'}",
         *("names.sample_fraction=0.3", "names.max_steps=4", "bootstrap=true"),
-        *(
-            "stages.best_sample.overrides.max_prompts=12",
-            "stages.best_of.overrides.builder.max_distance=4",
-        ),
+        # Models that draw one byte after the other rarely write valid text of more than a few.
+        *(f"stages.best_sample.overrides.{each}" for each in ("max_prompts=12", "n=64")),
+        "stages.best_sample.overrides.max_new_tokens=12",
+        "stages.best_of.overrides.builder.max_distance=4",
+        "stages.sample.overrides.max_new_tokens=4",
         *("stages.sample.overrides.max_prompts=12", "stages.evaluate.overrides.max_prompts=6"),
     )
     groups = read_records(output_dir / "score_iter1" / "groups.jsonl", min_responses=1)

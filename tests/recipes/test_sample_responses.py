@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +25,21 @@ from steerlm2.attributes import parse_label
 from steerlm2.checkpoints.checkpointer import HFCheckpointer
 from steerlm2.data.records import json_line, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
-from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
+from steerlm2.data.templates import (
+    encode_prompt,
+    encode_response,
+    extra_id_template,
+    token_ids_digest,
+)
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.inference.engines import Request, Sample
 
 Json = dict[str, Any]
 
 SLICE = 4
 NUM_PROMPTS = 40
 N = 5
+DIGEST = token_ids_digest(extra_id_template(), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +120,8 @@ def test_records_are_the_prompts_with_new_responses(records: Path, sampled: Path
     by_prompt = {(row["prompt_turns"][0]["value"], row["label"]): row for row in before}
     for row in after:
         old = by_prompt[row["prompt_turns"][0]["value"], row["label"]]
-        assert row | {"responses": []} == old | {"responses": []}
+        sampled_keys = {"responses": [], "token_ids_digest": DIGEST}
+        assert row | {"responses": []} == old | sampled_keys
         texts = [response["value"] for response in row["responses"]]
         assert len(set(texts)) == len(texts) >= 2
         assert {response["finish_reason"] for response in row["responses"]} == {"stop"}
@@ -120,7 +129,7 @@ def test_records_are_the_prompts_with_new_responses(records: Path, sampled: Path
 
 
 def test_engine_log_q_is_the_models(sampled: Path, model: Path) -> None:
-    """log Q'(y|a,x) of the response tokens, the stop token included, by torchtune's forward."""
+    """log Q'(y|a,x) of the sampled tokens, the stop token included, by torchtune's forward."""
     decoder = llama3(
         vocab_size=512,
         num_layers=2,
@@ -139,15 +148,97 @@ def test_engine_log_q_is_the_models(sampled: Path, model: Path) -> None:
             template, tokenizer, record.system, record.prompt_turns, record.label
         )
         for response in record.responses:
-            if "engine_log_q" not in response.extra:
-                continue
-            tokens = encode_response(template, tokenizer, response.value)
+            assert response.token_ids is not None
+            tokens = response.token_ids.tolist()
             with torch.no_grad():
                 logps_TV = decoder(torch.tensor([prompt + tokens]))[0].log_softmax(dim=-1)
             found = logps_TV[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None]).sum()
             assert response.extra["engine_log_q"] == pytest.approx(found.item(), abs=1e-3)
             checked += 1
     assert checked > 10
+
+
+def test_sampled_tokens_are_those_of_the_text_or_marked(sampled: Path) -> None:
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    for record in read_records(sampled, require=()):
+        for response in record.responses:
+            tokens = (response.token_ids or array("i")).tolist()
+            assert tokenizer.decode(tokens[:-1]).removesuffix("\n") == response.value
+            same = tokens == encode_response(template, tokenizer, response.value)
+            assert same != response.encodes_otherwise
+
+
+class OneOfEach:
+    """A server's answers: two sound ones, one that encodes otherwise, half an emoji, an abort, one
+    with a control token; as tokens, or as texts with and without a stop_reason."""
+
+    def __init__(self, known: str) -> None:
+        tokenizer = tiny_tokenizer()
+        end = encode_response(extra_id_template(), tokenizer, "")
+        half = tokenizer.encode("\N{GRINNING FACE}")[:-1]
+        letters = [token for letter in "the" for token in tokenizer.encode(letter)]
+        strange = tokenizer.token_id("<extra_id_2>")
+        assert strange is not None
+        tokens = [
+            *([*tokenizer.encode(text), *end] for text in ("Paris.", "Rome.")),
+            *([*letters, *end], [*half, *end]),
+            *([*tokenizer.encode("It is P")], [*letters, strange, *letters, *end]),
+        ]
+        self.samples = [Sample(each, "stop", -1.0) for each in tokens]
+        self.samples[4] = self.samples[4]._replace(finish_reason="abort")
+        if known != "tokens":
+            self.samples = [
+                Sample(tokens, reason, None, tokenizer.decode(tokens[:-1]), known == "stop_reason")
+                for tokens, reason, *_ in self.samples[:5]
+            ]
+
+    def sample(self, requests: Sequence[Request]) -> list[list[Sample]]:
+        return [self.samples for _ in requests]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("known", "kept", "summary"),
+    [
+        (
+            "tokens",
+            ["Paris.", "Rome.", "the"],
+            "3 responses of 6 sampled (2 truncated, 0 duplicates, 0 empty, 0 too short, "
+            "1 not valid UTF-8); left out: 0 groups with fewer than 2 distinct responses, "
+            "0 prompts too long; 1 responses of other tokens than their text encodes to",
+        ),
+        (
+            "stop_reason",
+            ["Paris.", "Rome.", "the"],
+            "0 prompts too long; 3 responses of unknown tokens (the server gives no token_ids): it "
+            "is unknown whether their texts encode to what was sampled",
+        ),
+        (
+            "neither",
+            ["Paris.", "Rome.", "the"],
+            "to what was sampled; it is unknown whether 3 responses came to the stop token",
+        ),
+    ],
+)
+def test_what_is_not_what_was_sampled(
+    records: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    known: str,
+    kept: list[str],
+    summary: str,
+) -> None:
+    """Nothing is said of tokens that the server didn't give."""
+    monkeypatch.setattr(sample_responses, "open_server", lambda *arguments: OneOfEach(known))
+    options = ("server.url=http://127.0.0.1:1", "max_prompts=1")
+    (row,) = run_here(records, tmp_path / "a.jsonl", None, *options)
+    assert values([row]) == [kept]
+    assert summary in capsys.readouterr().out
+    assert [("token_ids" in r) for r in row["responses"]] == [known == "tokens"] * len(kept)
+    assert row.get("token_ids_digest") == (DIGEST if known == "tokens" else None)
 
 
 def test_summary_counts_what_became_of_every_response(
@@ -158,7 +249,7 @@ def test_summary_counts_what_became_of_every_response(
     rows = read_jsonl(output)
     match = re.search(
         r"(\d+) records, (\d+) responses of (\d+) sampled \((\d+) truncated, (\d+) duplicates, "
-        r"(\d+) empty, 0 too short\); left out: (\d+) groups .* \d+ tokens/s",
+        r"(\d+) empty, 0 too short, 0 not valid UTF-8\); left out: (\d+) groups .* \d+ tokens/s",
         printed,
     )
     assert match is not None, printed
@@ -194,7 +285,9 @@ def test_killed_twice_equals_uninterrupted(
     """The summary too is that of the whole file, but for tokens per second."""
     (sampled, printed), (resumed, printed_again) = sampled_run, resumed_run
     assert resumed.read_bytes() == sampled.read_bytes()
-    counts, again = (re.search(r"\d+ records.* than were", out) for out in (printed, printed_again))
+    counts, again = (
+        re.search(r"\d+ records.* encodes to", out) for out in (printed, printed_again)
+    )
     assert counts is not None
     assert again is not None
     assert again[0] == counts[0]
@@ -227,11 +320,13 @@ def test_two_ranks_sample_the_same(
     assert two == one
 
 
-def test_a_stopped_rank_is_named_and_the_run_goes_on(tune: Any, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_and_the_run_goes_on(
+    tune: Any, model: Path, tmp_path: Path
+) -> None:
     source, output = tmp_path / "records.jsonl", tmp_path / "sampled.jsonl"
     write_records(source, synthetic_records(100, 2, seed=3))
     process = tune.start(
-        *arguments(source, output, None, "hang_timeout_seconds=2"),
+        *arguments(source, output, model, "hang_timeout_seconds=2"),
         *("max_new_tokens=16", "keep_truncated=true"),
         nproc=2,
     )
@@ -383,19 +478,16 @@ def test_nothing_left_is_an_error(records: Path, tmp_path: Path, model: Path) ->
 
 def test_an_untrained_model_never_samples_control_tokens(records: Path, tmp_path: Path) -> None:
     """Its 512 tokens are all about as likely; 9 of them are control tokens and none the stop."""
-    options = ("temperature=1", "top_p=1", "keep_truncated=true", "max_prompts=8")
-    rows = run_here(
-        records,
-        tmp_path / "a.jsonl",
-        None,
-        *options,
-        "n=30",
-        "max_new_tokens=200",
-        "distinct=false",
-    )
-    texts = [text for row in values(rows) for text in row]
-    assert len(texts) > 100
-    assert not any(re.search(r"<extra_id|<pad>|endoftext", text) for text in texts)
+    options = ("temperature=1", "top_p=1", "n=30", "max_new_tokens=200")
+    name, _, config, *overrides = arguments(records, tmp_path / "a.jsonl", None, *options)
+    recipe = sample_responses.SampleRecipe(recipe_config(name, config, *overrides))
+    recipe.setup()
+    prompts = [item.encode(recipe.template, recipe.tokenizer) for item in recipe.items[:4]]
+    samples = recipe.engine.sample([Request(prompt, i) for i, prompt in enumerate(prompts)])
+    sampled = {token for own in samples for sample in own for token in sample.tokens}
+    assert len(sampled) > 480
+    stop = tiny_tokenizer().token_id("<extra_id_1>")
+    assert sampled & set(tiny_tokenizer().control_ids) <= {stop}
 
 
 def test_mistakes_are_named_together(tune: Any, records: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import signal
 import statistics
 import subprocess
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,20 @@ from steerlm2.attributes import beta_log_prob, parse_label
 from steerlm2.checkpoints import decoder as decoder_module
 from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.checkpoints.weights import load_weights
-from steerlm2.data.records import LOG_PROB_KEYS, Record, read_records, write_records
-from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
+from steerlm2.data.records import (
+    LOG_PROB_KEYS,
+    Record,
+    Response,
+    Turn,
+    read_records,
+    write_records,
+)
+from steerlm2.data.templates import (
+    encode_prompt,
+    encode_response,
+    extra_id_template,
+    token_ids_digest,
+)
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.inference import attribute_model as attribute_model_module
 
@@ -71,6 +84,14 @@ def arguments(groups: Path, output: Path, *more: str) -> list[str]:
         *(f"output={output}", f"max_seq_len={MAX_SEQ_LEN}", "records_per_write=1"),
         *("quantities=[log_p_attributes,log_p_response,log_q]", *more),
     ]
+
+
+def run_here(groups: Path, output: Path, *more: str) -> None:
+    """The recipe in this process."""
+    name, _, config, *overrides = arguments(groups, output, *more)
+    recipe = score_responses.ScoreRecipe(recipe_config(name, config, *overrides))
+    recipe.score()
+    recipe.compare_with_engine()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +137,7 @@ def test_says_how_much_was_left_out(scored_run: tuple[Path, str]) -> None:
     """One response too long in each of the 30 even groups; 10 of those had only one other."""
     assert (
         f"{GROUPS_KEPT} groups with {RESPONSES_KEPT} responses "
-        "(dropped as too long: 30 responses, 10 groups)"
+        "(responses left out: 30 too long; groups with fewer than two left: 10)"
     ) in scored_run[1]
 
 
@@ -144,15 +165,22 @@ def plain_log_prob(model: torch.nn.Module, prompt: Sequence[int], response: Sequ
     return logps[places - 1, tokens[0, places]].sum().item()
 
 
-@torch.no_grad()
-def test_log_probs_are_the_models_own(scored: Path) -> None:
-    """log P(y|x) from the prompt without its label, log Q'(y|a,x) from the prompt with it."""
-    template, tokenizer = extra_id_template(), tiny_tokenizer()
+def fresh_model() -> torch.nn.Module:
+    """That of tiny/score_responses."""
     model = llama3(
         vocab_size=512, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=128,
         intermediate_dim=384, max_seq_len=2048, rope_base=10000, norm_eps=1e-5,
     )  # fmt: skip
-    model.load_state_dict(ScratchCheckpointer(model, tokenizer, seed=42, output_dir="").weights)
+    weights = ScratchCheckpointer(model, tiny_tokenizer(), seed=42, output_dir="").weights
+    model.load_state_dict(weights)
+    return model
+
+
+@torch.no_grad()
+def test_log_probs_are_the_models_own(scored: Path) -> None:
+    """log P(y|x) from the prompt without its label, log Q'(y|a,x) from the prompt with it."""
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    model = fresh_model()
     for record in read_records(scored)[:6]:
         for label, name in ((None, "log_p_response"), (record.label, "log_q")):
             prompt = encode_prompt(template, tokenizer, record.system, record.prompt_turns, label)
@@ -160,6 +188,58 @@ def test_log_probs_are_the_models_own(scored: Path) -> None:
                 tokens = encode_response(template, tokenizer, response.value)
                 expected = plain_log_prob(model, prompt, tokens)
                 assert getattr(response, name) == pytest.approx(expected, abs=5e-4)
+
+
+# What was sampled
+
+
+@torch.no_grad()
+def test_sampled_tokens_are_what_is_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a text that encodes to others, letter by letter, both log-probs are those of the sampled
+    tokens, and they equal the engine's; what isn't what was sampled is left out and counted."""
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    *_, stop = encode_response(template, tokenizer, "")
+    letters = [*(token for letter in "the\n" for token in tokenizer.encode(letter)), stop]
+    whole = encode_response(template, tokenizer, "the capital")
+    assert letters != encode_response(template, tokenizer, "the")
+    turns, label = [Turn("User", "why?")], "humor:1"
+    model = fresh_model()
+    prompt = encode_prompt(template, tokenizer, "", turns, label)
+    bare = encode_prompt(template, tokenizer, "", turns, None)
+    known = [
+        Response(
+            text,
+            token_ids=array("i", tokens),
+            encodes_otherwise=tokens == letters,
+            finish_reason="stop",
+            extra={"engine_log_q": plain_log_prob(model, prompt, tokens)},
+        )
+        for text, tokens in (("the", letters), ("the capital", whole))
+    ]
+    others = [
+        Response("the good", finish_reason="abort"),
+        Response("the \ufffd", finish_reason="stop"),
+        Response("the good", finish_reason="stop"),
+    ]
+    digest = token_ids_digest(template, tokenizer)
+    record = Record("", turns, label, known + others, token_ids_digest=digest)
+    source, output = tmp_path / "sampled.jsonl", tmp_path / "scored.jsonl"
+    write_records(source, [record])
+    run_here(source, output, "quantities=[log_p_response,log_q]")
+    (scored,) = read_records(output, require=("log_p_response", "log_q"))
+    assert [r.value for r in scored.responses] == ["the", "the capital", "the good"]
+    for response, tokens in zip(scored.responses, (letters, whole), strict=False):
+        expected = [plain_log_prob(model, text, tokens) for text in (bare, prompt)]
+        assert [response.log_p_response, response.log_q] == pytest.approx(expected, abs=5e-4)
+    printed = capsys.readouterr().out
+    assert (
+        "1 groups with 3 responses, 1 of unknown tokens "
+        "(responses left out: 1 cut off, 1 not valid UTF-8;"
+    ) in printed
+    assert compared(output)["responses"] == 2
+    assert compared(output)["per_token"]["max"] < 1e-3
 
 
 # How far an engine's log-probs lie apart
@@ -174,16 +254,17 @@ def with_engine(scored: Path) -> Path:
     for record in read_records(scored):
         responses = []
         for i, response in enumerate(record.responses):
-            extra = {}
+            extra, finish_reason = {}, None
             if i % 3 != 2:
                 number += 1
                 assert response.log_q is not None
                 gap = 0.001 * number * (-1) ** number
-                extra = {"engine_log_q": response.log_q + gap, "finish_reason": "stop"}
+                extra, finish_reason = {"engine_log_q": response.log_q + gap}, "stop"
             elif number % 3 == 0:  # what JSON writers make of a server's NaN: no number, no gap
-                extra = {"engine_log_q": float("nan"), "finish_reason": "stop"}
+                extra, finish_reason = {"engine_log_q": float("nan")}, "stop"
             unknown = dict.fromkeys(LOG_PROB_KEYS)
-            responses.append(dataclasses.replace(response, extra=extra, **unknown))
+            known = {"extra": extra, "finish_reason": finish_reason}
+            responses.append(dataclasses.replace(response, **known, **unknown))
         records.append(dataclasses.replace(record, responses=responses))
     write_records(path, records)
     return path

@@ -229,14 +229,14 @@ def test_a_failing_stage_says_where_its_log_is(tune: Any, two_stages: Path, tmp_
 
 
 def small_world(output_dir: Path) -> list[str]:
-    """The quickstart with so few steps that its models learn nothing."""
+    """The quickstart with so few steps that its models learn little more than common tokens."""
     few = {
         "data": {"builder.num": 64, "builder.num_val": 16},
         "reward": {"max_steps": 6, "val_every_n_steps": 3, "save_every_n_steps": 2},
-        "sft": {"max_steps": 6, "val_every_n_steps": 3, "save_every_n_steps": 2},
+        "sft": {"max_steps": 30, "val_every_n_steps": 15, "save_every_n_steps": 10},
         "acsft": {"max_steps": 6, "val_every_n_steps": 3, "save_every_n_steps": 2},
         "prompts": {"sample_fraction": 0.02},
-        "sample": {"n": 3, "max_new_tokens": 12, "keep_truncated": True, "min_responses": 1},
+        "sample": {"n": 4, "temperature": 0.7, "max_new_tokens": 12, "keep_truncated": True},
         "steerlm2": {"max_steps": 4, "save_every_n_steps": 2},
         "evaluate": {"n": 1, "max_new_tokens": 12, "exact_kl.max_pairs": 2},
     }

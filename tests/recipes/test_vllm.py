@@ -26,9 +26,9 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from steerlm2.data.records import Record, json_line, read_records, write_records
+from steerlm2.data.records import Record, Response, json_line, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
-from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
+from steerlm2.data.templates import encode_prompt, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.inference.completions import CompletionsEngine
 from steerlm2.inference.engines import Request, SamplingSettings, forbidden_ids, response_end
@@ -303,7 +303,7 @@ def test_sampled_there_scored_here(
     assert [ours for ours, _ in when_sampled] == pytest.approx(
         [theirs for _, theirs in when_sampled], rel=0, abs=1e-3
     )
-    texts = [token_ids(record, r.value) for r, record in pairs]
+    texts = [token_ids(record, r) for r, record in pairs]
     ours = [r.log_q for r, _ in pairs]
     theirs = [prompt_log_prob(language_server, *text) for text in texts]
     assert ours == pytest.approx(theirs, rel=0, abs=1e-3)
@@ -311,11 +311,12 @@ def test_sampled_there_scored_here(
     assert ours == pytest.approx([hf_log_prob(model, *text) for text in texts], rel=0, abs=1e-3)
 
 
-def token_ids(record: Record, response: str) -> tuple[list[int], list[int]]:
-    """Of the prompt, and of the response."""
+def token_ids(record: Record, response: Response) -> tuple[list[int], list[int]]:
+    """Of the prompt, and of the response as it was sampled."""
     template, tokenizer = extra_id_template(), tiny_tokenizer()
     prompt = encode_prompt(template, tokenizer, record.system, record.prompt_turns, record.label)
-    return prompt, encode_response(template, tokenizer, response)
+    assert response.token_ids is not None
+    return prompt, response.token_ids.tolist()
 
 
 @torch.no_grad()

@@ -9,19 +9,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from steerlm2.attributes import AttributeSchema, as_schema, label_of_scores, parse_label
 from steerlm2.data.conversations import Conversation
-from steerlm2.data.records import ASSISTANT, LineProblems, Record, Response, Turn, parse_record
+from steerlm2.data.records import (
+    ASSISTANT,
+    BROKEN,
+    CUT_OFF,
+    LineProblems,
+    Record,
+    Response,
+    Turn,
+    causes_text,
+    count_flaws,
+    flaw_of,
+    parse_record,
+)
 from steerlm2.data.sources.base import Unit
 from steerlm2.data.sources.rows import iter_rows
-
-_COMPLETE = (None, "stop")
-"""The finish_reasons of complete responses: nothing is known, or the stop token ended it. Others
-("length", "other_stop", a server's "abort") are of responses that were cut off."""
 
 _CONVERSATION_KEYS = {"conversations", "system", "mask", "type"}
 
@@ -38,9 +47,9 @@ def best_of_responses(
     """The responses of each SteerLM2 record that are nearest to its label, as conversations.
 
     A response's distance is the mean of |score - wanted value| over the label's attributes, scores
-    clipped to the schema's range. Responses that were cut off are left out. A response's turn is
-    labelled with its own rounded scores, for all attributes of the schema that it has a score for.
-    The number of records that were left out is logged.
+    clipped to the schema's range. Responses that were cut off, or aren't valid UTF-8, are left out.
+    A response's turn is labelled with its own rounded scores, for all attributes of the schema that
+    it has a score for. The numbers of responses and records that were left out are logged.
 
     Args:
         source: SteerLM2 records with `scores` (sample_responses, then annotate_attributes): a file,
@@ -67,6 +76,7 @@ def _units(
     problems = LineProblems(source)
     num_records, num_left_out = 0, 0
     nearest = math.inf
+    flaws: Counter[str] = Counter()
     for row in iter_rows(source, problems):
         num_records += 1
         try:
@@ -75,6 +85,7 @@ def _units(
         except ValueError as error:
             problems.add(row.number, str(error), row.path)
             continue
+        flaws.update(count_flaws(record.responses))
         nearest = min([nearest, *(distance for distance, _ in ranked)])
         chosen = [response for distance, response in ranked[:keep] if distance <= max_distance]
         if chosen:
@@ -84,11 +95,20 @@ def _units(
     problems.raise_if_any()
     if num_records and num_left_out == num_records:
         if nearest == math.inf:
-            raise ValueError(f"{source}: all responses of its {num_records} records were cut off")
+            raise ValueError(
+                f"{source}: all responses of its {num_records} records were cut off or aren't "
+                f"valid UTF-8 ({causes_text(flaws)})"
+            )
         raise ValueError(
             f"{source}: no response of its {num_records} records is within max_distance="
             f"{max_distance:g} of its label; the nearest is {nearest:.2f} away. Raise "
             "max_distance, or sample more responses"
+        )
+    if flaws:
+        _log.warning(
+            "%s: of the responses: %s; those that were cut off or aren't valid UTF-8 are left out",
+            source,
+            causes_text(flaws),
         )
     if num_left_out:
         _log.warning(
@@ -101,7 +121,7 @@ def _units(
 
 
 def _by_distance(record: Record, schema: AttributeSchema) -> list[tuple[float, Response]]:
-    """The complete responses with their distances, sorted by distance (stable).
+    """The complete and valid responses with their distances, sorted by distance (stable).
 
     Raises:
         ValueError: without a label, or without the scores of its attributes.
@@ -114,7 +134,7 @@ def _by_distance(record: Record, schema: AttributeSchema) -> list[tuple[float, R
     )
     if lacking:
         raise ValueError(f"no score for {', '.join(lacking)} (recipe annotate_attributes adds it)")
-    complete = [r for r in record.responses if r.extra.get("finish_reason") in _COMPLETE]
+    complete = [r for r in record.responses if flaw_of(r) not in (BROKEN, CUT_OFF)]
     distances = [
         sum(abs(_clipped(r, name, schema) - value) for name, value in wanted.items()) / len(wanted)
         for r in complete
