@@ -42,8 +42,12 @@ def token_logps(
         weight_VD: [V, D] the output matrix; under tensor parallel this rank's rows of it.
         targets_R: [R] token ids of the whole vocabulary.
         chunk_size: tokens of a chunk; None: as many as fit into CHUNK_BYTES.
-        tp_group: the tensor-parallel group. Its ranks pass the same `hidden_RD` and `targets_R`;
-            the gradient of `hidden_RD` is this rank's summand of the full gradient.
+        tp_group: the tensor-parallel group. Its ranks pass the same `hidden_RD` and `targets_R`,
+            and equally many rows of the output matrix; the gradient of `hidden_RD` is this rank's
+            summand of the full gradient.
+
+    Raises:
+        ValueError: where the ranks of `tp_group` have unequal numbers of rows.
     """
     if chunk_size is None:
         chunk_size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (4 * len(weight_VD)))
@@ -160,7 +164,34 @@ def _first_row(weight_VD: Tensor, tp_group: dist.ProcessGroup | None) -> int:
     """The token id of the first row of this rank's shard: shards are contiguous, in rank order."""
     if tp_group is None:
         return 0
+    _check_equal_shards(weight_VD, tp_group)
     return dist.get_rank(tp_group) * len(weight_VD)
+
+
+_equal_shards: set[tuple[str, int]] = set()
+"""Names of groups, and numbers of rows that their ranks were found to have alike."""
+
+
+def _check_equal_shards(weight_VD: Tensor, tp_group: dist.ProcessGroup) -> None:
+    """Unequal shards would take tokens of one another: a wrong log-prob, and no error.
+
+    The ranks compare their numbers in every call, so that none waits for another, but a GPU's
+    result is waited for only where it can be new.
+    """
+    rows = len(weight_VD)
+    extremes_2 = torch.tensor([rows, -rows], device=weight_VD.device)
+    dist.all_reduce(extremes_2, dist.ReduceOp.MAX, tp_group)
+    key = (tp_group.group_name, rows)
+    if key in _equal_shards:
+        return
+    most, fewest = extremes_2[0].item(), -extremes_2[1].item()
+    if most != fewest:
+        raise ValueError(
+            f"the ranks of the tensor-parallel group have {fewest} to {most} rows of the output "
+            "matrix: token_logps needs equal vocabulary shards, so pad the vocabulary to a "
+            "multiple of the tensor-parallel degree"
+        )
+    _equal_shards.add(key)
 
 
 def _local_rows(targets_C: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
