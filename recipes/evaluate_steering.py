@@ -355,8 +355,11 @@ class EvaluateRecipe:
         cfg = self.cfg
         prompts = read_prompts(source, cfg.max_prompts)
         items = with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=source)
-        problems = LineProblems(source, numbered=", label ")
-        for number, label in enumerate(dict.fromkeys(str(item.label) for item in items), start=1):
+        problems = LineProblems(source, numbered=", prompt ")
+        first: dict[str, int] = {}
+        for number, item in enumerate(items, start=1):
+            first.setdefault(str(item.label), number)
+        for label, number in first.items():
             try:
                 parse_label(label, self.schema)
             except ValueError as error:

@@ -49,6 +49,7 @@ from steerlm2.data.records import (
 from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.spool import Spool, open_spool
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.logs import show_warnings
 
 FILES = {
     "train": {"": "train.jsonl", "regression": "train_reg.jsonl"},
@@ -117,6 +118,7 @@ class PrepareDataConfig(SourceConfig):
 
 @recipe_main(PrepareDataConfig)
 def main(cfg: PrepareDataConfig) -> None:
+    show_warnings()
     output_dir = Path(cfg.output_dir)
     sources = [cfg, *cfg.merge.values()]
     with open_spool(_existing_parent(output_dir)) as spool:
