@@ -133,6 +133,6 @@ def test_no_label_moves_between_training_and_annotating(
     ]
     labelled = [turn for c in conversations_of(output) for turn in c["conversations"]]
     assert [turn["label"] for turn in labelled if turn["from"] == "Assistant"] == expected
-    assert len(set(expected)) > 4
+    assert len(set(expected)) > 2
     texts = [turn["value"] for c in conversations_of(prepared) for turn in c["conversations"]]
     assert [turn["value"] for turn in labelled] == texts

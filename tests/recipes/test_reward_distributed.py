@@ -519,10 +519,13 @@ def test_preferences_are_learned(train: Train, pairs: tuple[str, ...]) -> None:
 # Texts that are too long, and users' mistakes
 
 
-def test_cut_texts_are_counted(train: Train) -> None:
+def test_cut_texts_and_labels_are_counted(train: Train, labelled_file: Path) -> None:
     run = train(*ONE_STEP, "dataset.max_seq_len=60")
-    assert "52 texts with labels of humor 39, verbosity 39 (cut at the beginning" in run.stdout
-    assert "being too long: 37 texts" in run.stdout
+    counts = [f"{name} {labelled_file.read_text().count(f'{name}:')}" for name in SCHEMA.names]
+    assert (
+        f"52 texts with labels of {', '.join(counts)} (cut at the beginning, being too long: "
+        "37 texts)" in run.stdout
+    )
 
 
 def fails(tune: TuneProcess, *arguments: str) -> str:
