@@ -47,7 +47,7 @@ def token_logps(
             summand of the full gradient.
 
     Raises:
-        ValueError: where the ranks of `tp_group` have unequal numbers of rows.
+        RuntimeError: where the ranks of `tp_group` have unequal numbers of rows.
     """
     if chunk_size is None:
         chunk_size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (4 * len(weight_VD)))
@@ -168,30 +168,20 @@ def _first_row(weight_VD: Tensor, tp_group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(tp_group) * len(weight_VD)
 
 
-_equal_shards: set[tuple[str, int]] = set()
-"""Names of groups, and numbers of rows that their ranks were found to have alike."""
-
-
 def _check_equal_shards(weight_VD: Tensor, tp_group: dist.ProcessGroup) -> None:
     """Unequal shards would take tokens of one another: a wrong log-prob, and no error.
 
-    The ranks compare their numbers in every call, so that none waits for another, but a GPU's
-    result is waited for only where it can be new.
+    A GPU checks it without the host waiting for it.
     """
     rows = len(weight_VD)
     extremes_2 = torch.tensor([rows, -rows], device=weight_VD.device)
     dist.all_reduce(extremes_2, dist.ReduceOp.MAX, tp_group)
-    key = (tp_group.group_name, rows)
-    if key in _equal_shards:
-        return
-    most, fewest = extremes_2[0].item(), -extremes_2[1].item()
-    if most != fewest:
-        raise ValueError(
-            f"the ranks of the tensor-parallel group have {fewest} to {most} rows of the output "
-            "matrix: token_logps needs equal vocabulary shards, so pad the vocabulary to a "
-            "multiple of the tensor-parallel degree"
-        )
-    _equal_shards.add(key)
+    torch._assert_async(
+        extremes_2[0] == -extremes_2[1],
+        "token_logps needs equal vocabulary shards, but the ranks of the tensor-parallel group "
+        "have unequal numbers of rows of the output matrix: pad the vocabulary to a multiple of "
+        "the tensor-parallel degree",
+    )
 
 
 def _local_rows(targets_C: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
