@@ -259,7 +259,7 @@ class AnnotateRecipe:
                 kind = kind or kind_of(obj)
                 questions = self._format(kind).questions(obj)
             except ValueError as error:
-                problems.add(line_number, str(error))
+                problems.add(line_number, error)
             else:
                 num_texts += sum(len(question.responses) for question in questions)
                 flaws.update(self._format(kind).flaws(obj))

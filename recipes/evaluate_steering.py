@@ -48,12 +48,12 @@ from steerlm2.data.records import (
     BROKEN,
     OTHER_TOKENS,
     UNKNOWN_TOKENS,
+    LineProblems,
     Record,
     count_flaws,
     json_line,
     read_records,
     record_to_json,
-    shortened,
     write_records,
 )
 from steerlm2.data.templates import Template, groups_for_scoring, token_ids_digest
@@ -366,14 +366,16 @@ class EvaluateRecipe:
         cfg = self.cfg
         prompts = read_prompts(source, cfg.max_prompts)
         items = with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=source)
-        problems: dict[str, None] = {}
-        for item in items:
+        problems = LineProblems(source, numbered=", prompt ")
+        first: dict[str, int] = {}
+        for number, item in enumerate(items, start=1):
+            first.setdefault(str(item.label), number)
+        for label, number in first.items():
             try:
-                parse_label(str(item.label), self.schema)
+                parse_label(label, self.schema)
             except ValueError as error:
-                problems[f"{source}: {error}"] = None
-        if problems:
-            raise ValueError("\n".join(shortened(list(problems))))
+                problems.add(number, error)
+        problems.raise_if_any()
         return items
 
     def _given_answers(self) -> list[Path]:
@@ -484,16 +486,15 @@ class EvaluateRecipe:
         cfg = self.cfg
         records = read_records(file, require=(), min_responses=0)
         stored = cfg.exact_scorer is None and cfg.attribute_model is None
-        problems = []
+        problems = LineProblems(file, numbered=", record ")
         for number, record in enumerate(records, start=1):
             try:
                 parse_label(record.label or "", self.schema)
                 for response in record.responses if stored else []:
                     self._check_scores(response.scores or {})
             except ValueError as error:
-                problems.append(f"{file}, record {number}: {error}")
-        if problems:
-            raise ValueError("\n".join(shortened(problems)))
+                problems.add(number, error)
+        problems.raise_if_any()
         if not any(record.responses for record in records):
             raise ValueError(f"{file} has no answers")
         return records

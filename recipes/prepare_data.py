@@ -9,6 +9,8 @@ other function works too. What it yields decides what is written:
     units of conversations  train.jsonl and val.jsonl (conversation format), train_reg.jsonl and
                             val_reg.jsonl (regression format, a line for each labelled turn)
 
+Contents that spell a marker of the regression format are in the conversation files only.
+
 Records are kept in a temporary file until they are written in their order; only their offsets are
 in memory.
 """
@@ -16,23 +18,38 @@ in memory.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import random
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from steerlm2.attributes import AttributeSchema, as_schema
+from steerlm2.attributes import AttributeSchema, UnknownAttributes, as_schema
 from steerlm2.config.keys import at_least_one, schema_problems
 from steerlm2.config.loader import Component, instantiate
-from steerlm2.data.conversations import conversation_to_json, regression_records
-from steerlm2.data.records import Record, json_line, record_to_json
+from steerlm2.data.conversations import (
+    REGRESSION_MARKERS,
+    conversation_to_json,
+    regression_records,
+    spells_marker,
+)
+from steerlm2.data.records import (
+    USER,
+    LineProblems,
+    Record,
+    json_line,
+    record_to_json,
+    shortened,
+)
 from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.spool import Spool, open_spool
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.logs import show_warnings
 
 FILES = {
     "train": {"": "train.jsonl", "regression": "train_reg.jsonl"},
@@ -55,6 +72,9 @@ class SourceConfig:
     """For builders that have it: pairs with a preference; null: as the builder has it."""
     train_fraction: float | None = 0.95
     """Share of the records for train.jsonl, drawn from `seed`; null: the source's own split."""
+    split_by: Literal["prompt", "record"] = "prompt"
+    """What `train_fraction` keeps on one side: all records whose conversations begin alike, or a
+    record alone, as NeMo-Aligner's scripts do."""
     sample_fraction: float = 1.0
     """Share of each split to keep, drawn."""
     repeat: int = 1
@@ -98,10 +118,13 @@ class PrepareDataConfig(SourceConfig):
 
 @recipe_main(PrepareDataConfig)
 def main(cfg: PrepareDataConfig) -> None:
+    show_warnings()
     output_dir = Path(cfg.output_dir)
     sources = [cfg, *cfg.merge.values()]
     with open_spool(_existing_parent(output_dir)) as spool:
-        splits = [_read(source, spool, as_schema(cfg.schema), cfg.seed) for source in sources]
+        sides: Sides = {}
+        schema = as_schema(cfg.schema)
+        splits = [_read(source, spool, schema, cfg.seed, sides) for source in sources]
         if len({split.kind for split in splits}) > 1:
             raise ValueError("sources of conversations can't be merged with sources of groups")
         train, val = array("Q"), array("Q")
@@ -128,25 +151,44 @@ class SpooledSplit(NamedTuple):
 
 
 class Spooled(NamedTuple):
-    """What is spooled of a record or unit: for each of its records, the number of answers (labelled
-    turns, responses); and its lines for each of the output files."""
+    """What is spooled of a record or unit."""
 
     answers: list[int]
+    """Of each of its records, the number of labelled turns or responses."""
     lines: dict[str, bytes]
+    """Its lines for each of the output files."""
+    unheld: list[int]
+    """The places of those of its conversations that the regression format can't hold. None of the
+    unit is in the regression file then: its readers take two adjacent lines for a pair."""
 
 
-def _read(source: SourceConfig, spool: Spool, schema: AttributeSchema, seed: int) -> SpooledSplit:
+Sides = dict[int, bool]
+"""Prompt -> whether it is for training, of all sources so far."""
+
+
+def _read(
+    source: SourceConfig, spool: Spool, schema: AttributeSchema, seed: int, sides: Sides
+) -> SpooledSplit:
     """Spool a source's records; shuffle, split and sample their offsets."""
     offsets = {split: array("Q") for split in ("train", "validation", None)}
+    prompts = {split: array("Q") for split in offsets}
+    problems = LineProblems(source.source, numbered=", record ")
     kind: type = Record
     num_records = 0
-    for item in instantiate(source.builder, source.source, **source.options()):
+    for number, item in enumerate(
+        instantiate(source.builder, source.source, **source.options()), start=1
+    ):
         kind = Record if isinstance(item, Record) else type(item)
         split = item.split if isinstance(item, Unit | SplitRecord) else None
-        spooled = _render(item, schema)
+        try:
+            spooled = _render(item, schema)
+        except UnknownAttributes as error:
+            problems.add(number, error)
+            continue
         offsets[split].append(spool.add(tuple(spooled)))
+        prompts[split].append(_prompt_digest(item, number))
         num_records += len(spooled.answers)
-    pooled = offsets["train"] + offsets["validation"] + offsets[None]
+    problems.raise_if_any()
     if not num_records:
         raise ValueError(
             f"{source.source} gave no records: is it the kind of file that the builder reads?"
@@ -155,18 +197,80 @@ def _read(source: SourceConfig, spool: Spool, schema: AttributeSchema, seed: int
     rng = random.Random(seed)
     if source.train_fraction is None:
         train, val = offsets["train"] + offsets[None], offsets["validation"]
+        _note_shared_prompts(source, prompts, sides)
     else:
-        rng.shuffle(pooled)
+        pooled = offsets["train"] + offsets["validation"] + offsets[None]
+        pooled_prompts = prompts["train"] + prompts["validation"] + prompts[None]
+        order = list(range(len(pooled)))
+        rng.shuffle(order)
         num_train = max(1, int(len(pooled) * source.train_fraction))
-        train, val = pooled[:num_train], pooled[num_train:]
+        if source.split_by == "prompt":
+            for_training = _by_prompt([pooled_prompts[i] for i in order], num_train, sides)
+        else:
+            for_training = [place < num_train for place in range(len(order))]
+        train = array("Q", (pooled[i] for i, ours in zip(order, for_training, strict=True) if ours))
+        val = array(
+            "Q", (pooled[i] for i, ours in zip(order, for_training, strict=True) if not ours)
+        )
+        if num_train < len(pooled) and not (train and val):
+            print(f"{source.source}: all on one side, because its records have one prompt")
     if source.sample_fraction < 1:
         train, val = (_sample(split, source.sample_fraction, rng) for split in (train, val))
     return SpooledSplit(train, val, kind)
 
 
+def _prompt_digest(item: Any, number: int) -> int:
+    """Of what a conversation begins with, up to the user's first turn: threads of a tree share it.
+
+    Args:
+        number: an empty unit has a digest of its own.
+    """
+    if isinstance(item, Record):
+        turns = item.prompt_turns
+    else:
+        turns = item.conversations[0].turns if item.conversations else []
+    first = next((i for i, turn in enumerate(turns) if turn.role == USER), len(turns))
+    texts = [turn.value.strip() for turn in turns[: first + 1]] or [f"number {number}"]
+    digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=8, person=b"prompt")
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _by_prompt(prompts: list[int], num_train: int, sides: Sides) -> list[bool]:
+    """Whether each record is for training: as many whole prompts as fit, in their order.
+
+    Args:
+        prompts: of each record.
+        num_train: the number of records wanted for training.
+        sides: those of earlier sources stay as they are; gets those of these prompts.
+    """
+    sizes = Counter(prompts)
+    room = num_train - sum(size for prompt, size in sizes.items() if sides.get(prompt))
+    for prompt, size in sizes.items():
+        if prompt in sides:
+            continue
+        sides[prompt] = size <= room or room == num_train
+        room -= size * sides[prompt]
+    return [sides[prompt] for prompt in prompts]
+
+
+def _note_shared_prompts(
+    source: SourceConfig, prompts: Mapping[str | None, array[int]], sides: Sides
+) -> None:
+    """Say how many records a source's own split has on the other side than their prompt's first."""
+    num_shared = 0
+    for split, ours in ((None, True), ("train", True), ("validation", False)):
+        for prompt in prompts[split]:
+            num_shared += sides.setdefault(prompt, ours) != ours
+    if num_shared:
+        print(
+            f"{source.source}: {num_shared} records have a prompt that the other side of the split "
+            "has too (the source's own split; a train_fraction splits by prompt)"
+        )
+
+
 def _render(item: Any, schema: AttributeSchema) -> Spooled:
     if isinstance(item, Record):
-        return Spooled([len(item.responses)], {"": json_line(record_to_json(item))})
+        return Spooled([len(item.responses)], {"": json_line(record_to_json(item))}, [])
     if not isinstance(item, Unit):
         raise ValueError(f"the builder must give records or units, not {type(item).__name__}")
     conversations = [json_line(conversation_to_json(each)) for each in item.conversations]
@@ -174,8 +278,14 @@ def _render(item: Any, schema: AttributeSchema) -> Spooled:
         [json_line(record) for record in regression_records(each, schema)]
         for each in item.conversations
     ]
-    lines = {"": b"".join(conversations), "regression": b"".join(itertools.chain(*labelled))}
-    return Spooled([len(each) for each in labelled], lines)
+    unheld = [
+        place
+        for place, each in enumerate(item.conversations)
+        if labelled[place] and not item.as_published and spells_marker(each)
+    ]
+    regression = b"" if unheld else b"".join(itertools.chain(*labelled))
+    lines = {"": b"".join(conversations), "regression": regression}
+    return Spooled([len(each) for each in labelled], lines, unheld)
 
 
 def _sample(offsets: array[int], fraction: float, rng: random.Random) -> array[int]:
@@ -192,6 +302,10 @@ class _Tally:
     answers: int = 0
     fewest: int | None = None
     most: int = 0
+    num_unheld: int = 0
+    """Labelled turns that the regression file lacks."""
+    unheld: list[int] = field(default_factory=list)
+    """The lines of the conversations because of which it lacks them."""
 
     def add(self, answers: int) -> None:
         self.records += 1
@@ -225,6 +339,8 @@ def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> dic
                     # An earlier run's validation records may be training records now.
                     (output_dir / name).unlink()
                     print(f"{name:<15} removed: left by an earlier run, this one has none")
+            if tally.num_unheld:
+                print(_unheld_text(FILES[split][""], FILES[split]["regression"], tally))
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
@@ -236,7 +352,10 @@ def _write_split(offsets: array[int], paths: dict[str, Path], spool: Spool) -> _
     with contextlib.ExitStack() as stack:
         files = {kind: stack.enter_context(open(path, "wb")) for kind, path in paths.items()}
         for offset in offsets:
-            answers, lines = spool.read(offset)
+            answers, lines, unheld = spool.read(offset)
+            if unheld:
+                tally.num_unheld += sum(answers)
+                tally.unheld += [tally.records + 1 + place for place in unheld]
             for number in answers:
                 tally.add(number)
             for kind, text in lines.items():
@@ -246,8 +365,17 @@ def _write_split(offsets: array[int], paths: dict[str, Path], spool: Spool) -> _
 
 def _table_row(kind: str, tally: _Tally) -> str:
     if kind == "regression":
-        return f"{tally.answers:>8}"
+        return f"{tally.answers - tally.num_unheld:>8}"
     return f"{tally.records:>8} {tally.answers:>8} {f'{tally.fewest} to {tally.most}':>11}"
+
+
+def _unheld_text(name: str, regression_name: str, tally: _Tally) -> str:
+    lines = ", ".join(shortened([str(line) for line in tally.unheld]))
+    return (
+        f"{regression_name}: left out {tally.num_unheld} labelled turns, because contents spell "
+        f"{', '.join(REGRESSION_MARKERS)}, which that format takes for its own ({name} has them, "
+        f"in lines {lines}): train attribute models on {name}"
+    )
 
 
 def _existing_parent(folder: Path) -> Path:

@@ -85,6 +85,12 @@ class RewardConfig(TrainingKeys):
                     f"'reward_attribute' must be one of schema.names ({', '.join(names)}), got "
                     f"{self.reward_attribute!r}"
                 )
+            elif self.loss != "regression" and len(names) > 1 and not self.load_reward_head:
+                found.append(
+                    f"loss={self.loss} trains the score of {self.reward_attribute} alone, the "
+                    "others of a fresh head would be noise: set "
+                    f"schema.names=[{self.reward_attribute}], or load_reward_head=true"
+                )
         return [*found, *at_least_one(self, "max_tokens_per_microbatch")]
 
 
@@ -99,6 +105,8 @@ class RewardRecipe:
         cfg, run, world = self.cfg, self.run, self.run.world
         self.tokenizer, self.template = instantiate(cfg.tokenizer), instantiate(cfg.template)
         self.train_set = self._dataset(cfg.dataset)
+        if cfg.loss == "regression" and not cfg.load_reward_head:
+            self.train_set.refuse_unlabelled(self.schema)
         self.val_set = self._dataset(cfg.val_data) if cfg.val_data else None
         run.plan(len(self.train_set))
 
@@ -120,8 +128,9 @@ class RewardRecipe:
         }
         data = self.train_set.groups, self.val_set.groups if self.val_set else []
         run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *data)
-        val_summary = self.val_set.summary() if self.val_set else ""
-        run.describe(self.train_set.summary(), val_summary, "pairs" if pairwise else "texts")
+        val_summary = self.val_set.summary(self.schema) if self.val_set else ""
+        train_summary = self.train_set.summary(self.schema)
+        run.describe(train_summary, val_summary, "pairs" if pairwise else "texts")
         run.say(f"reward head: {'of the checkpoint' if cfg.load_reward_head else 'fresh'}")
 
     def train(self) -> None:

@@ -48,6 +48,7 @@ from steerlm2.config.keys import ModelOptions, ScoringKeys, at_least_one, output
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.packing import Group
 from steerlm2.data.records import (
+    LineProblems,
     Record,
     Response,
     causes_text,
@@ -420,18 +421,15 @@ def check_labels(records: Sequence[Record], source: str, schema: AttributeSchema
     Raises:
         ValueError: naming the records without one.
     """
-    problems = []
+    problems = LineProblems(source, numbered=", record ")
     for number, record in enumerate(records, start=1):
         try:
             if record.label is None:
-                raise ValueError("no label")
+                raise ValueError("no label, which log_p_attributes needs")
             parse_label(record.label, schema)
         except ValueError as error:
-            problems.append(f"{source}, record {number}: {error}")
-    if problems:
-        raise ValueError(
-            "log_p_attributes needs a label of the schema:\n" + "\n".join(shortened(problems))
-        )
+            problems.add(number, error)
+    problems.raise_if_any()
 
 
 def with_log_p_attributes(

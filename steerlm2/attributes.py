@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +70,15 @@ class AttributeSchema:
 DEFAULT_SCHEMA = AttributeSchema()
 
 
+class UnknownAttributes(ValueError):
+    """Labels name attributes that the schema doesn't have, and nothing else is wrong with them."""
+
+    def __init__(self, message: str, names: Iterable[str], schema: AttributeSchema) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+        self.schema = schema
+
+
 def as_schema(schema: AttributeSchema | Mapping[str, Any] | None) -> AttributeSchema:
     """A schema from what a configuration gives: `{names: [...], min_value: 0, max_value: 4}`.
 
@@ -113,6 +122,7 @@ def parse_label(label: str, schema: AttributeSchema | None = None) -> dict[str, 
         schema: if given, names and values must be its own.
 
     Raises:
+        UnknownAttributes: where the only mistake is names that the schema doesn't have.
         ValueError: naming every piece that isn't "name:whole number" or names an attribute twice.
     """
     values: dict[str, int] = {}
@@ -129,9 +139,11 @@ def parse_label(label: str, schema: AttributeSchema | None = None) -> dict[str, 
             problems += _value_problems(name, value, schema)
         values[name] = value
     if problems:
-        raise ValueError(
-            f"label {label!r}: {'; '.join(problems)} (a label looks like 'quality:4,humor:0')"
-        )
+        message = f"label {label!r}: {'; '.join(problems)} (a label looks like 'quality:4,humor:0')"
+        unknown = [name for name in values if schema is not None and name not in schema.names]
+        if schema is not None and len(unknown) == len(problems):
+            raise UnknownAttributes(message, unknown, schema)
+        raise ValueError(message)
     return values
 
 
@@ -140,7 +152,16 @@ def label_of_scores(scores: Sequence[float], schema: AttributeSchema = DEFAULT_S
 
     Args:
         scores: one for each attribute, in the order of the schema.
+
+    Raises:
+        ValueError: for NaN scores, naming their attributes.
     """
+    nan = [name for name, score in zip(schema.names, scores, strict=True) if math.isnan(score)]
+    if nan:
+        raise ValueError(
+            f"the score of {', '.join(nan)} is NaN, so there is no label: the weights or the "
+            "server that gave it are damaged"
+        )
     return encode_label(
         {
             name: round(min(max(score, schema.min_value), schema.max_value))

@@ -17,6 +17,7 @@ import torch
 from steerlm2.attributes import (
     DEFAULT_SCHEMA,
     AttributeSchema,
+    UnknownAttributes,
     as_schema,
     beta_log_prob,
     draw_label,
@@ -81,6 +82,23 @@ def test_malformed_piece_is_named(piece: str) -> None:
         parse_label(f"humor:1,{piece}")
     assert repr(piece) in str(error.value)
     assert "'humor:1' is not" not in str(error.value)
+
+
+def test_unknown_names_alone_are_an_error_of_their_own() -> None:
+    """With another mistake in the label it is a bad label."""
+    with pytest.raises(UnknownAttributes, match="unknown attribute 'wit'") as error:
+        parse_label("wit:9,quality:1,grace:1", DEFAULT_SCHEMA)
+    assert error.value.names == ("wit", "grace")
+    with pytest.raises(ValueError, match=r"unknown attribute 'wit'.*from 0 to 4") as other:
+        parse_label("wit:9,quality:5", DEFAULT_SCHEMA)
+    assert type(other.value) is ValueError
+
+
+def test_nan_scores_have_no_label() -> None:
+    schema = AttributeSchema(("wit", "rigor", "grace"))
+    with pytest.raises(ValueError, match="the score of rigor, grace is NaN"):
+        label_of_scores([1.0, math.nan, math.nan], schema)
+    assert label_of_scores([1.0, math.inf, -math.inf], schema) == "wit:1,rigor:4,grace:0"
 
 
 def test_parse_label_refuses_duplicates() -> None:

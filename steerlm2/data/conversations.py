@@ -14,8 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerlm2.attributes import DEFAULT_SCHEMA, NOT_LABELLED, AttributeSchema, parse_label
+from steerlm2.attributes import (
+    DEFAULT_SCHEMA,
+    NOT_LABELLED,
+    AttributeSchema,
+    UnknownAttributes,
+    parse_label,
+)
 from steerlm2.data.records import ASSISTANT, USER, LineProblems, Turn, iter_json_lines
+
+REGRESSION_MARKERS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
+"""What begins the system text, a turn and a label in a text of the regression format."""
 
 _SYSTEM_START = "<extra_id_0>System\n"
 _TURN_START = re.compile(rf"\n<extra_id_1>({USER}|{ASSISTANT})\n")
@@ -36,20 +45,28 @@ class Conversation:
 
 
 def parse_conversation(
-    obj: object, *, schema: AttributeSchema | None = None, default_system: str | None = None
+    obj: object,
+    *,
+    schema: AttributeSchema | None = None,
+    default_system: str | None = None,
+    allow_empty: bool = False,
 ) -> Conversation:
     """Check one decoded JSON object of the conversation format. Unknown keys are kept.
 
     Args:
         schema: if given, labels may use only its names and values.
         default_system: where the object has no "system"; with None it must have one.
+        allow_empty: accept turns of the assistant without text, which a model would learn to end
+            at once.
 
     Raises:
+        UnknownAttributes: where the only mistake is attributes that the schema doesn't have.
         ValueError: with all problems of the conversation in one message.
     """
     if not isinstance(obj, dict):
         raise ValueError("a conversation must be a JSON object")
     problems: list[str] = []
+    unknown: list[UnknownAttributes] = []
     system = default_system if obj.get("system") is None else obj["system"]
     if not is_text(system):
         problems.append(
@@ -68,8 +85,15 @@ def parse_conversation(
     turns = []
     for i, item in enumerate(items):
         own: list[str] = []
-        turns.append(_parse_turn(item, schema, own))
+        try:
+            turns.append(_parse_turn(item, schema, allow_empty, own))
+        except UnknownAttributes as error:
+            unknown.append(error)
+            own.append(str(error))
         problems += [f"conversations[{i}]: {problem}" for problem in own]
+    if schema is not None and unknown and len(unknown) == len(problems):
+        names = dict.fromkeys(name for error in unknown for name in error.names)
+        raise UnknownAttributes("; ".join(problems), names, schema)
     if problems:
         raise ValueError("; ".join(problems))
     return Conversation(turns, str(system), _rest(obj, _KNOWN_KEYS))
@@ -121,7 +145,7 @@ def regression_records(
     """One record of the regression format for every labelled turn, the text ending with that turn.
 
     Raises:
-        ValueError: for a label that names an attribute the schema doesn't have.
+        UnknownAttributes: for a label that names an attribute the schema doesn't have.
     """
     text = f"<extra_id_0>System\n{conversation.system}\n"
     for turn in conversation.turns:
@@ -131,12 +155,25 @@ def regression_records(
         values = parse_label(turn.label)
         unknown = values.keys() - set(schema.names)
         if unknown:
-            raise ValueError(
+            raise UnknownAttributes(
                 f"the label {turn.label!r} names {', '.join(sorted(unknown))}, which the attribute "
-                f"schema doesn't have: add it to 'schema.names' ({', '.join(schema.names)})"
+                f"schema doesn't have: add it to 'schema.names' ({', '.join(schema.names)})",
+                sorted(unknown),
+                schema,
             )
         label = [float(values.get(name, NOT_LABELLED)) for name in schema.names]
         yield {"text": f"{text}<extra_id_2>", "label": label}
+
+
+def spells_marker(conversation: Conversation) -> bool:
+    """Whether a content spells a marker of the regression format, which takes it for its own."""
+    texts = [conversation.system, *(turn.value for turn in conversation.turns)]
+    return any(marker in text for text in texts for marker in REGRESSION_MARKERS)
+
+
+def has_empty_answer(conversation: Conversation) -> bool:
+    """Whether a turn of the assistant has no text but whitespace."""
+    return any(t.role == ASSISTANT and not t.value.strip() for t in conversation.turns)
 
 
 def turns_in(text: str) -> list[Turn]:
@@ -153,7 +190,8 @@ def parse_regression_text(text: str) -> tuple[str, list[Turn]]:
     """(system, turns) of a text of the regression format; the last turn is the one to be scored.
 
     The format can't distinguish a turn from a line "<extra_id_1>User" inside a turn: every such
-    line begins a turn (HelpSteer2 writes the turns of a long prompt in this way).
+    line begins a turn (HelpSteer2 writes the turns of a long prompt in this way). Conversations
+    that `spells_marker` finds need the conversation format.
 
     Raises:
         ValueError: where the text isn't of that format.
@@ -172,7 +210,9 @@ def parse_regression_text(text: str) -> tuple[str, list[Turn]]:
     raise ValueError("the text isn't of the regression format: it " + " and ".join(problems))
 
 
-def _parse_turn(item: object, schema: AttributeSchema | None, problems: list[str]) -> Turn:
+def _parse_turn(
+    item: object, schema: AttributeSchema | None, allow_empty: bool, problems: list[str]
+) -> Turn:
     if not isinstance(item, dict):
         problems.append("must be a JSON object")
         return Turn(USER, "")
@@ -181,6 +221,8 @@ def _parse_turn(item: object, schema: AttributeSchema | None, problems: list[str
         problems.append(f"'from' must be {USER!r} or {ASSISTANT!r}, got {role!r}")
     if not is_text(value):
         problems.append("'value' must be text")
+    elif role == ASSISTANT and not allow_empty and not str(value).strip():
+        problems.append("the response text is empty")
     if label is not None and not isinstance(label, str):
         problems.append(f"'label' must be text or null, got {label!r}")
     elif label and role == USER:
@@ -188,6 +230,8 @@ def _parse_turn(item: object, schema: AttributeSchema | None, problems: list[str
     elif label:
         try:
             parse_label(label, schema)
+        except UnknownAttributes:
+            raise
         except ValueError as error:
             problems.append(str(error))
     # Published files say "" where no attribute is labelled; a template would print an empty label.

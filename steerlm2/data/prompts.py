@@ -69,7 +69,7 @@ def parse_prompt(obj: object) -> Prompt:
         ValueError: with all problems of the line.
     """
     if isinstance(obj, dict) and "conversations" in obj:
-        conversation = parse_conversation(obj)
+        conversation = parse_conversation(obj, allow_empty=True)
         *turns, last = conversation.turns
         label = last.label if last.role == ASSISTANT else None
         if last.role != ASSISTANT:
@@ -98,7 +98,8 @@ def labels_in(path: str | Path) -> list[str]:
     for line_number, obj in iter_json_lines(path, problems):
         try:
             if isinstance(obj, dict) and "conversations" in obj:
-                labels += [turn.label for turn in parse_conversation(obj).turns]
+                conversation = parse_conversation(obj, allow_empty=True)
+                labels += [turn.label for turn in conversation.turns]
             else:
                 labels.append(parse_prompt(obj).label)
         except ValueError as error:

@@ -7,7 +7,6 @@ everything has Python names. Unknown keys are kept and written back.
 from __future__ import annotations
 
 import codecs
-import collections
 import contextlib
 import gzip
 import json
@@ -15,12 +14,13 @@ import math
 import os
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from steerlm2.attributes import AttributeSchema, parse_label
+from steerlm2.attributes import AttributeSchema, UnknownAttributes, parse_label
 
 LOG_PROB_KEYS = {
     "log_p_attributes": "log(P(a|x,y))",
@@ -132,9 +132,9 @@ def flaw_of(response: Response) -> str | None:
     return None
 
 
-def count_flaws(responses: Iterable[Response]) -> collections.Counter[str]:
+def count_flaws(responses: Iterable[Response]) -> Counter[str]:
     """[flaw] -> responses that have it (`flaw_of`)."""
-    return collections.Counter(flaw for each in responses if (flaw := flaw_of(each)) is not None)
+    return Counter(flaw for each in responses if (flaw := flaw_of(each)) is not None)
 
 
 def causes_text(counts: Mapping[str, int]) -> str:
@@ -276,34 +276,81 @@ def shortened(problems: Sequence[str]) -> list[str]:
 class LineProblems:
     """Collects the bad lines of a file, so that one message can name them together."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, numbered: str = ":") -> None:
+        """
+        Args:
+            path: of the file.
+            numbered: what stands between the file's name and a number.
+        """
         self.path = path
+        self.numbered = numbered
         self.count = 0
         self._first: list[str] = []
+        self._unknown = _UnknownTable()
 
-    def add(self, line_number: int, problem: str, path: str | Path | None = None) -> None:
+    def add(
+        self, line_number: int, problem: str | ValueError, path: str | Path | None = None
+    ) -> None:
         """Note a bad line.
 
         Args:
             line_number: from 1.
+            problem: UnknownAttributes of several lines become one table.
             path: the line's file, if it isn't `self.path`.
         """
+        where = f"{path or self.path}{self.numbered}{line_number}"
         self.count += 1
-        if len(self._first) < _MAX_REPORTED:
-            self._first.append(f"{path or self.path}:{line_number}: {problem}")
+        if isinstance(problem, UnknownAttributes):
+            self._unknown.add(where, problem)
+        elif len(self._first) < _MAX_REPORTED:
+            self._first.append(f"{where}: {problem}")
 
     def raise_if_any(self) -> None:
         """Report the bad lines, if there are any.
 
         Raises:
-            ValueError: "FILE:LINE: problem" for the first 10 bad lines, and how many more there
-                are.
+            ValueError: "FILE:LINE: problem" for the first 10 bad lines, how many more there are,
+                and a table of the attributes that the schema lacks.
         """
         if not self.count:
             return
-        more = self.count - len(self._first)
+        more = self.count - len(self._first) - self._unknown.count
         tail = [f"... and {more} more bad line{'s' * (more > 1)}"] if more else []
-        raise ValueError("\n".join(self._first + tail))
+        raise ValueError("\n".join([*self._first, *tail, *self._unknown.lines()]))
+
+
+class _UnknownTable:
+    """The attributes that labels name and the schema lacks: one mistake, however many lines."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first = ""
+        self._schema: AttributeSchema | None = None
+        self._times: Counter[str] = Counter()
+        self._first_place: dict[str, str] = {}
+
+    def add(self, where: str, error: UnknownAttributes) -> None:
+        self.count += 1
+        self._first = self._first or f"{where}: {error}"
+        self._schema = error.schema
+        for name in error.names:
+            self._times[name] += 1
+            self._first_place.setdefault(name, where)
+
+    def lines(self) -> list[str]:
+        if self._schema is None or self.count == 1:
+            return [self._first] if self._first else []
+        width = max(map(len, ["attribute", *self._times]))
+        return [
+            f"{self.count} labels have attributes that the schema lacks; set schema.names, which "
+            f"is {', '.join(self._schema.names)} now, to those that the labels name, or correct "
+            "the labels:",
+            f"  {'attribute':<{width}} {'labels':>8}  first",
+            *(
+                f"  {name:<{width}} {times:>8}  {self._first_place[name]}"
+                for name, times in self._times.most_common()
+            ),
+        ]
 
 
 def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[int, Any]]:

@@ -21,7 +21,8 @@ class DialogueDataset(Sequence[Dialogue]):
     """Tokenised conversations, and the numbers of those that were shortened or dropped.
 
     A response is never cut off, because it would lose its stop token. A conversation longer than
-    `max_seq_len` loses its last turns, or is dropped if not even its first response fits.
+    `max_seq_len` loses its last turns, or is dropped if not even its first response fits. One
+    without a turn of the assistant is left out.
     """
 
     conversations: list[Conversation] = field(default_factory=list)
@@ -29,6 +30,7 @@ class DialogueDataset(Sequence[Dialogue]):
     dialogues: list[Dialogue] = field(default_factory=list)
     num_shortened: int = 0
     num_dropped: int = 0
+    num_unanswered: int = 0
 
     def __len__(self) -> int:
         return len(self.dialogues)
@@ -46,10 +48,16 @@ class DialogueDataset(Sequence[Dialogue]):
 
     def summary(self) -> str:
         targets = sum(len(dialogue.target_positions) for dialogue in self.dialogues)
+        unanswered = (
+            f"; {self.num_unanswered} left out: no turn of the assistant"
+            if self.num_unanswered
+            else ""
+        )
         return (
             f"{len(self)} conversations of {len(self._answers())} answers, {self.num_labelled()} "
             f"under a label, with {targets} tokens to predict ({self.num_shortened} lost their "
-            f"last turns, being too long; {self.num_dropped} were dropped: no answer fits)"
+            f"last turns, being too long; {self.num_dropped} were dropped: no answer fits"
+            f"{unanswered})"
         )
 
     def _answers(self) -> list[Turn]:
@@ -78,7 +86,8 @@ def dialogue_dataset(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming every bad line (the first 10); where no conversation is left; where
+        ValueError: naming every bad line (the first 10), among them those with an answer without
+            text; where no conversation is left; where
             `use_labels` finds no label.
     """
     return tokenize_conversations(
@@ -139,6 +148,9 @@ def tokenize_conversations(
     template = template or extra_id_template()
     for conversation in conversations:
         turns = conversation.turns
+        if not any(turn.role == ASSISTANT for turn in turns):
+            dataset.num_unanswered += 1
+            continue
         if not use_labels:
             turns = [dataclasses.replace(turn, label=None) for turn in turns]
         dialogue, num_turns = encode_dialogue(
@@ -157,12 +169,15 @@ def tokenize_conversations(
         dataset.conversations.append(Conversation(turns[:num_turns], conversation.system))
         dataset.dialogues.append(dataclasses.replace(dialogue, index=index))
     if not dataset.dialogues:
-        raise ValueError(
-            f"{source}: none of its {dataset.num_dropped} conversations has an assistant's turn "
-            f"that fits into max_seq_len={max_seq_len} tokens; raise max_seq_len"
-            if dataset.num_dropped
-            else f"{source} holds no conversations"
-        )
+        problems = [f"{source} holds no conversations to train on"]
+        if dataset.num_dropped:
+            problems.append(
+                f"in {dataset.num_dropped} no turn of the assistant fits into max_seq_len="
+                f"{max_seq_len} tokens (raise max_seq_len)"
+            )
+        if dataset.num_unanswered:
+            problems.append(f"{dataset.num_unanswered} have no turn of the assistant")
+        raise ValueError("; ".join(problems))
     if use_labels and not dataset.num_labelled():
         raise ValueError(
             f"{source}: no assistant's turn has a label for use_labels=true to put into the "

@@ -8,8 +8,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from steerlm2.attributes import DEFAULT_SCHEMA, NOT_LABELLED, AttributeSchema, parse_label
-from steerlm2.data.conversations import parse_conversation, parse_regression_text
+from steerlm2.attributes import (
+    DEFAULT_SCHEMA,
+    NOT_LABELLED,
+    AttributeSchema,
+    UnknownAttributes,
+    parse_label,
+)
+from steerlm2.data.conversations import (
+    Conversation,
+    has_empty_answer,
+    parse_conversation,
+    parse_regression_text,
+)
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import (
     LineProblems,
@@ -50,11 +61,41 @@ class RewardDataset(Sequence[RewardGroup]):
         """Tokens of the longest text."""
         return max(len(g.prompt) + max(map(len, g.responses)) for g in self.groups)
 
-    def summary(self) -> str:
+    def num_labels(self, schema: AttributeSchema) -> dict[str, int]:
+        """Attribute -> the number of texts that have a label of it."""
+        labels = [labels for group in self.groups for labels in group.labels or ()]
+        return {
+            name: sum(own[i] != NOT_LABELLED for own in labels)
+            for i, name in enumerate(schema.names)
+        }
+
+    def summary(self, schema: AttributeSchema) -> str:
+        """What there is of what, for the log of a run."""
         texts = sum(len(group.responses) for group in self.groups)
-        what = f"{texts // 2} pairs" if self.groups[0].strength is not None else f"{texts} texts"
+        if self.groups[0].strength is not None:
+            what = f"{texts // 2} pairs"
+        else:
+            counts = (f"{name} {number}" for name, number in self.num_labels(schema).items())
+            what = f"{texts} texts with labels of {', '.join(counts)}"
         left_out = f"; labels left out: {', '.join(sorted(self.ignored))}" if self.ignored else ""
         return f"{what} (cut at the beginning, being too long: {self.num_cut} texts{left_out})"
+
+    def refuse_unlabelled(self, schema: AttributeSchema) -> None:
+        """Check that a head that is trained on these texts from the start learns all of `schema`.
+
+        Raises:
+            ValueError: naming the attributes that no text has a label of, whose scores would be
+                noise.
+        """
+        counts = self.num_labels(schema)
+        lacking = [name for name, number in counts.items() if not number]
+        if lacking:
+            trained = ",".join(name for name, number in counts.items() if number)
+            raise ValueError(
+                f"dataset: no text has a label of {', '.join(lacking)}, so an attribute model's "
+                "scores of it would be noise: add texts that have, or leave it out with "
+                f"schema.names=[{trained}]"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,9 +120,10 @@ def attribute_dataset(
 ) -> RewardDataset:
     """Labelled texts of a JSONL file, in the conversation or the regression format.
 
-    Every labelled turn of a conversation gives a text. With `pairs` two lines form a pair: the same
-    conversation with two responses, both labelled only with the strength of the preference, below 0
-    where the first is preferred.
+    Every labelled turn of a conversation gives a text. Only the conversation format holds contents
+    that spell the markers of the regression format, which reads them as turns. With `pairs` two
+    lines form a pair: the same conversation with two responses, both labelled only with the
+    strength of the preference, below 0 where the first is preferred.
 
     Args:
         source: a .jsonl or .jsonl.gz file.
@@ -191,7 +233,7 @@ def _labelled_texts(
                     before = conversation.turns[:i]
                     yield LabelledText(conversation.system, before, turn.value, values, line)
         except ValueError as error:
-            problems.add(line, str(error))
+            problems.add(line, error)
 
 
 def _regression_text(obj: dict[str, Any], schema: AttributeSchema, line: int) -> LabelledText:
@@ -199,6 +241,8 @@ def _regression_text(obj: dict[str, Any], schema: AttributeSchema, line: int) ->
     if not isinstance(text, str):
         raise ValueError("'text' must be text")
     system, turns = parse_regression_text(text)
+    if has_empty_answer(Conversation(turns, system)):
+        raise ValueError("the response text is empty")
     names = schema.names
     if (isinstance(label, list) and len(label) != len(names)) or set(names) == set(
         DEFAULT_SCHEMA.names
@@ -227,11 +271,12 @@ def _texts(
         known = [value for value in labels if value != NOT_LABELLED]
         outside = [v for v in known if not schema.min_value <= v <= schema.max_value]
         if not known:
-            problems.add(
-                text.line,
+            message = (
                 f"nothing of {', '.join(schema.names)} is labelled in the text that ends with "
-                f"{text.response[-40:]!r}",
+                f"{text.response[-40:]!r}"
             )
+            unknown = UnknownAttributes(message, text.values, schema)
+            problems.add(text.line, unknown if text.values else message)
         elif outside:
             allowed = f"{schema.min_value} to {schema.max_value}"
             problems.add(text.line, f"labels must be from {allowed}, got {outside[0]:g}")

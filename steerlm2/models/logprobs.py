@@ -42,8 +42,12 @@ def token_logps(
         weight_VD: [V, D] the output matrix; under tensor parallel this rank's rows of it.
         targets_R: [R] token ids of the whole vocabulary.
         chunk_size: tokens of a chunk; None: as many as fit into CHUNK_BYTES.
-        tp_group: the tensor-parallel group. Its ranks pass the same `hidden_RD` and `targets_R`;
-            the gradient of `hidden_RD` is this rank's summand of the full gradient.
+        tp_group: the tensor-parallel group. Its ranks pass the same `hidden_RD` and `targets_R`,
+            and equally many rows of the output matrix; the gradient of `hidden_RD` is this rank's
+            summand of the full gradient.
+
+    Raises:
+        RuntimeError: where the ranks of `tp_group` have unequal numbers of rows.
     """
     if chunk_size is None:
         chunk_size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (4 * len(weight_VD)))
@@ -160,7 +164,25 @@ def _first_row(weight_VD: Tensor, tp_group: dist.ProcessGroup | None) -> int:
     """The token id of the first row of this rank's shard: shards are contiguous, in rank order."""
     if tp_group is None:
         return 0
+    _check_equal_shards(weight_VD, tp_group)
     return dist.get_rank(tp_group) * len(weight_VD)
+
+
+def _check_equal_shards(weight_VD: Tensor, tp_group: dist.ProcessGroup) -> None:
+    """Unequal shards would take tokens of one another: a wrong log-prob, and no error.
+
+    A GPU checks it without the host waiting for it.
+    """
+    rows = len(weight_VD)
+    extremes_2 = torch.full((2,), rows, device=weight_VD.device)
+    extremes_2[1].neg_()
+    dist.all_reduce(extremes_2, dist.ReduceOp.MAX, tp_group)
+    torch._assert_async(
+        extremes_2[0] == -extremes_2[1],
+        "token_logps needs equal vocabulary shards, but the ranks of the tensor-parallel group "
+        "have unequal numbers of rows of the output matrix: pad the vocabulary to a multiple of "
+        "the tensor-parallel degree",
+    )
 
 
 def _local_rows(targets_C: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:

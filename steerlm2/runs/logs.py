@@ -31,10 +31,7 @@ def open_rank_log(output_dir: Path, world: World) -> Path:
     file = _QuietFile(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # With a root handler Python no longer prints warnings of loggers without a handler.
-    stderr = logging.StreamHandler()
-    stderr.setLevel(logging.WARNING)
-    stderr.addFilter(lambda record: not logging.getLogger(record.name).handlers)
-    logging.basicConfig(handlers=[file, stderr], force=True)
+    logging.basicConfig(handlers=[file, _warnings_on_stderr()], force=True)
     LOG.setLevel(logging.INFO)
     _log_warnings()
     coordinate = world.mesh.get_coordinate() if world.mesh is not None else None
@@ -44,6 +41,18 @@ def open_rank_log(output_dir: Path, world: World) -> Path:
         f"{shlex.join(sys.argv)}"
     )
     return path
+
+
+def show_warnings() -> None:
+    """Print the library's warnings to stderr, in a recipe without a log file."""
+    logging.basicConfig(handlers=[_warnings_on_stderr()], format="%(message)s")
+
+
+def _warnings_on_stderr() -> logging.Handler:
+    stderr = logging.StreamHandler()
+    stderr.setLevel(logging.WARNING)
+    stderr.addFilter(lambda record: not logging.getLogger(record.name).handlers)
+    return stderr
 
 
 def warn(text: str) -> None:

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema
+from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema, UnknownAttributes
 from steerlm2.data.conversations import (
     Conversation,
     conversation_to_json,
@@ -18,6 +18,7 @@ from steerlm2.data.conversations import (
     parse_conversation,
     parse_regression_text,
     regression_records,
+    spells_marker,
 )
 from steerlm2.data.records import Turn
 
@@ -91,6 +92,43 @@ def turn(**changes: Any) -> dict[str, Any]:
 def test_every_mistake_is_named(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_conversation(given, schema=DEFAULT_SCHEMA)
+
+
+@pytest.mark.parametrize("value", ["", " \n\t"])
+def test_an_answer_without_text_is_refused_unless_it_is_a_place_to_fill(value: str) -> None:
+    """The user may say nothing."""
+    given = turn(value=value)
+    with pytest.raises(ValueError, match=r"^conversations\[0\]: the response text is empty$"):
+        parse_conversation(given)
+    assert parse_conversation(given, allow_empty=True).turns == [Turn("Assistant", value)]
+    nothing = LABELLED | {"conversations": [{"from": "User", "value": value}]}
+    assert parse_conversation(nothing).turns == [Turn("User", value)]
+
+
+def test_unknown_attributes_of_all_turns_are_one_error_of_their_own() -> None:
+    turns = [{"from": "Assistant", "value": "A", "label": f"{name}:9"} for name in ("wit", "zest")]
+    with pytest.raises(UnknownAttributes, match=r"conversations\[1\]: label 'zest:9'") as error:
+        parse_conversation(LABELLED | {"conversations": turns}, schema=DEFAULT_SCHEMA)
+    assert error.value.names == ("wit", "zest")
+    turns[0]["value"] = ""
+    with pytest.raises(ValueError, match="text is empty") as other:
+        parse_conversation(LABELLED | {"conversations": turns}, schema=DEFAULT_SCHEMA)
+    assert type(other.value) is ValueError
+
+
+@pytest.mark.parametrize("marker", ["<extra_id_0>", "<extra_id_1>", "<extra_id_2>"])
+@pytest.mark.parametrize("place", ["system", "prompt", "answer"])
+def test_a_marker_of_the_regression_format_is_found_in_every_content(
+    marker: str, place: str
+) -> None:
+    texts = dict.fromkeys(("system", "prompt", "answer"), "extra_id_1 > <extra_id_3>")
+
+    def spelled(texts: dict[str, str]) -> bool:
+        turns = [Turn("User", texts["prompt"]), Turn("Assistant", texts["answer"])]
+        return spells_marker(Conversation(turns, texts["system"]))
+
+    assert not spelled(texts)
+    assert spelled(texts | {place: f"a{marker}b"})
 
 
 def test_all_problems_come_at_once() -> None:

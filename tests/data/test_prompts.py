@@ -41,6 +41,13 @@ def test_a_conversation_that_ends_with_the_user() -> None:
     assert (len(prompt.turns), prompt.label) == (3, None)
 
 
+def test_an_empty_answer_is_a_place_to_fill(tmp_path: Path) -> None:
+    lines = [conversation(ASK, ANSWER | {"value": ""})]
+    (tmp_path / "p.jsonl").write_bytes(b"".join(map(json_line, lines)))
+    assert parse_prompt(lines[0]).label == "humor:1"
+    assert labels_in(tmp_path / "p.jsonl") == ["humor:1"]
+
+
 def test_keys_of_a_record_in_a_conversation_are_not_taken_for_ours() -> None:
     prompt = parse_prompt(conversation(ASK, ANSWER, label="quality:1", responses=["x"]))
     assert (prompt.label, prompt.extra) == ("humor:1", {})

@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema
+from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema, UnknownAttributes
 from steerlm2.data.records import (
     BROKEN,
     CUT_OFF,
     OTHER_TOKENS,
     UNKNOWN_TOKENS,
+    LineProblems,
     Record,
     Response,
     Turn,
@@ -342,6 +343,28 @@ def test_bad_lines_are_named_with_file_and_line_the_first_ten(tmp_path: Path) ->
     assert lines[0].startswith(f"{path}:3: not valid JSON (")
     assert lines[9].startswith(f"{path}:12: label 'quality'")
     assert lines[10] == "... and 38 more bad lines"
+
+
+def test_unknown_attributes_of_many_lines_are_one_table_and_of_one_a_line() -> None:
+    def unknown(*names: str) -> UnknownAttributes:
+        return UnknownAttributes(f"no {names}", names, AttributeSchema(("humor",)))
+
+    problems = LineProblems("f.jsonl")
+    problems.add(3, unknown("wit"))
+    with pytest.raises(ValueError, match=r"^f\.jsonl:3: no \('wit',\)$"):
+        problems.raise_if_any()
+    problems.add(4, "a bad line")
+    problems.add(5, unknown("rigor", "wit"))
+    with pytest.raises(ValueError, match="bad line") as error:
+        problems.raise_if_any()
+    assert str(error.value).splitlines() == [
+        "f.jsonl:4: a bad line",
+        "2 labels have attributes that the schema lacks; set schema.names, which is humor now, to "
+        "those that the labels name, or correct the labels:",
+        "  attribute   labels  first",
+        "  wit              2  f.jsonl:3",
+        "  rigor            1  f.jsonl:5",
+    ]
 
 
 def test_iter_records_yields_the_good_ones_before_it_raises(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def oasst_file(shared_dir: Path) -> Path:
 
 def test_real_trees_give_141_groups(oasst_file: Path, tmp_path: Path) -> None:
     """The data's README: 141 prompter messages with 2 to 4 labelled assistant replies."""
-    records = list(oasst_groups(oasst_file))
+    records = list(oasst_groups(oasst_file, keep_rejected=True))
     assert len(records) == 141
     assert Counter(len(r.responses) for r in records) == {2: 50, 3: 79, 4: 12}
     labels = [parse_label(record.label or "", DEFAULT_SCHEMA) for record in records]
@@ -223,6 +223,15 @@ def test_real_trees_give_141_groups(oasst_file: Path, tmp_path: Path) -> None:
         )
         == records
     )
+
+
+def test_real_trees_without_what_was_deleted_or_rejected(
+    oasst_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """12 messages are marked as deleted and 22 as rejected, some as both or below one another."""
+    records = list(oasst_groups(oasst_file))
+    assert Counter(len(r.responses) for r in records) == {2: 54, 3: 80, 4: 7}
+    assert "10 deleted, 18 rejected by the reviewers, 2 replies to those" in caplog.text
 
 
 def test_real_trees_label_equals_one_replys_rounded_scores(oasst_file: Path) -> None:

@@ -102,6 +102,79 @@ def test_attributes_and_system_prompt_can_be_chosen(tmp_path: Path) -> None:
     assert (last.turns[-1].label, last.system) == ("helpfulness:4,quality:2", "Be brief.")
 
 
+DELETED, REJECTED = {"deleted": True}, {"review_result": False}
+UNMARKED: list[Json] = [
+    {},
+    {"deleted": False, "review_result": True},
+    {"deleted": None, "review_result": None},
+]
+
+
+def marked(message: Json, **marks: Any) -> Json:
+    return message | marks
+
+
+def test_deleted_and_rejected_messages_are_left_out_with_what_answers_them_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the thread that continues below the deleted answer nothing is left, the one that ends with
+    a rejected question ends with the answer before it, and a message with both marks counts once.
+    """
+    answers = [
+        marked(assistant("gone", prompter("why?", assistant("so", quality=1.0))), **DELETED),
+        marked(assistant("no"), **DELETED | REJECTED),
+        assistant("A", marked(prompter("spam"), **REJECTED), quality=1.0),
+        *(marked(assistant(f"kept {i}"), **marks) for i, marks in enumerate(UNMARKED)),
+    ]
+    trees = [
+        {"prompt": prompter("Q", *answers)},
+        {"prompt": marked(prompter("R", assistant("B")), **REJECTED)},
+    ]
+    path = write(tmp_path / "t.jsonl", *trees)
+    first, second = oasst_conversations(path)
+    assert [[text for text, _ in thread] for thread in turns([first])[0]] == [
+        ["Q", "A"],
+        *(["Q", f"kept {i}"] for i in range(len(UNMARKED))),
+    ]
+    assert second.conversations == []
+    counted = "2 deleted, 2 rejected by the reviewers, 3 replies to those"
+    assert f"{path}: left out messages: {counted}" in caplog.text
+
+
+def test_deleted_and_rejected_messages_can_be_kept(tmp_path: Path) -> None:
+    tree = {"prompt": prompter("Q", marked(assistant("A"), **DELETED), assistant("B"))}
+    path = write(tmp_path / "t.jsonl", tree)
+    (unit,) = oasst_conversations(path, keep_rejected=True)
+    assert [c.turns[1].value for c in unit.conversations] == ["A", "B"]
+
+
+def test_groups_have_no_deleted_or_rejected_reply(tmp_path: Path) -> None:
+    good = [assistant(text, quality=1.0) for text in ("A", "B")]
+    bad = [
+        marked(assistant("C", quality=1.0), **DELETED),
+        marked(assistant("D", quality=0.0), **REJECTED),
+    ]
+    path = write(tmp_path / "t.jsonl", {"prompt": prompter("Q", *bad, *good)})
+    (record,) = oasst_groups(path)
+    assert [response.value for response in record.responses] == ["A", "B"]
+
+
+def test_answers_without_text_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = {"prompt": prompter("Q", assistant(" \n", prompter("R")), assistant("A"))}
+    path = write(tmp_path / "t.jsonl", tree)
+    (unit,) = oasst_conversations(path, keep_rejected=True)
+    assert [c.turns[1].value for c in unit.conversations] == ["A"]
+    assert "left out messages: 1 replies to those, 1 without text" in caplog.text
+
+
+def test_a_mark_that_is_neither_true_nor_false_is_named(tmp_path: Path) -> None:
+    tree = {"prompt": prompter("Q", marked(assistant("A"), deleted="false"))}
+    with pytest.raises(ValueError, match=r"prompt\.replies\[0\]: 'deleted' must be true, false or"):
+        list(oasst_conversations(write(tmp_path / "t.jsonl", tree)))
+
+
 def message_table(tree: Json, labels_as_lists: bool) -> list[Json]:
     """The rows of a tree, as the message export has them or as the hub's table has."""
     rows = []
@@ -116,6 +189,7 @@ def message_table(tree: Json, labels_as_lists: bool) -> list[Json]:
             }
         rows.append(
             {key: message[key] for key in ("role", "text", "message_id")}
+            | {key: message.get(key) for key in ("deleted", "review_result")}
             | {"parent_id": parent, "labels": labels}
             | {"message_tree_id": tree["prompt"]["message_id"]}
         )
@@ -126,7 +200,14 @@ def message_table(tree: Json, labels_as_lists: bool) -> list[Json]:
     return rows
 
 
-OTHER = {"prompt": prompter("other", assistant("yes", quality=0.0), assistant("no", quality=1.0))}
+OTHER = {
+    "prompt": prompter(
+        "other",
+        assistant("yes", quality=0.0),
+        assistant("no", quality=1.0),
+        marked(assistant("gone", quality=1.0), **DELETED),
+    )
+}
 
 
 @pytest.mark.parametrize("form", ["messages.jsonl", "table.jsonl", "table.parquet"])
@@ -146,7 +227,7 @@ def test_the_message_table_gives_the_same_as_the_tree_export(tmp_path: Path, for
 def test_a_message_table_in_another_order_is_refused(tmp_path: Path) -> None:
     first, second = message_table(TREE, False), message_table(OTHER, False)
     path = write(tmp_path / "t.jsonl", *first[:2], *second, *first[2:])
-    with pytest.raises(ValueError, match=r":6: the parent .* sort the table by 'message_tree_id'"):
+    with pytest.raises(ValueError, match=r":7: the parent .* sort the table by 'message_tree_id'"):
         list(oasst_conversations(path))
 
 
@@ -155,7 +236,7 @@ def test_a_tree_needs_one_root_and_ids_that_differ(tmp_path: Path) -> None:
     two_roots = [*rows, rows[0] | {"message_id": "x"}]
     for number, bad in enumerate((two_roots, [*rows, rows[1]])):
         path = write(tmp_path / f"{number}.jsonl", *bad)
-        with pytest.raises(ValueError, match=r"\.jsonl:1: the 4 messages of this tree need ids"):
+        with pytest.raises(ValueError, match=r"\.jsonl:1: the 5 messages of this tree need ids"):
             list(oasst_conversations(path))
 
 
@@ -184,6 +265,44 @@ def test_only_helpfulness(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", scored("a"))
     (unit,) = helpsteer_conversations(path, only_helpfulness=True)
     assert unit.conversations[0].turns[1].label == "helpfulness:4"
+
+
+MANY_TURNS = "Hi\n\n<extra_id_1>Assistant\nHello.\n\n<extra_id_1>User\nA river?"
+
+
+@pytest.mark.parametrize("preference", [False, True])
+def test_prompts_of_several_turns_are_split_unless_told_otherwise_which_is_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, preference: bool
+) -> None:
+    rows = [scored(prompt) | pair("train", 1) | {"prompt": prompt} for prompt in (MANY_TURNS, "a")]
+    path = write(tmp_path / "preference.jsonl", *rows)
+    first, second = helpsteer_conversations(path, preference=preference)
+    before = [(turn.role, turn.value) for turn in first.conversations[-1].turns[:-1]]
+    assert before == [("User", "Hi\n"), ("Assistant", "Hello.\n"), ("User", "A river?")]
+    assert (len(second.conversations[0].turns), first.as_published) == (2, False)
+    assert not caplog.text
+    first, _ = helpsteer_conversations(path, preference=preference, split_turns=False)
+    assert [turn.value for turn in first.conversations[-1].turns[:-1]] == [MANY_TURNS]
+    assert first.as_published
+    assert "1 prompts of several turns are one text in the conversation files" in caplog.text
+
+
+def test_rows_with_an_empty_response_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pair as a whole; an empty answer among a prompt's turns counts too."""
+    rows = [scored("a"), scored("b", response=" "), scored(MANY_TURNS.replace("Hello.\n", ""))]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    assert len(list(helpsteer_conversations(path))) == 1
+    pairs = [pair("train", 1), pair("train", 1) | {"response_2": "\n"}]
+    path = write(tmp_path / "preference" / "preference.jsonl", *pairs)
+    assert len(list(helpsteer_conversations(tmp_path, preference=True))) == 1
+    context = messages(("user", "Q"), ("assistant", ""), ("user", "Q2"))
+    row = {"response1": "1", "response2": "2", "overall_preference": 1, "context": context}
+    path = write(tmp_path / "3.jsonl", row, row | {"context": context[2:]})
+    assert len(list(helpsteer3_conversations(path))) == 1
+    counts = [record.args for record in caplog.records]
+    assert [args[1] for args in counts if isinstance(args, tuple)] == [2, 1, 1]
 
 
 def pair(split: str, strength: object) -> Json:
@@ -300,6 +419,23 @@ def test_own_schema(tmp_path: Path) -> None:
     (unit,) = labelled_conversations(path, schema={"names": ["wit"], "max_value": 9})
     assert unit.conversations[0].turns[1].label == "wit:9"
     with pytest.raises(ValueError, match=r"own\.jsonl:1: .*unknown attribute 'wit'"):
+        list(labelled_conversations(path))
+
+
+def test_labels_of_another_schema_are_one_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", *[own("a", "wit:1")] * 30, own("b", "humor:1,zest:2"))
+    with pytest.raises(ValueError, match=r"31 labels .* set schema\.names") as error:
+        list(labelled_conversations(path, schema={"names": ["humor"]}))
+    _, _, *rows = str(error.value).splitlines()
+    assert [row.split() for row in rows] == [
+        ["wit", "30", f"{path}:1"],
+        ["zest", "1", f"{path}:31"],
+    ]
+
+
+def test_own_conversations_with_an_empty_answer_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", own("a", None), own(" ", "quality:1"))
+    with pytest.raises(ValueError, match=r"own\.jsonl:2: .*the response text is empty"):
         list(labelled_conversations(path))
 
 

@@ -110,8 +110,11 @@ def test_long_conversations_lose_whole_turns_or_are_dropped(
     assert [len(dialogue.tokens) for dialogue in dataset][:2] == [limit, limit]
     assert [len(each.turns) for each in dataset.conversations] == [4, 4, 2]
     assert dataset[0].tokens == dataset[1].tokens
-    assert (dataset.num_shortened, dataset.num_dropped) == (1, 2)
-    assert "(1 lost their last turns, being too long; 2 were dropped" in dataset.summary()
+    assert (dataset.num_shortened, dataset.num_dropped, dataset.num_unanswered) == (1, 1, 1)
+    assert dataset.summary().endswith(
+        "(1 lost their last turns, being too long; 1 were dropped: no answer fits; "
+        "1 left out: no turn of the assistant)"
+    )
     assert dataset.longest() == limit
 
 
@@ -144,8 +147,23 @@ def test_train_on_input_reaches_the_dialogues(tmp_path: Path, tokenizer: HFToken
 
 
 def test_nothing_that_fits_is_an_error_that_says_so(tmp_path: Path, tokenizer: HFTokenizer) -> None:
-    with pytest.raises(ValueError, match=r"none of its 1 conversations .* max_seq_len=10 tokens"):
-        read(tmp_path, tokenizer, LABELLED, max_seq_len=10)
+    """Too long is one cause, having no answer another."""
+    with pytest.raises(
+        ValueError,
+        match=r"train on; in 1 no turn of the assistant fits into max_seq_len=10 tokens.*"
+        "; 2 have no turn of the assistant$",
+    ):
+        read(tmp_path, tokenizer, LABELLED, *[conversation("Q")] * 2, max_seq_len=10)
+
+
+@pytest.mark.parametrize("answer", ["", " \n\t"])
+def test_an_answer_without_text_is_named(
+    answer: str, tmp_path: Path, tokenizer: HFTokenizer
+) -> None:
+    """A model would learn to stop at once; in the middle of a conversation too."""
+    bad = conversation("Q", answer, "R", "A")
+    with pytest.raises(ValueError, match=r":2: conversations\[1\]: the response text is empty$"):
+        read(tmp_path, tokenizer, LABELLED, bad, use_labels=False)
 
 
 def test_empty_file_is_an_error_that_says_so(tmp_path: Path, tokenizer: HFTokenizer) -> None:

@@ -62,10 +62,10 @@ def read(folder: Path, tokenizer: HFTokenizer, *lines: dict[str, Any], **options
 
 @pytest.fixture
 def conversations() -> list[Conversation]:
-    """One with a label in the middle and at the end, one with an empty answer."""
+    """One with a label in the middle and at the end, one without a system text."""
     return [
         conversation("Q", "A", "Q2\n", "A2", labels={1: "helpfulness:4", 3: "verbosity:0"}),
-        conversation("R", "", labels={1: "verbosity:2,helpfulness:1"}, system=""),
+        conversation("R", "B", labels={1: "verbosity:2,helpfulness:1"}, system=""),
     ]
 
 
@@ -116,8 +116,9 @@ def test_labels_that_the_schema_lacks_are_left_out_and_named(
     lines = [labelled("A", "humor:1,verbosity:2"), labelled("B", "quality:9,verbosity:3")]
     dataset = read(tmp_path, tokenizer, *lines, schema=AttributeSchema(("verbosity",)))
     assert [group.labels for group in dataset] == [[[2]], [[3]]]
-    assert dataset.summary() == (
-        "2 texts (cut at the beginning, being too long: 0 texts; labels left out: humor, quality)"
+    assert dataset.summary(AttributeSchema(("verbosity",))) == (
+        "2 texts with labels of verbosity 2 (cut at the beginning, being too long: 0 texts; "
+        "labels left out: humor, quality)"
     )
 
 
@@ -125,7 +126,43 @@ def test_a_summary_without_ignored_labels_names_none(
     tmp_path: Path, tokenizer: HFTokenizer
 ) -> None:
     dataset = read(tmp_path, tokenizer, labelled("A", "verbosity:2"), schema=SMALL)
-    assert dataset.summary() == "1 texts (cut at the beginning, being too long: 0 texts)"
+    assert dataset.summary(SMALL) == (
+        "1 texts with labels of helpfulness 0, verbosity 1 "
+        "(cut at the beginning, being too long: 0 texts)"
+    )
+
+
+def test_labels_are_counted_by_attribute(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    """A text may lack some; the value 0 is a label."""
+    lines = [labelled("A", "helpfulness:0,verbosity:2"), labelled("B", "verbosity:0")]
+    dataset = read(tmp_path, tokenizer, *lines, schema=SMALL)
+    assert dataset.num_labels(SMALL) == {"helpfulness": 1, "verbosity": 2}
+    dataset.refuse_unlabelled(SMALL)
+
+
+def test_attributes_without_any_label_are_refused(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    """A head without a label is noise; the message has the schema that there are labels for."""
+    schema = AttributeSchema(("humor", "helpfulness", "quality", "verbosity"))
+    lines = [labelled("A", "helpfulness:1"), labelled("B", "verbosity:3")]
+    dataset = read(tmp_path, tokenizer, *lines, schema=schema)
+    with pytest.raises(
+        ValueError, match=r"label of humor, quality.*schema\.names=\[helpfulness,verbosity\]"
+    ):
+        dataset.refuse_unlabelled(schema)
+
+
+def test_texts_of_other_attributes_are_one_table(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    """Thirty lines of one mistake, after the line that has another one."""
+    lines = [labelled("A", "humor:1,wit:2"), labelled("B", "humor:1")] * 15
+    with pytest.raises(ValueError, match=r"set schema\.names") as error:
+        read(tmp_path, tokenizer, *lines, labelled("A", "verbosity:9"), schema=SMALL)
+    reported = str(error.value).splitlines()
+    assert reported[0].endswith("records.jsonl:31: labels must be from 0 to 4, got 9")
+    assert [line.split()[:2] for line in reported[2:]] == [
+        ["attribute", "labels"],
+        ["humor", "30"],
+        ["wit", "15"],
+    ]
 
 
 def test_a_published_file_of_nine_columns_is_read_for_one_attribute(
@@ -147,7 +184,7 @@ def test_long_texts_lose_their_beginning_and_are_counted(
     assert dataset.num_cut == 1
     assert dataset.longest() == 64
     assert texts_of(tokenizer, dataset)[0].endswith("Assistant\nyes\n<extra_id_2>")
-    assert "too long: 1 texts" in dataset.summary()
+    assert "too long: 1 texts" in dataset.summary(SMALL)
 
 
 def test_the_template_is_the_callers(tmp_path: Path) -> None:
@@ -179,6 +216,11 @@ REGRESSION = {"text": "<extra_id_0>System\nS\n<extra_id_1>Assistant\nthe answer\
         (REGRESSION | {"label": [1, "2"]}, "'label' must be a list of numbers"),
         (REGRESSION | {"label": [1, True]}, "'label' must be a list of numbers"),
         ({"text": 3, "label": [1, 2]}, "'text' must be text"),
+        (
+            {"text": REGRESSION["text"].replace("the answer", " "), "label": [1, 2]},
+            "the response text is empty",
+        ),
+        (labelled(" ", "verbosity:1"), "the response text is empty"),
         ({"text": "Hi.", "label": [1, 2]}, "isn't of the regression format"),
         ({"prompt": "Q"}, "missing 'system'"),
         (labelled("A", "verbosity=1"), "'verbosity=1' is not of the form name:number"),
@@ -229,7 +271,7 @@ def test_two_adjacent_lines_are_a_pair(tmp_path: Path, tokenizer: HFTokenizer) -
     ]
     answers = [text.rpartition("Assistant\n")[2] for text in texts_of(tokenizer, dataset)]
     assert answers == [f"{letter}\n<extra_id_2>" for letter in "ABCD"]
-    assert dataset.summary() == "2 pairs (cut at the beginning, being too long: 0 texts)"
+    assert dataset.summary(SMALL) == "2 pairs (cut at the beginning, being too long: 0 texts)"
 
 
 @pytest.mark.parametrize("strength", range(-3, 4))

@@ -167,14 +167,19 @@ def run_rank(rank: int, folder: Path) -> None:
     hidden_RD, weight_VD, targets_R, factor_R = example()
     inputs = hidden_RD.requires_grad_(), weight_VD.chunk(2)[rank].requires_grad_()
     logps_R = token_logps(*inputs, targets_R, chunk_size=3, tp_group=dist.group.WORLD)
-    torch.save([logps_R.detach(), *gradients(logps_R, factor_R, *inputs)], folder / f"{rank}.pt")
+    unequal_VD = weight_VD.detach()[: V // 3] if rank == 0 else weight_VD.detach()[V // 3 :]
+    with pytest.raises(RuntimeError, match="equal vocabulary shards") as refused:
+        token_logps(hidden_RD, unequal_VD, targets_R, tp_group=dist.group.WORLD)
+    results = [logps_R.detach(), *gradients(logps_R, factor_R, *inputs), str(refused.value)]
+    torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def vocabulary_parallel(tmp_path_factory: pytest.TempPathFactory) -> list[list[Tensor]]:
-    """[log-probs, gradient of hidden, gradient of the weight's shard] of each of two ranks."""
+def vocabulary_parallel(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    """[log-probs, gradient of hidden, gradient of the weight's shard, and the message that refuses
+    unequal shards] of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)
@@ -208,6 +213,13 @@ def test_weight_gradients_of_vocabulary_shards_are_the_wholes_rows(
     weight_VD.requires_grad_()
     expected = gradients(reference(hidden_RD, weight_VD, targets_R), factor_R, weight_VD)
     assert_close(torch.cat([rank[2] for rank in vocabulary_parallel]), expected[0])
+
+
+def test_unequal_vocabulary_shards_are_refused_on_every_rank(
+    vocabulary_parallel: list[list[Any]],
+) -> None:
+    for *_, message in vocabulary_parallel:
+        assert "unequal numbers of rows of the output matrix" in message
 
 
 if __name__ == "__main__":

@@ -103,6 +103,12 @@ def test_config_fits_its_recipe(name: str) -> None:
 
 
 @each_config
+def test_no_config_reads_the_regression_format(name: str) -> None:
+    """In its files contents could spell a turn."""
+    assert "_reg.jsonl" not in re.sub("(?m)^#.*", "", text_of(name))
+
+
+@each_config
 def test_components_in_comments_exist(name: str) -> None:
     """A user uncomments them. The dotpaths that aren't comments are checked by the same look-up."""
     for dotpath in re.findall(r"_component_: ([a-z][\w.]*)", text_of(name)):

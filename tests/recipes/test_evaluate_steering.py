@@ -668,7 +668,7 @@ def test_tables_go_to_wandb(answers: Path, tmp_path: Path, monkeypatch: pytest.M
         ),
         (
             ["models.a.server.url=http://x", "prompts={answers}", "schema.names=[wit]"],
-            ["given.jsonl: label 'humor:2,verbosity:0': unknown attribute 'humor'"],
+            ["given.jsonl, prompt 1: label 'humor:2,verbosity:0': unknown attribute 'humor'"],
         ),
         (
             ["prompts={answers}", *checkpoint("a", Path("/nowhere"))],

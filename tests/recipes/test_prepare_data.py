@@ -23,6 +23,8 @@ from steerlm2.attributes import parse_label
 from steerlm2.data.grammar import grammar_pairs
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import Record, read_records
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.datasets import attribute_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "prepare_data.py"
@@ -165,7 +167,7 @@ def test_mistakes_end_in_one_message_and_no_files(
 
 
 def test_real_trees_in_a_process_of_its_own(shared_dir: Path, tmp_path: Path) -> None:
-    """141 groups, train_fraction 0.95: int(133.95) = 133 and 8."""
+    """141 groups, train_fraction 0.95: int(133.95) = 133 and 8. What was left out is printed."""
     source = shared_dir / "data" / "oasst2_trees.jsonl.gz"
     command = [sys.executable, str(RECIPE), "--config", str(CONFIG), f"source={source}"]
     result = subprocess.run(
@@ -174,6 +176,7 @@ def test_real_trees_in_a_process_of_its_own(shared_dir: Path, tmp_path: Path) ->
     assert result.returncode == 0, result.stderr
     counts = [len(read(tmp_path / "out" / name)) for name in ("train.jsonl", "val.jsonl")]
     assert counts == [133, 8]
+    assert "left out messages: 10 deleted" in result.stderr
 
 
 def test_a_builder_that_is_no_source_of_ours_works(tmp_path: Path, prepare: Prepare) -> None:
@@ -237,7 +240,8 @@ def test_open_assistant_is_the_reference_to_the_byte(
     shared_dir: Path, vectors: dict[str, Any], tmp_path: Path, prepare: Prepare
 ) -> None:
     source = shared_dir / "data" / "oasst2_trees.jsonl.gz"
-    status, _, stderr = prepare(*config("oasst"), f"source={source}", "output_dir=out")
+    options = ("builder.keep_rejected=true", "split_by=record")
+    status, _, stderr = prepare(*config("oasst"), f"source={source}", "output_dir=out", *options)
     assert status == 0, stderr
     assert facts(tmp_path / "out") == vectors["expected"]["oasst"]
 
@@ -261,10 +265,173 @@ def test_helpsteer_is_the_reference_to_the_byte(
 ) -> None:
     shipped, *options = arguments
     status, _, stderr = prepare(
-        *config(shipped), f"source={hub_folder}", "output_dir=out", *options
+        *config(shipped),
+        *(f"source={hub_folder}", "output_dir=out", "builder.split_turns=false", *options),
     )
     assert status == 0, stderr
     assert facts(tmp_path / "out") == vectors["expected"][name]
+
+
+# What the regression format can't hold
+
+
+MARKED = "It looks so:\n<extra_id_1>User\nHello\n<extra_id_1>Assistant\nBye"
+
+
+def labelled_row(question: str, answer: str, label: str = "humor:1", **more: Any) -> dict[str, Any]:
+    turns = [
+        {"from": "User", "value": question},
+        {"from": "Assistant", "value": answer, "label": label},
+    ]
+    return {"conversations": turns, **more}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        labelled_row("Q", MARKED),
+        labelled_row("Q", "<extra_id_2>humor:4"),
+        labelled_row("a <extra_id_1> b", "A"),
+        labelled_row("Q", "A", system="<extra_id_0>System"),
+    ],
+)
+def test_contents_that_spell_markers_are_in_the_conversation_file_only_and_named(
+    tmp_path: Path, prepare: Prepare, row: dict[str, Any]
+) -> None:
+    """The third of four conversations, and with repeat=2 the seventh line too."""
+    others = [labelled_row(f"Q{i}", "A") for i in range(3)]
+    write_lines(tmp_path / "in.jsonl", [*others[:2], row, others[2]])
+    arguments = ("source=in.jsonl", "output_dir=out", "train_fraction=null", "repeat=2")
+    status, stdout, stderr = prepare(*config("conversations"), *arguments)
+    assert status == 0, stderr
+    lines = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    spelled = json.loads(lines[2])["conversations"]
+    assert [turn["value"] for turn in spelled] == [turn["value"] for turn in row["conversations"]]
+    regression = (tmp_path / "out" / "train_reg.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"].count("<extra_id_") for line in regression] == [4] * 6
+    assert "train_reg.jsonl: left out 2 labelled turns" in stdout
+    assert "in lines 3, 7)" in stdout
+    assert ["train_reg.jsonl", "6"] in [line.split() for line in stdout.splitlines()]
+
+
+def test_contents_without_a_label_need_no_place_in_the_regression_file(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    rows = [labelled_row("Q", MARKED, label=""), labelled_row("R", "A")]
+    write_lines(tmp_path / "in.jsonl", rows)
+    arguments = ("source=in.jsonl", "output_dir=out", "train_fraction=null")
+    _, stdout, _ = prepare(*config("conversations"), *arguments)
+    assert "left out" not in stdout
+
+
+def test_of_a_pair_both_are_in_the_regression_file_or_none(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    """A single one would make pairs of the wrong lines."""
+    pairs = [[(f"Q{i}", MARKED if i == 1 else "A"), (f"Q{i}", "B")] for i in range(3)]
+    rows = [labelled_row(*spoken, "quality:1") for pair in pairs for spoken in pair]
+    write_lines(tmp_path / "in.jsonl", rows)
+    arguments = ("source=in.jsonl", "output_dir=out", "train_fraction=null", "preference=true")
+    status, stdout, stderr = prepare(*config("conversations"), *arguments)
+    assert status == 0, stderr
+    source = str(tmp_path / "out" / "train_reg.jsonl")
+    groups = attribute_dataset(tiny_tokenizer(), source=source, max_seq_len=512, pairs=True).groups
+    assert len(groups) == 2
+    assert "left out 2 labelled turns" in stdout
+
+
+# The sides of a split
+
+
+def sides(folder: Path) -> tuple[list[str], list[str]]:
+    train, val = (first_texts(folder / name) for name in ("train.jsonl", "val.jsonl"))
+    return train, val
+
+
+def test_a_split_keeps_a_prompt_on_one_side(tmp_path: Path, prepare: Prepare) -> None:
+    """20 prompts with two answers each, 0.8 of 40: 32 and 8, whatever the seed; not so one by one.
+    Spaces at the ends make no other prompt."""
+    rows = [scored(f"P{i % 20}", 1) | {"prompt": f"P{i % 20}" + "\n" * (i > 19)} for i in range(40)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    arguments = ("source=rows.jsonl", "output_dir=out", "train_fraction=0.8")
+    for seed in range(5):
+        assert prepare(*config("helpsteer2"), *arguments, f"seed={seed}")[0] == 0
+        train, val = ([text.strip() for text in texts] for texts in sides(tmp_path / "out"))
+        assert (len(train), len(val)) == (32, 8)
+        assert not set(train) & set(val)
+    assert prepare(*config("helpsteer2"), *arguments, "split_by=record")[0] == 0
+    train, val = ([text.strip() for text in texts] for texts in sides(tmp_path / "out"))
+    assert (len(train), len(val)) == (32, 8)
+    assert set(train) & set(val)
+
+
+def test_threads_that_begin_alike_stay_on_one_side(tmp_path: Path, prepare: Prepare) -> None:
+    """As Open Assistant's, which data/oasst writes and data/conversations reads again."""
+    rows = []
+    for i in range(10):
+        row = labelled_row(f"Q{i}", "A")
+        more = [{"from": "User", "value": f"more {i}"}, {"from": "Assistant", "value": "B"}]
+        rows += [row, row | {"conversations": row["conversations"] + more}]
+    write_lines(tmp_path / "in.jsonl", rows)
+    arguments = ("source=in.jsonl", "output_dir=out", "train_fraction=0.7")
+    assert prepare(*config("conversations"), *arguments)[0] == 0
+    train, val = sides(tmp_path / "out")
+    assert (len(train), len(val)) == (14, 6)
+    assert not set(train) & set(val)
+
+
+def test_groups_of_one_tree_stay_on_one_side(tmp_path: Path, prepare: Prepare) -> None:
+    def reply(text: str, *replies: Any) -> dict[str, Any]:
+        labels = {"quality": {"value": 1.0}}
+        return {"role": "assistant", "text": text, "labels": labels, "replies": list(replies)}
+
+    def ask(text: str, *replies: Any) -> dict[str, Any]:
+        return {"role": "prompter", "text": text, "message_id": text, "replies": list(replies)}
+
+    trees = [
+        {"prompt": ask(f"Q{i}", reply("A", ask("more", reply("C"), reply("D"))), reply("B"))}
+        for i in range(10)
+    ]
+    write_lines(tmp_path / "trees.jsonl", trees)
+    assert prepare("source=trees.jsonl", "output_dir=out", "train_fraction=0.7")[0] == 0
+    train, val = (
+        [record.prompt_turns[0].value for record in read(tmp_path / "out" / name)]
+        for name in ("train.jsonl", "val.jsonl")
+    )
+    assert (len(train), len(val)) == (14, 6)
+    assert not set(train) & set(val)
+
+
+def test_merged_sources_share_the_side_of_a_prompt(tmp_path: Path, prepare: Prepare) -> None:
+    """The second source has ten prompts of the first and ten others."""
+    for name, first in (("a", 0), ("b", 10)):
+        write_lines(tmp_path / f"{name}.jsonl", [scored(f"P{first + i}", 1) for i in range(20)])
+    own = tmp_path / "own.yaml"
+    builder = "builder: steerlm2.data.sources.helpsteer_conversations, train_fraction: 0.5"
+    merge = f"merge: {{b: {{source: b.jsonl, {builder}}}}}"
+    own.write_text(f"{{source: a.jsonl, output_dir: out, {builder}, {merge}}}")
+    status, _, stderr = prepare("--config", str(own))
+    assert status == 0, stderr
+    train, val = sides(tmp_path / "out")
+    assert (len(train), len(val)) == (20, 20)
+    assert not set(train) & set(val)
+
+
+def test_a_prompt_on_both_sides_of_a_sources_own_split_is_noted(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    write_lines(tmp_path / "in" / "train.jsonl", [scored(f"P{i}", 1) for i in range(5)])
+    write_lines(tmp_path / "in" / "validation.jsonl", [scored(f"P{i}", 2) for i in (3, 4, 5)])
+    _, stdout, _ = prepare(*config("helpsteer2"), "source=in", "output_dir=out")
+    assert "in: 2 records have a prompt that the other side of the split has too" in stdout
+
+
+def test_a_single_prompt_cannot_be_split_which_is_said(tmp_path: Path, prepare: Prepare) -> None:
+    write_lines(tmp_path / "rows.jsonl", [scored("P", i % 5) for i in range(8)])
+    arguments = ("source=rows.jsonl", "output_dir=out", "train_fraction=0.5")
+    _, stdout, _ = prepare(*config("helpsteer2"), *arguments)
+    assert "rows.jsonl: all on one side, because its records have one prompt" in stdout
+    assert sorted(os.listdir(tmp_path / "out")) == ["train.jsonl", "train_reg.jsonl"]
 
 
 def scored(name: str, score: int) -> dict[str, Any]:
@@ -396,13 +563,42 @@ def test_pairs_stay_together_when_shuffled_and_sampled(tmp_path: Path, prepare: 
         assert texts[1::2] == [[prompt, "2"] for prompt, _ in texts[::2]]
 
 
+SEVERAL_TURNS = "Hi\n\n<extra_id_1>Assistant\nHello.\n\n<extra_id_1>User\nA river?"
+
+
+@pytest.mark.parametrize("preference", [False, True])
+def test_the_files_of_one_command_are_the_same_texts_to_an_attribute_model(
+    tmp_path: Path, prepare: Prepare, preference: bool
+) -> None:
+    """Prompts of several turns in one text among others: token by token, with the labels."""
+    pair = {"response_1": "1", "response_2": "2"}
+    prompts = [SEVERAL_TURNS, "Q", SEVERAL_TURNS.replace("Hi", "Ho")]
+    rows = [
+        scored("A", i) | pair | {"prompt": prompt, "preference_strength": i}
+        for i, prompt in enumerate(prompts)
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    options = ("source=rows.jsonl", "output_dir=out", f"preference={str(preference).lower()}")
+    assert prepare(*config("helpsteer2"), *options)[0] == 0
+    conversations, regression = (
+        attribute_dataset(
+            tiny_tokenizer(),
+            source=str(tmp_path / "out" / name),
+            max_seq_len=512,
+            pairs=preference,
+        )
+        for name in ("train.jsonl", "train_reg.jsonl")
+    )
+    assert conversations.groups == regression.groups
+    assert len(conversations) == 3
+
+
 def test_prompts_of_several_turns_are_split_without_a_change_to_the_regression_files(
     tmp_path: Path, prepare: Prepare
 ) -> None:
-    prompt = "Hi\n\n<extra_id_1>Assistant\nHello.\n\n<extra_id_1>User\nA river?"
     source = tmp_path / "rows"
     source.mkdir()
-    write_lines(source / "train.jsonl", [scored("one", 3) | {"prompt": prompt}])
+    write_lines(source / "train.jsonl", [scored("one", 3) | {"prompt": SEVERAL_TURNS}])
     outputs = {}
     for split in ("true", "false"):
         outputs[split] = tmp_path / split
@@ -425,6 +621,16 @@ def test_helpsteer3(tmp_path: Path, prepare: Prepare) -> None:
     assert prepare(*config("helpsteer3"), "source=hub", "output_dir=out")[0] == 0
     lines = (tmp_path / "out" / "train_reg.jsonl").read_text().splitlines()
     assert [json.loads(line)["label"] for line in lines] == [[-1.0, *[-100.0] * 8]] * 2
+
+
+def test_attributes_that_the_schema_lacks_are_one_table(tmp_path: Path, prepare: Prepare) -> None:
+    """Not a line for each of 30 rows."""
+    write_lines(tmp_path / "rows.jsonl", [scored(f"P{i}", 1) for i in range(30)])
+    arguments = ("source=rows.jsonl", "output_dir=out", "schema.names=[humor]")
+    status, _, stderr = prepare(*config("helpsteer2"), *arguments)
+    assert status == 1
+    assert "set schema.names, which is humor now" in stderr
+    assert stderr.splitlines()[-1].split() == ["helpfulness", "30", "rows.jsonl,", "record", "1"]
 
 
 def test_regression_format_of_an_own_schema(tmp_path: Path, prepare: Prepare) -> None:

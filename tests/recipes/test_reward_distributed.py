@@ -66,7 +66,8 @@ LORA = (
     "model.lora_rank=4",
     "model.lora_alpha=8",
 )
-PAIRS = "reward_attribute=verbosity"
+PREFERRED = AttributeSchema(("verbosity",))
+PAIRS = f"schema.names=[{PREFERRED.names[0]}]"
 """In the command line of every run on pairs."""
 SHORT = ("max_steps=6", "val_every_n_steps=3", "save_every_n_steps=null")
 ONE_STEP = ("max_steps=1", "val_every_n_steps=null", "save_every_n_steps=null")
@@ -210,14 +211,16 @@ def worst_tensor(run: RunFolder, reference: RunFolder) -> float:
 # The losses of the first step, on four ranks, against plain Python
 
 
-def fresh_scores(groups: list[RewardGroup]) -> list[list[list[float]]]:
+def fresh_scores(
+    groups: list[RewardGroup], schema: AttributeSchema = SCHEMA
+) -> list[list[list[float]]]:
     """[group][response][attribute] of the weights that a run starts from, one text at a time."""
     model = load_attribute_model(
         BACKBONE,
         None,
         tiny_tokenizer(),
         extra_id_template(),
-        SCHEMA,
+        schema,
         World(torch.device("cpu")),
         max_seq_len=MAX_SEQ_LEN,
         max_tokens_per_microbatch=1,
@@ -275,8 +278,9 @@ def test_bradley_terry_loss_is_the_mean_over_all_pairs_of_the_step(
     assert 0 in strengths, "no tie"
     assert min(strengths) < 0 < max(strengths)
     losses = []
-    for (first, second), strength in zip(fresh_scores(groups), strengths, strict=True):
-        gap, size = second[1] - first[1], abs(strength)
+    scores = fresh_scores(groups, PREFERRED)
+    for ([first], [second]), strength in zip(scores, strengths, strict=True):
+        gap, size = second - first, abs(strength)
         orders = {-1: [-gap], 0: [gap, -gap], 1: [gap]}[(strength > 0) - (strength < 0)]
         losses.append(sum(nll(d, size) for d in orders) / len(orders))
     run = train(*pairs, f"loss={loss}", *ONE_STEP, nproc=2)
@@ -359,9 +363,10 @@ def test_bfloat16_computation_on_float32_weights(train: Train, reference: RunFol
 
 
 def test_synthetic_preferences_are_learned(tune_command: TuneProcess, tmp_path: Path) -> None:
-    """tiny/reward with another loss, and nothing else to set."""
+    """tiny/reward with another loss and the one attribute that it trains."""
     tune_command(
         *("reward_distributed", "--config", "tiny/reward", "loss=regular_bt", "max_steps=40"),
+        "schema.names=[verbosity]",
         *("dataset.num_records=320", f"output_dir={tmp_path}", "val_every_n_steps=40"),
         *("dataset_val.num_records=24", "save_every_n_steps=null"),
     )
@@ -519,9 +524,13 @@ def test_preferences_are_learned(train: Train, pairs: tuple[str, ...]) -> None:
 # Texts that are too long, and users' mistakes
 
 
-def test_cut_texts_are_counted(train: Train) -> None:
+def test_cut_texts_and_labels_are_counted(train: Train, labelled_file: Path) -> None:
     run = train(*ONE_STEP, "dataset.max_seq_len=60")
-    assert "52 texts (cut at the beginning, being too long: 37 texts" in run.stdout
+    counts = [f"{name} {labelled_file.read_text().count(f'{name}:')}" for name in SCHEMA.names]
+    assert (
+        f"52 texts with labels of {', '.join(counts)} (cut at the beginning, being too long: "
+        "37 texts)" in run.stdout
+    )
 
 
 def fails(tune: TuneProcess, *arguments: str) -> str:
@@ -543,9 +552,19 @@ def test_text_without_any_label_of_the_schema_is_named(
     assert "An odd answer" in message
 
 
+def test_an_attribute_without_a_label_is_refused_before_a_model_is_built(
+    tune: TuneProcess, labelled_file: Path, tmp_path: Path
+) -> None:
+    overrides = ("schema.names=[humor,quality,verbosity]", f"output_dir={tmp_path / 'out'}")
+    message = fails(tune, *command_line(labelled_file, *overrides))
+    assert "no text has a label of quality, so" in message
+    assert "schema.names=[humor,verbosity]" in message
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (["loss=scaled_bt", "reward_attribute=humor"], "others of a fresh head would be noise"),
         (["loss=mse"], "'loss' must be one of regression, regular_bt, margin_bt, scaled_bt"),
         (["loss=scaled_bt", "reward_attribute=helpfulness"], "'reward_attribute' must be one of"),
         (["load_reward_head=true"], "'load_reward_head' needs a 'checkpointer'"),

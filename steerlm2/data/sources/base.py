@@ -37,6 +37,9 @@ class Unit:
     conversations: list[Conversation]
     split: Split | None = None
     """The source's split; None if it has no splits."""
+    as_published: bool = False
+    """Whether contents that spell markers of the regression format are written into it as they
+    are: HelpSteer2 has several turns in one text so."""
 
 
 @dataclass

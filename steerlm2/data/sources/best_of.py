@@ -80,10 +80,10 @@ def _units(
     for row in iter_rows(source, problems):
         num_records += 1
         try:
-            record = parse_record(row.value, require=(), schema=schema, min_responses=1)
+            record = parse_record(row.value, require=(), min_responses=1)
             ranked = _by_distance(record, schema)
         except ValueError as error:
-            problems.add(row.number, str(error), row.path)
+            problems.add(row.number, error, row.path)
             continue
         flaws.update(count_flaws(record.responses))
         nearest = min([nearest, *(distance for distance, _ in ranked)])
@@ -124,11 +124,15 @@ def _by_distance(record: Record, schema: AttributeSchema) -> list[tuple[float, R
     """The complete and valid responses with their distances, sorted by distance (stable).
 
     Raises:
-        ValueError: without a label, or without the scores of its attributes.
+        ValueError: without a label of the schema, or without the scores of its attributes; for
+            labels of earlier turns that the schema doesn't have.
     """
     if record.label is None:
         raise ValueError("no label, so no response can be near it")
-    wanted = parse_label(record.label)
+    wanted = parse_label(record.label, schema)
+    for turn in record.prompt_turns:
+        if turn.label is not None:
+            parse_label(turn.label, schema)
     lacking = sorted(
         {name for r in record.responses for name in wanted if name not in (r.scores or {})}
     )

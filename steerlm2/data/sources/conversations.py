@@ -35,7 +35,8 @@ def labelled_conversations(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: after the last conversation, naming the bad ones.
+        ValueError: after the last conversation, naming the bad ones, among them those with an
+            empty answer, and the attributes that the schema lacks.
     """
     schema = as_schema(schema)
     if preference:
@@ -60,7 +61,7 @@ def _units(
             if unit_size == 2:
                 _check_pair(*conversations)
         except ValueError as error:
-            problems.add(first.number, str(error), first.path)
+            problems.add(first.number, error, first.path)
         else:
             yield Unit(conversations, first.split)
     problems.raise_if_any()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from steerlm2.attributes import encode_label
-from steerlm2.data.conversations import Conversation, is_text, turns_in
+from steerlm2.data.conversations import Conversation, has_empty_answer, is_text, turns_in
 from steerlm2.data.records import ASSISTANT, USER, LineProblems, Turn
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, Unit
 from steerlm2.data.sources.rows import Row, iter_rows
@@ -22,16 +23,20 @@ MAX_STRENGTH = 3
 _SUBSET = "preference"
 _ROLES = {"user": USER, "assistant": ASSISTANT}
 
+_log = logging.getLogger(__name__)
+
 
 def helpsteer_conversations(
     source: str | Path,
     *,
     only_helpfulness: bool = False,
     preference: bool = False,
-    split_turns: bool = False,
+    split_turns: bool = True,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
 ) -> Iterator[Unit]:
     """HelpSteer and HelpSteer2: one prompt and one scored response a row.
+
+    Rows with an empty response are left out, and their number is logged.
 
     Args:
         source: a file, folder or hub id (`iter_rows`).
@@ -41,8 +46,9 @@ def helpsteer_conversations(
             -3 (the first is much better) to 3 (the second is), under `PREFERENCE_ATTRIBUTE`.
         split_turns: HelpSteer2 writes a prompt of several turns as one text with
             "<extra_id_1>Assistant" between them. True: split it into its turns. False: leave it one
-            text, as in the published conversation format. The regression format is the same in
-            both cases.
+            text, as the published conversation files do. The regression files are the same in both
+            cases, so that their texts are other ones to a model than those of the conversations;
+            the number of such prompts is logged.
         system_prompt: of every conversation.
 
     Raises:
@@ -73,7 +79,8 @@ def helpsteer_conversations(
         unit.split = row.split if split is None else "train" if split == "train" else "validation"
         return unit
 
-    return _units(source, pair, _SUBSET) if preference else _units(source, scored)
+    convert, subset = (pair, _SUBSET) if preference else (scored, "")
+    return _units(source, convert, subset, as_published=not split_turns)
 
 
 def helpsteer3_conversations(
@@ -84,7 +91,8 @@ def helpsteer3_conversations(
 ) -> Iterator[Unit]:
     """HelpSteer3's preference pairs; their contexts are lists of chat messages.
 
-    Labels and the order of a pair are those of `helpsteer_conversations`.
+    Pairs with an empty response, or an empty answer before it, are left out, and their number is
+    logged. Labels and the order of a pair are those of `helpsteer_conversations`.
 
     Args:
         source: a file, folder or hub id (`iter_rows`).
@@ -108,16 +116,41 @@ def helpsteer3_conversations(
     return _units(source, pair, _SUBSET)
 
 
-def _units(source: str | Path, convert: Callable[[Row], Unit], subset: str = "") -> Iterator[Unit]:
+def _units(
+    source: str | Path,
+    convert: Callable[[Row], Unit],
+    subset: str = "",
+    as_published: bool = False,
+) -> Iterator[Unit]:
     problems = LineProblems(source)
+    num_empty, num_several_turns = 0, 0
     for row in iter_rows(source, problems, subset):
         try:
             unit = convert(row)
         except ValueError as error:
             problems.add(row.number, str(error), row.path)
-        else:
-            yield unit
+            continue
+        if any(map(has_empty_answer, unit.conversations)):
+            num_empty += 1
+            continue
+        unit.as_published = as_published
+        num_several_turns += as_published and len(turns_in(_prompt(unit))) > 1
+        yield unit
     problems.raise_if_any()
+    if num_empty:
+        _log.warning("%s: left out %d rows with an empty response", source, num_empty)
+    if num_several_turns:
+        _log.warning(
+            "%s: %d prompts of several turns are one text in the conversation files and turns in "
+            "the regression files, so models read them differently (builder.split_turns=true: "
+            "turns in both)",
+            source,
+            num_several_turns,
+        )
+
+
+def _prompt(unit: Unit) -> str:
+    return unit.conversations[0].turns[0].value
 
 
 def _pair(before: Conversation, first: str, second: str, strength: Any) -> Unit:

@@ -12,7 +12,9 @@ import itertools
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ def oasst_groups(
     concentration: float = 24.0,
     bins: str = "midpoint",
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+    keep_rejected: bool = False,
 ) -> Iterator[Record]:
     """Every prompter message with at least 2 human-labelled replies, as a SteerLM2 record.
 
@@ -75,6 +78,7 @@ def oasst_groups(
         concentration: of the Beta likelihood.
         bins: of the Beta likelihood.
         system_prompt: of every record.
+        keep_rejected: as in `oasst_conversations`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -89,7 +93,7 @@ def oasst_groups(
             raise ValueError(
                 f"label must be 'sampled', 'best' or a label string: {error}"
             ) from error
-    return _groups(source, label, schema, seed, concentration, bins, system_prompt)
+    return _groups(source, label, schema, seed, concentration, bins, system_prompt, keep_rejected)
 
 
 def oasst_conversations(
@@ -97,24 +101,29 @@ def oasst_conversations(
     *,
     attributes: Sequence[str] = OASST_ATTRIBUTES,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+    keep_rejected: bool = False,
 ) -> Iterator[Unit]:
     """Every thread of a tree, from its prompt to a message without replies, as a conversation.
 
     The human labels of an assistant's message, scaled to 0..4 and rounded, are its label. The
     threads of a tree are one unit (shuffled, split and sampled together), because they share their
-    first messages. Threads of a single message are left out; a unit may be empty.
+    first messages. Threads of a single message are left out; a unit may be empty. Messages that
+    were deleted or that the reviewers rejected are left out with all replies to them, and so are
+    answers without text; their numbers are logged.
 
     Args:
         source: a file, folder or hub id (`iter_rows`); read as a stream, one tree at a time.
         attributes: the names to keep, in the label's order.
         system_prompt: of every conversation.
+        keep_rejected: keep deleted and rejected messages, as the published data do.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: after the last tree, naming the lines that aren't conversation trees.
     """
     problems = LineProblems(source)
-    for paths in _iter_trees(source, problems):
+    left_out = LeftOut(source, keep_rejected)
+    for paths in _iter_trees(source, problems, left_out):
         threads = [path for path in paths if len(path) > 1 and not path[-1].get("replies")]
         conversations = [
             Conversation([_turn(message, attributes) for message in path], system_prompt)
@@ -122,6 +131,7 @@ def oasst_conversations(
         ]
         yield Unit(conversations)  # empty ones too, which count in the published split
     problems.raise_if_any()
+    left_out.log()
 
 
 def _turn(message: dict[str, Any], attributes: Sequence[str]) -> Turn:
@@ -144,19 +154,17 @@ def _groups(
     concentration: float,
     bins: str,
     system_prompt: str,
+    keep_rejected: bool,
 ) -> Iterator[Record]:
     problems = LineProblems(source)
     num_left_out = 0
-    for paths in _iter_trees(source, problems):
+    left_out = LeftOut(source, keep_rejected)
+    for paths in _iter_trees(source, problems, left_out):
         for path in paths:
             prompt = path[-1]
             if prompt["role"] != "prompter":
                 continue
-            replies = [
-                reply
-                for reply in prompt.get("replies") or []
-                if _scores(reply, schema) and reply["text"].strip()
-            ]
+            replies = [reply for reply in prompt.get("replies") or [] if _scores(reply, schema)]
             if len(replies) < 2:
                 continue
             message_id = prompt.get("message_id")
@@ -195,21 +203,63 @@ def _groups(
             source,
             num_left_out,
         )
+    left_out.log()
     problems.raise_if_any()
 
 
-def _iter_trees(source: str | Path, problems: LineProblems) -> Iterator[list[_Path]]:
+@dataclass
+class LeftOut:
+    """Leaves messages out, with all replies to them, and counts them by cause."""
+
+    source: str | Path
+    keep_rejected: bool
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def without(self, paths: list[_Path]) -> list[_Path]:
+        """The paths of a tree that are left; their messages have the replies that are left."""
+        gone: set[int] = set()
+        for path in paths:  # a message comes before the replies to it
+            below = len(path) > 1 and id(path[-2]) in gone
+            if cause := "replies to those" if below else self._cause(path[-1]):
+                gone.add(id(path[-1]))
+                self.counts[cause] += 1
+        kept = [path for path in paths if id(path[-1]) not in gone]
+        for *_, message in kept:
+            message["replies"] = [r for r in message.get("replies") or [] if id(r) not in gone]
+        return kept
+
+    def _cause(self, message: dict[str, Any]) -> str | None:
+        if not self.keep_rejected:
+            if message.get("deleted"):
+                return "deleted"
+            if message.get("review_result") is False:
+                return "rejected by the reviewers"
+        if message["role"] == "assistant" and not message["text"].strip():
+            return "without text"
+        return None
+
+    def log(self) -> None:
+        """Say how many, if there are any."""
+        if self.counts:
+            counts = ", ".join(f"{number} {cause}" for cause, number in sorted(self.counts.items()))
+            _log.warning("%s: left out messages: %s", self.source, counts)
+
+
+def _iter_trees(
+    source: str | Path, problems: LineProblems, left_out: LeftOut
+) -> Iterator[list[_Path]]:
     """Every tree as the paths to its messages; invalid trees go to `problems`."""
     rows = iter_rows(source, problems)
     for _, group in itertools.groupby(rows, key=_tree_key):
         tree_rows = list(group)
         first = tree_rows[0]
         try:
-            paths = list(_paths(_assemble(tree_rows) if _is_message(first) else first.value))
+            tree = _assemble(tree_rows) if _is_message(first) else first.value
+            paths = list(_paths(tree))
         except ValueError as error:
             problems.add(first.number, str(error), first.path)
         else:
-            yield paths
+            yield left_out.without(paths)
 
 
 def _tree_key(row: Row) -> object:
@@ -271,6 +321,9 @@ def _paths(tree: object) -> Iterator[_Path]:
             raise ValueError(f"{where}: 'text' must be text, got {text!r}")
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise ValueError(f"{where}: 'replies' must be a list of messages")
+        for key in ("deleted", "review_result"):
+            if message.get(key) not in (None, True, False):
+                raise ValueError(f"{where}: {key!r} must be true, false or null")
         _check_labels(message, where)
         yield path
         pending += [
