@@ -49,16 +49,14 @@ from steerlm2.attributes import (
 from steerlm2.config.keys import ScoringKeys, ServerOptions, at_least_one, output_problems
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.conversations import parse_conversation
+from steerlm2.data.jsonl import LineProblems, iter_json_lines, json_line
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import (
     ASSISTANT,
     LOG_PROB_KEYS,
-    LineProblems,
     Turn,
     causes_text,
     count_flaws,
-    iter_json_lines,
-    json_line,
     parse_record,
 )
 from steerlm2.data.templates import groups_for_scoring

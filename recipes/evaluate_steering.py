@@ -43,15 +43,14 @@ from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
 from steerlm2.config.keys import ModelOptions, SamplingKeys, ServerOptions, at_least_one
 from steerlm2.config.loader import Component, instantiate, to_plain
+from steerlm2.data.jsonl import LineProblems, json_line
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
     BROKEN,
     OTHER_TOKENS,
     UNKNOWN_TOKENS,
-    LineProblems,
     Record,
     count_flaws,
-    json_line,
     read_records,
     record_to_json,
     write_records,

@@ -38,13 +38,11 @@ from steerlm2.data.conversations import (
     regression_records,
     spells_marker,
 )
+from steerlm2.data.jsonl import LineProblems, json_line, shortened
 from steerlm2.data.records import (
     USER,
-    LineProblems,
     Record,
-    json_line,
     record_to_json,
-    shortened,
 )
 from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.spool import Spool, open_spool

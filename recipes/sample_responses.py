@@ -37,6 +37,7 @@ from steerlm2.attributes import as_schema
 from steerlm2.checkpoint_dirs import file_digest
 from steerlm2.config.keys import SamplingKeys, ServerOptions, at_least_one, output_problems
 from steerlm2.config.loader import instantiate, to_plain
+from steerlm2.data.jsonl import json_line
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
     BROKEN,
@@ -45,7 +46,6 @@ from steerlm2.data.records import (
     Record,
     Response,
     flaw_of,
-    json_line,
     record_to_json,
 )
 from steerlm2.data.templates import token_ids_digest

@@ -46,18 +46,16 @@ from steerlm2.checkpoints.decoder import build_decoder, lay_out
 from steerlm2.checkpoints.weights import check_context, open_checkpointer
 from steerlm2.config.keys import ModelOptions, ScoringKeys, at_least_one, output_problems
 from steerlm2.config.loader import instantiate, to_plain
+from steerlm2.data.jsonl import LineProblems, json_line, shortened
 from steerlm2.data.packing import Group
 from steerlm2.data.records import (
-    LineProblems,
     Record,
     Response,
     causes_text,
     count_flaws,
     iter_records,
-    json_line,
     read_records,
     record_to_json,
-    shortened,
 )
 from steerlm2.data.templates import groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer

@@ -38,7 +38,7 @@ from steerlm2.checkpoints.side_files import (
     write_generation_config,
     write_tokenizer,
 )
-from steerlm2.data.records import shortened
+from steerlm2.data.jsonl import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.models.llama import head_shape, hf_config

@@ -55,7 +55,7 @@ from steerlm2.checkpoints.side_files import (
     write_tokenizer,
 )
 from steerlm2.config.loader import instantiate
-from steerlm2.data.records import shortened
+from steerlm2.data.jsonl import shortened
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World

@@ -21,7 +21,8 @@ from steerlm2.attributes import (
     UnknownAttributes,
     parse_label,
 )
-from steerlm2.data.records import ASSISTANT, USER, LineProblems, Turn, iter_json_lines
+from steerlm2.data.jsonl import LineProblems, iter_json_lines
+from steerlm2.data.records import ASSISTANT, USER, Turn
 
 REGRESSION_MARKERS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
 """What begins the system text, a turn and a label in a text of the regression format."""

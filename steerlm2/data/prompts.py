@@ -11,12 +11,11 @@ from typing import Any
 
 from steerlm2.attributes import AttributeSchema, encode_label
 from steerlm2.data.conversations import parse_conversation
+from steerlm2.data.jsonl import LineProblems, iter_json_lines
 from steerlm2.data.records import (
     ASSISTANT,
-    LineProblems,
     Record,
     Turn,
-    iter_json_lines,
     parse_record,
     record_to_json,
 )

@@ -21,11 +21,10 @@ from steerlm2.data.conversations import (
     parse_conversation,
     parse_regression_text,
 )
+from steerlm2.data.jsonl import LineProblems, iter_json_lines
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import (
-    LineProblems,
     Turn,
-    iter_json_lines,
 )
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import (

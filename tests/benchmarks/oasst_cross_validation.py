@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from steerlm2.data.conversations import conversation_to_json
-from steerlm2.data.records import json_line
+from steerlm2.data.jsonl import json_line
 from steerlm2.data.sources.oasst import OASST_ATTRIBUTES, oasst_conversations
 
 FOLDS = 5

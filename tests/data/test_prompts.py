@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema
+from steerlm2.data.jsonl import json_line
 from steerlm2.data.prompts import (
     draw_labels,
     labels_in,
@@ -18,7 +19,7 @@ from steerlm2.data.prompts import (
     read_prompts,
     uniform_labels,
 )
-from steerlm2.data.records import Turn, json_line
+from steerlm2.data.records import Turn
 
 ASK = {"from": "User", "value": "a"}
 ANSWER = {"from": "Assistant", "value": "b", "label": "humor:1"}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import bz2
 import copy
-import gzip
 import json
-import lzma
 import math
 from array import array
 from pathlib import Path
@@ -16,13 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema, UnknownAttributes
+from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema
 from steerlm2.data.records import (
     BROKEN,
     CUT_OFF,
     OTHER_TOKENS,
     UNKNOWN_TOKENS,
-    LineProblems,
     Record,
     Response,
     Turn,
@@ -345,28 +341,6 @@ def test_bad_lines_are_named_with_file_and_line_the_first_ten(tmp_path: Path) ->
     assert lines[10] == "... and 38 more bad lines"
 
 
-def test_unknown_attributes_of_many_lines_are_one_table_and_of_one_a_line() -> None:
-    def unknown(*names: str) -> UnknownAttributes:
-        return UnknownAttributes(f"no {names}", names, AttributeSchema(("humor",)))
-
-    problems = LineProblems("f.jsonl")
-    problems.add(3, unknown("wit"))
-    with pytest.raises(ValueError, match=r"^f\.jsonl:3: no \('wit',\)$"):
-        problems.raise_if_any()
-    problems.add(4, "a bad line")
-    problems.add(5, unknown("rigor", "wit"))
-    with pytest.raises(ValueError, match="bad line") as error:
-        problems.raise_if_any()
-    assert str(error.value).splitlines() == [
-        "f.jsonl:4: a bad line",
-        "2 labels have attributes that the schema lacks; set schema.names, which is humor now, to "
-        "those that the labels name, or correct the labels:",
-        "  attribute   labels  first",
-        "  wit              2  f.jsonl:3",
-        "  rigor            1  f.jsonl:5",
-    ]
-
-
 def test_iter_records_yields_the_good_ones_before_it_raises(tmp_path: Path) -> None:
     good = json.dumps(example())
     path = _write_lines(tmp_path / "d.jsonl", ["3", good, "", good])
@@ -376,97 +350,11 @@ def test_iter_records_yields_the_good_ones_before_it_raises(tmp_path: Path) -> N
         next(records)
 
 
-def test_blank_lines_and_byte_order_mark_are_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "d.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(example()).encode() + b"\r\n  \n\n")
-    assert len(read_records(path)) == 1
-
-
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=r"d\.jsonl holds no records"):
         read_records(tmp_path / "d.jsonl")
-
-
-LINE = json.dumps(example()).encode() + b"\n"
-OTHER_FORMATS = {
-    "one JSON array: write an object a line": b"[" + LINE.rstrip() + b",\n" + LINE + b"]\n",
-    "one JSON array": b"\xef\xbb\xbf\n [\n" + LINE + b"]\n",
-    "JSON over several lines: write an object a line": json.dumps(example(), indent=2).encode(),
-    "JSON over several": json.dumps(example()).replace('", "', '",\n"').encode(),
-    "UTF-16 or UTF-32: convert it to UTF-8": LINE.decode().encode("utf-16"),
-    "UTF-16 or UTF-32": LINE.decode().encode("utf-16-le"),
-    "UTF-16": LINE.decode().encode("utf-32-be"),
-    "compressed with gzip: give it a name that ends in .gz": gzip.compress(LINE),
-    "compressed: unpack it": b"PK\x03\x04" + bytes(100),
-    "compressed: unpack": bz2.compress(LINE),
-    "compressed:": lzma.compress(LINE),
-    "Parquet: recipe prepare_data reads it": b"PAR1" + bytes(100) + b"PAR1",
-}
-
-
-@pytest.mark.parametrize("message", OTHER_FORMATS)
-def test_other_formats_are_one_message(tmp_path: Path, message: str) -> None:
-    path = tmp_path / "d.jsonl"
-    path.write_bytes(OTHER_FORMATS[message])
-    with pytest.raises(ValueError, match=f"^{path} is {message}") as error:
-        read_records(path)
-    assert "\n" not in str(error.value)
-
-
-def test_an_array_in_a_compressed_file_is_one_too(tmp_path: Path) -> None:
-    path = tmp_path / "d.jsonl.gz"
-    path.write_bytes(gzip.compress(b"[" + LINE + b"]"))
-    with pytest.raises(ValueError, match=f"^{path} is one JSON array"):
-        read_records(path)
-
-
-@pytest.mark.parametrize("line", ['{"a": 1, "b": 2, "a": 1}', '{"b": [{"a": 1, "a": null}]}'])
-def test_a_key_that_is_there_twice_is_named(tmp_path: Path, line: str) -> None:
-    """Which of them counts is a matter of the reader; json takes the last."""
-    path = _write_lines(tmp_path / "d.jsonl", [json.dumps(example()), line])
-    with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON \(key 'a' is there twice\)"):
-        read_records(path)
-
-
-def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl").write_bytes(json.dumps(example()).encode() + b'\n{"system": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON \(not UTF-8 at byte 13\)"):
-        read_records(tmp_path / "d.jsonl")
-
-
-def test_a_line_nested_too_deeply_is_a_bad_line(tmp_path: Path) -> None:
-    path = _write_lines(tmp_path / "d.jsonl", ['{"a": ' * 200_000])
-    with pytest.raises(ValueError, match=r"d\.jsonl:1: not valid JSON \(nested too deeply\)"):
-        read_records(path)
-
-
-def test_a_cut_off_gzip_file_is_an_error(tmp_path: Path) -> None:
-    whole = gzip.compress(json.dumps(example()).encode() + b"\n")
-    (tmp_path / "d.jsonl.gz").write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="damaged or cut off"):
-        read_records(tmp_path / "d.jsonl.gz")
-
-
-def test_what_only_looks_like_gzip_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl.gz").write_bytes(json.dumps(example()).encode())
-    with pytest.raises(ValueError, match=r"d\.jsonl\.gz:1: the compressed file is damaged"):
-        read_records(tmp_path / "d.jsonl.gz")
-
-
-def test_missing_file_names_the_absolute_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="working directory") as error:
-        read_records("no/such.jsonl")
-    assert str(tmp_path / "no" / "such.jsonl") in str(error.value)
-
-
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is a folder"):
-        read_records(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

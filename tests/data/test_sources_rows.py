@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from steerlm2.data.records import LineProblems
+from steerlm2.data.jsonl import LineProblems
 from steerlm2.data.sources.rows import iter_rows
 
 

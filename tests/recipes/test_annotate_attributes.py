@@ -23,7 +23,8 @@ from annotate_attributes import AttributeSchema, ConversationFormat
 from processes import ranks_with_logs, stopped_until_named
 from ready_made import recipe_config
 from steerlm2.attributes import beta_log_prob, parse_label
-from steerlm2.data.records import Turn, json_line
+from steerlm2.data.jsonl import json_line
+from steerlm2.data.records import Turn
 from steerlm2.data.templates import encode_segments, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 

@@ -12,7 +12,8 @@ import yaml
 
 from steerlm2.attributes import AttributeSchema, label_of_scores, parse_label
 from steerlm2.data.conversations import Conversation, conversation_to_json
-from steerlm2.data.records import Turn, json_line
+from steerlm2.data.jsonl import json_line
+from steerlm2.data.records import Turn
 from steerlm2.data.synthetic import score_text
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer

@@ -25,8 +25,9 @@ import torch
 
 from steerlm2.attributes import AttributeSchema
 from steerlm2.data.conversations import Conversation, conversation_to_json
+from steerlm2.data.jsonl import json_line
 from steerlm2.data.packing import RewardGroup
-from steerlm2.data.records import Turn, json_line
+from steerlm2.data.records import Turn
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer

@@ -23,7 +23,8 @@ from processes import ranks_with_logs, stopped_until_named
 from ready_made import recipe_config
 from steerlm2.attributes import parse_label
 from steerlm2.checkpoints.checkpointer import HFCheckpointer
-from steerlm2.data.records import json_line, read_records, write_records
+from steerlm2.data.jsonl import json_line
+from steerlm2.data.records import read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import (
     encode_prompt,

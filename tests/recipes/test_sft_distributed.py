@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from steerlm2.checkpoints.checkpointer import HFCheckpointer, ScratchCheckpointer
 from steerlm2.data.conversations import Conversation, conversation_to_json, iter_conversations
-from steerlm2.data.records import Turn, json_line
+from steerlm2.data.jsonl import json_line
+from steerlm2.data.records import Turn
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import encode_prompt, encode_response, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer

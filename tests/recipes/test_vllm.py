@@ -26,7 +26,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from steerlm2.data.records import Record, Response, json_line, read_records, write_records
+from steerlm2.data.jsonl import json_line
+from steerlm2.data.records import Record, Response, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import encode_prompt, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer

@@ -16,11 +16,11 @@ from typing import Any
 
 from steerlm2.attributes import AttributeSchema, as_schema, label_of_scores, parse_label
 from steerlm2.data.conversations import Conversation
+from steerlm2.data.jsonl import LineProblems
 from steerlm2.data.records import (
     ASSISTANT,
     BROKEN,
     CUT_OFF,
-    LineProblems,
     Record,
     Response,
     Turn,

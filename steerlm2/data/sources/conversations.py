@@ -9,7 +9,8 @@ from typing import Any
 
 from steerlm2.attributes import AttributeSchema, as_schema, parse_label
 from steerlm2.data.conversations import Conversation, parse_conversation
-from steerlm2.data.records import ASSISTANT, LineProblems
+from steerlm2.data.jsonl import LineProblems
+from steerlm2.data.records import ASSISTANT
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, Unit
 from steerlm2.data.sources.helpsteer import MAX_STRENGTH
 from steerlm2.data.sources.rows import iter_rows

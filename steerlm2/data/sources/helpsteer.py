@@ -9,7 +9,8 @@ from typing import Any
 
 from steerlm2.attributes import encode_label
 from steerlm2.data.conversations import Conversation, has_empty_answer, is_text, turns_in
-from steerlm2.data.records import ASSISTANT, USER, LineProblems, Turn
+from steerlm2.data.jsonl import LineProblems
+from steerlm2.data.records import ASSISTANT, USER, Turn
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, Unit
 from steerlm2.data.sources.rows import Row, iter_rows
 

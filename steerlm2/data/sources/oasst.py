@@ -27,10 +27,10 @@ from steerlm2.attributes import (
     parse_label,
 )
 from steerlm2.data.conversations import Conversation, is_text
+from steerlm2.data.jsonl import LineProblems
 from steerlm2.data.records import (
     ASSISTANT,
     USER,
-    LineProblems,
     Record,
     Response,
     Turn,

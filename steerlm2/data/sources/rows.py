@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from steerlm2.data.records import LineProblems, iter_json_lines
+from steerlm2.data.jsonl import LineProblems, iter_json_lines
 
 Split = Literal["train", "validation"]
 

@@ -1,0 +1,224 @@
+"""Files of JSON lines: reading them with all their problems in one message, and writing a line."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from steerlm2.attributes import AttributeSchema, UnknownAttributes
+
+_START = 4096
+"""Bytes of a file that tell its format."""
+_UTF_16 = "UTF-16 or UTF-32: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
+_ARCHIVE = "compressed: unpack it, or compress it with gzip under a name that ends in .gz"
+_OTHER_FORMATS = {
+    b"PAR1": "Parquet: recipe prepare_data reads it under a name that ends in .parquet",
+    b"\x1f\x8b": "compressed with gzip: give it a name that ends in .gz",
+    codecs.BOM_UTF16_LE: _UTF_16,
+    codecs.BOM_UTF16_BE: _UTF_16,
+    b"PK\x03\x04": _ARCHIVE,  # zip
+    b"\x28\xb5\x2f\xfd": _ARCHIVE,  # Zstandard
+    b"BZh": _ARCHIVE,
+    b"\xfd7zXZ": _ARCHIVE,
+    b"ARROW1": "Arrow: recipe prepare_data reads Parquet, under a name that ends in .parquet",
+}
+"""First bytes -> what a file is, and what to do."""
+
+_MAX_REPORTED = 10
+
+
+def shortened(problems: Sequence[str]) -> list[str]:
+    """The first 10 problems, and how many more there are."""
+    more = len(problems) - _MAX_REPORTED
+    return [*problems[:_MAX_REPORTED], *([f"... and {more} more"] if more > 0 else [])]
+
+
+class LineProblems:
+    """Collects the bad lines of a file, so that one message can name them together."""
+
+    def __init__(self, path: str | Path, numbered: str = ":") -> None:
+        """
+        Args:
+            path: of the file.
+            numbered: what stands between the file's name and a number.
+        """
+        self.path = path
+        self.numbered = numbered
+        self.count = 0
+        self._first: list[str] = []
+        self._unknown = _UnknownTable()
+
+    def add(
+        self, line_number: int, problem: str | ValueError, path: str | Path | None = None
+    ) -> None:
+        """Note a bad line.
+
+        Args:
+            line_number: from 1.
+            problem: UnknownAttributes of several lines become one table.
+            path: the line's file, if it isn't `self.path`.
+        """
+        where = f"{path or self.path}{self.numbered}{line_number}"
+        self.count += 1
+        if isinstance(problem, UnknownAttributes):
+            self._unknown.add(where, problem)
+        elif len(self._first) < _MAX_REPORTED:
+            self._first.append(f"{where}: {problem}")
+
+    def raise_if_any(self) -> None:
+        """Report the bad lines, if there are any.
+
+        Raises:
+            ValueError: "FILE:LINE: problem" for the first 10 bad lines, how many more there are,
+                and a table of the attributes that the schema lacks.
+        """
+        if not self.count:
+            return
+        more = self.count - len(self._first) - self._unknown.count
+        tail = [f"... and {more} more bad line{'s' * (more > 1)}"] if more else []
+        raise ValueError("\n".join([*self._first, *tail, *self._unknown.lines()]))
+
+
+class _UnknownTable:
+    """The attributes that labels name and the schema lacks: one mistake, however many lines."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first = ""
+        self._schema: AttributeSchema | None = None
+        self._times: Counter[str] = Counter()
+        self._first_place: dict[str, str] = {}
+
+    def add(self, where: str, error: UnknownAttributes) -> None:
+        self.count += 1
+        self._first = self._first or f"{where}: {error}"
+        self._schema = error.schema
+        for name in error.names:
+            self._times[name] += 1
+            self._first_place.setdefault(name, where)
+
+    def lines(self) -> list[str]:
+        if self._schema is None or self.count == 1:
+            return [self._first] if self._first else []
+        width = max(map(len, ["attribute", *self._times]))
+        return [
+            f"{self.count} labels have attributes that the schema lacks; set schema.names, which "
+            f"is {', '.join(self._schema.names)} now, to those that the labels name, or correct "
+            "the labels:",
+            f"  {'attribute':<{width}} {'labels':>8}  first",
+            *(
+                f"  {name:<{width}} {times:>8}  {self._first_place[name]}"
+                for name, times in self._times.most_common()
+            ),
+        ]
+
+
+def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, decoded JSON) of the lines of a .jsonl or .jsonl.gz file.
+
+    Blank lines are skipped. Lines that can't be decoded, or have a key twice, go to `problems`,
+    which the caller raises at the end.
+
+    Raises:
+        FileNotFoundError: with the absolute path.
+        ValueError: for a file of another format, which it names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{path.absolute()} {what}; give a .jsonl or .jsonl.gz file"
+            " (relative paths start at the working directory)"
+        )
+    line_number = 0
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            _refuse_other_formats(path, file.peek(_START))
+            for line_number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    obj = json.loads(
+                        line.rstrip(b"\r\n").decode("utf-8-sig" if line_number == 1 else "utf-8"),
+                        object_pairs_hook=_object,
+                    )
+                except (ValueError, RecursionError) as error:
+                    problems.add(line_number, f"not valid JSON ({_json_hint(error)})")
+                else:
+                    yield line_number, obj
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            problems.add(line_number + 1, f"the compressed file is damaged or cut off ({error})")
+
+
+def json_line(obj: dict[str, Any]) -> bytes:
+    """One line of a JSONL file in UTF-8, without escapes of characters, with the line end."""
+    line = json.dumps(obj, ensure_ascii=False)
+    if not is_unicode(line):  # half a surrogate pair in an unknown key needs a \u escape
+        line = json.dumps(obj, ensure_ascii=True)
+    return line.encode("utf-8") + b"\n"
+
+
+@contextlib.contextmanager
+def open_for_writing(path: Path, compressed: bool) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """Open a file; the gzip header has neither time nor name, so equal records give equal bytes."""
+    with open(path, "wb") as raw:
+        if compressed:
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+                yield file
+        else:
+            yield raw
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    """One message instead of one a line.
+
+    Args:
+        start: the first bytes of the file, or of what is compressed in it.
+
+    Raises:
+        ValueError: where they aren't those of JSON lines in UTF-8.
+    """
+    for magic, what in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is {what}")
+    if b"\0" in start[:4]:
+        raise ValueError(f"{path} is {_UTF_16}")
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    one_a_line = "write an object a line (jq -c"
+    if text.startswith(b"["):
+        raise ValueError(f"{path} is one JSON array: {one_a_line} '.[]' {path.name})")
+    first_line, line_end, _ = text.partition(b"\n")
+    if line_end and first_line.rstrip().endswith((b"{", b"[", b",")):
+        raise ValueError(f"{path} is JSON over several lines: {one_a_line} . {path.name})")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that is there twice, of which json would take the last."""
+    obj = dict(pairs)
+    if len(obj) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in obj if keys.count(key) > 1)!r} is there twice")
+    return obj
+
+
+def _json_hint(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start + 1}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
