@@ -10,7 +10,12 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+)
 from torch.profiler import ProfilerActivity, profile
 from torchtune.models.llama3 import llama3
 
@@ -25,6 +30,7 @@ from steerlm2.data.packing import (
 )
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
+from steerlm2.models import attention
 from steerlm2.models.attention import attend, flex_mask
 from steerlm2.training.forward import hidden_states
 
@@ -105,6 +111,40 @@ def test_flex_attention_reads_repeated_keys_once() -> None:
     actual = attend(q, k, v, mask, 0.0, False, queries_per_key=2)
     dense = attend(q, k, v, batch.attention_mask_TT()[None], 0.0, False)
     torch.testing.assert_close(actual, dense, rtol=0, atol=1e-5)
+
+
+def test_compiled_flex_attention_has_the_gradients_of_the_dense_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU's path up to its kernels: mask and attention are traced once, for all lengths. 4 heads
+    of queries, 2 of keys; float32, values of size 1: 1e-5.
+    """
+    for function in (create_block_mask, flex_attention):
+        compiled = torch.compile(function, dynamic=True, backend="aot_eager")
+        monkeypatch.setattr(attention, function.__name__, compiled)
+    # torch refuses gradients on a CPU, for whose kernel it has no backward.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
+    generator = torch.Generator().manual_seed(0)
+
+    def check(batch: PackedSequence) -> None:
+        shapes = [(1, heads, len(batch.tokens_T), 16) for heads in (4, 2, 2)]
+        leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+        grad_BHTE = torch.randn(shapes[0], generator=generator)
+
+        def results(mask: Tensor | BlockMask, queries_per_key: int) -> tuple[Tensor, ...]:
+            """The output, and the gradients of q, k and v."""
+            q, k, v = leaves
+            k, v = (each.repeat_interleave(2, dim=1) for each in (k, v))
+            out_BHTE = attend(q, k, v, mask, 0.0, False, queries_per_key=queries_per_key)
+            return out_BHTE.detach(), *torch.autograd.grad(out_BHTE, leaves, grad_BHTE)
+
+        flex = results(flex_mask(batch.group_T, batch.segment_T), 2)
+        dense = results(batch.attention_mask_TT()[None], 1)
+        torch.testing.assert_close(flex, dense, rtol=0, atol=1e-5)
+
+    check(pack([group(200, 20, 9), group(5, 0, 30)]))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check(pack([group(40, 90, 1, 170), group(1, 300)]))
 
 
 @pytest.mark.parametrize("name", BATCHES)

@@ -32,11 +32,11 @@ RECIPES = {
 def test_resumed_beyond_a_smaller_max_steps_the_export_is_of_the_steps_done(
     tune: TuneProcess, run_folder: type[RunFolder], tmp_path: Path, recipe: str
 ) -> None:
-    """8 records in batches of 4: 6 steps are 3 epochs. Resumed with max_steps=2 the weights are
-    still those of step 6, and so is the folder's epoch."""
+    """8 records in batches of 4: 6 steps are 3 epochs, saved twice. Resumed with max_steps=2 the
+    weights are still those of step 6, and so is the folder's epoch."""
     config, *keys = RECIPES[recipe]
     run = run_folder(tmp_path / "run")
-    common = (recipe, "--config", config, *keys, "save_every_n_steps=6", f"output_dir={run.path}")
+    common = (recipe, "--config", config, *keys, "save_every_n_steps=3", f"output_dir={run.path}")
     tune(*common, "max_steps=6")
     weights = run.weights()
     (folder,) = run.path.glob("epoch_*")
