@@ -1,5 +1,20 @@
-"""Llama decoders: torchtune's, and the one that a checkpoint's config.json describes."""
+"""Llama decoders: torchtune's, and the one that a checkpoint's config.json describes.
 
-from steerlm2.models.from_checkpoint import from_checkpoint
+`from_checkpoint` is for `_component_` in YAML files. It is imported on first use: what computes
+log-probs doesn't need torchtune.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerlm2.models.hf_builder import from_checkpoint
 
 __all__ = ["from_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "from_checkpoint":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from steerlm2.models import hf_builder
+
+    return hf_builder.from_checkpoint

@@ -21,15 +21,18 @@ class OwnConfig(PrepareDataConfig, LabelOptions):
 
 @recipe_main(OwnConfig)
 """
-"""LabelOptions' annotations use Literal, which prepare_data doesn't import."""
+"""LabelOptions' annotations use Literal, a name that the copy doesn't have."""
 
 
 @pytest.fixture
 def own_recipe(tmp_path: Path) -> Path:
     """A copy of prepare_data, in another folder, whose config inherits a class of the library."""
-    text = PREPARE_DATA.read_text()
+    text = PREPARE_DATA.read_text().replace("Literal[", "typing.Literal[")
+    text = text.replace(
+        "from typing import Any, Literal, ", "import typing\nfrom typing import Any, "
+    )
     assert text.count("@recipe_main(PrepareDataConfig)\n") == 1
-    assert "Literal" not in text
+    assert text.count("Literal") == text.count("typing.Literal[")
     own = tmp_path / "mine.py"
     own.write_text(text.replace("@recipe_main(PrepareDataConfig)\n", OWN_KEYS))
     return own
