@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FEW_SHAPES = ("model.num_kv_heads=4", "model.intermediate_dim=128")  # embed_dim is 128
 STEERLM2 = (
     *("steerlm2_distributed", "--config", "tiny/steerlm2", "generation=null", "dataset_val=null"),
-    *("val_every_n_steps=null", "dataset.num_records=64", "max_steps=4", "save_every_n_steps=2"),
+    *("val_every_n_steps=null", "dataset.num_records=32", "max_steps=4", "save_every_n_steps=2"),
     *("keep_last_n_checkpoints=2", "optimizer._component_=torchao.optim.AdamW8bit"),
     *FEW_SHAPES,
 )
