@@ -39,11 +39,7 @@ from steerlm2.data.conversations import (
     spells_marker,
 )
 from steerlm2.data.jsonl import LineProblems, json_line, shortened
-from steerlm2.data.records import (
-    USER,
-    Record,
-    record_to_json,
-)
+from steerlm2.data.records import USER, Record, record_to_json
 from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.spool import Spool, open_spool
 from steerlm2.runs.entry import recipe_main

@@ -29,7 +29,6 @@ from steerlm2.checkpoints.side_files import (
     GENERATION_CONFIG,
     SIDE_FILES,
     TrainedText,
-    check_side_files,
     generation_config,
     remove_side_files,
     token_ids,
@@ -138,7 +137,6 @@ class HFCheckpointer(FolderCheckpointer):
     def __init__(self, checkpoint_dir: str, output_dir: str = "") -> None:
         self.checkpoint_dir = resolve_checkpoint_dir(checkpoint_dir)
         self.output_dir = Path(output_dir)
-        check_side_files(self.checkpoint_dir)
         self.hf_config: dict[str, Any] = read_json(self.checkpoint_dir / "config.json")
         generation = self.checkpoint_dir / GENERATION_CONFIG
         self._generation = read_json(generation) if generation.is_file() else {}

@@ -23,9 +23,7 @@ from steerlm2.data.conversations import (
 )
 from steerlm2.data.jsonl import LineProblems, iter_json_lines
 from steerlm2.data.packing import RewardGroup
-from steerlm2.data.records import (
-    Turn,
-)
+from steerlm2.data.records import Turn
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import (
     Template,

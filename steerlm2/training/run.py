@@ -488,8 +488,7 @@ class TrainingRun:
                 data_digests(val_records)[ORDER] + f" {cfg.limit_val_batches}"
             )
         named["template"] = template_digest(instantiate(cfg.template))
-        unlike = [rank for rank, others in enumerate(world.gather(named)) if others != named]
-        if any(world.gather(bool(unlike))):
+        if any(others != named for others in world.gather(named)):  # then on every rank
             raise ValueError(
                 "the data are not the same on all nodes: `dataset` and `dataset_val` must name "
                 "files on a file system that they share, or equal copies"
