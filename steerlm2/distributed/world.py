@@ -230,9 +230,7 @@ def init_world(
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     names = ("dp_replicate", "dp_shard", "tp")
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    public = getattr(
-        dist, "set_timeout", None
-    )  # torch 2.14 and later, which warn of the private one
+    public = getattr(dist, "set_timeout", None)  # torch 2.14 and later warn of the private one
     set_timeout = public or dist.distributed_c10d._set_pg_timeout
     for group in mesh.get_all_groups():  # torch sets their timeout to 10 minutes
         set_timeout(timeout, group)
