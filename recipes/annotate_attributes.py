@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -46,6 +46,7 @@ from steerlm2.attributes import (
     label_of_scores,
     parse_label,
 )
+from steerlm2.config.completion import SchemaRule
 from steerlm2.config.keys import ScoringKeys, ServerOptions, at_least_one, output_problems
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.conversations import parse_conversation
@@ -101,6 +102,8 @@ class AnnotateConfig(ScoringKeys):
     """What becomes a label: the rounded scores, or values drawn from P(a|x,y) with `seed`."""
     max_seq_len: int = 4096
     """Tokens of a response with its conversation; a longer text loses its beginning."""
+
+    SCHEMA_RULE: ClassVar[SchemaRule] = "equal"
 
     def problems(self) -> list[str]:
         found = super().problems()

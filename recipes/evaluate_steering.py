@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
+from steerlm2.config.completion import complete_schema, complete_sections
 from steerlm2.config.keys import ModelOptions, SamplingKeys, ServerOptions, at_least_one
 from steerlm2.config.loader import Component, instantiate, to_plain
 from steerlm2.data.jsonl import LineProblems, json_line
@@ -159,6 +160,20 @@ class EvaluateConfig(SamplingKeys):
     """torchtune's metric loggers (W&B, TensorBoard, ...), which get the report."""
     max_tokens_per_microbatch: int = 4096
     """Tokens that a rank computes at a time, of the attribute model and of `exact_kl`."""
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        models = values.get("models")
+        named = models.items() if isinstance(models, dict) else ()
+        sections = {f"models.{name}": section for name, section in named}
+        scorer = values.get("attribute_model")
+        found = list(complete_sections(values, sections | {"attribute_model": scorer}))
+        if isinstance(scorer, dict):
+            found += complete_schema(values, scorer, "equal", "attribute_model.")
+        for key, section in sections.items():
+            if isinstance(section, dict) and section.get("use_labels", True):
+                found += complete_schema(values, section, "any", f"{key}.")
+        return found
 
     def sampled(self) -> dict[str, AnsweringOptions]:
         """The models that are sampled, not those with given answers."""

@@ -16,6 +16,7 @@ FSDP2 x tensor parallel with replicas. `train` is the algorithm; what surrounds 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from steerlm2.attributes import as_schema
-from steerlm2.config.keys import TrainingKeys, at_least_one
+from steerlm2.config.completion import complete_model, complete_schema
+from steerlm2.config.keys import TrainingKeys, at_least_one, schema_problems
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.packing import PackedRewardGroups, RewardGroup, pack_for_reward
 from steerlm2.datasets import RewardDataset
@@ -37,6 +39,7 @@ from steerlm2.evaluation.agreement import (
     preference_metrics,
     table_text,
 )
+from steerlm2.facts import ModelFacts
 from steerlm2.losses import bradley_terry_sum, num_labelled, squared_error_sum
 from steerlm2.runs.entry import recipe_main
 from steerlm2.training.forward import attribute_scores, score_attributes
@@ -69,17 +72,21 @@ class RewardConfig(TrainingKeys):
 
     TAKEN: ClassVar[dict[str, str]] = {"template": "template", "schema": "schema", "pairs": "loss"}
 
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        found = complete_model(values)
+        if values.get("load_reward_head"):
+            found = itertools.chain(found, complete_schema(values, values, "equal"))
+        return list(found)
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.val_every_n_steps and not self.dataset_val:
             found.append("'val_every_n_steps' needs 'dataset_val'")
         if self.load_reward_head and self.checkpointer is None:
             found.append("'load_reward_head' needs a 'checkpointer'")
-        try:
+        if not list(schema_problems(self.schema)):
             names = as_schema(self.schema).names
-        except (ValueError, TypeError) as error:
-            found.append(f"'schema': {error}")
-        else:
             if self.loss != "regression" and self.reward_attribute not in names:
                 found.append(
                     f"'reward_attribute' must be one of schema.names ({', '.join(names)}), got "
@@ -198,7 +205,9 @@ class RewardRecipe:
 
     def export(self) -> None:
         """The weights as a Hugging Face LlamaForSequenceClassification, and the run's results."""
-        step = self.run.export(self.model, self.checkpointer)
+        template = self.cfg.template
+        facts = ModelFacts(kind="attribute model", template=template, schema=self.schema)
+        step = self.run.export(self.model, self.checkpointer, facts)
         tables = {entry["step"]: entry["calibration"] for entry in self.calibrations.read()}
         calibration = table_text(tables[step]) if step in tables else ""
         table = ("loss", "grad_norm", "lr")

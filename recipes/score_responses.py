@@ -44,6 +44,7 @@ from steerlm2.attributes import (
 )
 from steerlm2.checkpoints.decoder import build_decoder, lay_out
 from steerlm2.checkpoints.weights import check_context, open_checkpointer
+from steerlm2.config.completion import complete_model, complete_schema, complete_sections
 from steerlm2.config.keys import ModelOptions, ScoringKeys, at_least_one, output_problems
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.data.jsonl import LineProblems, json_line, shortened
@@ -117,6 +118,15 @@ class ScoreConfig(ScoringKeys):
     max_seq_len: int = 4096
     """Tokens of a prompt with one response; longer responses are left out. A text that an attribute
     model scores loses its beginning."""
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        sections: dict[str, Any] = {name: values.get(name) for name in QUANTITIES}
+        found = [*complete_model(values), *complete_sections(values, sections)]
+        scorer = values.get("log_p_attributes")
+        if isinstance(scorer, dict):
+            found += complete_schema(values, scorer, "equal", "log_p_attributes.")
+        return [*found, *complete_schema(values, values, "any")]
 
     def problems(self) -> list[str]:
         found = super().problems()

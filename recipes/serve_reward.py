@@ -23,6 +23,7 @@ from typing import Any
 
 from steerlm2.attributes import as_schema
 from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.config.completion import complete_schema
 from steerlm2.config.keys import ModelKeys, above_zero, at_least_one, schema_problems
 from steerlm2.config.loader import instantiate
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
@@ -68,6 +69,10 @@ class ServeConfig(ModelKeys):
     """Tokens of a text with its conversation."""
     max_tokens_per_microbatch: int = 4096
     """Tokens that are computed at a time, over packed texts."""
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        return [*super().complete(values), *complete_schema(values, values, "equal")]
 
     def problems(self) -> list[str]:
         found = super().problems()

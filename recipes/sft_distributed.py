@@ -25,7 +25,7 @@ from steerlm2.config.keys import GenerationOptions, TrainingKeys, at_least_one
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.packing import Dialogue, PackedDialogues, pack_dialogues
 from steerlm2.data.templates import response_end
-from steerlm2.datasets import DialogueDataset
+from steerlm2.datasets import DialogueDataset, language_model_facts
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
 from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.runs.entry import recipe_main
@@ -67,6 +67,7 @@ class SFTRecipe:
         self.stop_id = response_end(self.template, self.tokenizer)[1]
         self.train_set = self._dataset(cfg.dataset)
         self.val_set = self._dataset(cfg.val_data) if cfg.val_data else None
+        self.facts = language_model_facts(self.train_set.conversations, cfg.template, cfg.schema)
         conversations = self.val_set.conversations if self.val_set else []
         self.answers = ValidationAnswers(
             cfg.generation,
@@ -145,7 +146,7 @@ class SFTRecipe:
     def export(self) -> None:
         """The weights as Hugging Face safetensors, and the run's table and plot."""
         text = TrainedText(self.tokenizer, self.template, self.stop_id)
-        step = self.run.export(self.model, self.checkpointer, text)
+        step = self.run.export(self.model, self.checkpointer, self.facts, text)
         self.run.report(step, table=("loss", "grad_norm", "lr"), curves=("loss",))
 
     # Helpers

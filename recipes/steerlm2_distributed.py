@@ -30,7 +30,7 @@ from steerlm2.config.keys import DataOptions, GenerationOptions, TrainingKeys, a
 from steerlm2.config.loader import Component, instantiate, takes
 from steerlm2.data.packing import Group, PackedGroups, Targets, targets_of
 from steerlm2.data.templates import response_end
-from steerlm2.datasets import SteerLM2Dataset, with_log_probs
+from steerlm2.datasets import SteerLM2Dataset, language_model_facts, with_log_probs
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
 from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.losses import METRIC_NAMES, metric_sums
@@ -118,6 +118,7 @@ class SteerLM2Recipe:
         self.stop_id = response_end(self.template, self.tokenizer)[1]
         train_set = self._dataset(cfg.dataset)
         val_set = self._dataset(cfg.val_data) if cfg.val_data else None
+        self.facts = language_model_facts(train_set.conversations(), cfg.template, cfg.schema)
         conversations = val_set.conversations() if val_set else []
         self.answers = ValidationAnswers(
             cfg.generation,
@@ -225,7 +226,7 @@ class SteerLM2Recipe:
     def export(self) -> None:
         """The trained weights as Hugging Face safetensors, and the run's table and plot."""
         text = TrainedText(self.tokenizer, self.template, self.stop_id)
-        step = self.run.export(self.model, self.checkpointer, text)
+        step = self.run.export(self.model, self.checkpointer, self.facts, text)
         table = ("distance", "loss", *METRIC_NAMES[1:], "grad_norm", "lr")
         self.run.report(step, table=table, curves=("distance", "loss"))
 

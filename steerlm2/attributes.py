@@ -5,10 +5,11 @@ Dimension letters: N responses, A attributes, V values of an attribute.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,6 +67,11 @@ class AttributeSchema:
         if problems:
             raise ValueError("attribute schema: " + "; ".join(problems))
 
+    def only(self, names: Container[str]) -> AttributeSchema:
+        """The schema of those of its attributes, in its order."""
+        kept = tuple(name for name in self.names if name in names)
+        return dataclasses.replace(self, names=kept)
+
 
 DEFAULT_SCHEMA = AttributeSchema()
 
@@ -96,6 +102,15 @@ def as_schema(schema: AttributeSchema | Mapping[str, Any] | None) -> AttributeSc
             "known: names, min_value, max_value"
         )
     return AttributeSchema(**schema)
+
+
+def schema_to_json(schema: AttributeSchema) -> dict[str, Any]:
+    """A schema as `as_schema` reads it."""
+    return {
+        "names": list(schema.names),
+        "min_value": schema.min_value,
+        "max_value": schema.max_value,
+    }
 
 
 def encode_label(

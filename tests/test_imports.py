@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "steerlm2"
 
 FROM_THE_GROUND_UP = (
-    ("_tune", "torchtune_private", "attributes", "losses", "checkpoint_dirs"),
+    ("_tune", "torchtune_private", "attributes", "losses", "checkpoint_dirs", "facts"),
     ("models",),
     ("data",),
     ("datasets",),
@@ -31,10 +31,14 @@ FROM_THE_GROUND_UP = (
     ("pipeline",),
 )
 """A module imports from its own part of the package and from parts that stand above it here; losses
-import attributes."""
+and facts import attributes, facts checkpoint_dirs."""
 
 LEVELS = {part: level for level, parts in enumerate(FROM_THE_GROUND_UP) for part in parts}
-WITHIN_A_LEVEL = {("losses", "attributes")}
+WITHIN_A_LEVEL = {
+    ("losses", "attributes"),
+    ("facts", "attributes"),
+    ("facts", "checkpoint_dirs"),
+}
 
 
 def module_name(path: Path) -> str:

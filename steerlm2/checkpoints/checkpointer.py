@@ -40,6 +40,7 @@ from steerlm2.checkpoints.side_files import (
 from steerlm2.data.jsonl import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
+from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
 from steerlm2.models.llama import head_shape, hf_config
 from steerlm2.models.llama_config import llama_config
 from steerlm2.models.reward_head import attribute_names
@@ -60,6 +61,8 @@ class FolderCheckpointer:
     output_dir: Path
     text: TrainedText | None = None
     """What the model is trained on; None: the tokenizer's files are those of its folder."""
+    facts: ModelFacts | None = None
+    """What the export says of itself."""
     _pad_id: int | None = None
 
     def load_checkpoint(self) -> dict[str, Any]:
@@ -90,7 +93,10 @@ class FolderCheckpointer:
         """Make the folder of an epoch, with the files that go beside the weights."""
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
+        for name in ("config.json", FACTS_FILE):
+            (folder / name).unlink(missing_ok=True)
+        if self.facts is not None:
+            write_facts(folder, self.facts)
         if self.text is None:
             remove_side_files(folder)
             self._copy_tokenizer(folder)

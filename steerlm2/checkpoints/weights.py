@@ -59,6 +59,7 @@ from steerlm2.data.jsonl import shortened
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
+from steerlm2.facts import ModelFacts, write_facts
 from steerlm2.models.llama import context_length, head_shape
 from steerlm2.models.llama_config import check_decoder, exported_config
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
@@ -300,6 +301,7 @@ def save_weights(
     dtype: torch.dtype,
     output_dir: Path,
     text: TrainedText | None = None,
+    facts: ModelFacts | None = None,
     adapter_only: bool = False,
 ) -> Path:
     """Write the weights in `dtype` as `epoch_{epoch}`, with LoRA adapters merged into them.
@@ -313,6 +315,7 @@ def save_weights(
         dtype: of the files.
         text: of a language model, what it was trained on: its tokenizer comes along, and the stop
             token is the end of a text in every file that says so.
+        facts: what the export says of itself.
         adapter_only: write only the adapters, not the merged model.
 
     Returns:
@@ -354,12 +357,17 @@ def save_weights(
             if text is not None:
                 alone = folder / "adapter"
                 world.on_main(lambda: write_tokenizer(alone, text, text.tokenizer.pad_id))
+            if facts is not None:
+                known = facts
+                world.on_main(lambda: write_facts(folder / "adapter", known))
             return folder
     shapes = {name: p.shape for name, p in parameters.items() if name not in adapters}
     if world.from_main(isinstance(checkpointer, FolderCheckpointer)):
         ours = cast(FolderCheckpointer, checkpointer)
         if ours is not None and text is not None:
             ours.text = text
+        if ours is not None:
+            ours.facts = facts
         write_weights(
             cast(Path, world.from_main(world.on_main(lambda: ours.begin(epoch)))),
             shapes,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from steerlm2.attributes import AttributeSchema, as_schema, encode_label, parse_label
+from steerlm2.config.completion import SchemaRule, complete_model, complete_schema
 from steerlm2.config.loader import Component
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 
@@ -80,13 +81,15 @@ class ModelKeys:
     """A model with its tokenizer and template, and what it is computed on."""
 
     tokenizer: Component
-    """Builder of the tokenizer, e.g. steerlm2.data.hf_tokenizer."""
+    """Builder of the tokenizer, e.g. steerlm2.data.hf_tokenizer; left out: the checkpoint's."""
     model: Component
     """Builder of the decoder: steerlm2.models.from_checkpoint, what the checkpoint's config.json
     describes, or e.g. torchtune.models.llama3_1.llama3_1_8b, which must compute the same; an
-    attribute model's backbone, whose output layer gives way to the head."""
+    attribute model's backbone, whose output layer gives way to the head; left out: the
+    checkpoint's."""
     template: Component = field(default_factory=default_template)
-    """How a conversation becomes tokens; a model is used with the template it was trained with."""
+    """How a conversation becomes tokens; left out: as the checkpoint was trained, if an export of
+    ours says so. A model is used with the template it was trained with."""
     checkpointer: Component | None = None
     """Where the weights come from, and where trained ones go; null: fresh weights from `seed`."""
     seed: int = 0
@@ -97,6 +100,15 @@ class ModelKeys:
     """Of the computation."""
     compile: bool = False
     """Compile the layers with torch.compile."""
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        """Fill in what the values leave out and the checkpoint says; problems with what is given.
+
+        Args:
+            values: of the whole config, not checked yet.
+        """
+        return list(complete_model(values))
 
     def problems(self) -> list[str]:
         """Problems between keys that are right by themselves."""
@@ -165,6 +177,9 @@ class TrainingKeys(DistributedKeys):
     """Builder of the training data; steerlm2.datasets has them."""
     dataset_val: Component | None = None
     """Builder of the validation data."""
+    schema: dict[str, Any] | None = None
+    """Attributes of the labels, with their ranges; null: the checkpoint's, or those of the default
+    schema that the labels name."""
     optimizer: Component
     """E.g. torch.optim.AdamW with its arguments."""
     lr: float | None = None
@@ -227,8 +242,13 @@ class TrainingKeys(DistributedKeys):
     TAKEN: ClassVar[dict[str, str]] = {"template": "template"}
     """Arguments of the data sets that are taken from other keys."""
 
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        return [*super().complete(values), *complete_schema(values, values, "any")]
+
     def problems(self) -> list[str]:
         found = super().problems()
+        found += schema_problems(self.schema)
         if self.epochs is None and self.max_steps is None:
             found.append("set 'epochs' or 'max_steps' (the smaller of the two ends the run)")
         if self.lr is None and "lr" not in self.optimizer:
@@ -374,6 +394,12 @@ class InferenceKeys(DistributedKeys):
     """The attributes: names, min_value and max_value; null: the default ones, from 0 to 4."""
     records_per_write: int = 128
     """Records that are written at a time; a stopped run repeats at most so many."""
+
+    SCHEMA_RULE: ClassVar[SchemaRule] = "within"
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        return [*super().complete(values), *complete_schema(values, values, cls.SCHEMA_RULE)]
 
     def problems(self) -> list[str]:
         found = super().problems()

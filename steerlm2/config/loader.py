@@ -7,6 +7,7 @@ and reports every problem at once; `steerlm2.runs.entry` is the command-line ent
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -57,9 +58,10 @@ def load_config(
 ) -> ConfigT:
     """Check `values` against a dataclass and build it.
 
-    If the dataclass has a method `problems() -> list[str]`, it is asked for problems between keys
-    once every key is right by itself. A text that begins with "~/" is a path in the user's home
-    folder; in a list of texts, such as prompts, it stays as it is.
+    If the dataclass has a class method `complete(values) -> list[str]`, it fills in what the values
+    leave out, and returns problems. If it has a method `problems() -> list[str]`, that is asked for
+    problems between keys once every key is right by itself. A text that begins with "~/" is a path
+    in the user's home folder; in a list of texts, such as prompts, it stays as it is.
 
     Args:
         namespace: where to look up the annotations of a class of a recipe that is run as a script.
@@ -187,7 +189,10 @@ def _checked(
     config_class: type, values: Mapping[str, Any], namespace: dict[str, Any] | None
 ) -> tuple[Any, list[str]]:
     problems: list[str] = []
-    config = _build_dataclass(config_class, dict(values), "", problems, namespace)
+    whole = copy.deepcopy(dict(values))
+    if hasattr(config_class, "complete"):
+        problems += config_class.complete(whole)
+    config = _build_dataclass(config_class, whole, "", problems, namespace)
     if not problems and hasattr(config, "problems"):
         problems = config.problems()
     return config, problems

@@ -6,6 +6,7 @@ A builder takes the tokenizer first and its settings by name, as torchtune's bui
 from steerlm2.datasets.dialogues import (
     DialogueDataset,
     dialogue_dataset,
+    language_model_facts,
     synthetic_dialogue_dataset,
 )
 from steerlm2.datasets.grammar import grammar_attribute_dataset, grammar_dialogue_dataset
@@ -32,6 +33,7 @@ __all__ = [
     "dialogue_dataset",
     "grammar_attribute_dataset",
     "grammar_dialogue_dataset",
+    "language_model_facts",
     "steerlm2_dataset",
     "synthetic_attribute_dataset",
     "synthetic_dataset",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from steerlm2.attributes import encode_label
+from steerlm2.attributes import as_schema, encode_label
 from steerlm2.data.conversations import Conversation, iter_conversations
 from steerlm2.data.packing import Dialogue
 from steerlm2.data.records import ASSISTANT, Turn
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import Template, encode_dialogue, extra_id_template
 from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.facts import ModelFacts, schema_of_labels
 
 
 @dataclass
@@ -184,6 +186,35 @@ def tokenize_conversations(
             "prompt; label them (recipe annotate_attributes), or set use_labels=false"
         )
     return dataset
+
+
+def language_model_facts(
+    conversations: Iterable[Conversation],
+    template: Mapping[str, Any],
+    schema: Mapping[str, Any] | None,
+) -> ModelFacts:
+    """What a language model that is trained on these conversations says of itself.
+
+    Args:
+        template: section of the config.
+        schema: likewise; None: the attributes of the default schema that the labels name.
+
+    Raises:
+        ValueError: for labels that aren't of the schema.
+    """
+    labels, systems = [], Counter[str]()
+    for conversation in conversations:
+        labels += [turn.label for turn in conversation.turns if turn.label is not None]
+        systems[conversation.system] += 1
+    known = None if schema is None else as_schema(schema)
+    own_schema, default_label = schema_of_labels(labels, known)
+    return ModelFacts(
+        kind="language model",
+        template=template,
+        schema=own_schema,
+        default_label=default_label,
+        system=systems.most_common(1)[0][0] if systems else None,
+    )
 
 
 def _labelled(response: Any) -> Turn:

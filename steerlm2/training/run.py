@@ -13,11 +13,12 @@ batch ahead of the step.
                 ...
                 due = run.due(step, grad_norm)          # log, save, validate: alike on all ranks
                 ...
-        run.export(model, checkpointer)
+        run.export(model, checkpointer, facts)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
+from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
 from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.checkpoints.training_state import (
     DIGESTS,
@@ -49,6 +51,7 @@ from steerlm2.config.loader import as_yaml, instantiate
 from steerlm2.data.digest import ORDER, PARTS, data_digests, template_digest
 from steerlm2.data.packing import Dialogue, Group, RewardGroup
 from steerlm2.distributed.parallelize import DTYPES, check_finite
+from steerlm2.facts import ModelFacts
 from steerlm2.models.llama import pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.lock import RunLock
@@ -393,13 +396,15 @@ class TrainingRun:
         self,
         model: TransformerDecoder,
         checkpointer: Checkpointer | None,
+        facts: ModelFacts,
         text: TrainedText | None = None,
     ) -> int:
         """Write the weights of the best validation, or the last, as Hugging Face safetensors.
 
         Args:
             checkpointer: on rank 0; None on the others.
-            text: of a language model, what it was trained on.
+            facts: what the export says of itself; what it was trained on is added.
+            text: of a language model, how its texts are written.
 
         Returns:
             The step that the weights are of.
@@ -418,6 +423,7 @@ class TrainingRun:
             dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
             output_dir=self.output_dir,
             text=text,
+            facts=dataclasses.replace(facts, trained=self._trained(step)),
             adapter_only=cfg.save_adapter_weights_only,
         )
         log_path(self._logger, "exported_weights", folder)
@@ -495,6 +501,16 @@ class TrainingRun:
             )
         base = world.from_main(world.on_main(lambda: start_digest(cfg.checkpointer)))
         return named | {"base checkpoint (checkpointer)": str(base)}
+
+    def _trained(self, step: int) -> dict[str, Any]:
+        cfg = self.cfg
+        start = cfg.checkpointer and cfg.checkpointer.get("checkpoint_dir")
+        data = cfg.dataset.get("source") or cfg.dataset["_component_"]
+        return {
+            "from": start and resolve_checkpoint_dir(start).resolve().name,
+            "data": Path(str(data)).name,
+            "steps": step,
+        }
 
     def _resume(self, lr_scheduler: LambdaLR) -> None:
         found = resume_training(

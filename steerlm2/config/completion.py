@@ -1,0 +1,144 @@
+"""What a config leaves out, from the checkpoints that it names (steerlm2.json, `steerlm2.facts`).
+
+A section with a checkpointer needs no tokenizer (its folder's), no model (what config.json
+describes), no template and no schema where the folder is an export of ours. What is given all the
+same must be what the model was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from steerlm2.attributes import AttributeSchema, as_schema, schema_to_json
+from steerlm2.config.loader import instantiate
+from steerlm2.data.digest import template_digest
+from steerlm2.facts import FACTS_FILE, ModelFacts, read_facts
+
+CHECKPOINTER = "steerlm2.checkpoints.HFCheckpointer"
+TOKENIZER = "steerlm2.data.hf_tokenizer"
+MODEL = "steerlm2.models.from_checkpoint"
+
+Values = dict[str, Any]
+
+SchemaRule = Literal["equal", "within", "any"]
+"""What a given schema must be: the checkpoint's own, a part of it, or any."""
+
+
+def complete_model(values: Values, section: Values | None = None, where: str = "") -> Iterator[str]:
+    """Fill in what a model's keys leave out.
+
+    Args:
+        values: of the whole config.
+        section: of a model under a section of its own, which takes what it doesn't say from the
+            whole config; None: the whole config's own model.
+        where: the section's key with a point at its end.
+
+    Yields:
+        What is given and isn't what the checkpoint's model was trained with.
+    """
+    own = values if section is None else section
+    checkpointer = own.get("checkpointer")
+    if not isinstance(checkpointer, dict):
+        checkpointer = {}
+    folder = _path(checkpointer.get("checkpoint_dir"))
+    if "checkpoint_dir" in checkpointer:
+        checkpointer.setdefault("_component_", CHECKPOINTER)
+        if not own.get("tokenizer") and not values.get("tokenizer"):
+            own["tokenizer"] = {"_component_": TOKENIZER, "path": folder or ""}
+        if not own.get("model") and not values.get("model"):
+            own["model"] = {"_component_": MODEL}
+    try:
+        facts = read_facts(folder) if folder else _facts_of_tokenizer(own)
+    except (ValueError, OSError) as error:
+        yield str(error)
+        return
+    if facts is None:
+        return
+    given = own.get("template") or values.get("template")
+    if not given:
+        own["template"] = dict(facts.template)
+    elif not _same_template(given, facts.template):
+        key = f"{where}template" if own.get("template") else "template"
+        yield (
+            f"'{key}' isn't the template that the model of {where}checkpointer was trained with, "
+            f"which is {_shown(facts.template)} ({folder or 'the tokenizer'}, {FACTS_FILE}): leave "
+            f"'{key}' out, and it is that one"
+        )
+
+
+def complete_schema(
+    values: Values, section: Mapping[str, Any], rule: SchemaRule, where: str = ""
+) -> Iterator[str]:
+    """Fill in the `schema` that a config leaves out, from the checkpoint of a section.
+
+    Args:
+        where: the section's key with a point at its end.
+
+    Yields:
+        How the given schema differs.
+    """
+    try:
+        folder = _path((section.get("checkpointer") or {}).get("checkpoint_dir"))
+        facts = read_facts(folder) if folder else _facts_of_tokenizer(section)
+        schema = facts.schema if facts else None
+        if schema is None:
+            return
+        if values.get("schema") is None:
+            values["schema"] = schema_to_json(schema)
+            return
+        given = as_schema(values["schema"])
+        allowed = {"equal": schema, "within": schema.only(given.names), "any": given}[rule]
+    except (ValueError, TypeError, AttributeError, OSError):
+        return  # the key's own check names it
+    if given != allowed:
+        yield (
+            f"'schema' isn't the one that the model of {where}checkpointer was trained with: "
+            f"{_schema_text(given)} given, {_schema_text(schema)} in {FACTS_FILE} of {folder}: "
+            "leave 'schema' out, and it is that one"
+        )
+
+
+def complete_sections(values: Values, sections: Mapping[str, Any]) -> Iterator[str]:
+    """Fill in models under sections of their own, and what all of them share from the first.
+
+    Args:
+        sections: by their keys; those that aren't mappings are left alone.
+    """
+    chosen = {key: section for key, section in sections.items() if isinstance(section, dict)}
+    for key, section in chosen.items():
+        yield from complete_model(values, section, f"{key}.")
+    for name in ("tokenizer", "model"):
+        known = [section[name] for section in chosen.values() if section.get(name)]
+        if known and not values.get(name):
+            values[name] = known[0]
+
+
+def _facts_of_tokenizer(section: Mapping[str, Any]) -> ModelFacts | None:
+    """Facts of the folder of the tokenizer: where a server has the model, nothing else names it."""
+    tokenizer = section.get("tokenizer")
+    path = _path(tokenizer.get("path")) if isinstance(tokenizer, dict) else None
+    return read_facts(path) if path else None
+
+
+def _path(value: Any) -> str | None:
+    return value if isinstance(value, str) and value not in ("", MISSING) else None
+
+
+def _same_template(given: Any, own: Mapping[str, Any]) -> bool:
+    component = {"_component_": given} if isinstance(given, str) else given
+    try:
+        return template_digest(instantiate(component)) == template_digest(instantiate(own))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return True  # the key's own check names it
+
+
+def _shown(component: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{k}={v}" for k, v in component.items() if k != "_component_")
+    return f"{component['_component_']}({arguments})"
+
+
+def _schema_text(schema: AttributeSchema) -> str:
+    return str(schema_to_json(schema))

@@ -1,0 +1,189 @@
+"""What a config leaves out comes from its checkpoints; what it gives must agree with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerlm2.attributes import AttributeSchema, as_schema
+from steerlm2.config.docs import ready_made_recipes
+from steerlm2.config.loader import load_config
+from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
+
+LLAMA3 = {"_component_": "steerlm2.data.llama3_template"}
+EXTRA_ID = {"_component_": "steerlm2.data.extra_id_template"}
+SCHEMA = AttributeSchema(("formality", "length"), 1, 5)
+
+
+def checkpoint(folder: Path, **facts: Any) -> str:
+    """A folder that is complete as far as configs look."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    whole = {"kind": "language model", "template": LLAMA3, "schema": SCHEMA} | facts
+    write_facts(folder, ModelFacts(**whole))
+    return str(folder)
+
+
+def config(recipe: str, **values: Any) -> Any:
+    _, config_class = ready_made_recipes()[recipe]
+    return load_config(config_class, {"device": "cpu", "dtype": "fp32"} | values)
+
+
+def sampling(folder: str, **values: Any) -> Any:
+    given = {"input": "in.jsonl", "output": "out.jsonl", "checkpointer": {"checkpoint_dir": folder}}
+    return config("sample_responses", **given | values)
+
+
+def test_a_folder_is_all_that_names_a_model(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "acsft")
+    cfg = sampling(folder)
+    assert cfg.checkpointer["_component_"] == "steerlm2.checkpoints.HFCheckpointer"
+    assert cfg.tokenizer == {"_component_": "steerlm2.data.hf_tokenizer", "path": folder}
+    assert cfg.model == {"_component_": "steerlm2.models.from_checkpoint"}
+    assert cfg.template == LLAMA3
+    assert as_schema(cfg.schema) == SCHEMA
+
+
+def test_a_run_stands_for_its_export(tmp_path: Path) -> None:
+    export = tmp_path / "epoch_1"
+    checkpoint(export)
+    (export / "model.safetensors").touch()
+    assert sampling(str(tmp_path)).template == LLAMA3
+
+
+def test_a_checkpoint_of_somebody_else_leaves_the_template_to_the_default(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "base")
+    (tmp_path / "base" / FACTS_FILE).unlink()
+    assert sampling(folder).template == EXTRA_ID
+    assert sampling(folder).schema is None
+
+
+def test_a_checkpoint_that_is_still_to_be_trained_is_taken_as_it_will_be(tmp_path: Path) -> None:
+    assert sampling(str(tmp_path / "later")).tokenizer["path"] == str(tmp_path / "later")
+
+
+def test_a_server_s_model_is_known_by_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = {
+        "_component_": "steerlm2.data.hf_tokenizer",
+        "path": checkpoint(tmp_path / "acsft"),
+    }
+    model = {"_component_": "steerlm2.models.from_checkpoint"}
+    server = {"url": "http://127.0.0.1:1"}
+    cfg = sampling("", checkpointer=None, tokenizer=tokenizer, model=model, server=server)
+    assert cfg.template == LLAMA3
+    assert as_schema(cfg.schema) == SCHEMA
+
+
+def test_the_same_template_may_be_given(tmp_path: Path) -> None:
+    own = EXTRA_ID | {"control_tokens": {"<extra_id_0>": "<a>"}}
+    folder = checkpoint(tmp_path / "acsft", template=own)
+    assert sampling(folder, template=own).template == own
+
+
+def test_another_template_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'template' isn't the template .*llama3_template"):
+        sampling(checkpoint(tmp_path / "acsft"), template=EXTRA_ID)
+
+
+@pytest.mark.parametrize("names", [["formality", "length"], ["length"]])
+def test_a_language_model_may_be_asked_for_a_part_of_its_schema(
+    tmp_path: Path, names: list[str]
+) -> None:
+    schema = {"names": names, "min_value": 1, "max_value": 5}
+    assert sampling(checkpoint(tmp_path / "acsft"), schema=schema).schema == schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"names": ["formality", "humor"], "min_value": 1, "max_value": 5},
+        {"names": ["length", "formality"], "min_value": 1, "max_value": 5},
+        {"names": ["formality", "length"], "min_value": 1, "max_value": 4},
+    ],
+    ids=["another attribute", "another order", "another range"],
+)
+def test_another_schema_is_refused(tmp_path: Path, schema: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="'schema' isn't the one that the model"):
+        sampling(checkpoint(tmp_path / "acsft"), schema=schema)
+
+
+def test_an_attribute_model_scores_all_of_its_schema(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "reward", kind="attribute model")
+    part = {"names": ["length"], "min_value": 1, "max_value": 5}
+    with pytest.raises(ValueError, match="'schema' isn't the one that the model"):
+        config(
+            "annotate_attributes",
+            input="in.jsonl",
+            output="out.jsonl",
+            checkpointer={"checkpoint_dir": folder},
+            schema=part,
+        )
+
+
+def test_each_model_of_an_evaluation_has_its_own_template(tmp_path: Path) -> None:
+    one = checkpoint(tmp_path / "one")
+    other = checkpoint(tmp_path / "other", template=EXTRA_ID)
+    scorer = checkpoint(tmp_path / "reward", kind="attribute model", template=EXTRA_ID)
+    cfg = config(
+        "evaluate_steering",
+        output_dir=str(tmp_path / "out"),
+        prompts="prompts.jsonl",
+        models={
+            "one": {"checkpointer": {"checkpoint_dir": one}},
+            "other": {"checkpointer": {"checkpoint_dir": other}},
+        },
+        attribute_model={"checkpointer": {"checkpoint_dir": scorer}},
+    )
+    assert cfg.models["one"].template == LLAMA3
+    assert cfg.models["other"].template == EXTRA_ID
+    assert cfg.attribute_model.template == EXTRA_ID
+    assert cfg.models["other"].tokenizer["path"] == other
+    assert as_schema(cfg.schema) == SCHEMA
+
+
+def test_the_schema_of_scores_is_the_attribute_model_s(tmp_path: Path) -> None:
+    labels = AttributeSchema(("length",), 1, 5)
+    proposal = checkpoint(tmp_path / "acsft", schema=labels)
+    scorer = checkpoint(tmp_path / "reward", kind="attribute model")
+    cfg = config(
+        "score_responses",
+        input="in.jsonl",
+        output="out.jsonl",
+        quantities=["log_p_attributes", "log_q"],
+        checkpointer={"checkpoint_dir": proposal},
+        log_p_attributes={"checkpointer": {"checkpoint_dir": scorer}},
+    )
+    assert as_schema(cfg.schema) == SCHEMA
+
+
+def test_fine_tuning_goes_on_with_the_schema_of_its_start_unless_another_is_given(
+    tmp_path: Path,
+) -> None:
+    folder = checkpoint(tmp_path / "acsft")
+    other = {"names": ["humor"]}
+    values = {
+        "output_dir": str(tmp_path / "out"),
+        "dataset": {"_component_": "steerlm2.datasets.dialogue_dataset", "source": "train.jsonl",
+                    "max_seq_len": 8, "use_labels": True},
+        "optimizer": {"_component_": "torch.optim.AdamW"},
+        "lr": 1e-3,
+        "max_steps": 1,
+        "checkpointer": {"checkpoint_dir": folder},
+    }  # fmt: skip
+    assert as_schema(config("sft_distributed", **values).schema) == SCHEMA
+    assert config("sft_distributed", **values, schema=other).schema == other
+    reward = values | {
+        "dataset": {"_component_": "steerlm2.datasets.attribute_dataset", "source": "train.jsonl",
+                    "max_seq_len": 8}}  # fmt: skip
+    assert config("reward_distributed", **reward).schema is None, "a fresh head has its own schema"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps({"kind": "x", "template": LLAMA3})])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    folder = checkpoint(tmp_path / "acsft")
+    (tmp_path / "acsft" / FACTS_FILE).write_text(text)
+    with pytest.raises(ValueError, match=FACTS_FILE):
+        sampling(folder)
