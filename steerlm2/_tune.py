@@ -37,6 +37,7 @@ RECIPES: dict[str, list[str]] = {
     ],
     "reward_distributed": [
         "tiny/reward",
+        "any/reward",
         "llama3_1/8B_reward",
         "llama2/13B_reward",
         "llama3/70B_reward_multinode",
@@ -45,30 +46,37 @@ RECIPES: dict[str, list[str]] = {
     ],
     "annotate_attributes": [
         "tiny/annotate_attributes",
+        "any/annotate_attributes",
         "llama3_1/8B_annotate_attributes",
         "llama3/70B_annotate_attributes_multinode",
     ],
     "serve_reward": [
         "tiny/serve_reward",
+        "any/serve_reward",
         "llama3_1/8B_serve_reward",
     ],
     "sample_responses": [
         "tiny/sample_responses",
+        "any/sample_responses",
         "llama3_1/8B_sample_responses",
         "llama3_1/70B_sample_responses_vllm",
     ],
     "evaluate_steering": [
         "tiny/evaluate_steering",
+        "any/evaluate_steering",
         "llama3_1/8B_evaluate_steering",
     ],
     "score_responses": [
         "tiny/score_responses",
+        "any/score_responses",
         "llama3_1/8B_score_responses",
         "llama3_1/70B_score_responses_multinode",
     ],
     "sft_distributed": [
         "tiny/sft",
         "tiny/acsft",
+        "any/sft",
+        "any/acsft",
         "llama3_1/8B_acsft",
         "llama3_1/8B_acsft_lora",
         "llama3/70B_sft_multinode",
@@ -77,6 +85,7 @@ RECIPES: dict[str, list[str]] = {
     ],
     "steerlm2_distributed": [
         "tiny/steerlm2",
+        "any/steerlm2",
         "llama3_1/8B_steerlm2",
         "llama3_1/8B_steerlm2_lora",
         "llama3_1/70B_steerlm2_qlora",
