@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
-from steerlm2.config.completion import complete_schema, complete_sections
+from steerlm2.config.completion import MODEL, TOKENIZER, complete_schema, complete_sections
 from steerlm2.config.keys import ModelOptions, SamplingKeys, ServerOptions, at_least_one
 from steerlm2.config.loader import Component, instantiate, to_plain
 from steerlm2.data.jsonl import LineProblems, json_line
@@ -170,6 +170,10 @@ class EvaluateConfig(SamplingKeys):
         found = list(complete_sections(values, sections | {"attribute_model": scorer}))
         if isinstance(scorer, dict):
             found += complete_schema(values, scorer, "equal", "attribute_model.")
+        if not any(_is_loaded(section) for section in (*sections.values(), scorer)):
+            # Nothing is built of them.
+            values.setdefault("tokenizer", {"_component_": TOKENIZER, "path": ""})
+            values.setdefault("model", {"_component_": MODEL})
         for key, section in sections.items():
             if isinstance(section, dict) and section.get("use_labels", True):
                 found += complete_schema(values, section, "any", f"{key}.")
@@ -220,6 +224,11 @@ class EvaluateConfig(SamplingKeys):
             )
         if self.exact_kl is not None and not any(m.checkpointer for m in self.models.values()):
             yield "'exact_kl' is of models with a 'checkpointer': there is none"
+
+
+def _is_loaded(section: Any) -> bool:
+    """Whether a section of a config, not checked yet, has anything but answers."""
+    return isinstance(section, dict) and not section.get("answers")
 
 
 def _not_one_of(options: object, *keys: str) -> str | None:

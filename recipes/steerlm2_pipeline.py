@@ -35,21 +35,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from steerlm2.checkpoint_dirs import newest_export
-from steerlm2.config.loader import as_yaml, config_problems, load_recipe
+from steerlm2.config.loader import REST, as_yaml, config_problems, load_recipe, yaml_key
 from steerlm2.evaluation.report import html_page, markdown_table, read_report
 from steerlm2.pipeline.plan import (
     Stage,
     StageOptions,
     config_file,
+    extended,
     find_recipe,
     plan_stages,
     recipe_file,
     select,
+    unused_values,
 )
 from steerlm2.pipeline.state import (
     PipelineState,
@@ -72,8 +74,12 @@ SUMMARY, REPORT = "summary.json", "report.html"
 class PipelineConfig:
     """The keys of steerlm2_pipeline."""
 
+    extends: str | None = None
+    """Config of which this one is a variant: what it doesn't say is that one's."""
     output_dir: str
     """Folder of the stages, their logs, and the report."""
+    values: dict[str, Any] = field(default_factory=dict, metadata={REST: True})
+    """Any other key: a value that stages share, as ${KEY}."""
     stages: dict[str, StageOptions]
     """The stages by name, in their order."""
     proposal: list[str] = field(default_factory=list)
@@ -84,9 +90,9 @@ class PipelineConfig:
     """For stages that say `when: ${bootstrap}`."""
     names: dict[str, Any] = field(default_factory=dict)
     """Values that stages share, as ${names.NAME}."""
-    torchrun: str = ""
+    torchrun: str | None = None
     """Its arguments, e.g. --nproc_per_node 8, for recipes that run on several processes."""
-    launch: str = ""
+    launch: str | None = None
     """What stands before `tune run` where there are such arguments, e.g. srun."""
     only: str | list[str] | None = None
     """The stages to run; null: all."""
@@ -98,6 +104,20 @@ class PipelineConfig:
     """Take what is in the stages' folders for complete: their commands were run by hand."""
     show_output: bool = False
     """Show what the stages print here, instead of writing it into their logs."""
+
+    @staticmethod
+    def expand(values: DictConfig) -> DictConfig:
+        """The config that it extends with its own values, which must all be used.
+
+        Raises:
+            ValueError: naming values that no stage uses.
+            FileNotFoundError: where there is no config of that name.
+        """
+        whole = extended(values, "steerlm2_pipeline")
+        known = {yaml_key(each) for each in dataclasses.fields(PipelineConfig)}
+        if problems := unused_values(whole, known):
+            raise ValueError("the config has problems:\n  - " + "\n  - ".join(problems))
+        return whole
 
     def problems(self) -> list[str]:
         found = []
@@ -131,8 +151,8 @@ class PipelineRecipe:
             output_dir=str(self.output_dir),
             iterations=cfg.iterations,
             proposal=cfg.proposal,
-            torchrun=cfg.torchrun,
-            launch=cfg.launch,
+            torchrun=cfg.torchrun or "",
+            launch=cfg.launch or "",
         )
         self.selected = select(self.plan, cfg.only, cfg.from_stage)
         self.values: dict[str, dict[str, Any]] = {}

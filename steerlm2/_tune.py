@@ -21,6 +21,10 @@ RECIPES: dict[str, list[str]] = {
     "steerlm2_pipeline": [
         "tiny/quickstart",
         "tiny/oasst_pipeline",
+        "pipeline",
+        "llama3_2/1B_pipeline",
+        "llama3_2/3B_pipeline",
+        "llama3_1/8B_pipeline",
         "llama3_1/70B_pipeline",
     ],
     "prepare_data": [

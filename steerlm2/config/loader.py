@@ -58,6 +58,8 @@ def load_config(
 ) -> ConfigT:
     """Check `values` against a dataclass and build it.
 
+    If the dataclass has a static method `expand(values: DictConfig) -> DictConfig`, a parsed YAML
+    goes through it, before its interpolations are resolved.
     If the dataclass has a class method `complete(values) -> list[str]`, it fills in what the values
     leave out, and returns problems. If it has a method `problems() -> list[str]`, that is asked for
     problems between keys once every key is right by itself. A text that begins with "~/" is a path
@@ -72,6 +74,8 @@ def load_config(
     """
     if isinstance(values, DictConfig):
         try:
+            expand = getattr(config_class, "expand", None)
+            values = values if expand is None else expand(values)
             values = typing.cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
         except OmegaConfBaseException as error:
             raise ValueError(f"the config has a broken interpolation: {error}") from error
@@ -119,11 +123,11 @@ def as_yaml(config: Any) -> str:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as nested plain dicts (components included)."""
-    return {
-        yaml_key(field): _plain(value)
-        for field in dataclasses.fields(config)
-        for value in [getattr(config, field.name)]
-    }
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = _plain(getattr(config, field.name))
+        plain |= value if field.metadata.get(REST) else {yaml_key(field): value}
+    return plain
 
 
 def field_types(cls: type, namespace: dict[str, Any] | None = None) -> dict[str, Any]:

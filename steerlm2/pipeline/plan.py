@@ -8,31 +8,38 @@ Overrides of a stage may have placeholders, which `plan_stages` fills in:
     {iteration}    in the loop: 1, 2, ...
     {stage}        the stage's name, with its iteration
     {output_dir}   the pipeline's
+    {checkpoint}   in `launch`: the stage's own checkpointer.checkpoint_dir
 
 After the loop, an override whose key has {iteration} in it is given once for each iteration.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torchtune
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from steerlm2._tune import RECIPES
 from steerlm2.torchtune_private import Recipe, get_all_recipes
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_PLAIN_KEY = re.compile(r"[\w.{}<>|/-]+")
 TORCHTUNE = Path(torchtune.__file__).parents[1]
 """The folder that the paths of torchtune's registry are relative to; ours are absolute."""
 
-RESERVED_NAMES = {"here", "proposal", "iteration", "output_dir", "stage"}
+RESERVED_NAMES = {"here", "proposal", "iteration", "output_dir", "stage", "checkpoint"}
+
+CHECKPOINT_DIR = "checkpointer.checkpoint_dir"
 
 
 @dataclass(kw_only=True)
@@ -43,6 +50,8 @@ class StageOptions:
     """Name or file of the recipe."""
     config: str
     """Name or file of its config."""
+    use: list[dict[str, Any]] = field(default_factory=list)
+    """Overrides that stages share, as ${NAME} of the pipeline's; `overrides` wins over them."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values of the config that are set otherwise, nested or dotted; {PLACE}s are filled in."""
     remove: list[str] = field(default_factory=list)
@@ -109,7 +118,10 @@ def plan_stages(
         full_name = name if iteration is None else f"{name}_iter{iteration}"
         filler = _Filler(full_name, output_dir, iteration, latest)
         arguments = [f"~{key}" for key in own.remove]
-        for key, value in _flat(own.overrides):
+        overrides: dict[str, Any] = {}
+        for values in (*own.use, own.overrides):
+            overrides |= dict(_flat(values))
+        for key, value in overrides.items():
             if "{iteration}" in key and iteration is None and (of_iteration or not iterations):
                 for k, stages in of_iteration.items():
                     once = _Filler(full_name, output_dir, k, stages)
@@ -118,6 +130,8 @@ def plan_stages(
                     filler.problems += once.problems
             else:
                 arguments.append(f"{filler.fill(key)}={filler.argument(value)}")
+        if CHECKPOINT_DIR in overrides:
+            filler.own["checkpoint"] = filler.fill(str(overrides[CHECKPOINT_DIR]))
         start = filler.fill(_start(own, torchrun, launch), quoted=True)
         problems.extend(filler.problems)
         problems.extend(
@@ -196,6 +210,64 @@ def config_file(recipe: str, config: str) -> Path:
     return Path(config)
 
 
+def extended(values: DictConfig, recipe: str) -> DictConfig:
+    """A parsed config together with the one that its key `extends` names.
+
+    Raises:
+        ValueError: where configs extend each other.
+        FileNotFoundError: where there is no config of that name.
+    """
+    chain = [values]
+    names: list[str] = []
+    while name := chain[-1].get("extends"):
+        if name in names:
+            raise ValueError(f"configs extend each other: {' -> '.join([*names, name])}")
+        names.append(name)
+        file = config_file(recipe, name)
+        if not file.is_file():
+            raise FileNotFoundError(f"'extends': there is no config {name} (`tune ls` lists them)")
+        chain.append(cast(DictConfig, OmegaConf.load(file)))
+    return cast(DictConfig, OmegaConf.merge(*reversed(chain)))
+
+
+def unused_values(config: DictConfig, known: Collection[str]) -> list[str]:
+    """Which of a config's values for its stages, as ${KEY} or ${names.NAME}, stand nowhere in it.
+
+    Args:
+        known: keys that mean something by themselves.
+    """
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+    texts = list(_texts(plain))
+    referred = {match[1] for text in texts for match in _REFERENCE.finditer(text)}
+    values = [key for key in map(str, plain) if key not in known]
+    values += [f"names.{name}" for name in plain.get("names") or {}]
+    unused = [
+        key
+        for key in values
+        if not any(f"{own}.".startswith(f"{key}.") or own == "names" for own in referred)
+    ]
+    return [
+        f"no stage uses '{key}'" + _nearest(key, [*known, *(v for v in values if v not in unused)])
+        for key in unused
+    ]
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return f": did you mean '{found[0]}'?" if found else ": correct its name, or remove it"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
 def recipe_file(name: str) -> Path:
     """The Python file of a recipe, by its name or path."""
     recipe = find_recipe(name)
@@ -218,8 +290,10 @@ def _start(stage: StageOptions, torchrun: str, launch: str) -> str:
 
 
 def _flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values; empty mappings say nothing. Mappings with keys that would be
+    read as several, or as none, stay whole."""
     for key, value in overrides.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and all(_PLAIN_KEY.fullmatch(str(own)) for own in value):
             yield from _flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
-from steerlm2.pipeline.plan import StageOptions, plan_stages, select
+from steerlm2.pipeline.plan import StageOptions, extended, plan_stages, select, unused_values
 
 
 def stage(overrides: dict[str, Any] | None = None, **options: Any) -> StageOptions:
@@ -142,3 +144,64 @@ def test_select() -> None:
     assert chosen(None, "steerlm2") == ["steerlm2_iter1", "sample_iter2", "steerlm2_iter2"]
     with pytest.raises(ValueError, match="there is no stage sft; the plan has acsft, sample_iter1"):
         chosen("sft")
+
+
+def test_shared_overrides_give_way_to_the_stages_own() -> None:
+    own = stage({"lr": 2}, use=[{"lr": 1, "seed": 3}, {"seed": 4, "model": {}}])
+    assert arguments({"sft": own})["sft"] == ("lr=2", "seed=4")
+
+
+def test_what_starts_a_stage_can_name_the_model_that_it_samples_from() -> None:
+    """The server of the second iteration holds the model of the first."""
+    checkpoint = {"checkpointer.checkpoint_dir": "{proposal}"}
+    options = LOOP | {
+        "sample": stage(checkpoint, each_iteration=True, launch="serve {checkpoint} --log {stage}")
+    }
+    settings = {"output_dir": "out", "iterations": 2, "proposal": ["acsft", "steerlm2"]}
+    commands = {each.name: each.command for each in plan_stages(options, **settings)}
+    assert commands["sample_iter1"].startswith("serve out/acsft --log sample_iter1 tune run ")
+    assert commands["sample_iter2"].startswith("serve out/steerlm2_iter1 --log sample_iter2 tune ")
+
+
+@pytest.mark.parametrize("launch", ["", None])
+def test_nothing_can_stand_before_the_command(launch: str | None) -> None:
+    own = stage(launch=launch, torchrun="--nproc_per_node 2")
+    (only,) = plan_stages({"score": own}, output_dir="out", iterations=0)
+    assert only.command.startswith("tune run --nproc_per_node 2 score_responses")
+
+
+def config(tmp_path: Path, name: str, text: str) -> DictConfig:
+    (tmp_path / f"{name}.yaml").write_text(text.replace("{tmp}", str(tmp_path)))
+    return cast(DictConfig, OmegaConf.load(tmp_path / f"{name}.yaml"))
+
+
+def test_a_config_holds_what_differs_from_the_one_that_it_extends(tmp_path: Path) -> None:
+    config(tmp_path, "base", "a: 1\nb: {c: 2, d: ['${a}']}\n")
+    config(tmp_path, "middle", "extends: '{tmp}/base.yaml'\nb: {c: 3}\n")
+    values = config(tmp_path, "own", "extends: '{tmp}/middle.yaml'\na: 4\n")
+    whole = OmegaConf.to_container(extended(values, "steerlm2_pipeline"), resolve=True)
+    assert isinstance(whole, dict)
+    assert (whole["a"], whole["b"]) == (4, {"c": 3, "d": [4]})
+
+
+def test_configs_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    config(tmp_path, "one", "extends: '{tmp}/other.yaml'\n")
+    values = config(tmp_path, "other", "extends: '{tmp}/one.yaml'\n")
+    with pytest.raises(ValueError, match="extend each other"):
+        extended(values, "steerlm2_pipeline")
+
+
+def test_values_that_nothing_uses_are_named(tmp_path: Path) -> None:
+    text = """
+iterations: 2
+iteratons: 3
+used: {part: 1}
+whole: {part: 1}
+names: {seed: 1, unused: 2}
+stages:
+  sft: {overrides: {lr: "${used.part}", seed: "${names.seed}", model: "${whole}"}}
+"""
+    assert unused_values(config(tmp_path, "own", text), {"iterations", "names", "stages"}) == [
+        "no stage uses 'iteratons': did you mean 'iterations'?",
+        "no stage uses 'names.unused': correct its name, or remove it",
+    ]

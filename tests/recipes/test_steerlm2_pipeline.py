@@ -78,10 +78,10 @@ def folder_of_output(command: list[str]) -> str:
 
 
 def test_stages_of_70b_agree_on_the_attributes(tune: Any) -> None:
-    """The attribute model that one trains is the one that others load."""
+    """Those that load the attribute model's folder know its schema; others are told the same."""
     dry_run = tune("steerlm2_pipeline", "--config", "llama3_1/70B_pipeline", "dry_run=true")
     for command in commands(dry_run.stdout):
-        if recipe_of(command) in ("score_responses", "evaluate_steering"):
+        if recipe_of(command) in ("reward_distributed", "evaluate_steering"):
             (names,) = (w for w in command if w.startswith("schema.names="))
             assert json.loads(names.removeprefix("schema.names=")) == [
                 *("helpfulness", "correctness", "coherence", "complexity", "verbosity"),
