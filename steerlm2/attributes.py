@@ -67,6 +67,10 @@ class AttributeSchema:
         if problems:
             raise ValueError("attribute schema: " + "; ".join(problems))
 
+    def range_of(self, name: str) -> tuple[int, int]:
+        """The lowest and the highest value of an attribute."""
+        return self.min_value, self.max_value
+
     def only(self, names: Container[str]) -> AttributeSchema:
         """The schema of those of its attributes, in its order."""
         kept = tuple(name for name in self.names if name in names)

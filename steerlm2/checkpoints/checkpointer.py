@@ -101,7 +101,7 @@ class FolderCheckpointer:
             remove_side_files(folder)
             self._copy_tokenizer(folder)
             return folder
-        write_tokenizer(folder, self.text, self._pad(self.text))
+        write_tokenizer(folder, self.text, self._pad(self.text), self.facts)
         if self.text.stop_id is not None:
             write_generation_config(folder, self._generation_config(self.text))
         return folder

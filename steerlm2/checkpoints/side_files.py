@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from steerlm2.checkpoint_dirs import read_json
-from steerlm2.data.records import ASSISTANT, Turn
+from steerlm2.data.chat_templates import chat_template
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import TOKENIZER_FILES, Tokenizer, hf_tokenizer
+from steerlm2.facts import ModelFacts
 
 GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 SIDE_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 
 
@@ -59,32 +58,57 @@ def remove_side_files(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_tokenizer(folder: Path, text: TrainedText, pad_id: int) -> None:
+def write_tokenizer(
+    folder: Path, text: TrainedText, pad_id: int, facts: ModelFacts | None = None
+) -> None:
     """Write the tokenizer's files; the stop token is their end of text.
 
-    A chat template stays if it writes conversations as the run's template does.
+    The chat template is the run's template; one that the tokenizer came with doesn't stay.
+
+    Args:
+        facts: of the model; None: without a chat template.
     """
     remove_side_files(folder)
     text.tokenizer.save(folder)
     special = {"pad_token": text.spelled(pad_id)}
     if text.stop_id is not None:
         special["eos_token"] = text.spelled(text.stop_id)
-    config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config_file, template_file = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE
     config = read_json(config_file) if config_file.exists() else {}
     if config.pop("auto_map", None):  # the code of a tokenizer, which doesn't come along
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    in_config = config.pop("chat_template", None)
-    in_file = template_file.read_text(encoding="utf-8") if template_file.exists() else None
-    kept = [chat for chat in (in_file, in_config) if chat and _writes_as(chat, config, text)]
-    if (in_file or in_config) and not kept:
-        print("the checkpoint's chat template is of another template: it isn't in the export")
-    if in_config in kept:
-        config["chat_template"] = in_config
-    if in_file not in kept:
-        template_file.unlink(missing_ok=True)
+    config.pop("chat_template", None)
+    template_file.unlink(missing_ok=True)
+    if facts is not None:
+        chat = chat_template(text.template, text.tokenizer, facts)
+        if chat is None:
+            print("the export has no chat template: none is known for the run's `template`")
+        else:
+            template_file.write_text(chat, encoding="utf-8")
+    _add_control_tokens(folder / "tokenizer.json", text)
     _write_json(config_file, config | special)
     if (map_file := folder / "special_tokens_map.json").exists():  # transformers prefers it
         update_json(map_file, special)
+
+
+def _add_control_tokens(tokenizer_json: Path, text: TrainedText) -> None:
+    """Make sure that a Hugging Face tokenizer finds the template's control tokens in a text.
+
+    Llama 2's are byte tokens, which are ordinary pieces of its vocabulary.
+    """
+    if not tokenizer_json.is_file():
+        return  # a tokenizer of another kind
+    spec = read_json(tokenizer_json)
+    found = {token["content"] for token in spec["added_tokens"]}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    missing = [
+        {"id": text.tokenizer.token_id(token), "content": token, **flags, "special": True}
+        for token in text.template.control_tokens
+        if token not in found
+    ]
+    if missing:
+        added = sorted([*spec["added_tokens"], *missing], key=lambda token: token["id"])
+        _write_json(tokenizer_json, spec | {"added_tokens": added})
 
 
 def token_ids(text: TrainedText, pad_id: int) -> dict[str, int]:
@@ -143,27 +167,3 @@ def update_json(file: Path, values: Mapping[str, Any]) -> None:
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _writes_as(chat_template: Any, config: Mapping[str, Any], text: TrainedText) -> bool:
-    """Whether a chat template, as transformers renders it, writes what the run's template does."""
-    turns = [Turn("User", "1"), Turn(ASSISTANT, "2"), Turn("User", "3")]
-    ours = "".join(segment.text for segment in text.template.prompt("4", turns, None))
-    messages = [{"role": turn.role.lower(), "content": turn.value} for turn in turns]
-    special = {
-        key: value.get("content") if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key.endswith("_token")
-    }
-    jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    try:
-        theirs = jinja.from_string(chat_template).render(
-            messages=[{"role": "system", "content": "4"}, *messages],
-            add_generation_prompt=True,
-            **special,
-        )
-    except (TemplateError, TypeError, ValueError, AttributeError, ArithmeticError):
-        return False
-    return theirs == ours

@@ -356,7 +356,7 @@ def save_weights(
         if adapter_only:
             if text is not None:
                 alone = folder / "adapter"
-                world.on_main(lambda: write_tokenizer(alone, text, text.tokenizer.pad_id))
+                world.on_main(lambda: write_tokenizer(alone, text, text.tokenizer.pad_id, facts))
             if facts is not None:
                 known = facts
                 world.on_main(lambda: write_facts(folder / "adapter", known))

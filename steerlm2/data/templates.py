@@ -1,8 +1,9 @@
 """Templates: how a conversation, an attribute label and a response become one text and token ids.
 
-A template yields segments. A control segment is one control token; every other segment is plain
-text that is tokenised by itself, so that content never becomes a control token, and no token spans
-the boundary between prompt and response.
+A template yields segments. A control segment is one control token; plain segments between two of
+them are tokenised together, apart from the control tokens. So content never becomes one, and the
+ids are those that a Hugging Face tokenizer, which splits texts at its control tokens, gives for the
+whole. No token spans the boundary between prompt and response.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import itertools
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -179,7 +180,7 @@ def llama3_template() -> Llama3Template:
     return Llama3Template()
 
 
-def segments_to_text(segments: Sequence[Segment]) -> str:
+def segments_to_text(segments: Iterable[Segment]) -> str:
     """The text of the segments, for people to read; tokenising it could give control tokens."""
     return "".join(segment.text for segment in segments)
 
@@ -187,7 +188,8 @@ def segments_to_text(segments: Sequence[Segment]) -> str:
 def encode_segments(
     segments: Sequence[Segment], tokenizer: Tokenizer, control_tokens: Sequence[str] = ()
 ) -> list[int]:
-    """Token ids of the segments; no content yields the id of a control token.
+    """Token ids of the segments, neighbouring plain ones as one text; no content yields the id of a
+    control token.
 
     Args:
         control_tokens: further control tokens that contents must not yield.
@@ -199,15 +201,14 @@ def encode_segments(
     ids_of = _control_ids(tokenizer, tuple(dict.fromkeys([*control_tokens, *own])))
     reserved = set(ids_of.values())
     ids: list[int] = []
-    for segment in segments:
-        if segment.control:
-            ids.append(ids_of[segment.text])
+    for control, neighbours in itertools.groupby(segments, key=lambda segment: segment.control):
+        if control:
+            ids += (ids_of[segment.text] for segment in neighbours)
         else:
             # This drops only the byte tokens of `extra_id_template`: of other control tokens the
             # tokenizer never yields the ids for plain text.
-            ids += (
-                token_id for token_id in tokenizer.encode(segment.text) if token_id not in reserved
-            )
+            text = segments_to_text(neighbours)
+            ids += (token_id for token_id in tokenizer.encode(text) if token_id not in reserved)
     return ids
 
 
@@ -358,6 +359,9 @@ def encode_for_scoring(
 ) -> tuple[RewardGroup, int]:
     """The texts of a prompt's responses as an attribute model reads them, without any label.
 
+    A text has the end of the prompt with it, from after the last control token, so that its tokens
+    are those of the whole text.
+
     Where the longest text has more than `max_seq_len` tokens, the beginning of the conversation is
     cut off for all of them (the bos token stays), and also that of a response that is longer alone.
 
@@ -368,9 +372,16 @@ def encode_for_scoring(
         ValueError: naming the control tokens that the tokenizer lacks or takes for ordinary text.
     """
     bare = [Turn(turn.role, turn.value) for turn in turns]
-    prompt = encode_prompt(template, tokenizer, system, bare, None)
+    segments = template.prompt(system, bare, None)
+    shared = 1 + max((i for i, each in enumerate(segments) if each.control), default=-1)
+    opened = segments[shared:]
+    prompt = _with_bos(
+        encode_segments(segments[:shared], tokenizer, template.control_tokens), tokenizer
+    )
     texts = [
-        encode_segments(template.scored_response(text), tokenizer, template.control_tokens)
+        encode_segments(
+            [*opened, *template.scored_response(text)], tokenizer, template.control_tokens
+        )
         for text in responses
     ]
     longest = max(map(len, texts))

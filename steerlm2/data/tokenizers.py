@@ -12,6 +12,7 @@ the decoded text. All other normalisation of the tokenizer stays.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -95,9 +96,16 @@ class HFTokenizer:
         self._side_files = side_files
         self._other_forms = other_forms or {}
         spec = json.loads(tokenizer_json)
-        spec.update(truncation=None, padding=None)
+        before = copy.deepcopy(spec)
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             spec[part] = _without_dummy_space(spec.get(part))
+        for token in filter(_is_control, spec["added_tokens"]):
+            token |= {"lstrip": False, "rstrip": False}  # the text beside it stays as it is
+        self._is_changed = spec != before
+        self._saved_json = (
+            json.dumps(spec, ensure_ascii=False) if self._is_changed else tokenizer_json
+        )
+        spec.update(truncation=None, padding=None)
         self._all = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self.control_ids = frozenset(
             token["id"] for token in spec["added_tokens"] if _is_control(token)
@@ -144,13 +152,17 @@ class HFTokenizer:
         return self._all.decode(list(ids), skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and the files beside it, as they were loaded."""
+        """Write tokenizer.json, as it is understood here, and the files beside it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        files = {
-            "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+        config = self._config("tokenizer_config.json")
+        if self._is_changed or not config:
+            # transformers' own classes would put the dummy space back.
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        files = self._side_files | {
+            "tokenizer.json": self._saved_json,
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False),
         }
-        files |= self._side_files | {"tokenizer.json": self._tokenizer_json}
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
         for name, content in self._other_forms.items():

@@ -14,20 +14,16 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from steerlm2.attributes import AttributeSchema
 from steerlm2.checkpoints.checkpointer import HFCheckpointer, ScratchCheckpointer
-from steerlm2.checkpoints.side_files import TrainedText, check_side_files
+from steerlm2.checkpoints.side_files import TrainedText, check_side_files, write_tokenizer
 from steerlm2.checkpoints.weights import load_weights, open_reward_checkpointer, save_weights
-from steerlm2.data.templates import extra_id_template
+from steerlm2.data.templates import ExtraIdTemplate, extra_id_template
 from steerlm2.data.tokenizers import HFTokenizer, hf_tokenizer, tiny_tokenizer
 from steerlm2.distributed.world import World
+from steerlm2.facts import ModelFacts
 from steerlm2.models.reward_head import add_reward_head
 
 CPU = World(torch.device("cpu"))
 GENERATION = {"eos_token_id": [1], "top_p": 0.9, "_from_model_config": True}
-CHAT_OF_EXTRA_ID = (
-    "<extra_id_0>System\n{{ messages[0].content }}\n"
-    "{% for m in messages[1:] %}<extra_id_1>{{ m.role.capitalize() }}\n{{ m.content }}\n"
-    "{% endfor %}<extra_id_1>Assistant{{ '\\n' }}"
-)
 
 
 def meta_decoder(head: bool = False) -> Any:
@@ -159,26 +155,45 @@ def test_a_stop_token_that_stands_for_a_byte_is_named_by_its_own_name(tmp_path: 
     assert text.spelled(0) == "<pad>"
 
 
-@pytest.mark.parametrize("where", ["file", "config"])
-@pytest.mark.parametrize(
-    ("chat", "stays"),
-    [
-        (CHAT_OF_EXTRA_ID, True),
-        (CHAT_OF_EXTRA_ID.replace("System", "system"), False),
-        ("{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}", False),
-        ("{{ raise_exception('no system') }}", False),
-        ("{% broken", False),
-    ],
+FACTS = ModelFacts(
+    kind="language model",
+    template={"_component_": "steerlm2.data.extra_id_template"},
+    schema=AttributeSchema(("humor",)),
+    default_label="humor:1",
 )
-def test_a_chat_template_stays_only_if_it_writes_what_was_trained(
-    tmp_path: Path, chat: str, stays: bool, where: str
+
+
+@pytest.mark.parametrize("where", ["file", "config"])
+def test_the_chat_template_is_that_of_the_run_and_not_of_the_base(
+    tmp_path: Path, where: str
 ) -> None:
+    chat = "{{ messages[0].content }}"
     tokenizer = other_tokenizer(tmp_path, **({"chat_template": chat} if where == "config" else {}))
     if where == "file":
         (tmp_path / "tokenizer" / "chat_template.jinja").write_text(chat)
         tokenizer = hf_tokenizer(tmp_path / "tokenizer")
-    exported = export(tmp_path, base_folder(tmp_path), text_of(tokenizer))
-    assert (AutoTokenizer.from_pretrained(exported).chat_template == chat) is stays
+    write_tokenizer(tmp_path / "exported", text_of(tokenizer), 0, FACTS)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported").apply_chat_template(
+        [{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert theirs == (
+        "<extra_id_0>System\n\n<extra_id_1>User\nWhy?\n<extra_id_1>Assistant\n<extra_id_2>humor:1\n"
+    )
+
+
+def test_a_template_that_no_chat_template_is_known_for_leaves_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the base's."""
+
+    class Backwards(ExtraIdTemplate):
+        def prompt(self, system: str, turns: Any, label: str | None) -> Any:
+            return super().prompt(system, turns[::-1], label)
+
+    tokenizer = other_tokenizer(tmp_path, chat_template="{{ messages[0].content }}")
+    write_tokenizer(tmp_path / "exported", TrainedText(tokenizer, Backwards(), 3), 0, FACTS)
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template is None
+    assert "the export has no chat template" in capsys.readouterr().out
 
 
 def test_code_does_not_come_along(tmp_path: Path) -> None:

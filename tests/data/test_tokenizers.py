@@ -318,7 +318,7 @@ def test_save_keeps_the_files_that_were_loaded(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     contents = {
-        "tokenizer.json": RAW["llama2_like"].to_str(pretty=True),
+        "tokenizer.json": RAW["tiny"].to_str(pretty=True),
         "tokenizer_config.json": '{"bos_token": "<s>", "add_bos_token": true}',
         "special_tokens_map.json": '{"eos_token": "</s>"}',
         "chat_template.jinja": "{{ messages }}",
@@ -328,6 +328,19 @@ def test_save_keeps_the_files_that_were_loaded(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes(b"")
     hf_tokenizer(source).save(target)
     assert {file.name: file.read_text(encoding="utf-8") for file in target.iterdir()} == contents
+
+
+@pytest.mark.parametrize("kind", RAW)
+@pytest.mark.parametrize("text", [" a", "a b\n", "\n\n", "Ä 😀"])
+def test_what_is_saved_encodes_as_here(tmp_path: Path, kind: str, text: str) -> None:
+    """Without the dummy space that transformers' class for Llama 2 would put in front. The token for
+    unknown characters is a control token here."""
+    tokenizer = HFTokenizer(
+        RAW[kind].to_str(), {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}
+    )
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"]
+    assert [i for i in theirs if i not in tokenizer.control_ids] == tokenizer.encode(text)
 
 
 def test_a_bare_tokenizer_json_loads_and_saves(tmp_path: Path) -> None:

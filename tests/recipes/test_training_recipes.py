@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from steerlm2.facts import read_facts
+
 if TYPE_CHECKING:
     from tests.recipes.conftest import RunFolder, TuneProcess
 
@@ -28,12 +30,19 @@ RECIPES = {
 }
 
 
+SAYS = {
+    "reward_distributed": ("attribute model", ("humor", "verbosity")),
+    "sft_distributed": ("language model", None),  # of plain SFT no label is seen
+    "steerlm2_distributed": ("language model", ("humor", "verbosity")),
+}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resumed_beyond_a_smaller_max_steps_the_export_is_of_the_steps_done(
     tune: TuneProcess, run_folder: type[RunFolder], tmp_path: Path, recipe: str
 ) -> None:
     """8 records in batches of 4: 6 steps are 3 epochs, saved twice. Resumed with max_steps=2 the
-    weights are still those of step 6, and so is the folder's epoch."""
+    weights are still those of step 6, and so are the folder's epoch and what it says of itself."""
     config, *keys = RECIPES[recipe]
     run = run_folder(tmp_path / "run")
     common = (recipe, "--config", config, *keys, "save_every_n_steps=3", f"output_dir={run.path}")
@@ -45,6 +54,11 @@ def test_resumed_beyond_a_smaller_max_steps_the_export_is_of_the_steps_done(
     assert [path.name for path in run.path.glob("epoch_*")] == ["epoch_3"]
     assert f"weights: {run.path}/epoch_* (of step 6)" in again.stdout
     assert all(run.weights()[name].equal(weights[name]) for name in weights)
+    facts = read_facts(run.path)
+    assert facts is not None
+    assert facts.template == {"_component_": "steerlm2.data.extra_id_template"}
+    assert (facts.kind, facts.schema and facts.schema.names) == SAYS[recipe]
+    assert facts.trained["steps"] == 6
 
 
 @pytest.mark.parametrize("recipe", ["sft_distributed", "steerlm2_distributed"])
