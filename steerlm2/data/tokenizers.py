@@ -98,7 +98,8 @@ class HFTokenizer:
         spec = json.loads(tokenizer_json)
         before = copy.deepcopy(spec)
         for part in ("normalizer", "pre_tokenizer", "decoder"):
-            spec[part] = _without_dummy_space(spec.get(part))
+            if (spec.get(part) or {}).get("type") != "ByteLevel" or part != "decoder":
+                spec[part] = _without_dummy_space(spec.get(part))
         for token in filter(_is_control, spec["added_tokens"]):
             token |= {"lstrip": False, "rstrip": False}  # the text beside it stays as it is
         self._is_changed = spec != before

@@ -333,8 +333,10 @@ def test_save_keeps_the_files_that_were_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", RAW)
 @pytest.mark.parametrize("text", [" a", "a b\n", "\n\n", "Ä 😀"])
 def test_what_is_saved_encodes_as_here(tmp_path: Path, kind: str, text: str) -> None:
-    """Without the dummy space that transformers' class for Llama 2 would put in front. The token for
-    unknown characters is a control token here."""
+    """Without the dummy space that transformers' class for Llama 2 would put in front.
+
+    The token for unknown characters is a control token here.
+    """
     tokenizer = HFTokenizer(
         RAW[kind].to_str(), {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}
     )
