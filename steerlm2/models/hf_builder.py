@@ -142,7 +142,7 @@ def _mlp(config: LlamaConfig, linear_of: Callable[[str], MakeLinear]) -> FeedFor
 
 
 def _config(checkpoint_dir: str, planned_as: str | None) -> LlamaConfig:
-    if not checkpoint_dir and planned_as is None:
+    if not checkpoint_dir:
         raise ValueError(
             "steerlm2.models.from_checkpoint needs a checkpoint: set checkpointer, or "
             "model.checkpoint_dir"
@@ -150,7 +150,7 @@ def _config(checkpoint_dir: str, planned_as: str | None) -> LlamaConfig:
     folder = resolve_checkpoint_dir(
         checkpoint_dir, "model.checkpoint_dir", missing_ok=planned_as is not None
     )
-    if checkpoint_dir and (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
         file = folder / "config.json"
         return llama_config(read_json(file), str(file.absolute()))
     assert planned_as is not None
