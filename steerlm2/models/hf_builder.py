@@ -22,6 +22,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
 from steerlm2.models.llama import hf_config
 from steerlm2.models.llama_config import LlamaConfig, llama_config
+from steerlm2.models.nf4 import UNIT
 from steerlm2.models.rope import build_rope
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
@@ -83,6 +84,8 @@ def from_checkpoint(
         return partial(adapted, quantize_base=quantize_base) if adapt else frozen
 
     config = _config(checkpoint_dir, planned_as)
+    if quantize_base:
+        _check_quantizable(config)
     rope = build_rope(config.rope, config.head_dim, config.max_position_embeddings)
     norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
     layers = [
@@ -139,6 +142,26 @@ def _mlp(config: LlamaConfig, linear_of: Callable[[str], MakeLinear]) -> FeedFor
         down_proj=linear_of("w2")(inner, hidden),
         up_proj=linear_of("w3")(hidden, inner),
     )
+
+
+def _check_quantizable(config: LlamaConfig) -> None:
+    """Check that torchao can keep every matrix of the layers in 4 bits.
+
+    Raises:
+        ValueError: naming those that it can't.
+    """
+    hidden, heads = config.hidden_size, {"q": config.num_attention_heads}
+    heads["k"] = config.num_key_value_heads
+    sizes = {f"{name}_proj": number * config.head_dim for name, number in heads.items()}
+    sizes["mlp"] = config.intermediate_size
+    problems = [
+        f"{name} [{size}, {hidden}]" for name, size in sizes.items() if size * hidden % UNIT
+    ]
+    if problems:
+        raise ValueError(
+            f"model.quantize_base: {', '.join(problems)} can't be quantized, because a matrix must "
+            f"have a multiple of {UNIT} numbers: set it to false"
+        )
 
 
 def _config(checkpoint_dir: str, planned_as: str | None) -> LlamaConfig:

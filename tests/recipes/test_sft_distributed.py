@@ -524,6 +524,31 @@ def test_wrong_keys_are_all_named(
     assert "'export' must be one of best, last" in message
 
 
+DATA_BY_RANK = """
+import os
+from steerlm2.datasets import dialogue_dataset
+
+def data_by_rank(tokenizer, *, source, of_rank_1, **options):
+    own = of_rank_1 if os.environ["RANK"] == "1" else source
+    return dialogue_dataset(tokenizer, source=own, **options)
+"""
+
+
+def test_nodes_with_other_files_are_refused(
+    tune: TuneProcess, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The same conversations in another order, so that every step would be of other ones."""
+    (tune.cwd / "users_data.py").write_text(DATA_BY_RANK)
+    lines = files[0].read_bytes().splitlines(keepends=True)
+    (tmp_path / "reversed.jsonl").write_bytes(b"".join(lines[::-1]))
+    changes = ("dataset=users_data.data_by_rank", f"dataset.of_rank_1={tmp_path}/reversed.jsonl")
+    arguments = command_line(files, tmp_path / "out", *changes, "generation=null")
+    result = tune(*arguments, nproc=2, check=False)
+    assert result.returncode == 1
+    assert "the data are not the same on all nodes: `dataset`" in result.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_keys_that_contradict_each_other_are_all_named(
     tune: TuneProcess, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
