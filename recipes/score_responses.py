@@ -307,17 +307,25 @@ class ScoreRecipe:
         scorer = cfg.log_q or ModelOptions()
         tokenizer = instantiate(scorer.tokenizer or cfg.tokenizer)
         encoder = ResponseEncoder(instantiate(scorer.template or cfg.template), tokenizer)
-        gaps = [
-            EngineGap(
-                abs(response.log_q - response.extra["engine_log_q"]),
-                len(encoder.encode(record, response)[0]),
+        gaps: list[EngineGap] = []
+        num_unknown = 0
+        for record in iter_records(cfg.output, require=("log_q",), min_responses=1):
+            for response in record.responses:
+                if response.log_q is None:
+                    continue
+                engines = response.extra.get("engine_log_q")
+                if isinstance(engines, int | float) and math.isfinite(engines):
+                    length = len(encoder.encode(record, response)[0])
+                    gaps.append(EngineGap(abs(response.log_q - engines), length))
+                elif "engine_log_q" in response.extra or (
+                    response.token_ids is not None and not response.is_cut_off
+                ):
+                    num_unknown += 1
+        if num_unknown:
+            tqdm.write(
+                f"the engine's log Q' is unknown of {num_unknown} responses (a server that gives "
+                "no log-probs, or none that are numbers): these aren't compared with ours"
             )
-            for record in iter_records(cfg.output, require=("log_q",), min_responses=1)
-            for response in record.responses
-            if response.log_q is not None
-            and isinstance(response.extra.get("engine_log_q"), int | float)
-            and math.isfinite(response.extra["engine_log_q"])
-        ]
         if not gaps:
             return
         summary = summary_of(gaps)

@@ -93,18 +93,23 @@ class FolderCheckpointer:
         """Make the folder of an epoch, with the files that go beside the weights."""
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", FACTS_FILE):
-            (folder / name).unlink(missing_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        self.write_side_files(folder)
+        return folder
+
+    def write_side_files(self, folder: Path) -> None:
+        """Write what the export says of itself, the tokenizer's files, and of a language model what
+        ends a text."""
+        (folder / FACTS_FILE).unlink(missing_ok=True)
         if self.facts is not None:
             write_facts(folder, self.facts)
         if self.text is None:
             remove_side_files(folder)
             self._copy_tokenizer(folder)
-            return folder
+            return
         write_tokenizer(folder, self.text, self._pad(self.text), self.facts)
         if self.text.stop_id is not None:
             write_generation_config(folder, self._generation_config(self.text))
-        return folder
 
     def finish(self, epoch: int, dtype: torch.dtype) -> None:
         """Write the last file: an export with a config.json is complete (`is_complete`)."""

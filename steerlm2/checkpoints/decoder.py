@@ -51,11 +51,6 @@ def build_decoder(
     arguments = dict(model)
     if takes(model, CHECKPOINT_DIR):
         arguments[CHECKPOINT_DIR] = checkpoint_dir_of(model, checkpointer)
-        if not arguments[CHECKPOINT_DIR]:
-            raise ValueError(
-                f"{model['_component_']} needs a checkpoint: set checkpointer, or "
-                "model.checkpoint_dir"
-            )
     with torch.device("meta"):
         decoder = instantiate(arguments)
         if num_attributes is not None:

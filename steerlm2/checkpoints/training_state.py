@@ -51,6 +51,7 @@ from steerlm2.distributed.world import World
 
 STATE_FILE = "state.json"
 DIGESTS = "digests"
+MODEL = "model"
 TRAINING_ORDER = "order of the training data"
 """Among the digests: of all of the training data, one record after the other."""
 SECONDS_TO_CLOSE = 600.0
@@ -326,7 +327,7 @@ def resume_training(
     Args:
         data_state: values that the order of the batches depends on, as passed to
             `StateWriter.save`; `digests` among them, by name, says what the run is trained on and
-            starts from.
+            starts from, and `model` what the decoder computes (`models.llama.computation`).
 
     Returns:
         The checkpoint and its step; None where there is no checkpoint.
@@ -347,9 +348,11 @@ def resume_training(
         for group in optimizer.param_groups
     ]
     written = json.loads((newest / STATE_FILE).read_text())["data"]
-    if DIGESTS in data_state and DIGESTS not in written and world.is_main:
+    unknown = {DIGESTS: "data, checkpoint and template", MODEL: "settings of `model`"}
+    lacking = [unknown[key] for key in unknown if key in data_state and key not in written]
+    if lacking and world.is_main:
         print(
-            f"NOTE: {newest} doesn't say which data, checkpoint and template it is of (an earlier "
+            f"NOTE: {newest} doesn't say which {' and which '.join(lacking)} it is of (an earlier "
             "version wrote it): whether they are this run's isn't checked",
             file=sys.stderr,
         )
@@ -372,10 +375,15 @@ def resume_training(
 
 
 def _differences(written: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between two `data_state`s; digests that one of them lacks aren't compared."""
-    for key in sorted((written.keys() | now.keys()) - {DIGESTS}):
+    """What differs between two `data_state`s; digests, and settings of the model, that one of them
+    lacks aren't compared."""
+    for key in sorted((written.keys() | now.keys()) - {DIGESTS, MODEL}):
         if written.get(key) != now.get(key):
             yield f"{key}: {written.get(key)!r} then, {now.get(key)!r} now"
+    model, as_configured = written.get(MODEL, {}), now.get(MODEL, {})
+    for key in as_configured:
+        if key in model and model[key] != as_configured[key]:
+            yield f"model, {key}: {model[key]!r} then, {as_configured[key]!r} now"
     before, digests = written.get(DIGESTS, {}), now.get(DIGESTS, {})
     others = [name for name in digests if name in before and before[name] != digests[name]]
     if len(others) > 1 and TRAINING_ORDER in others:

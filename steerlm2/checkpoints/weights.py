@@ -59,7 +59,7 @@ from steerlm2.data.jsonl import shortened
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
-from steerlm2.facts import ModelFacts, write_facts
+from steerlm2.facts import ModelFacts
 from steerlm2.models.llama import context_length, head_shape
 from steerlm2.models.llama_config import check_decoder, exported_config
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
@@ -307,8 +307,8 @@ def save_weights(
     """Write the weights in `dtype` as `epoch_{epoch}`, with LoRA adapters merged into them.
 
     The ranks take turns to write the files, and no rank ever has the full model, except rank 0 with
-    a torchtune checkpointer. LoRA adapters are also written separately, in PEFT's format, to
-    `output_dir/epoch_{epoch}/adapter`.
+    a torchtune checkpointer. LoRA adapters are also written separately, in PEFT's format and with
+    the files of the tokenizer, to `output_dir/epoch_{epoch}/adapter`.
 
     Args:
         checkpointer: on rank 0; None on the others.
@@ -346,28 +346,29 @@ def save_weights(
         b, a = (whole(f"{layer}lora_{which}.weight").float() for which in "ba")
         return whole(name).float() + (lora.alpha / lora.rank) * b @ a
 
+    if isinstance(checkpointer, FolderCheckpointer):
+        checkpointer.text, checkpointer.facts = text or checkpointer.text, facts
+
     if lora is not None:
         tensors = {name: whole(name).to("cpu", dtype) for name in adapters}
         is_reward_model = isinstance(decoder.output, RewardHead)
         head = whole(HEAD).to("cpu", dtype) if is_reward_model else None
-        world.on_main(
-            lambda: _save_adapter(folder / "adapter", tensors, lora, head_shape(decoder), head)
-        )
+
+        def save_adapter() -> None:
+            alone = folder / "adapter"
+            base = checkpointer.checkpoint_dir if isinstance(checkpointer, HFCheckpointer) else None
+            _save_adapter(alone, tensors, lora, head_shape(decoder), head, base)
+            if isinstance(checkpointer, FolderCheckpointer):
+                checkpointer.write_side_files(alone)
+            elif text is not None:
+                write_tokenizer(alone, text, text.tokenizer.pad_id, facts)
+
+        world.on_main(save_adapter)
         if adapter_only:
-            if text is not None:
-                alone = folder / "adapter"
-                world.on_main(lambda: write_tokenizer(alone, text, text.tokenizer.pad_id, facts))
-            if facts is not None:
-                known = facts
-                world.on_main(lambda: write_facts(folder / "adapter", known))
             return folder
     shapes = {name: p.shape for name, p in parameters.items() if name not in adapters}
     if world.from_main(isinstance(checkpointer, FolderCheckpointer)):
         ours = cast(FolderCheckpointer, checkpointer)
-        if ours is not None and text is not None:
-            ours.text = text
-        if ours is not None:
-            ours.facts = facts
         write_weights(
             cast(Path, world.from_main(world.on_main(lambda: ours.begin(epoch)))),
             shapes,
@@ -410,16 +411,22 @@ def _save_adapter(
     lora: LoRALinear,
     heads: Mapping[str, int],
     reward_head: Tensor | None,
+    base: Path | None,
 ) -> None:
     """Write a PEFT adapter.
 
     It has its own folder, because transformers adds an adapter beside the merged weights to them.
+
+    Args:
+        base: the folder of the model that it is added to; None: unknown.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = tune_to_peft_adapter_weights(adapter, **heads)
     modules = sorted({name.split(".")[-3] for name in adapter})
     config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules}
-    config = {"peft_type": "LORA"} | tune_to_peft_adapter_config(config)
+    kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    base_path = None if base is None else str(base.resolve())
+    config = kind | tune_to_peft_adapter_config(config, base_path)
     if reward_head is not None:
         tensors[f"base_model.model.{HF_HEAD}"] = reward_head
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}

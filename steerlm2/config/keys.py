@@ -214,7 +214,7 @@ class TrainingKeys(DistributedKeys):
     resume_from_checkpoint: bool = False
     """Continue from the newest training state in `output_dir`."""
     save_adapter_weights_only: bool = False
-    """Export LoRA adapters alone, without the merged model."""
+    """Export LoRA adapters alone, without the merged model; they need the checkpointer's folder."""
 
     param_dtype: Literal["fp32", "bf16"] | None = None
     """Of the trained weights; null: `dtype`. fp32 with dtype bf16: master weights by FSDP2."""
@@ -262,6 +262,11 @@ class TrainingKeys(DistributedKeys):
         origin = {"num_training_steps": "max_steps and epochs"}
         found += taken_elsewhere("lr_scheduler", self.lr_scheduler, origin)
         found += self._float8_problems()
+        if self.save_adapter_weights_only and self.checkpointer is None:
+            found.append(
+                "'save_adapter_weights_only' needs 'checkpointer': without one the model that the "
+                "adapters are added to is written nowhere"
+            )
         found += above_zero(self, "clip_grad_norm")
         found += at_least_one(
             self,

@@ -33,7 +33,12 @@ def data_digests(records: Iterable[Dialogue | Group | RewardGroup]) -> dict[str,
 
 
 def template_digest(template: Template) -> str:
-    """SHA-256 of what a template makes of a conversation with every part that one can have."""
+    """SHA-256 of what a template makes of a conversation with every part that one can have.
+
+    It is of texts, so that a training state goes on with another version of the tokenizers package;
+    the ids that a run is trained on are in `data_digests`. Ids that stand in a file need the
+    tokenizer too: `templates.token_ids_digest`.
+    """
     turns = [Turn("User", "1"), Turn(ASSISTANT, "2", "humor:3"), Turn("User", "4")]
     segments = [
         *template.prompt("5", turns, "humor:0"),

@@ -240,7 +240,9 @@ def encode_response(template: Template, tokenizer: Tokenizer, text: str) -> list
 def token_ids_digest(template: Template, tokenizer: Tokenizer) -> str:
     """Equal where prompts and responses are encoded alike: 16 hex digits.
 
-    It is of the tokenizer, and of a conversation with everything that templates write.
+    It is of the tokenizer, and of a conversation with everything that templates write to language
+    models. What differs only makes `token_ids` unknown; that a run can't go on is told by
+    `digest.template_digest`, which doesn't depend on the tokenizers package.
     """
     turns = [Turn(USER, "Why?"), Turn(ASSISTANT, "So.", "humor:1"), Turn(USER, " And\n")]
     encoded = [
@@ -253,9 +255,9 @@ def token_ids_digest(template: Template, tokenizer: Tokenizer) -> str:
 
 def response_end(template: Template, tokenizer: Tokenizer) -> tuple[str, int]:
     """The template's end of a response: the end-of-turn text, and the stop token's id."""
-    segments = template.response("")
-    text = "".join(segment.text for segment in segments if not segment.control)
-    return text, encode_response(template, tokenizer, "")[-1]
+    *end_of_turn, stop = template.response("")
+    text = "".join(segment.text for segment in end_of_turn)
+    return text, _control_ids(tokenizer, template.control_tokens)[stop.text]
 
 
 def reserved_ids(template: Template, tokenizer: Tokenizer) -> frozenset[int]:

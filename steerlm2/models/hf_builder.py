@@ -22,6 +22,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
 from steerlm2.models.llama import hf_config
 from steerlm2.models.llama_config import LlamaConfig, llama_config
+from steerlm2.models.nf4 import UNIT
 from steerlm2.models.rope import build_rope
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
@@ -83,6 +84,8 @@ def from_checkpoint(
         return partial(adapted, quantize_base=quantize_base) if adapt else frozen
 
     config = _config(checkpoint_dir, planned_as)
+    if quantize_base:
+        _check_quantizable(config)
     rope = build_rope(config.rope, config.head_dim, config.max_position_embeddings)
     norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
     layers = [
@@ -141,8 +144,28 @@ def _mlp(config: LlamaConfig, linear_of: Callable[[str], MakeLinear]) -> FeedFor
     )
 
 
+def _check_quantizable(config: LlamaConfig) -> None:
+    """Check that torchao can keep every matrix of the layers in 4 bits.
+
+    Raises:
+        ValueError: naming those that it can't.
+    """
+    hidden, heads = config.hidden_size, {"q": config.num_attention_heads}
+    heads["k"] = config.num_key_value_heads
+    sizes = {f"{name}_proj": number * config.head_dim for name, number in heads.items()}
+    sizes["mlp"] = config.intermediate_size
+    problems = [
+        f"{name} [{size}, {hidden}]" for name, size in sizes.items() if size * hidden % UNIT
+    ]
+    if problems:
+        raise ValueError(
+            f"model.quantize_base: {', '.join(problems)} can't be quantized, because a matrix must "
+            f"have a multiple of {UNIT} numbers: set it to false"
+        )
+
+
 def _config(checkpoint_dir: str, planned_as: str | None) -> LlamaConfig:
-    if not checkpoint_dir and planned_as is None:
+    if not checkpoint_dir:
         raise ValueError(
             "steerlm2.models.from_checkpoint needs a checkpoint: set checkpointer, or "
             "model.checkpoint_dir"
@@ -150,7 +173,7 @@ def _config(checkpoint_dir: str, planned_as: str | None) -> LlamaConfig:
     folder = resolve_checkpoint_dir(
         checkpoint_dir, "model.checkpoint_dir", missing_ok=planned_as is not None
     )
-    if checkpoint_dir and (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
         file = folder / "config.json"
         return llama_config(read_json(file), str(file.absolute()))
     assert planned_as is not None

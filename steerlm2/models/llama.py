@@ -35,6 +35,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.models.attention import attend
+from steerlm2.models.nf4 import has_quantized
 from steerlm2.models.reward_head import RewardHead
 from steerlm2.models.rope import rope_settings
 
@@ -227,6 +228,29 @@ def head_shape(decoder: TransformerDecoder) -> dict[str, int]:
         "num_kv_heads": decoder.layers[0].attn.k_proj.weight.shape[0] // decoder.head_dim,
         "dim": decoder.tok_embeddings.embedding_dim,
         "head_dim": decoder.head_dim,
+    }
+
+
+def computation(decoder: TransformerDecoder) -> dict[str, Any]:
+    """What a decoder computes with its weights, by the keys of config.json and of `model`.
+
+    Two decoders of one computation and the same weights give the same outputs, to rounding.
+
+    Raises:
+        ValueError: where no Llama computes that.
+    """
+    adapted = {name: m for name, m in decoder.named_modules() if isinstance(m, LoRALinear)}
+    any_adapted = next(iter(adapted.values()), None)
+    config = hf_config(decoder)
+    for says_nothing in ("architectures", "model_type", "torch_dtype", "max_position_embeddings"):
+        del config[says_nothing]
+    return {
+        "rope_scaling": None,
+        **config,
+        "lora_modules": sorted({name.rpartition(".")[2] for name in adapted}),
+        "lora_rank": any_adapted and any_adapted.rank,
+        "lora_alpha": any_adapted and any_adapted.alpha,
+        "quantize_base": has_quantized(decoder),
     }
 
 

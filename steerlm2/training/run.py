@@ -39,6 +39,7 @@ from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
 from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.checkpoints.training_state import (
     DIGESTS,
+    MODEL,
     TRAINING_ORDER,
     StateWriter,
     best_state,
@@ -52,7 +53,7 @@ from steerlm2.data.digest import ORDER, PARTS, data_digests, template_digest
 from steerlm2.data.packing import Dialogue, Group, RewardGroup
 from steerlm2.distributed.parallelize import DTYPES, check_finite
 from steerlm2.facts import ModelFacts
-from steerlm2.models.llama import pair_cost
+from steerlm2.models.llama import computation, pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.lock import RunLock
 from steerlm2.runs.logs import Progress, open_rank_log
@@ -202,6 +203,7 @@ class TrainingRun:
             "global_batch_size": cfg.global_batch_size,
             "seed": cfg.seed,
             DIGESTS: self._digests(train, val),
+            MODEL: computation(model),
         }
         self.pair_cost = pair_cost(model)
         self._stragglers = Stragglers(model, world)

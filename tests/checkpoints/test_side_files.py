@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torchtune.models.llama3 import llama3
+from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.training import FullModelHFCheckpointer
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -26,11 +26,11 @@ CPU = World(torch.device("cpu"))
 GENERATION = {"eos_token_id": [1], "top_p": 0.9, "_from_model_config": True}
 
 
-def meta_decoder(head: bool = False) -> Any:
+def meta_decoder(head: bool = False, **lora: Any) -> Any:
     with torch.device("meta"):
-        decoder = llama3(
+        decoder = (lora_llama3 if lora else llama3)(
             vocab_size=520, num_layers=1, num_heads=2, num_kv_heads=1, embed_dim=16,
-            max_seq_len=32, intermediate_dim=8,
+            max_seq_len=32, intermediate_dim=8, **lora,
         )  # fmt: skip
         if head:
             add_reward_head(decoder, 2)
@@ -234,6 +234,42 @@ def test_an_attribute_model_has_the_runs_tokenizer_too(tmp_path: Path) -> None:
     assert (len(loaded), loaded.pad_token_id, loaded.eos_token_id) == (513, 1, 0)
     assert read(exported, "config.json")["pad_token_id"] == 1
     assert read(exported, "config.json")["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["language model", "attribute model"])
+def test_an_adapter_alone_has_the_runs_files(tmp_path: Path, head: bool) -> None:
+    """The tokenizer with its special tokens and chat template, and the ends; nothing else is
+    exported, so it can't be taken for a model."""
+    folder = base_folder(tmp_path, generation=GENERATION)
+    tokenizer = other_tokenizer(tmp_path, chat_template="{{ messages }}")
+    decoder = meta_decoder(head, lora_attn_modules=["q_proj"], lora_rank=2, lora_alpha=4)
+    component = {
+        "_component_": "steerlm2.checkpoints.HFCheckpointer",
+        "checkpoint_dir": str(folder),
+    }
+    if head:
+        checkpointer = open_reward_checkpointer(
+            component, decoder, tokenizer, extra_id_template(), AttributeSchema(("a", "b")),
+            seed=0, output_dir=str(tmp_path), load_head=False,
+        )  # fmt: skip
+    else:
+        checkpointer = HFCheckpointer(str(folder), str(tmp_path))
+    load_weights(decoder, checkpointer, CPU, seed=0, fresh_head=head)
+    exported = save_weights(
+        decoder, checkpointer, CPU, epoch=1, dtype=torch.float32, output_dir=tmp_path,
+        text=None if head else text_of(tokenizer), adapter_only=True,
+    )  # fmt: skip
+    assert [path.name for path in exported.iterdir()] == ["adapter"]
+    adapter = exported / "adapter"
+    config = read(adapter, "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(folder)
+    loaded = AutoTokenizer.from_pretrained(adapter)
+    ends = 0 if head else tokenizer.token_id("<extra_id_1>")
+    assert (len(loaded), loaded.pad_token_id, loaded.eos_token_id) == (513, 1, ends)
+    assert loaded.chat_template is None
+    assert (adapter / "generation_config.json").exists() is not head
+    if not head:
+        assert read(adapter, "generation_config.json")["eos_token_id"] == [ends, 0]
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

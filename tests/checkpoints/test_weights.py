@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,36 @@ def test_adapters_are_saved_beside_the_merged_weights(adapter_only: bool, tmp_pa
     theirs = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
     assert torch.equal(adapters[theirs], decoder.get_parameter(name))
     assert (tmp_path / "epoch_1" / "model.safetensors").exists() != adapter_only
+
+
+def test_an_adapter_added_to_its_base_is_the_merged_model(tmp_path: Path) -> None:
+    """In transformers' names and order of rotary dimensions: W + (lora_alpha / r) B A; the config
+    names the folder of W by its whole path."""
+    with torch.device("meta"):
+        decoder = lora_llama3(**LORA | {"lora_attn_modules": ["q_proj", "k_proj"]}, **TINY)
+    start = scratch(meta_decoder(), folder=tmp_path / "base")
+    start.save_checkpoint({"model": start.weights}, epoch=1)
+    component = {"_component_": "steerlm2.checkpoints.HFCheckpointer"}
+    component["checkpoint_dir"] = os.path.relpath(tmp_path / "base")
+    checkpointer = open_checkpointer(
+        component, decoder, tiny_tokenizer(), seed=0, output_dir=str(tmp_path)
+    )
+    load_weights(decoder, checkpointer, CPU, seed=0)
+    for parameter in get_adapter_params(decoder).values():
+        torch.nn.init.normal_(parameter)
+    save_weights(decoder, checkpointer, CPU, epoch=1, dtype=torch.float32, output_dir=tmp_path)
+    export = tmp_path / "epoch_1"
+    config = json.loads((export / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base" / "epoch_1")
+    assert (config["task_type"], config["r"], config["lora_alpha"]) == ("CAUSAL_LM", 4, 8)
+    base = load_file(Path(config["base_model_name_or_path"]) / "model.safetensors")
+    adapter = load_file(export / "adapter" / "adapter_model.safetensors")
+    merged = load_file(export / "model.safetensors")
+    for module in ("q_proj", "k_proj"):
+        name = f"model.layers.0.self_attn.{module}"
+        b, a = (adapter[f"base_model.model.{name}.lora_{which}.weight"] for which in "BA")
+        expected = base[f"{name}.weight"] + 2 * b @ a
+        torch.testing.assert_close(merged[f"{name}.weight"], expected)
 
 
 def test_without_a_component_weights_start_from_the_seed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from steerlm2.config.keys import (
     SamplingKeys,
     ScoringKeys,
     ServerOptions,
+    TrainingKeys,
     output_problems,
 )
 from steerlm2.config.loader import Component
@@ -74,6 +76,16 @@ def test_timeouts_are_positive() -> None:
     wrong = DistributedKeys(**MODEL, hang_timeout_seconds=0, collective_timeout_seconds=-1)
     assert keys_in(wrong.problems()) == ["hang_timeout_seconds", "collective_timeout_seconds"]
     assert DistributedKeys(**MODEL, hang_timeout_seconds=None).problems() == []
+
+
+def test_adapters_alone_need_the_model_that_they_are_added_to() -> None:
+    """Fresh weights are in no file."""
+    given: dict[str, Any] = MODEL | dict.fromkeys(("dataset", "optimizer"), MODEL["model"])
+    limits: dict[str, Any] = {"output_dir": "out", "lr": 1.0, "max_steps": 1}
+    keys = TrainingKeys(**given, **limits, save_adapter_weights_only=True)
+    (problem,) = keys.problems()
+    assert problem.startswith("'save_adapter_weights_only' needs 'checkpointer'")
+    assert dataclasses.replace(keys, checkpointer=MODEL["model"]).problems() == []
 
 
 def test_sampling() -> None:

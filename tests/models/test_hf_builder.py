@@ -204,6 +204,14 @@ def test_lora_arguments_that_do_not_go_together_are_refused(
         from_checkpoint(planned_as="torchtune.models.llama3.llama3_8b", **arguments)
 
 
+def test_matrices_that_cannot_be_quantized_are_named(tmp_path: Path) -> None:
+    """64 x 64, 32 x 64 and 96 x 64 numbers; 4 bits take a multiple of 16,384."""
+    folder = make_folder(tmp_path, "llama3")
+    expected = r"quantize_base: q_proj \[64, 64\], k_proj \[32, 64\], mlp \[96, 64\] can't be"
+    with pytest.raises(ValueError, match=expected):
+        from_checkpoint(str(folder), **LORA, quantize_base=True)
+
+
 # Which folder
 
 

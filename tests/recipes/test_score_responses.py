@@ -309,6 +309,17 @@ def test_says_how_far_the_engines_log_probs_lie_apart(compared_run: tuple[Path, 
     assert "WARNING" not in stdout
 
 
+def test_says_of_how_many_responses_the_engines_log_prob_is_unknown(
+    compared_run: tuple[Path, str],
+) -> None:
+    """Those with NaN; where nothing says that an engine sampled them, nothing is missing."""
+    output, stdout = compared_run
+    extras = [response.extra for record in read_records(output) for response in record.responses]
+    unknown = [e for e in extras if "engine_log_q" in e and not math.isfinite(e["engine_log_q"])]
+    assert 0 < len(unknown) < len(extras)
+    assert f"the engine's log Q' is unknown of {len(unknown)} responses" in stdout
+
+
 def test_a_run_that_finds_everything_done_says_the_same(
     tune: Any, with_engine: Path, compared_run: tuple[Path, str]
 ) -> None:

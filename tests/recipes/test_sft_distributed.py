@@ -8,6 +8,7 @@ Dimension letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -234,21 +235,60 @@ class TransformersLogits(torch.nn.Module):
         return self.model(tokens).logits
 
 
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 5e5,
+}
+STYLES: dict[str, dict[str, Any]] = {
+    "llama2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "llama3": {
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
+    "llama3_1": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_parameters": SCALING},
+    "llama3_2": {
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "rope_parameters": SCALING | {"factor": 32.0},
+    },
+}
+
+
+def checkpoint_of_transformers(folder: Path, style: str, version: int) -> None:
+    """A folder that transformers wrote, with the rotary positions as that version spells them."""
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96}
+    layers = {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    given = copy.deepcopy(sizes | layers | {"initializer_range": 0.2} | STYLES[style])
+    LlamaForCausalLM(LlamaConfig(**given)).save_pretrained(folder)
+    TOKENIZER.save(str(folder))
+    if version == 4:
+        config = json.loads((folder / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("style", "version"),
+    [
+        *(("llama2", 4), ("llama3", 5)),
+        *(("llama3_1", 4), ("llama3_1", 5), ("llama3_2", 4), ("llama3_2", 5)),
+    ],
+)
 @torch.no_grad()
 def test_a_checkpoints_losses_are_transformers_before_and_after(
-    train: Train, files: tuple[Path, Path], tmp_path: Path
+    train: Train, files: tuple[Path, Path], tmp_path: Path, style: str, version: int
 ) -> None:
-    """From a folder of transformers with a scaled rope and tied matrices, of which the config says
-    no number: its validation loss, and that of the export after 2 steps."""
-    torch.manual_seed(0)
-    scaling = {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 64}
-    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
-    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    more = {"tie_word_embeddings": True, "initializer_range": 0.2, "max_position_embeddings": 512}
-    start = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **more, rope_parameters=scaling))
-    start.save_pretrained(tmp_path)
-    TOKENIZER.save(str(tmp_path))
+    """Its validation loss, and that of the export after 2 steps; the run's config says no number
+    of the model."""
+    checkpoint_of_transformers(tmp_path, style, version)
     run = train(
         *("model=steerlm2.models.from_checkpoint", *(f"~model.{key}" for key in MODEL)),
         "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
@@ -482,6 +522,31 @@ def test_wrong_keys_are_all_named(
     assert "'generation.max_tokens'" in message
     assert "'dataset.use_label'" in message
     assert "'export' must be one of best, last" in message
+
+
+DATA_BY_RANK = """
+import os
+from steerlm2.datasets import dialogue_dataset
+
+def data_by_rank(tokenizer, *, source, of_rank_1, **options):
+    own = of_rank_1 if os.environ["RANK"] == "1" else source
+    return dialogue_dataset(tokenizer, source=own, **options)
+"""
+
+
+def test_nodes_with_other_files_are_refused(
+    tune: TuneProcess, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The same conversations in another order, so that every step would be of other ones."""
+    (tune.cwd / "users_data.py").write_text(DATA_BY_RANK)
+    lines = files[0].read_bytes().splitlines(keepends=True)
+    (tmp_path / "reversed.jsonl").write_bytes(b"".join(lines[::-1]))
+    changes = ("dataset=users_data.data_by_rank", f"dataset.of_rank_1={tmp_path}/reversed.jsonl")
+    arguments = command_line(files, tmp_path / "out", *changes, "generation=null")
+    result = tune(*arguments, nproc=2, check=False)
+    assert result.returncode == 1
+    assert "the data are not the same on all nodes: `dataset`" in result.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_keys_that_contradict_each_other_are_all_named(

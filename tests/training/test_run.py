@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torchtune.models.llama3 import llama3
+from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.config.keys import TrainingKeys
@@ -49,12 +49,18 @@ def config(output_dir: Path, **keys: Any) -> TrainingKeys:
     )
 
 
-def tiny_decoder() -> TransformerDecoder:
+TINY: dict[str, Any] = {
+    "vocab_size": 11, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 8,
+    "intermediate_dim": 8, "max_seq_len": 16,
+}  # fmt: skip
+ADAPTED: dict[str, Any] = {"lora_attn_modules": ["q_proj"], "lora_rank": 2, "lora_alpha": 8}
+
+
+def tiny_decoder(**changes: Any) -> TransformerDecoder:
+    """With adapters where `changes` have LoRA arguments."""
     torch.manual_seed(0)
-    return llama3(
-        vocab_size=11, num_layers=1, num_heads=2, num_kv_heads=2, embed_dim=8,
-        intermediate_dim=8, max_seq_len=16,
-    )  # fmt: skip
+    build = lora_llama3 if "lora_rank" in changes else llama3
+    return build(**(TINY | changes))
 
 
 class Training:
@@ -66,8 +72,9 @@ class Training:
         losses: dict[int, float] | None = None,
         train: Sequence[Dialogue] = (),
         val: Sequence[Dialogue] = (),
+        model: dict[str, Any] | None = None,
     ) -> None:
-        self.cfg, self.losses = cfg, losses or {}
+        self.cfg, self.losses, self.arguments = cfg, losses or {}, model or {}
         self.data = train, val
         self.validated: list[int] = []
         self.steps_done: list[int] = []
@@ -76,7 +83,7 @@ class Training:
         with TrainingRun(self.cfg) as run:
             self.run = run
             run.plan(NUM_RECORDS)
-            self.model = tiny_decoder()
+            self.model = tiny_decoder(**self.arguments)
             self.optimizer, schedule = build_optimizer(self.cfg, self.model, run.total_steps)
             run.begin(self.model, self.optimizer, schedule, {"records": NUM_RECORDS}, *self.data)
             if run.validates_at_start():
@@ -279,6 +286,33 @@ def test_another_base_checkpoint_of_the_same_shape_is_refused(
     assert resume(checkpointer=base(tmp_path / "copy", transformers_version="5")).first_step == 2
 
 
+@pytest.mark.parametrize(
+    ("before", "changes", "expected"),
+    [
+        (ADAPTED, {"lora_alpha": 16}, "model, lora_alpha: 8 then, 16 now"),
+        (ADAPTED, {"lora_rank": 4}, "model, lora_rank: 2 then, 4 now"),
+        (
+            ADAPTED,
+            {"lora_attn_modules": ["k_proj"]},
+            "model, lora_modules: ['q_proj'] then, ['k_proj'] now",
+        ),
+        ({}, {"norm_eps": 1e-6}, "model, rms_norm_eps: 1e-05 then, 1e-06 now"),
+        ({}, {"rope_base": 10_000}, "model, rope_theta: 500000.0 then, 10000.0 now"),
+    ],
+)
+def test_a_model_that_computes_something_else_is_refused(
+    tmp_path: Path, before: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
+    """Though the state's tensors fit it; a longer context is the same computation."""
+    keys: dict[str, Any] = {"save_every_n_steps": 2}
+    Training(config(tmp_path, max_steps=2, **keys), model=before)()
+    again = config(tmp_path, resume_from_checkpoint=True, **keys)
+    with pytest.raises(ValueError, match="was written with other things than this run") as error:
+        Training(again, model=before | changes)()
+    assert differences(error) == [expected]
+    assert Training(again, model=before | {"max_seq_len": 32})().first_step == 2
+
+
 def test_other_validation_data_may_be_used_where_they_choose_nothing(
     resume: Callable[..., TrainingRun],
 ) -> None:
@@ -290,10 +324,11 @@ def test_a_state_of_an_earlier_version_resumes_with_a_notice(
 ) -> None:
     (file,) = tmp_path.glob("run/checkpoints/step_000002/state.json")
     state = json.loads(file.read_text())
-    del state["data"]["digests"]
+    del state["data"]["digests"], state["data"]["model"]
     file.write_text(json.dumps(state))
     assert resume(train=DATA[::-1]).first_step == 2
-    assert "step_000002 doesn't say which data, checkpoint and template" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "step_000002 doesn't say which data, checkpoint and template and which settings" in shown
 
 
 def test_damaged_records_of_a_run_do_not_block_it(
