@@ -217,9 +217,8 @@ def as_schema(schema: AttributeSchema | Mapping[str, Any] | None) -> AttributeSc
     problems = problems or _range_problems("all attributes", (low, high))
     if problems:
         raise ValueError("attribute schema: " + "; ".join(problems))
-    if isinstance(names, str) or not names:
-        return AttributeSchema(names)  # says what is wrong with them
-    return AttributeSchema.sharing(names, low, high)
+    count = len(names) if isinstance(names, Sequence) and not isinstance(names, str) else 0
+    return AttributeSchema(names, ((low, high),) * count)
 
 
 def schema_to_json(schema: AttributeSchema) -> dict[str, Any]:
