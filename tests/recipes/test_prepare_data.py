@@ -694,7 +694,7 @@ def test_other_kinds_of_output_of_an_earlier_run_are_removed(
         (["helpsteer3", "preference=false"], "preference pairs only"),
         (["helpsteer2", "preference=true"], "preference holds no preference.jsonl.gz"),
         (["helpsteer", "schema.names=[a,a]"], "names must differ"),
-        (["helpsteer", "schema.names=[a,b]"], "names coherence, complexity"),
+        (["helpsteer", "schema.names=[a,b]"], "unknown attribute 'coherence'"),
         (["oasst_helpsteer", "merge.helpsteer.repeat=0"], "'merge.helpsteer.repeat' must be"),
         (["oasst_helpsteer", "merge.helpsteer.sorce=x"], "'merge.helpsteer.sorce'"),
     ],
