@@ -47,8 +47,14 @@ from steerlm2.attributes import (
     parse_label,
 )
 from steerlm2.config.completion import SchemaRule
-from steerlm2.config.keys import ScoringKeys, ServerOptions, at_least_one, output_problems
-from steerlm2.config.loader import instantiate, to_plain
+from steerlm2.config.keys import (
+    ScoringKeys,
+    ServerOptions,
+    at_least_one,
+    output_problems,
+    settings_of,
+)
+from steerlm2.config.loader import instantiate
 from steerlm2.data.conversations import parse_conversation
 from steerlm2.data.jsonl import LineProblems, iter_json_lines, json_line
 from steerlm2.data.packing import RewardGroup
@@ -232,8 +238,7 @@ class AnnotateRecipe:
     # Helpers
 
     def _output(self) -> ResumableOutput:
-        cfg, plain = self.cfg, to_plain(self.cfg)
-        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
+        cfg, settings = self.cfg, settings_of(self.cfg, SETTINGS_THAT_CHANGE_SCORES)
         # A stopped run may continue with the same model at another server.
         settings["server"] = cfg.server and {"model": cfg.server.model}
         return ResumableOutput(
@@ -386,9 +391,8 @@ class GroupFormat:
             response["scores"] = own
         if obj.get("label") is None:
             return
-        log_probs = label_log_probs(
-            scores, parse_label(obj["label"]), self.concentration, self.bins, self.schema
-        )
+        values = parse_label(obj["label"], self.schema)
+        log_probs = label_log_probs(scores, values, self.concentration, self.bins, self.schema)
         for response, log_p in zip(obj["responses"], log_probs, strict=True):
             response[LOG_PROB_KEYS["log_p_attributes"]] = log_p
 

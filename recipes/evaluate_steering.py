@@ -42,7 +42,13 @@ from tqdm import tqdm
 from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
 from steerlm2.config.completion import MODEL, TOKENIZER, complete_schema, complete_sections
-from steerlm2.config.keys import ModelOptions, SamplingKeys, ServerOptions, at_least_one
+from steerlm2.config.keys import (
+    ModelOptions,
+    SamplingKeys,
+    ServerOptions,
+    at_least_one,
+    settings_of,
+)
 from steerlm2.config.loader import Component, instantiate, to_plain
 from steerlm2.data.jsonl import LineProblems, json_line
 from steerlm2.data.prompts import read_prompts
@@ -381,33 +387,17 @@ class EvaluateRecipe:
     # Helpers
 
     def _items(self, source: str) -> list[Item]:
-        """The prompts with the requested labels.
-
-        Raises:
-            ValueError: naming the labels that the schema doesn't have.
-        """
+        """The prompts with the requested labels."""
         cfg = self.cfg
         prompts = read_prompts(source, cfg.max_prompts)
-        items = with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=source)
-        problems = LineProblems(source, numbered=", prompt ")
-        first: dict[str, int] = {}
-        for number, item in enumerate(items, start=1):
-            first.setdefault(str(item.label), number)
-        for label, number in first.items():
-            try:
-                parse_label(label, self.schema)
-            except ValueError as error:
-                problems.add(number, error)
-        problems.raise_if_any()
-        return items
+        return with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=source)
 
     def _given_answers(self) -> list[Path]:
         return [Path(m.answers) for m in self.cfg.models.values() if m.answers is not None]
 
     def _answers_output(self, name: str) -> ResumableOutput:
         cfg, options = self.cfg, self.cfg.models[name]
-        plain = to_plain(cfg)
-        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_ANSWERS}
+        settings = settings_of(cfg, SETTINGS_THAT_CHANGE_ANSWERS)
         settings |= self._model_settings(f"models.{name}", options)
         settings["use_labels"] = options.use_labels
         if cfg.label.file is not None:
@@ -422,8 +412,7 @@ class EvaluateRecipe:
     def _scores_output(
         self, name: str, answers: Path, options: AttributeModelOptions
     ) -> ResumableOutput:
-        plain = to_plain(self.cfg)
-        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES}
+        settings = settings_of(self.cfg, SETTINGS_THAT_CHANGE_SCORES)
         return ResumableOutput(
             self.files[name],
             input_file=answers,
@@ -668,7 +657,7 @@ class EvaluateRecipe:
         )
 
     def _errors(self, records: list[Record]) -> dict[int, float]:
-        return errors_by_request(*self._scores_and_requests(records))
+        return errors_by_request(*self._scores_and_requests(records), self.schema)
 
     def _scores_and_requests(
         self, records: list[Record]

@@ -18,6 +18,7 @@ in memory.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -29,11 +30,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from steerlm2.attributes import AttributeSchema, UnknownAttributes, as_schema
+from steerlm2.attributes import AttributeSchema, as_schema, read_label
 from steerlm2.config.keys import at_least_one, schema_problems
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.conversations import (
     REGRESSION_MARKERS,
+    Conversation,
     conversation_to_json,
     regression_records,
     spells_marker,
@@ -41,6 +43,7 @@ from steerlm2.data.conversations import (
 from steerlm2.data.jsonl import LineProblems, json_line, shortened
 from steerlm2.data.records import USER, Record, record_to_json
 from steerlm2.data.sources.base import SplitRecord, Unit
+from steerlm2.data.sources.helpsteer import strengths_of
 from steerlm2.data.spool import Spool, open_spool
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.logs import show_warnings
@@ -101,7 +104,10 @@ class PrepareDataConfig(SourceConfig):
     seed: int = 0
     """Of the order of the records, their split, and what is sampled."""
     schema: dict[str, Any] | None = None
-    """The attributes: names, min_value and max_value; null: the default ones, from 0 to 4."""
+    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
+    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
+    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
+    schema.names=[...] changes the second form."""
 
     def problems(self) -> list[str]:
         problems = [*self.source_problems(), *schema_problems(self.schema)]
@@ -176,7 +182,7 @@ def _read(
         split = item.split if isinstance(item, Unit | SplitRecord) else None
         try:
             spooled = _render(item, schema)
-        except UnknownAttributes as error:
+        except ValueError as error:
             problems.add(number, error)
             continue
         offsets[split].append(spool.add(tuple(spooled)))
@@ -267,19 +273,29 @@ def _render(item: Any, schema: AttributeSchema) -> Spooled:
         return Spooled([len(item.responses)], {"": json_line(record_to_json(item))}, [])
     if not isinstance(item, Unit):
         raise ValueError(f"the builder must give records or units, not {type(item).__name__}")
-    conversations = [json_line(conversation_to_json(each)) for each in item.conversations]
+    schema = strengths_of(schema) if item.is_pair else schema
+    conversations = [_with_labels_of(schema, each) for each in item.conversations]
     labelled = [
-        [json_line(record) for record in regression_records(each, schema)]
-        for each in item.conversations
+        [json_line(record) for record in regression_records(each, schema)] for each in conversations
     ]
     unheld = [
         place
-        for place, each in enumerate(item.conversations)
+        for place, each in enumerate(conversations)
         if labelled[place] and not item.as_published and spells_marker(each)
     ]
     regression = b"" if unheld else b"".join(itertools.chain(*labelled))
-    lines = {"": b"".join(conversations), "regression": regression}
+    together = b"".join(json_line(conversation_to_json(each)) for each in conversations)
+    lines = {"": together, "regression": regression}
     return Spooled([len(each) for each in labelled], lines, unheld)
+
+
+def _with_labels_of(schema: AttributeSchema, conversation: Conversation) -> Conversation:
+    """The conversation with its labels in the order of the schema; they must be of it."""
+    turns = [
+        dataclasses.replace(turn, label=turn.label and read_label(turn.label, schema))
+        for turn in conversation.turns
+    ]
+    return dataclasses.replace(conversation, turns=turns)
 
 
 def _sample(offsets: array[int], fraction: float, rng: random.Random) -> array[int]:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steerlm2.attributes import as_schema
+from steerlm2.attributes import as_schema, schema_argument
 from steerlm2.config.completion import complete_model, complete_schema
 from steerlm2.config.keys import TrainingKeys, at_least_one, schema_problems
 from steerlm2.config.loader import Component, instantiate
@@ -58,11 +58,14 @@ class RewardConfig(TrainingKeys):
     """What an attribute model has beside the keys of every training run."""
 
     loss: Literal["regression", "regular_bt", "margin_bt", "scaled_bt"] = "regression"
-    """Squared error on labels, or Bradley-Terry on pairs: without the preference's strength, with
+    """Squared error on labels (attributes with ranges of different widths weigh alike: errors are
+    scaled to their mean width), or Bradley-Terry on pairs: without the preference's strength, with
     it as a margin, or as a factor."""
     schema: dict[str, Any] | None = None
-    """Attributes: names, min_value and max_value; null: the nine of Open Assistant and
-    HelpSteer."""
+    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
+    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
+    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
+    schema.names=[...] changes the second form."""
     reward_attribute: str = "helpfulness"
     """Attribute whose score is the reward of the Bradley-Terry losses."""
     load_reward_head: bool = False
@@ -86,7 +89,8 @@ class RewardConfig(TrainingKeys):
         if self.load_reward_head and self.checkpointer is None:
             found.append("'load_reward_head' needs a 'checkpointer'")
         if not list(schema_problems(self.schema)):
-            names = as_schema(self.schema).names
+            schema = as_schema(self.schema)
+            names = schema.names
             if self.loss != "regression" and self.reward_attribute not in names:
                 found.append(
                     f"'reward_attribute' must be one of schema.names ({', '.join(names)}), got "
@@ -96,7 +100,8 @@ class RewardConfig(TrainingKeys):
                 found.append(
                     f"loss={self.loss} trains the score of {self.reward_attribute} alone, the "
                     "others of a fresh head would be noise: set "
-                    f"schema.names=[{self.reward_attribute}], or load_reward_head=true"
+                    f"{schema_argument(schema.select([self.reward_attribute]))}, or "
+                    "load_reward_head=true"
                 )
         return [*found, *at_least_one(self, "max_tokens_per_microbatch")]
 
@@ -125,7 +130,7 @@ class RewardRecipe:
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)
         self.calibrations = run.json_lines("calibration.jsonl")
         pairwise = cfg.loss != "regression"
-        data_state = {
+        data_state: dict[str, Any] = {
             "groups": len(self.train_set),
             "tokens": sum(group.num_tokens for group in self.train_set.groups),
             "shuffle": cfg.data.shuffle,
@@ -133,6 +138,8 @@ class RewardRecipe:
             "loss": cfg.loss,
             "reward_attribute": cfg.reward_attribute if pairwise else "",
         }
+        if self.schema.shared_range is None:
+            data_state["error_scales"] = list(self.schema.error_scales)
         data = self.train_set.groups, self.val_set.groups if self.val_set else []
         run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *data)
         val_summary = self.val_set.summary(self.schema) if self.val_set else ""
@@ -248,7 +255,8 @@ class RewardRecipe:
         kind = self.cfg.loss
         if kind == "regression":
             assert labels_NA is not None
-            return squared_error_sum(scores_NA, labels_NA)
+            scale_A = scores_NA.new_tensor(self.schema.error_scales, dtype=torch.float64)
+            return squared_error_sum(scores_NA, labels_NA, scale_A)
         assert strength_P is not None
         return bradley_terry_sum(scores_NA[:, self._reward_index()], strength_P, kind)
 

@@ -35,8 +35,14 @@ from tqdm import tqdm
 
 from steerlm2.attributes import as_schema
 from steerlm2.checkpoint_dirs import file_digest
-from steerlm2.config.keys import SamplingKeys, ServerOptions, at_least_one, output_problems
-from steerlm2.config.loader import instantiate, to_plain
+from steerlm2.config.keys import (
+    SamplingKeys,
+    ServerOptions,
+    at_least_one,
+    output_problems,
+    settings_of,
+)
+from steerlm2.config.loader import instantiate
 from steerlm2.data.jsonl import json_line
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
@@ -183,8 +189,7 @@ class SampleRecipe:
     # Helpers
 
     def _output(self) -> ResumableOutput:
-        cfg, plain = self.cfg, to_plain(self.cfg)
-        settings = {key: plain[key] for key in SETTINGS_THAT_CHANGE_RESPONSES}
+        cfg, settings = self.cfg, settings_of(self.cfg, SETTINGS_THAT_CHANGE_RESPONSES)
         # A stopped run may continue with the same model at another server.
         settings["server"] = cfg.server and {"model": cfg.server.model}
         if (labels := cfg.label.file) is not None:

@@ -45,8 +45,14 @@ from steerlm2.attributes import (
 from steerlm2.checkpoints.decoder import build_decoder, lay_out
 from steerlm2.checkpoints.weights import check_context, open_checkpointer
 from steerlm2.config.completion import complete_model, complete_schema, complete_sections
-from steerlm2.config.keys import ModelOptions, ScoringKeys, at_least_one, output_problems
-from steerlm2.config.loader import instantiate, to_plain
+from steerlm2.config.keys import (
+    ModelOptions,
+    ScoringKeys,
+    at_least_one,
+    output_problems,
+    settings_of,
+)
+from steerlm2.config.loader import instantiate
 from steerlm2.data.jsonl import LineProblems, json_line, shortened
 from steerlm2.data.packing import Group
 from steerlm2.data.records import (
@@ -350,11 +356,10 @@ class ScoreRecipe:
     # Helpers
 
     def _output(self, path: str) -> ResumableOutput:
-        plain = to_plain(self.cfg)
         return ResumableOutput(
             path,
             input_file=self.cfg.input,
-            settings={key: plain[key] for key in SETTINGS_THAT_CHANGE_SCORES},
+            settings=settings_of(self.cfg, SETTINGS_THAT_CHANGE_SCORES),
             slice_size=self.cfg.records_per_write,
         )
 
@@ -458,11 +463,16 @@ def with_log_p_attributes(
     """Records with log P(a|x,y) = sum over the label's attributes, from their `scores`.
 
     Raises:
-        ValueError: naming the records without a label, or with responses that lack a score.
+        ValueError: naming the records without a label of the schema, or with responses that lack a
+            score.
     """
     problems, scored = [], []
     for number, record in enumerate(records, start=1):
-        label = parse_label(record.label) if record.label is not None else {}
+        try:
+            label = parse_label(record.label, schema) if record.label is not None else {}
+        except ValueError as error:
+            problems.append(f"{source}, record {number}: {error}")
+            continue
         lacking = sorted(
             {name for r in record.responses for name in label if name not in (r.scores or {})}
         )

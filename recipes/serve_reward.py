@@ -45,7 +45,10 @@ class ServeConfig(ModelKeys):
     """The keys of serve_reward."""
 
     schema: dict[str, Any] | None = None
-    """The attributes: names, min_value and max_value; null: the default ones, from 0 to 4."""
+    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
+    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
+    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
+    schema.names=[...] changes the second form."""
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
     """System text of conversations without one, and of texts."""
     model_name: str | None = None

@@ -126,5 +126,6 @@ def schema_of_labels(
             f"the labels of the training data aren't those of 'schema' ({error}). Set schema to "
             f"the attributes with the ranges that their values can have; the data have {{{seen}}}"
         ) from error
+    own = known.select(name for name in known.names if name in counts)
     usual = {name: max(sorted(values), key=values.__getitem__) for name, values in counts.items()}
-    return schema or known.only(counts), encode_label(usual, known)
+    return schema or own, encode_label(usual, known)

@@ -183,8 +183,10 @@ def num_labelled(labels_NA: Tensor) -> int:
     return int((labels_NA != NOT_LABELLED).sum())
 
 
-def squared_error_sum(scores_NA: Tensor, labels_NA: Tensor) -> Tensor:
-    """Sum of (score - label)^2 over the labelled attributes, a float64 scalar.
+def squared_error_sum(
+    scores_NA: Tensor, labels_NA: Tensor, scale_A: Tensor | None = None
+) -> Tensor:
+    """Sum of (scale * (score - label))^2 over the labelled attributes, a float64 scalar.
 
     Divided by `num_labelled` of the whole step, all micro-batches and ranks, it is the mean squared
     error that regression reward models are trained with (HelpSteer2 paper, section 3).
@@ -192,9 +194,14 @@ def squared_error_sum(scores_NA: Tensor, labels_NA: Tensor) -> Tensor:
     Args:
         scores_NA: the model's scores; have the gradient.
         labels_NA: attribute values, NOT_LABELLED where there is none.
+        scale_A: `AttributeSchema.error_scales`, float64; None: 1. Unscaled, an attribute from 0 to
+            10 would weigh six times one from 1 to 5 in what all of them share, the backbone,
+            although the Beta rule takes both by their shares of the range.
     """
     labels_NA = labels_NA.view_as(scores_NA)
     error_NA = torch.where(labels_NA == NOT_LABELLED, 0, scores_NA.double() - labels_NA)
+    if scale_A is not None:
+        error_NA = error_NA * scale_A
     return error_NA.square().sum()
 
 

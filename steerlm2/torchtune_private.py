@@ -31,6 +31,9 @@ __all__ = ["Llama3ScaledRoPE", "Recipe", "get_all_recipes", "merge_arguments", "
 def merge_arguments(values: Mapping[str, Any], arguments: Sequence[str]) -> DictConfig:
     """A config's values with those of the command line, as `tune run` merges them.
 
+    But `schema={...}` replaces the config's schema: of two lists of attributes, merged, neither
+    order would be left.
+
     Args:
         values: of the YAML.
         arguments: `key=value` and `~key`.
@@ -39,6 +42,8 @@ def merge_arguments(values: Mapping[str, Any], arguments: Sequence[str]) -> Dict
         ValueError: for arguments that can't be merged.
     """
     words = [_KeyValue(argument) for argument in arguments]
+    if any(argument.startswith("schema={") for argument in arguments):
+        values = {key: value for key, value in values.items() if key != "schema"}
     return _merge_yaml_and_cli_args(argparse.Namespace(**values), words)
 
 

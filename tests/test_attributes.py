@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import shlex
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import mpmath
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import yaml
 
 from steerlm2.attributes import (
     DEFAULT_SCHEMA,
@@ -20,11 +24,16 @@ from steerlm2.attributes import (
     UnknownAttributes,
     as_schema,
     beta_log_prob,
+    check_same_attributes,
     draw_label,
     encode_label,
     label_log_probs,
     label_of_scores,
     parse_label,
+    read_label,
+    schema_argument,
+    schema_to_json,
+    value_problems,
 )
 
 SMALLEST = math.log(5e-324)
@@ -42,7 +51,7 @@ def test_parse_label_inverts_encode_label() -> None:
 
 
 def test_own_schema_gives_names_order_and_range() -> None:
-    schema = AttributeSchema(names=("warmth", "rigor"), min_value=-1, max_value=1)
+    schema = AttributeSchema.sharing(("warmth", "rigor"), -1, 1)
     assert encode_label({"rigor": 1, "warmth": -1}, schema) == "warmth:-1,rigor:1"
     assert parse_label("warmth:-1,rigor:1", schema) == {"warmth": -1, "rigor": 1}
 
@@ -123,7 +132,21 @@ def test_parse_label_checks_names_and_range_only_with_a_schema() -> None:
         ({"names": ("",)}, "''"),
         ({"min_value": 4}, "min_value 4 must be below max_value 4"),
         ({"max_value": 4.5}, "max_value must be a whole number"),
-        ({"maximum": 4}, "unknown keys maximum; known: names, min_value, max_value"),
+        ({"names": ["a"], "maximum": 4}, "unknown keys maximum; known: names"),
+        ({"maximum": 4}, r"the range of maximum must be \[lowest, highest\], .* got 4"),
+        ({"a": [0, 1, 2]}, "range of a must be"),
+        ({"a": [0, 4.0]}, r"two whole numbers, got \[0, 4.0\]"),
+        ({"a": [False, True]}, "two whole numbers"),
+        ({"a": "04"}, "two whole numbers, got '04'"),
+        ({"a": [4, 4]}, "range of a must begin below its end, got 4 to 4"),
+        ({"a": [0, 1], "b": [2, 1]}, "range of b must begin below"),
+        ({"a": [-100, 0]}, "range of a, -100 to 0, holds -100, which stands for 'not labelled'"),
+        ({"min_value": -101, "max_value": 9}, "range of all attributes, -101 to 9, holds"),
+        ({"a b": [0, 4]}, "'a b'"),
+        ({True: [0, 4]}, "the name True must be text"),
+        ({"names": [0, 4], "a": [0, 4]}, "can't be called names, min_value, max_value or ranges"),
+        ({"names": ["a", "b"], "ranges": [[0, 1]]}, "2 names need as many ranges, got 1"),
+        ({"names": ["a"], "ranges": [[0, 1]], "min_value": 0}, "ranges, or min_value"),
     ],
 )
 def test_schema_refuses(arguments: dict, message: str) -> None:
@@ -133,7 +156,7 @@ def test_schema_refuses(arguments: dict, message: str) -> None:
 
 def test_schema_from_a_config_section() -> None:
     schema = as_schema({"names": ["warmth"], "max_value": 2})
-    assert schema == AttributeSchema(("warmth",), 0, 2)
+    assert schema == AttributeSchema.sharing(("warmth",), 0, 2)
     assert as_schema(None) is DEFAULT_SCHEMA
     assert as_schema(schema) is schema
 
@@ -225,7 +248,7 @@ def test_mirror_symmetry() -> None:
 
 def test_own_range_is_the_default_one_shifted() -> None:
     """Range -2..2 is 0..4 shifted by 2: the same probabilities."""
-    schema = AttributeSchema(("a",), -2, 2)
+    schema = AttributeSchema.sharing(("a",), -2, 2)
     shifted = beta_log_prob(torch.tensor([[-0.7]]), torch.tensor([[1]]), schema=schema)
     torch.testing.assert_close(shifted, beta_log_prob(torch.tensor([[1.3]]), torch.tensor([[3]])))
 
@@ -278,7 +301,7 @@ def test_label_of_scores_clips_and_rounds() -> None:
 
 def test_label_of_scores_in_another_range() -> None:
     """-3 to 3: -9 -> -3, -0.4 -> 0."""
-    schema = AttributeSchema(("a", "b"), min_value=-3, max_value=3)
+    schema = AttributeSchema.sharing(("a", "b"), -3, 3)
     assert label_of_scores([-9.0, -0.4], schema) == "a:-3,b:0"
 
 
@@ -288,7 +311,7 @@ def test_drawn_labels_follow_the_beta_rule(bins: str) -> None:
     product of P(a = i | 0.8) and P(b = j | 1.3) says. Chi-square on 3,000 draws, 8 degrees of
     freedom: 26.1 is exceeded once in 1,000 times.
     """
-    schema = AttributeSchema(("a", "b"), min_value=0, max_value=2)
+    schema = AttributeSchema.sharing(("a", "b"), 0, 2)
     scores, values = [0.8, 1.3], range(3)
     drawn = [draw_label(scores, random.Random(f"{i}"), 4.0, bins, schema) for i in range(3000)]
     expected = {
@@ -321,6 +344,127 @@ def test_label_log_probs_add_up_what_the_label_names() -> None:
     assert label_log_probs(scores, {"verbosity": 3, "humor": 0}) == pytest.approx(
         expected, rel=1e-15
     )
+
+
+# Ranges of their own
+
+MIXED = AttributeSchema(("formality", "length"), ((0, 10), (1, 5)))
+
+
+def test_a_schema_is_the_same_in_every_form() -> None:
+    mixed = {"formality": [0, 10], "length": [1, 5]}
+    assert as_schema(mixed) == MIXED == as_schema({"names": [*mixed], "ranges": [*mixed.values()]})
+    assert as_schema({"humor": [0, 4], "wit": [0, 4]}) == as_schema({"names": ["humor", "wit"]})
+    assert as_schema({name: [0, 4] for name in DEFAULT_SCHEMA.names}) == DEFAULT_SCHEMA
+    assert as_schema({"length": [1, 5], "formality": [0, 10]}) != MIXED
+    assert as_schema(mixed | {"length": [1, 6]}) != MIXED
+
+
+@pytest.mark.parametrize(
+    "schema", [DEFAULT_SCHEMA, MIXED, AttributeSchema.sharing(("names", "max_value"), -2, 9)]
+)
+def test_json_gives_the_schema_again_whatever_sorts_its_keys(schema: AttributeSchema) -> None:
+    text = json.dumps(schema_to_json(schema), sort_keys=True)
+    assert as_schema(json.loads(text)) == schema
+
+
+def test_a_part_of_a_schema_has_its_ranges_in_the_order_asked_for() -> None:
+    assert MIXED.select(["length", "formality"]) == as_schema(
+        {"length": [1, 5], "formality": [0, 10]}
+    )
+    assert MIXED.select(["length"]).shared_range == (1, 5)
+    with pytest.raises(UnknownAttributes, match="unknown attribute 'wit'; known: formality, len"):
+        MIXED.select(["length", "wit"])
+
+
+def test_labels_have_the_range_of_each_attribute() -> None:
+    assert encode_label({"length": 5, "formality": 10}, MIXED) == "formality:10,length:5"
+    both = "formality must be a whole number from 0 to 10, got 11; length must be .* 1 to 5, got 0"
+    with pytest.raises(ValueError, match=both):
+        parse_label("formality:11,length:0", MIXED)
+    assert label_of_scores([11.2, 0.2], MIXED) == "formality:10,length:1"
+    assert value_problems("length", 4.5, MIXED, whole=False) == []
+    assert value_problems("length", 0.5, MIXED, whole=False) == [
+        "length must be a number from 1 to 5, got 0.5"
+    ]
+
+
+def test_a_label_is_read_in_the_order_of_the_schema() -> None:
+    assert read_label("length:5,formality:0", MIXED) == "formality:0,length:5"
+    assert read_label("length:5,formality:0", None) == "length:5,formality:0"
+
+
+@pytest.mark.parametrize("bins", ["midpoint", "uniform"])
+def test_beta_rule_of_each_attribute_matches_scipy_stats(bins: str) -> None:
+    """Every column by itself in float64: r = (score - low) / (high - low), K = high - low + 1 bins;
+    their inner edges lie at (k - 1/2) / (K - 1), or at k / K.
+    """
+    scores = np.array([[0.0, 1.0], [2.7, 1.2], [5.0, 3.0], [9.99, 4.4], [12.0, 0.0]])
+    values = np.array([[0, 1], [3, 2], [4, 5], [10, 4], [9, 1]])
+    got = beta_log_prob(scores, values, bins=bins, schema=MIXED).exp().numpy()
+    for a, (low, high) in enumerate(MIXED.ranges):
+        num = high - low + 1
+        inner = [(k - 0.5) / (num - 1) if bins == "midpoint" else k / num for k in range(1, num)]
+        edges = np.array([0, *inner, 1])
+        ratio = np.clip((scores[:, a] - low) / (high - low), 1e-6, 1 - 1e-6)
+        beta = scipy.stats.beta(24 * ratio, 24 - 24 * ratio)
+        k = values[:, a] - low
+        expected = beta.cdf(edges[k + 1]) - beta.cdf(edges[k])
+        np.testing.assert_allclose(got[:, a], expected, rtol=0, atol=1e-12)
+
+
+def test_columns_of_different_ranges_are_the_attributes() -> None:
+    with pytest.raises(ValueError, match=r"shape \(1, 1\) need one .*: formality 0 to 10, len"):
+        beta_log_prob([[1.0]], [[1]], schema=MIXED)
+    with pytest.raises(ValueError, match="whole numbers from 1 to 5, got 6"):
+        beta_log_prob([[1.0, 1.0]], [[6, 6]], schema=MIXED)
+
+
+def test_label_log_probs_take_each_attributes_range_whatever_the_labels_order() -> None:
+    scores = [{"formality": 7.3, "length": 2.2}]
+    expected = [
+        beta_log_prob([[scores[0][name]]], [[value]], schema=MIXED.select([name])).item()
+        for name, value in (("length", 2), ("formality", 7))
+    ]
+    (got,) = label_log_probs(scores, {"length": 2, "formality": 7}, schema=MIXED)
+    assert got == pytest.approx(sum(expected), rel=1e-15)
+    (got,) = label_log_probs(scores, {"length": 2}, schema=MIXED)
+    assert got == expected[0]
+    with pytest.raises(UnknownAttributes, match="'wit'"):
+        label_log_probs([{"wit": 1.0}], {"wit": 1}, schema=MIXED)
+
+
+def test_drawn_values_stay_in_the_range_of_each_attribute() -> None:
+    """Of 600 draws at concentration 2, uniform over each range: all 11 and all 5 values occur."""
+    rng = random.Random(0)
+    drawn = [parse_label(draw_label([5, 3], rng, 2.0, "uniform", MIXED)) for _ in range(600)]
+    assert {own["formality"] for own in drawn} == set(range(11))
+    assert {own["length"] for own in drawn} == set(range(1, 6))
+    counts = Counter(own["length"] for own in drawn)
+    assert all(abs(number - 120) < 50 for number in counts.values())  # 5 standard deviations
+
+
+def test_errors_of_all_attributes_weigh_alike_as_shares_of_their_ranges() -> None:
+    """Widths 10 and 4: mean 7, so 7/10 and 7/4; equal widths: exactly 1."""
+    assert MIXED.error_scales == (0.7, 1.75)
+    assert set(DEFAULT_SCHEMA.error_scales) == {1.0}
+    assert AttributeSchema(("a", "b", "c"), ((0, 7), (-3, 4), (1, 8))).error_scales == (1, 1, 1)
+
+
+def test_other_attributes_than_trained_are_refused_with_both_lists() -> None:
+    check_same_attributes(MIXED, MIXED, "it")
+    check_same_attributes(MIXED, ["formality", "length"], "it")
+    with pytest.raises(ValueError, match="it scores length, formality; the schema has formality, "):
+        check_same_attributes(MIXED, ["length", "formality"], "it")
+    wider = as_schema({"formality": [0, 10], "length": [1, 6]})
+    with pytest.raises(ValueError, match="length 1 to 6; the schema has formality 0 to 10, leng"):
+        check_same_attributes(MIXED, wider, "it")
+
+
+def test_a_schema_as_an_argument_gives_it_again() -> None:
+    assert schema_argument(AttributeSchema(("a", "b"))) == "schema.names=[a,b]"
+    (word,) = shlex.split(schema_argument(MIXED))
+    assert as_schema(yaml.safe_load(word.removeprefix("schema="))) == MIXED
 
 
 def test_import_loads_neither_torch_nor_scipy() -> None:

@@ -12,7 +12,9 @@ from steerlm2.facts import ModelFacts, read_facts, schema_of_labels, write_facts
 TEMPLATE = {"_component_": "steerlm2.data.extra_id_template"}
 
 
-@pytest.mark.parametrize("schema", [None, DEFAULT_SCHEMA, AttributeSchema(("formality",), -1, 1)])
+@pytest.mark.parametrize(
+    "schema", [None, DEFAULT_SCHEMA, AttributeSchema(("formality", "length"), ((-1, 1), (0, 9)))]
+)
 def test_what_is_written_is_read(tmp_path: Path, schema: AttributeSchema | None) -> None:
     facts = ModelFacts(
         kind="language model",
@@ -41,7 +43,7 @@ def test_labels_name_their_part_of_the_default_schema_in_its_order() -> None:
 
 
 def test_a_given_schema_stays_whole() -> None:
-    given = AttributeSchema(("length", "formality"), 0, 9)
+    given = AttributeSchema.sharing(["length", "formality"], 0, 9)
     assert schema_of_labels(["formality:9"], given) == (given, "formality:9")
 
 

@@ -388,6 +388,18 @@ def test_squared_errors_are_added_up_in_float64() -> None:
     assert squared_error_sum(scores_NA, f64([[0.0]])).item() == (1 + 2**-23) ** 2
 
 
+def test_squared_errors_are_scaled_by_attribute() -> None:
+    """(0.5 * (1 - 3))^2 + (2 * (2.5 - 2))^2 = 2; scales of 1 change no bit."""
+    scores_NA, labels_NA = f64([[1.0, 2.5], [9.0, 0.1]]), f64([[3.0, 2.0], [NO, 0.1]])
+    assert squared_error_sum(scores_NA, labels_NA, f64([0.5, 2.0])).item() == 2
+    for seed in range(5):
+        scores, labels = map(f64, random_regression(seed))
+        ones = torch.ones(3, dtype=torch.float64)
+        assert torch.equal(
+            squared_error_sum(scores, labels, ones), squared_error_sum(scores, labels)
+        )
+
+
 @pytest.mark.parametrize("cut", range(8))
 def test_unequal_parts_of_a_batch_have_its_squared_error(cut: int) -> None:
     """Sums of the first `cut` texts and of the rest, over the labels of both. A part may be empty,

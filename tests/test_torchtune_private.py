@@ -38,6 +38,14 @@ def test_an_argument_is_split_at_its_first_equals_sign() -> None:
     }
 
 
+def test_a_schema_given_whole_replaces_the_configs_and_a_part_changes_it() -> None:
+    values = {"schema": {"names": ["humor"], "max_value": 4}, "label": {"kind": "none"}}
+    whole = merge_arguments(values, ["schema={formality: [0, 10]}", "label={value: a}"])
+    assert whole == {"schema": {"formality": [0, 10]}, "label": {"kind": "none", "value": "a"}}
+    part = merge_arguments(values, ["schema.max_value=9"])
+    assert part["schema"] == {"names": ["humor"], "max_value": 9}
+
+
 def test_an_argument_without_an_equals_sign_is_refused() -> None:
     with pytest.raises(ValueError, match="must be in the form of key=value, got lr"):
         merge_arguments({"lr": 1}, ["lr"])

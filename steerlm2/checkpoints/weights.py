@@ -25,7 +25,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
-from steerlm2.attributes import AttributeSchema
+from steerlm2.attributes import AttributeSchema, check_same_attributes
 from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir, weight_files
 from steerlm2.checkpoints.checkpointer import (
     FolderCheckpointer,
@@ -172,11 +172,8 @@ def open_reward_checkpointer(
                 "the checkpoint is a language model without a reward head: train one with "
                 "reward_distributed, where load_reward_head=false starts with a fresh one"
             )
-        if found and found != list(schema.names):
-            raise ValueError(
-                f"the checkpoint's reward head scores {', '.join(found)}; schema.names has "
-                f"{', '.join(schema.names)}: they must be the same, in the same order"
-            )
+        if found:
+            check_same_attributes(schema, found, "the checkpoint's reward head")
     used = [tokenizer.token_id(token) for token in template.control_tokens]
     checkpointer.set_pad_token(spare_token_id(tokenizer, used), TrainedText(tokenizer, template))
     checkpointer.hf_config |= classification_config(schema.names)

@@ -90,7 +90,8 @@ def complete_schema(
             values["schema"] = schema_to_json(schema)
             return
         given = as_schema(values["schema"])
-        allowed = {"equal": schema, "within": schema.only(given.names), "any": given}[rule]
+        own = schema.select(name for name in schema.names if name in given.names)
+        allowed = {"equal": schema, "within": own, "any": given}[rule]
     except (ValueError, TypeError, AttributeError, OSError):
         return  # the key's own check names it
     if given != allowed:

@@ -10,14 +10,21 @@ key may be stands in `problems`, which a recipe's own `problems` extends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from steerlm2.attributes import AttributeSchema, as_schema, encode_label, parse_label
+from steerlm2.attributes import (
+    DEFAULT_SCHEMA,
+    AttributeSchema,
+    as_schema,
+    parse_label,
+    schema_to_json,
+)
 from steerlm2.config.completion import SchemaRule, complete_model, complete_schema
-from steerlm2.config.loader import Component
+from steerlm2.config.loader import Component, to_plain
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 
 ActivationCheckpointing = Literal["full", "selective"]
@@ -66,6 +73,17 @@ def schema_problems(schema: dict[str, Any] | None) -> Iterator[str]:
         as_schema(schema)
     except (ValueError, TypeError) as error:
         yield f"'schema': {error}"
+
+
+def settings_of(config: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """The plain values of these keys, on which an output depends.
+
+    Schemas are alike where they are equal, in whatever form they are given; their order counts.
+    """
+    plain = to_plain(config)
+    schema = as_schema(plain["schema"])
+    plain["schema"] = None if schema == DEFAULT_SCHEMA else schema_to_json(schema)
+    return {key: plain[key] for key in keys}
 
 
 def output_problems(source: str, output: str) -> Iterator[str]:
@@ -382,11 +400,12 @@ class LabelOptions:
             if self.value:
                 parse_label(self.value, schema)
             if self.attributes:
-                encode_label(dict.fromkeys(self.attributes, schema.min_value), schema)
+                schema.select(self.attributes)
         except ValueError as error:
             yield f"'label': {error}"
         if self.kind == "uniform" and self.attributes:
-            grid = (schema.max_value - schema.min_value + 1) ** len(set(self.attributes))
+            known = set(self.attributes) & set(schema.names)
+            grid = math.prod(len(schema.values_of(name)) for name in known)
             if self.labels_per_prompt > grid:
                 yield f"'label.labels_per_prompt': there are only {grid} labels"
 
@@ -396,7 +415,10 @@ class InferenceKeys(DistributedKeys):
     """What runs of a model over a file have in common."""
 
     schema: dict[str, Any] | None = None
-    """The attributes: names, min_value and max_value; null: the default ones, from 0 to 4."""
+    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
+    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
+    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
+    schema.names=[...] changes the second form."""
     records_per_write: int = 128
     """Records that are written at a time; a stopped run repeats at most so many."""
 

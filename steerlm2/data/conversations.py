@@ -20,6 +20,7 @@ from steerlm2.attributes import (
     AttributeSchema,
     UnknownAttributes,
     parse_label,
+    read_label,
 )
 from steerlm2.data.jsonl import LineProblems, iter_json_lines
 from steerlm2.data.records import ASSISTANT, USER, Turn
@@ -55,7 +56,7 @@ def parse_conversation(
     """Check one decoded JSON object of the conversation format. Unknown keys are kept.
 
     Args:
-        schema: if given, labels may use only its names and values.
+        schema: if given, labels may use only its names and values, and come in its order.
         default_system: where the object has no "system"; with None it must have one.
         allow_empty: accept turns of the assistant without text, which a model would learn to end
             at once.
@@ -147,23 +148,25 @@ def regression_records(
 
     Raises:
         UnknownAttributes: for a label that names an attribute the schema doesn't have.
+        ValueError: for a label with a value outside its attribute's range.
     """
     text = f"<extra_id_0>System\n{conversation.system}\n"
     for turn in conversation.turns:
         text += f"<extra_id_1>{turn.role}\n{turn.value}\n"
         if not turn.label:
             continue
-        values = parse_label(turn.label)
-        unknown = values.keys() - set(schema.names)
-        if unknown:
-            raise UnknownAttributes(
-                f"the label {turn.label!r} names {', '.join(sorted(unknown))}, which the attribute "
-                f"schema doesn't have: add it to 'schema.names' ({', '.join(schema.names)})",
-                sorted(unknown),
-                schema,
-            )
-        label = [float(values.get(name, NOT_LABELLED)) for name in schema.names]
+        values = parse_label(turn.label, schema)
+        label = [float(values.get(name, NOT_LABELLED)) for name in regression_names(schema)]
         yield {"text": f"{text}<extra_id_2>", "label": label}
+
+
+def regression_names(schema: AttributeSchema) -> tuple[str, ...]:
+    """The attributes of a label of the regression format, a list, in their order.
+
+    That of the schema, unless its attributes are those of the published files: theirs then.
+    """
+    published = set(schema.names) == set(DEFAULT_SCHEMA.names)
+    return DEFAULT_SCHEMA.names if published else schema.names
 
 
 def spells_marker(conversation: Conversation) -> bool:
@@ -230,7 +233,7 @@ def _parse_turn(
         problems.append(f"only turns of {ASSISTANT!r} can have a label")
     elif label:
         try:
-            parse_label(label, schema)
+            label = read_label(label, schema)
         except UnknownAttributes:
             raise
         except ValueError as error:

@@ -109,8 +109,8 @@ class _UnknownTable:
             return [self._first] if self._first else []
         width = max(map(len, ["attribute", *self._times]))
         return [
-            f"{self.count} labels have attributes that the schema lacks; set schema.names, which "
-            f"is {', '.join(self._schema.names)} now, to those that the labels name, or correct "
+            f"{self.count} labels have attributes that the schema lacks; set schema, which has "
+            f"{', '.join(self._schema.names)} now, to those that the labels name, or correct "
             "the labels:",
             f"  {'attribute':<{width}} {'labels':>8}  first",
             *(

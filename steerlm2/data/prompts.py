@@ -111,14 +111,14 @@ def labels_in(path: str | Path) -> list[str]:
 
 
 def uniform_labels(attributes: list[str], schema: AttributeSchema) -> DrawLabel:
-    """A function that draws values of these attributes, uniformly from the schema's range.
+    """A function that draws values of these attributes, uniformly from the range of each.
 
     Raises:
-        ValueError: for attributes that the schema doesn't have.
+        UnknownAttributes: for attributes that the schema doesn't have.
     """
-    encode_label(dict.fromkeys(attributes, schema.min_value), schema)
-    values = range(schema.min_value, schema.max_value + 1)
-    return lambda rng: encode_label({name: rng.choice(values) for name in attributes}, schema)
+    named = schema.select(attributes)
+    values = {name: named.values_of(name) for name in attributes}
+    return lambda rng: encode_label({name: rng.choice(values[name]) for name in values}, schema)
 
 
 def labels_like(labels: Sequence[str]) -> DrawLabel:

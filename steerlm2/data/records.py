@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerlm2.attributes import AttributeSchema, parse_label
+from steerlm2.attributes import AttributeSchema, read_label
 from steerlm2.data.jsonl import (
     LineProblems,
     is_unicode,
@@ -153,7 +153,7 @@ def parse_record(
 
     Args:
         require: the log-probability fields of Response that every response must have.
-        schema: if given, labels may use only its names and values.
+        schema: if given, labels may use only its names and values, and come in its order.
         min_responses: a group of one response has nothing to compare.
 
     Raises:
@@ -394,7 +394,7 @@ def _label(
         problems.append(f"{prefix}'label' must be text or null, got {_kind(label)}")
         return None
     try:
-        parse_label(label, schema)
+        return read_label(label, schema)
     except ValueError as error:
         problems.append(f"{prefix}{error}")
     return label

@@ -6,7 +6,6 @@ import dataclasses
 
 from steerlm2.attributes import DEFAULT_SCHEMA, NOT_LABELLED, AttributeSchema
 from steerlm2.data.grammar import (
-    ATTRIBUTES,
     SYSTEM_PROMPT,
     LabelRule,
     Split,
@@ -18,7 +17,7 @@ from steerlm2.data.synthetic import score_text
 from steerlm2.data.templates import Template, encode_for_scoring, extra_id_template
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets.dialogues import DialogueDataset, tokenize_conversations
-from steerlm2.datasets.labelled import RewardDataset
+from steerlm2.datasets.labelled import RewardDataset, check_computed_labels
 
 
 def grammar_dialogue_dataset(
@@ -68,13 +67,9 @@ def grammar_attribute_dataset(
     """Answers drawn from the grammar, labelled with their exact scores, which aren't whole numbers.
 
     Raises:
-        ValueError: where the schema has neither humor nor verbosity.
+        ValueError: where the schema has neither humor nor verbosity, or other ranges for them.
     """
-    if not set(ATTRIBUTES) & set(schema.names):
-        raise ValueError(
-            f"the grammar's answers are labelled with {', '.join(ATTRIBUTES)}, none of which is in "
-            "schema.names"
-        )
+    check_computed_labels(schema, "the grammar's answers are")
     dataset = RewardDataset()
     for pair, text in draw_answers(num_records, seed, split):
         scores = score_text(text)

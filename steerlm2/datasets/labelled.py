@@ -9,22 +9,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from steerlm2.attributes import (
+    DEFAULT_RANGE,
     DEFAULT_SCHEMA,
     NOT_LABELLED,
     AttributeSchema,
     UnknownAttributes,
     parse_label,
+    schema_argument,
+    value_problems,
 )
 from steerlm2.data.conversations import (
     Conversation,
     has_empty_answer,
     parse_conversation,
     parse_regression_text,
+    regression_names,
 )
 from steerlm2.data.jsonl import LineProblems, iter_json_lines
 from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import Turn
-from steerlm2.data.synthetic import synthetic_records
+from steerlm2.data.synthetic import ATTRIBUTES, synthetic_records
 from steerlm2.data.templates import (
     Template,
     encode_for_scoring,
@@ -87,11 +91,11 @@ class RewardDataset(Sequence[RewardGroup]):
         counts = self.num_labels(schema)
         lacking = [name for name, number in counts.items() if not number]
         if lacking:
-            trained = ",".join(name for name, number in counts.items() if number)
+            trained = schema.select(name for name, number in counts.items() if number)
             raise ValueError(
                 f"dataset: no text has a label of {', '.join(lacking)}, so an attribute model's "
                 "scores of it would be noise: add texts that have, or leave it out with "
-                f"schema.names=[{trained}]"
+                f"{schema_argument(trained)}"
             )
 
 
@@ -133,7 +137,7 @@ def attribute_dataset(
     Raises:
         FileNotFoundError: no such file.
         ValueError: naming every bad line (the first 10), among them texts without any label of the
-            schema, or an empty file.
+            schema or with values outside their attribute's range, or an empty file.
     """
     problems = LineProblems(source)
     texts = _labelled_texts(source, schema, problems)
@@ -177,8 +181,10 @@ def synthetic_attribute_dataset(
         pairs: pairs of responses, of which the longer one is preferred, by at most MAX_STRENGTH.
 
     Raises:
-        ValueError: where the schema has neither humor nor verbosity.
+        ValueError: where the schema has neither humor nor verbosity, or other ranges for them.
     """
+    if not pairs:
+        check_computed_labels(schema, "the synthetic data is")
     dataset = RewardDataset()
     size = 2 if pairs else 1
     for record in synthetic_records(num_records, responses_per_prompt, seed, split=split):
@@ -199,15 +205,32 @@ def synthetic_attribute_dataset(
                 group = dataclasses.replace(group, strength=strength)
             else:
                 labels = [scores[0].get(name, NOT_LABELLED) for name in schema.names]
-                if set(labels) == {NOT_LABELLED}:
-                    raise ValueError(
-                        f"the synthetic data is labelled with {', '.join(scores[0])}, none of "
-                        "which is in schema.names"
-                    )
                 group = dataclasses.replace(group, labels=[labels])
             dataset.groups.append(group)
             dataset.num_cut += num_cut
     return dataset
+
+
+def check_computed_labels(schema: AttributeSchema, what: str) -> None:
+    """Check that the schema has attributes of `score_text`, on whose scale its scores are.
+
+    Args:
+        what: is labelled so, the beginning of the message.
+
+    Raises:
+        ValueError: where it has none of them, or has another range for one.
+    """
+    computed = [name for name in ATTRIBUTES if name in schema.names]
+    if not computed:
+        raise ValueError(
+            f"{what} labelled with {', '.join(ATTRIBUTES)}, none of which is in schema.names"
+        )
+    if schema.select(computed).shared_range != DEFAULT_RANGE:
+        low, high = DEFAULT_RANGE
+        raise ValueError(
+            f"{what} labelled with values from {low} to {high}, the schema has "
+            f"{schema.select(computed)}"
+        )
 
 
 _Texts = tuple[LabelledText, list[str], list[list[float]] | None]
@@ -240,13 +263,9 @@ def _regression_text(obj: dict[str, Any], schema: AttributeSchema, line: int) ->
     system, turns = parse_regression_text(text)
     if has_empty_answer(Conversation(turns, system)):
         raise ValueError("the response text is empty")
-    names = schema.names
-    if (isinstance(label, list) and len(label) != len(names)) or set(names) == set(
-        DEFAULT_SCHEMA.names
-    ):
-        names = (
-            DEFAULT_SCHEMA.names
-        )  # in the order of the format, which can differ from the schema's
+    names = regression_names(schema)
+    if isinstance(label, list) and len(label) != len(names):
+        names = DEFAULT_SCHEMA.names
     if not isinstance(label, list) or len(label) != len(names):
         sizes = " or ".join(map(str, sorted({len(schema.names), len(names)})))
         raise ValueError(f"'label' must be a list of {sizes} numbers")
@@ -265,9 +284,13 @@ def _texts(
 ) -> Iterator[_Texts]:
     for text in texts:
         labels = [text.values.get(name, NOT_LABELLED) for name in schema.names]
-        known = [value for value in labels if value != NOT_LABELLED]
-        outside = [v for v in known if not schema.min_value <= v <= schema.max_value]
-        if not known:
+        outside = [
+            problem
+            for name, value in zip(schema.names, labels, strict=True)
+            if value != NOT_LABELLED
+            for problem in value_problems(name, value, schema, whole=False)
+        ]
+        if set(labels) == {NOT_LABELLED}:
             message = (
                 f"nothing of {', '.join(schema.names)} is labelled in the text that ends with "
                 f"{text.response[-40:]!r}"
@@ -275,8 +298,7 @@ def _texts(
             unknown = UnknownAttributes(message, text.values, schema)
             problems.add(text.line, unknown if text.values else message)
         elif outside:
-            allowed = f"{schema.min_value} to {schema.max_value}"
-            problems.add(text.line, f"labels must be from {allowed}, got {outside[0]:g}")
+            problems.add(text.line, "; ".join(outside))
         else:
             yield text, [text.response], [labels]
 

@@ -71,7 +71,7 @@ def attribute_calibration(
     """For every attribute and rounded score: the number of responses, mean score and mean label."""
     rows: Table = []
     for name, scores_N, labels_N in _labelled(scores_NA, labels_NA, schema):
-        rounded_N = np.clip(np.rint(scores_N), schema.min_value, schema.max_value)
+        rounded_N = np.clip(np.rint(scores_N), *schema.range_of(name))
         for value in np.unique(rounded_N):
             chosen_N = rounded_N == value
             rows.append(
@@ -126,7 +126,9 @@ def steering_metrics(
 
     `mae_NAME` is the mean |score - requested value|, `exact_match_NAME` the share of scores that
     round to it, `pearson_NAME` their correlation; `steering_mae` and `steering_exact_match` are the
-    means over the requested attributes.
+    means over the requested attributes. Errors of an attribute are in its own points; in
+    `steering_mae` those of attributes with ranges of different widths weigh alike, by
+    `AttributeSchema.error_scales` of the requested ones: points of a range of their mean width.
 
     Args:
         scores_NA: [N, A] of the answers, by the attribute model.
@@ -137,18 +139,21 @@ def steering_metrics(
         ValueError: where no attribute was requested.
     """
     metrics = {}
-    errors, hits = [], []
+    errors: dict[str, float] = {}
+    hits = []
     for name, scores_N, requested_N in _labelled(scores_NA, requested_NA, schema):
-        rounded_N = np.clip(np.rint(scores_N), schema.min_value, schema.max_value)
-        errors.append(float(np.abs(scores_N - requested_N).mean()))
+        rounded_N = np.clip(np.rint(scores_N), *schema.range_of(name))
+        errors[name] = float(np.abs(scores_N - requested_N).mean())
         hits.append(float((rounded_N == requested_N).mean()))
-        metrics[f"mae_{name}"] = errors[-1]
+        metrics[f"mae_{name}"] = errors[name]
         metrics[f"exact_match_{name}"] = hits[-1]
         if np.ptp(scores_N) > 0 and np.ptp(requested_N) > 0:
             metrics[f"pearson_{name}"] = float(pearsonr(scores_N, requested_N).statistic)
     if not errors:
         raise ValueError("no label names an attribute of the schema")
-    means = {"steering_mae": np.mean(errors), "steering_exact_match": np.mean(hits)}
+    scales = schema.select(errors).error_scales
+    scaled = [error * scale for error, scale in zip(errors.values(), scales, strict=True)]
+    means = {"steering_mae": np.mean(scaled), "steering_exact_match": np.mean(hits)}
     return {name: float(mean) for name, mean in means.items()} | metrics
 
 
@@ -156,8 +161,11 @@ def errors_by_request(
     scores_NA: Sequence[Sequence[float]],
     requested_NA: Sequence[Sequence[float]],
     request_N: Sequence[int],
+    schema: AttributeSchema,
 ) -> dict[int, float]:
     """For every request, the mean |score - requested value| of its answers and attributes.
+
+    Errors are scaled as in `steering_mae` of `steering_metrics`.
 
     Args:
         request_N: [N] the answers' requests; answers of one request are not independent.
@@ -165,6 +173,8 @@ def errors_by_request(
     requested = np.asarray(requested_NA, dtype=np.float64)
     error_NA = np.abs(np.asarray(scores_NA, dtype=np.float64) - requested)
     error_NA[requested == NOT_LABELLED] = np.nan
+    asked = [a for a in range(len(schema.names)) if (requested[:, a] != NOT_LABELLED).any()]
+    error_NA[:, asked] *= schema.select(schema.names[a] for a in asked).error_scales
     requests_N = np.asarray(request_N)
     return {
         int(request): float(np.nanmean(error_NA[requests_N == request]))
@@ -186,6 +196,7 @@ def cross_talk(
 
     They are least-squares slopes over all requested attributes at once, so that correlations
     between the requested values don't count. Ideal is 1 for an attribute itself and 0 for others.
+    Points are each attribute's own, whatever its range.
     Only attributes that all labels request, with more than one value, are included.
     """
     scores = np.asarray(scores_NA, dtype=np.float64)

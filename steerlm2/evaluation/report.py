@@ -32,7 +32,8 @@ GLOSSARY = {
     "not_utf8": "answers that aren't valid UTF-8 (half an emoji); they are scored as they are",
     "encoded_otherwise": "answers whose text encodes to other tokens than were sampled",
     "unknown_tokens": "answers whose server didn't give the sampled tokens",
-    "steering_mae": "mean |score - requested value|, averaged over attributes",
+    "steering_mae": "mean |score - requested value|, averaged over attributes (each scaled to the "
+    "mean width of their ranges, where these differ)",
     "steering_mae_se": "standard error over requests; of a change, of the paired differences",
     "steering_exact_match": "share of scores that round to the requested value, averaged likewise",
     "words_mean": "length of an answer; words_p90 is its 90th percentile",
@@ -211,7 +212,12 @@ def _curves(results: Mapping[str, SteeringResult]) -> Figure:
     names = list(dict.fromkeys(str(row["attribute"]) for r in results.values() for row in r.curve))
     figure, panels = _panels(len(names))
     for panel, attribute in zip(panels, names, strict=True):
-        values = [float(r["requested"]) for result in results.values() for r in result.curve]
+        values = [
+            float(row["requested"])
+            for result in results.values()
+            for row in result.curve
+            if row["attribute"] == attribute
+        ]
         limits = (min(values), max(values))
         panel.plot(limits, limits, color="gray", linestyle=":", label="as asked for")
         for place, (name, result) in enumerate(results.items()):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torchtune.modules import TransformerDecoder
 
-from steerlm2.attributes import AttributeSchema
+from steerlm2.attributes import AttributeSchema, read_label
 from steerlm2.checkpoints.decoder import build_decoder
 from steerlm2.checkpoints.weights import (
     check_context,
@@ -19,6 +19,7 @@ from steerlm2.checkpoints.weights import (
     open_checkpointer,
 )
 from steerlm2.config.keys import LabelOptions, ServerOptions
+from steerlm2.data.jsonl import LineProblems
 from steerlm2.data.prompts import (
     DrawLabel,
     Prompt,
@@ -86,13 +87,14 @@ def with_labels(
 
     Raises:
         ValueError: where prompts have no label and `label.kind` is "record", or where the labels to
-            draw from are too few or not of the schema.
+            draw from are too few; for labels that aren't of the schema. All come in its order.
     """
     draw: DrawLabel | None = None
     if options.kind == "uniform":
         draw = uniform_labels(options.attributes or [], schema)
     elif options.kind == "empirical":
-        known = labels_in(str(options.file))
+        file = str(options.file)
+        known = _read_labels(labels_in(file), schema, file, ", label ")
         if len(set(known)) < options.labels_per_prompt:
             raise ValueError(
                 f"label.labels_per_prompt is {options.labels_per_prompt}, but {options.file} "
@@ -107,15 +109,38 @@ def with_labels(
             f"(number {', '.join(map(str, lacking[:10]))}{more}): choose another label.kind, "
             "or label them with annotate_attributes"
         )
+    labels: Sequence[str | None] = [options.value and read_label(options.value, schema)]
+    if options.kind == "record":
+        labels = _read_labels([str(p.label) for p in prompts], schema, source, ", prompt ")
     items = []
     for index, prompt in enumerate(prompts):
-        own: Sequence[str | None] = [prompt.label]
+        own: Sequence[str | None] = [labels[index if options.kind == "record" else 0]]
         if draw is not None:
             own = draw_labels(draw, options.labels_per_prompt, seed, index)
-        elif options.kind != "record":
-            own = [options.value]
         items += [Item(prompt, label, request_seed(seed, index, i)) for i, label in enumerate(own)]
     return items
+
+
+def _read_labels(
+    labels: Sequence[str], schema: AttributeSchema, source: str, numbered: str
+) -> list[str]:
+    """The labels in the schema's order.
+
+    Raises:
+        ValueError: naming those that aren't of the schema, each different one once.
+    """
+    problems = LineProblems(source, numbered=numbered)
+    known: dict[str, str] = {}
+    for number, label in enumerate(labels, start=1):
+        if label in known:
+            continue
+        known[label] = label
+        try:
+            known[label] = read_label(label, schema)
+        except ValueError as error:
+            problems.add(number, error)
+    problems.raise_if_any()
+    return [known[label] for label in labels]
 
 
 def sampling_settings(

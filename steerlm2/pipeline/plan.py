@@ -290,10 +290,17 @@ def _start(stage: StageOptions, torchrun: str, launch: str) -> str:
 
 
 def _flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys with their values; empty mappings say nothing. Mappings with keys that would be
-    read as several, or as none, stay whole."""
+    """Dotted keys with their values; empty mappings say nothing.
+
+    A schema stays whole, since it replaces a config's own, and so do mappings with keys that a
+    command line would read otherwise.
+    """
     for key, value in overrides.items():
-        if isinstance(value, Mapping) and all(_PLAIN_KEY.fullmatch(str(own)) for own in value):
+        if (
+            isinstance(value, Mapping)
+            and key != "schema"
+            and all(_PLAIN_KEY.fullmatch(str(own)) for own in value)
+        ):
             yield from _flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value

@@ -190,14 +190,19 @@ def create_app(
 
     @app.get("/v1/model")
     async def describe() -> Response:
-        """What is served: attributes, their range, and the limits."""
+        """What is served: attributes, their ranges, and the limits.
+
+        `min_value` and `max_value` are the range that all of them share, null where they don't.
+        """
+        lowest, highest = model.schema.shared_range or (None, None)
         return _json(
             200,
             {
                 "model": name,
                 "attributes": attributes,
-                "min_value": model.schema.min_value,
-                "max_value": model.schema.max_value,
+                "ranges": dict(zip(attributes, model.schema.ranges, strict=True)),
+                "min_value": lowest,
+                "max_value": highest,
                 "max_seq_len": model.max_seq_len,
                 "truncate": limits.truncate,
                 "max_items": limits.max_items,

@@ -15,7 +15,7 @@ from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
 
 LLAMA3 = {"_component_": "steerlm2.data.llama3_template"}
 EXTRA_ID = {"_component_": "steerlm2.data.extra_id_template"}
-SCHEMA = AttributeSchema(("formality", "length"), 1, 5)
+SCHEMA = AttributeSchema(("formality", "length"), ((0, 10), (1, 5)))
 
 
 def checkpoint(folder: Path, **facts: Any) -> str:
@@ -92,16 +92,16 @@ def test_another_template_is_refused_with_the_right_one(tmp_path: Path) -> None:
 def test_a_language_model_may_be_asked_for_a_part_of_its_schema(
     tmp_path: Path, names: list[str]
 ) -> None:
-    schema = {"names": names, "min_value": 1, "max_value": 5}
+    schema = {name: list(SCHEMA.range_of(name)) for name in names}
     assert sampling(checkpoint(tmp_path / "acsft"), schema=schema).schema == schema
 
 
 @pytest.mark.parametrize(
     "schema",
     [
-        {"names": ["formality", "humor"], "min_value": 1, "max_value": 5},
-        {"names": ["length", "formality"], "min_value": 1, "max_value": 5},
-        {"names": ["formality", "length"], "min_value": 1, "max_value": 4},
+        {"formality": [0, 10], "humor": [0, 4]},
+        {"length": [1, 5], "formality": [0, 10]},
+        {"formality": [0, 10], "length": [0, 5]},
     ],
     ids=["another attribute", "another order", "another range"],
 )
@@ -112,7 +112,7 @@ def test_another_schema_is_refused(tmp_path: Path, schema: dict[str, Any]) -> No
 
 def test_an_attribute_model_scores_all_of_its_schema(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "reward", kind="attribute model")
-    part = {"names": ["length"], "min_value": 1, "max_value": 5}
+    part = {"length": [1, 5]}
     with pytest.raises(ValueError, match="'schema' isn't the one that the model"):
         config(
             "annotate_attributes",
@@ -145,7 +145,7 @@ def test_each_model_of_an_evaluation_has_its_own_template(tmp_path: Path) -> Non
 
 
 def test_the_schema_of_scores_is_the_attribute_model_s(tmp_path: Path) -> None:
-    labels = AttributeSchema(("length",), 1, 5)
+    labels = AttributeSchema.sharing(["length"], 1, 5)
     proposal = checkpoint(tmp_path / "acsft", schema=labels)
     scorer = checkpoint(tmp_path / "reward", kind="attribute model")
     cfg = config(

@@ -16,6 +16,7 @@ from steerlm2.config.keys import (
     ServerOptions,
     TrainingKeys,
     output_problems,
+    settings_of,
 )
 from steerlm2.config.loader import Component
 
@@ -60,6 +61,33 @@ def test_good_options_have_no_problems() -> None:
     greedy: dict[str, Any] = {"n": 1, "temperature": 0.0, "top_p": 1.0}
     assert SamplingKeys(**MODEL, **greedy, max_new_tokens=8, max_seq_len=9).problems() == []
     assert ScoringKeys(**MODEL).problems() == []
+
+
+def test_the_number_of_labels_is_a_product_of_the_ranges() -> None:
+    schema = AttributeSchema(("formality", "length"), ((0, 10), (1, 5)))
+    names = ["formality", "length"]
+    most = LabelOptions(kind="uniform", attributes=names, labels_per_prompt=55)
+    assert list(most.problems(schema)) == []
+    most.labels_per_prompt = 56
+    assert list(most.problems(schema)) == ["'label.labels_per_prompt': there are only 55 labels"]
+
+
+def test_settings_say_equal_schemas_alike_and_tell_orders_apart() -> None:
+    forms = [
+        {"formality": [0, 10], "length": [1, 5]},
+        {"names": ["formality", "length"], "ranges": [[0, 10], [1, 5]]},
+        {"length": [1, 5], "formality": [0, 10]},
+        {"names": ["humor", "wit"]},
+        {"humor": [0, 4], "wit": [0, 4]},
+    ]
+    one, same, turned, shared, also_shared = (
+        settings_of(ScoringKeys(**MODEL, schema=schema), ["schema", "bins"]) for schema in forms
+    )
+    assert one == same != turned
+    assert shared == also_shared
+    assert one["bins"] == "midpoint"
+    default = settings_of(ScoringKeys(**MODEL, schema={"max_value": 4}), ["schema"])
+    assert default == settings_of(ScoringKeys(**MODEL), ["schema"]) == {"schema": None}
 
 
 def test_servers_are_named_by_their_place_in_the_config() -> None:

@@ -144,7 +144,7 @@ def test_regression_has_a_record_for_each_labelled_turn_with_all_text_before_it(
         Turn("Assistant", "unlabelled"),
         Turn("Assistant", "none of the attributes", ""),
         Turn("User", "Q2"),
-        Turn("Assistant", "A2", "helpfulness:-3"),
+        Turn("Assistant", "A2", "helpfulness:3"),
     ]
     first, second = regression_records(Conversation(turns, "S"))
     no = -100.0
@@ -152,15 +152,32 @@ def test_regression_has_a_record_for_each_labelled_turn_with_all_text_before_it(
     assert first == {"text": text + "<extra_id_2>", "label": [4.0, *[no] * 7, 0.0]}
     text += "<extra_id_1>Assistant\nunlabelled\n<extra_id_1>Assistant\nnone of the attributes\n"
     text += "<extra_id_1>User\nQ2\n<extra_id_1>Assistant\nA2\n<extra_id_2>"
-    assert second == {"text": text, "label": [*[no] * 4, -3.0, *[no] * 4]}
+    assert second == {"text": text, "label": [*[no] * 4, 3.0, *[no] * 4]}
 
 
 def test_regression_follows_the_schema() -> None:
     conversation = Conversation([Turn("Assistant", "A", "kindness:1")], "S")
-    (record,) = regression_records(conversation, AttributeSchema(("wit", "kindness")))
+    schema = AttributeSchema(("wit", "kindness"), ((0, 4), (1, 9)))
+    (record,) = regression_records(conversation, schema)
     assert record["label"] == [-100.0, 1.0]
-    with pytest.raises(ValueError, match=r"names kindness.*'schema\.names'"):
+    with pytest.raises(UnknownAttributes, match="unknown attribute 'kindness'; known: quality"):
         list(regression_records(conversation))
+    conversation = Conversation([Turn("Assistant", "A", "kindness:0")], "S")
+    with pytest.raises(ValueError, match="kindness must be a whole number from 1 to 9, got 0"):
+        list(regression_records(conversation, schema))
+
+
+def test_regression_has_the_published_order_for_the_published_attributes() -> None:
+    """Its readers know no other one for nine numbers."""
+    conversation = Conversation([Turn("Assistant", "A", "verbosity:0,quality:4")], "S")
+    turned = DEFAULT_SCHEMA.select(reversed(DEFAULT_SCHEMA.names))
+    assert list(regression_records(conversation, turned)) == list(regression_records(conversation))
+
+
+def test_labels_are_read_in_the_order_of_the_schema() -> None:
+    schema = AttributeSchema(("verbosity", "quality"), ((0, 4), (1, 9)))
+    assert parse_conversation(LABELLED, schema=schema).turns[1].label == "verbosity:0,quality:4"
+    assert parse_conversation(LABELLED).turns[1].label == "quality:4,verbosity:0"
 
 
 def test_bad_lines_are_reported_after_the_good_ones(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_unknown_attributes_of_many_lines_are_one_table_and_of_one_a_line() -> N
         problems.raise_if_any()
     assert str(error.value).splitlines() == [
         "f.jsonl:4: a bad line",
-        "2 labels have attributes that the schema lacks; set schema.names, which is humor now, to "
+        "2 labels have attributes that the schema lacks; set schema, which has humor now, to "
         "those that the labels name, or correct the labels:",
         "  attribute   labels  first",
         "  wit              2  f.jsonl:3",

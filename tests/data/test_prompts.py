@@ -105,11 +105,18 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
 
 def test_uniform_labels_are_uniform() -> None:
     """3 x 3 labels, 9,000 draws: 1,000 each, within 5 standard deviations of 30."""
-    schema = AttributeSchema(("x", "y", "z"), 1, 3)
+    schema = AttributeSchema.sharing(("x", "y", "z"), 1, 3)
     draw, rng = uniform_labels(["z", "x"], schema), random.Random(0)
     found = Counter(draw(rng) for _ in range(9000))
     assert set(found) == {f"x:{x},z:{z}" for x in (1, 2, 3) for z in (1, 2, 3)}
     assert all(abs(times - 1000) < 150 for times in found.values())
+
+
+def test_uniform_labels_have_the_range_of_each_attribute() -> None:
+    schema = AttributeSchema(("formality", "length"), ((0, 10), (1, 2)))
+    draw, rng = uniform_labels(["length", "formality"], schema), random.Random(0)
+    found = {draw(rng) for _ in range(400)}
+    assert found == {f"formality:{x},length:{y}" for x in range(11) for y in (1, 2)}
 
 
 def test_unknown_attributes_are_named() -> None:

@@ -311,7 +311,7 @@ def test_a_log_prob_that_is_there_must_be_a_number_even_if_not_required() -> Non
 
 def test_schema_limits_the_labels() -> None:
     assert parse_record(example(), schema=DEFAULT_SCHEMA)
-    narrow = AttributeSchema(("quality",), 0, 3)
+    narrow = AttributeSchema.sharing(("quality",), 0, 3)
     problem = problem_of(example(), schema=narrow)
     assert "quality must be a whole number from 0 to 3, got 4" in problem
     assert "unknown attribute 'verbosity'" in problem

@@ -131,8 +131,21 @@ def test_own_schema_gives_names_order_and_range(tmp_path: Path) -> None:
     (record,) = groups(tmp_path, tree(*TWO), label="best", schema=schema)
     assert record.label == "humor:-1,quality:1"
     assert record.responses[0].scores == {"humor": pytest.approx(-0.8), "quality": 1.0}
-    own = AttributeSchema(("humor", "quality"), -1, 1)
+    own = AttributeSchema.sharing(("humor", "quality"), -1, 1)
     expected = beta_log_prob([[-0.8, 1.0], [0.8, -0.4]], [-1, 1], schema=own).sum(dim=1).tolist()
+    assert [r.log_p_attributes for r in record.responses] == pytest.approx(expected, rel=1e-9)
+
+
+def test_every_attribute_is_scaled_to_its_own_range(tmp_path: Path) -> None:
+    """humor 0.1 and 0.9 of 0..10, quality 1 and 0.3 of 1..3; the label names humor alone."""
+    schema = {"humor": [0, 10], "quality": [1, 3]}
+    (record,) = groups(tmp_path, tree(*TWO), label="humor:4", schema=schema)
+    assert [r.scores for r in record.responses] == [
+        {"humor": pytest.approx(1.0), "quality": 3.0},
+        {"humor": pytest.approx(9.0), "quality": pytest.approx(1.6)},
+    ]
+    own = AttributeSchema.sharing(("humor",), 0, 10)
+    expected = beta_log_prob([[1.0], [9.0]], [4], schema=own).sum(dim=1).tolist()
     assert [r.log_p_attributes for r in record.responses] == pytest.approx(expected, rel=1e-9)
 
 

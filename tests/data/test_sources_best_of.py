@@ -70,6 +70,20 @@ def test_only_what_the_label_names_counts(tmp_path: Path) -> None:
     assert unit == [("far", "humor:2,verbosity:2")]
 
 
+def test_distances_are_shares_of_each_attributes_range(tmp_path: Path) -> None:
+    """From humor:10,verbosity:1: "a" is 3 of 10 and 0 of 4 points away, "b" 0 and 1.5. In shares,
+    0.3 and 0.375, "a" is nearer; the mean width is 7, so its distance is 0.3 / 2 * 7 = 1.05."""
+    mixed = {"humor": [0, 10], "verbosity": [1, 5]}
+    answers_ = [response("b", 10, 2.5), response("a", 7, 1)]
+    for max_distance, kept in ((1.06, [[("a", "humor:7,verbosity:1")]]), (1.0, None)):
+        options = {"schema": mixed, "max_distance": max_distance}
+        if kept:
+            assert best_of(tmp_path, record("humor:10,verbosity:1", *answers_), **options) == kept
+        else:
+            with pytest.raises(ValueError, match=r"the nearest is 1\.05 away"):
+                best_of(tmp_path, record("humor:10,verbosity:1", *answers_), **options)
+
+
 def test_scores_beyond_the_range_are_at_its_end(tmp_path: Path) -> None:
     """5.5 and -1 are as near to 4 and 0 as can be, and of two that are the first is kept."""
     responses = [response("b", 3.9, 0.1), response("c", 5.5, -1.0), response("d", 4.0, 0.0)]

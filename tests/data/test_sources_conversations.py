@@ -422,9 +422,19 @@ def test_own_schema(tmp_path: Path) -> None:
         list(labelled_conversations(path))
 
 
+def test_own_ranges_and_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", own("a", "wit:2,tone:9"), own("b", "tone:0,wit:4"))
+    schema = {"tone": [0, 9], "wit": [1, 3]}
+    message = r"own\.jsonl:2: .*wit must be a whole number from 1 to 3, got 4"
+    units = labelled_conversations(path, schema=schema)
+    assert next(units).conversations[0].turns[1].label == "tone:9,wit:2"
+    with pytest.raises(ValueError, match=message):
+        list(units)
+
+
 def test_labels_of_another_schema_are_one_table(tmp_path: Path) -> None:
     path = write(tmp_path / "own.jsonl", *[own("a", "wit:1")] * 30, own("b", "humor:1,zest:2"))
-    with pytest.raises(ValueError, match=r"31 labels .* set schema\.names") as error:
+    with pytest.raises(ValueError, match=r"31 labels .* set schema, which") as error:
         list(labelled_conversations(path, schema={"names": ["humor"]}))
     _, _, *rows = str(error.value).splitlines()
     assert [row.split() for row in rows] == [

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from steerlm2.attributes import AttributeSchema
+from steerlm2.attributes import DEFAULT_SCHEMA, AttributeSchema, as_schema
 from steerlm2.data.conversations import Conversation, conversation_to_json, regression_records
 from steerlm2.data.records import Turn
+from steerlm2.data.sources.helpsteer import strengths_of
 from steerlm2.data.synthetic import score_text
 from steerlm2.data.templates import (
     llama3_template,
@@ -154,10 +155,10 @@ def test_attributes_without_any_label_are_refused(tmp_path: Path, tokenizer: HFT
 def test_texts_of_other_attributes_are_one_table(tmp_path: Path, tokenizer: HFTokenizer) -> None:
     """Thirty lines of one mistake, after the line that has another one."""
     lines = [labelled("A", "humor:1,wit:2"), labelled("B", "humor:1")] * 15
-    with pytest.raises(ValueError, match=r"set schema\.names") as error:
+    with pytest.raises(ValueError, match="set schema, which has helpfulness, verb") as error:
         read(tmp_path, tokenizer, *lines, labelled("A", "verbosity:9"), schema=SMALL)
     reported = str(error.value).splitlines()
-    assert reported[0].endswith("records.jsonl:31: labels must be from 0 to 4, got 9")
+    assert reported[0].endswith("records.jsonl:31: verbosity must be a number from 0 to 4, got 9")
     assert [line.split()[:2] for line in reported[2:]] == [
         ["attribute", "labels"],
         ["humor", "30"],
@@ -206,10 +207,10 @@ REGRESSION = {"text": "<extra_id_0>System\nS\n<extra_id_1>Assistant\nthe answer\
     [
         (REGRESSION | {"label": [-100.0, -100]}, "nothing of helpfulness, verbosity.*'the answer'"),
         (labelled("the answer", "humor:1"), "nothing of helpfulness, verbosity.*'the answer'"),
-        (labelled("A", "verbosity:5"), "labels must be from 0 to 4, got 5"),
-        (REGRESSION | {"label": [1, -0.25]}, r"labels must be from 0 to 4, got -0\.25"),
-        (REGRESSION | {"label": [1, math.nan]}, "labels must be from 0 to 4, got nan"),
-        (REGRESSION | {"label": [1, math.inf]}, "labels must be from 0 to 4, got inf"),
+        (labelled("A", "verbosity:5"), "verbosity must be a number from 0 to 4, got 5"),
+        (REGRESSION | {"label": [1, -0.25]}, r"verbosity must be a number from 0 to 4, got -0\.25"),
+        (REGRESSION | {"label": [1, math.nan]}, "verbosity must be a number from 0 to 4, got nan"),
+        (REGRESSION | {"label": [1, math.inf]}, "verbosity must be a number from 0 to 4, got inf"),
         (REGRESSION | {"label": [1, 2, 3]}, "'label' must be a list of 2 or 9 numbers"),
         (REGRESSION, "'label' must be a list of 2 numbers"),
         (REGRESSION | {"label": "1,2"}, "'label' must be a list of 2 numbers"),
@@ -280,11 +281,37 @@ def test_strengths_of_both_formats_are_read(
 ) -> None:
     """Negative ones are outside the range of labels, and are no mistake here."""
     turns = [conversation("Q", text, labels={1: f"quality:{strength}"}) for text in "AB"]
-    as_text = [record for c in turns for record in regression_records(c)]
+    schema = strengths_of(DEFAULT_SCHEMA)
+    as_text = [record for c in turns for record in regression_records(c, schema)]
     first = read(tmp_path, tokenizer, *map(conversation_to_json, turns), pairs=True)
     second = read(tmp_path, tokenizer, *as_text, pairs=True)
     assert first.groups == second.groups
     assert first[0].strength == strength
+
+
+def test_labels_have_the_range_of_each_attribute(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    """In both formats; the mistakes of a line are named together."""
+    schema = AttributeSchema(("tone", "wit"), ((0, 9), (1, 3)))
+    good = [labelled("A", "wit:3,tone:9"), REGRESSION | {"label": [8.5, 1]}]
+    dataset = read(tmp_path, tokenizer, *good, schema=schema)
+    assert [group.labels for group in dataset] == [[[9, 3]], [[8.5, 1]]]
+    bad = [labelled("A", "wit:4,tone:9"), REGRESSION | {"label": [10, 0.5]}]
+    with pytest.raises(ValueError, match="wit must be a number from 1 to 3, got 4") as error:
+        read(tmp_path, tokenizer, *bad, schema=schema)
+    second = "tone must be a number from 0 to 9, got 10; wit must be a number from 1 to 3, got 0.5"
+    assert second in str(error.value)
+
+
+@pytest.mark.parametrize("schema", [{"humor": [0, 10], "wit": [0, 4]}, {"verbosity": [1, 5]}])
+def test_computed_labels_have_a_scale_of_their_own(schema: Any, tokenizer: HFTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"with values from 0 to 4, the schema has (hum|verb)"):
+        synthetic_attribute_dataset(
+            tokenizer,
+            num_records=1,
+            responses_per_prompt=1,
+            max_seq_len=256,
+            schema=as_schema(schema),
+        )
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_calibration_counts_every_labelled_text_once() -> None:
 
 def test_calibration_uses_the_range_of_the_schema() -> None:
     """-2 to 2: a score of -7 is rounded to -2."""
-    schema = AttributeSchema(("mood",), min_value=-2, max_value=2)
+    schema = AttributeSchema.sharing(("mood",), -2, 2)
     (row,) = attribute_calibration([[-7.0]], [[-2.0]], schema)
     assert row["rounded_score"] == -2
 
@@ -229,7 +229,7 @@ def test_steering_needs_something_asked_for() -> None:
 def test_errors_by_request_by_hand() -> None:
     """Request 3: |1 - 0|, |2 - 4| and |3 - 3| (verbosity isn't asked for): 1; request 5: 0.5, 0."""
     scores, requested = [[1, 2], [3, 9], [0.5, 4]], [[0, 4], [3, NOT_LABELLED], [0, 4]]
-    assert errors_by_request(scores, requested, [3, 3, 5]) == pytest.approx({3: 1.0, 5: 0.25})
+    assert errors_by_request(scores, requested, [3, 3, 5], PAIR) == pytest.approx({3: 1.0, 5: 0.25})
 
 
 def test_standard_error_by_hand() -> None:
@@ -265,4 +265,35 @@ def test_steering_curve_has_a_row_a_requested_value() -> None:
     assert [(row["attribute"], row["requested"]) for row in rows[1:]] == [
         ("humor", 4),
         ("verbosity", 0),
+    ]
+
+
+MIXED = AttributeSchema(("formality", "length"), ((0, 10), (1, 5)))
+
+
+def test_attributes_of_different_ranges_weigh_alike_in_the_mean_error() -> None:
+    """formality: |7 - 8|, |2 - 0| of a width of 10, length: |1 - 3|, |5 - 5| of 4: shares 0.15 and
+    0.25, of the mean width of 7. Each attribute's own errors stay points. Scores are rounded within
+    the range: 11 to 10."""
+    scores, requested = [[7, 1], [2, 5]], [[8, 3], [0, 5]]
+    metrics = steering_metrics(scores, requested, MIXED)
+    assert (metrics["mae_formality"], metrics["mae_length"]) == (1.5, 1.0)
+    assert metrics["steering_mae"] == pytest.approx((0.15 + 0.25) / 2 * 7)
+    by_request = errors_by_request(scores, requested, [0, 1], MIXED)
+    assert by_request == pytest.approx({0: (0.1 + 0.5) / 2 * 7, 1: (0.2 + 0) / 2 * 7})
+    assert steering_metrics([[11, 1]], [[10, 1]], MIXED)["exact_match_formality"] == 1
+
+
+def test_an_error_of_one_attribute_alone_is_in_its_points() -> None:
+    """Nothing is asked of formality, so its width counts nowhere."""
+    scores, requested = [[7, 1], [2, 5]], [[NOT_LABELLED, 3], [NOT_LABELLED, 5]]
+    assert steering_metrics(scores, requested, MIXED)["steering_mae"] == 1
+    assert errors_by_request(scores, requested, [0, 1], MIXED) == {0: 2, 1: 0}
+
+
+def test_calibration_rounds_within_each_range() -> None:
+    rows = attribute_calibration([[10.8, 0.3]], [[10, 1]], MIXED)
+    assert [(row["attribute"], row["rounded_score"]) for row in rows] == [
+        ("formality", 10),
+        ("length", 1),
     ]

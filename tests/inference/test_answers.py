@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +55,28 @@ def test_prompts_have_the_label_that_is_asked_for() -> None:
     assert labels(LabelOptions(kind="none")) == [None]
     with pytest.raises(ValueError, match=r"f: 1 of 1 prompts have no label .*\(number 1\)"):
         with_labels([Prompt("S", TURNS, None)], LabelOptions(), SCHEMA, seed=0, source="f")
+
+
+def test_labels_are_asked_for_in_the_order_of_the_schema_and_must_be_of_it(tmp_path: Path) -> None:
+    """Whether they come from the prompts, the config or a file of labels."""
+    schema = AttributeSchema(("humor", "verbosity"), ((0, 4), (1, 9)))
+    file = tmp_path / "labels.jsonl"
+    known = {"system": "S", "prompt_turns": [{"from": "User", "value": "Q"}], "responses": []}
+
+    def labels(options: LabelOptions, own: str) -> list[str | None]:
+        file.write_text(json.dumps(known | {"label": own}) + "\n")
+        prompts = [Prompt("S", TURNS, own)]
+        return [i.label for i in with_labels(prompts, options, schema, seed=0, source="f")]
+
+    turned, right = "verbosity:9,humor:1", "humor:1,verbosity:9"
+    fixed = LabelOptions(kind="fixed", value=turned)
+    empirical = LabelOptions(kind="empirical", file=str(file))
+    for options in (LabelOptions(), fixed, empirical):
+        assert labels(options, turned) == [right]
+    with pytest.raises(ValueError, match=r"f, prompt 1: .*verbosity must be .* 1 to 9, got 0"):
+        labels(LabelOptions(), "verbosity:0")
+    with pytest.raises(ValueError, match=r"labels\.jsonl, label 1: .*unknown attribute 'wit'"):
+        labels(empirical, "wit:1")
 
 
 def test_labels_are_shown_or_hidden_in_all_turns() -> None:

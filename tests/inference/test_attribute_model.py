@@ -151,7 +151,7 @@ def test_a_smaller_vocabulary_is_refused(folder: Path) -> None:
 
 
 def test_other_attributes_than_the_heads_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"scores humor, verbosity; schema\.names has verbosity"):
+    with pytest.raises(ValueError, match=r"scores humor, verbosity; the schema has verbosity"):
         load(folder, schema=AttributeSchema(("verbosity", "humor")))
 
 

@@ -629,8 +629,37 @@ def test_attributes_that_the_schema_lacks_are_one_table(tmp_path: Path, prepare:
     arguments = ("source=rows.jsonl", "output_dir=out", "schema.names=[humor]")
     status, _, stderr = prepare(*config("helpsteer2"), *arguments)
     assert status == 1
-    assert "set schema.names, which is humor now" in stderr
+    assert "set schema, which has humor now" in stderr
     assert stderr.splitlines()[-1].split() == ["helpfulness", "30", "rows.jsonl,", "record", "1"]
+
+
+def test_labels_are_written_in_the_order_of_the_schema_and_must_be_in_its_ranges(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    """Of any builder: this one's labels have the order of Open Assistant's attributes."""
+    schema = "schema={humor: [0, 10], quality: [1, 3]}"
+    labels = {"quality": {"value": 1.0}, "humor": {"value": 0.5}}
+    replies = [{"role": "assistant", "text": "A", "labels": labels}]
+    tree = {"prompt": {"role": "prompter", "text": "Q", "replies": replies}}
+    write_lines(tmp_path / "t.jsonl", [tree])
+    arguments = ("source=t.jsonl", "output_dir=out", "builder.attributes=[quality,humor]", schema)
+    status, _, stderr = prepare(*config("oasst"), *arguments)
+    assert status == 0, stderr
+    (line,) = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    assert json.loads(line)["conversations"][1]["label"] == "humor:5,quality:3"
+    (line,) = (tmp_path / "out" / "train_reg.jsonl").read_text().splitlines()
+    assert json.loads(line)["label"] == [5.0, 3.0]
+
+    write_lines(tmp_path / "rows.jsonl", [scored("P", 4)])
+    status, _, stderr = prepare(
+        *config("helpsteer2"),
+        "source=rows.jsonl",
+        "output_dir=out",
+        "only_helpfulness=true",
+        "schema={helpfulness: [0, 3]}",
+    )
+    assert status == 1
+    assert "record 1: label 'helpfulness:4': helpfulness must be a whole number from 0" in stderr
 
 
 def test_regression_format_of_an_own_schema(tmp_path: Path, prepare: Prepare) -> None:
@@ -665,7 +694,7 @@ def test_other_kinds_of_output_of_an_earlier_run_are_removed(
         (["helpsteer3", "preference=false"], "preference pairs only"),
         (["helpsteer2", "preference=true"], "preference holds no preference.jsonl.gz"),
         (["helpsteer", "schema.names=[a,a]"], "names must differ"),
-        (["helpsteer", "schema.names=[a,b]"], "names coherence, complexity"),
+        (["helpsteer", "schema.names=[a,b]"], "unknown attribute 'coherence'"),
         (["oasst_helpsteer", "merge.helpsteer.repeat=0"], "'merge.helpsteer.repeat' must be"),
         (["oasst_helpsteer", "merge.helpsteer.sorce=x"], "'merge.helpsteer.sorce'"),
     ],

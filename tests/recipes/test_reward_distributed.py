@@ -585,7 +585,7 @@ def test_other_attributes_than_the_checkpoints_are_refused(
 ) -> None:
     overrides = stage_of(reference, "load_reward_head=true", "schema.names=[verbosity,humor]")
     message = fails(tune, *command_line(labelled_file, *overrides, f"output_dir={tmp_path / 'o'}"))
-    assert "reward head scores humor, verbosity; schema.names has verbosity, humor" in message
+    assert "reward head scores humor, verbosity; the schema has verbosity, humor" in message
 
 
 def test_torchtunes_checkpointer_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -392,6 +393,7 @@ def test_health_and_description(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/v1/model").json() == {
         **{"model": "mine", "attributes": ["humor", "verbosity"], "min_value": 0, "max_value": 4},
+        "ranges": {"humor": [0, 4], "verbosity": [0, 4]},
         **{"max_seq_len": 160, "truncate": False, "max_items": 8, "max_body_bytes": 20_000},
     }
     paths = client.get("/openapi.json").json()["paths"]
@@ -444,3 +446,12 @@ def test_nothing_is_logged_for_users_mistakes(
     with caplog.at_level(logging.WARNING):
         client.post("/v1/attributes", content=b"{", headers={"Content-Type": "application/json"})
     assert caplog.records == []
+
+
+def test_ranges_that_differ_have_no_common_ends() -> None:
+    schema = AttributeSchema(("humor", "verbosity"), ((0, 10), (1, 5)))
+    model = dataclasses.replace(MODEL, schema=schema)
+    with TestClient(create_app(model, "mine", limits=LIMITS)) as client:
+        described = client.get("/v1/model").json()
+    assert described["ranges"] == {"humor": [0, 10], "verbosity": [1, 5]}
+    assert (described["min_value"], described["max_value"]) == (None, None)

@@ -6,7 +6,6 @@ is fine-tuned on its own answers to requested labels, filtered by the attribute 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections import Counter
@@ -47,9 +46,11 @@ def best_of_responses(
     """The responses of each SteerLM2 record that are nearest to its label, as conversations.
 
     A response's distance is the mean of |score - wanted value| over the label's attributes, scores
-    clipped to the schema's range. Responses that were cut off, or aren't valid UTF-8, are left out.
-    A response's turn is labelled with its own rounded scores, for all attributes of the schema that
-    it has a score for. The numbers of responses and records that were left out are logged.
+    clipped to their ranges, and where these differ in width scaled to their mean width
+    (`AttributeSchema.error_scales` of the label's attributes). Responses that were cut off, or
+    aren't valid UTF-8, are left out. A response's turn is labelled with its own rounded scores, for
+    all attributes of the schema that it has a score for. The numbers of responses and records that
+    were left out are logged.
 
     Args:
         source: SteerLM2 records with `scores` (sample_responses, then annotate_attributes): a file,
@@ -139,23 +140,22 @@ def _by_distance(record: Record, schema: AttributeSchema) -> list[tuple[float, R
     if lacking:
         raise ValueError(f"no score for {', '.join(lacking)} (recipe annotate_attributes adds it)")
     complete = [r for r in record.responses if flaw_of(r) not in (BROKEN, CUT_OFF)]
-    distances = [
-        sum(abs(_clipped(r, name, schema) - value) for name, value in wanted.items()) / len(wanted)
-        for r in complete
-    ]
+    distances = [_distance(r.scores or {}, wanted, schema) for r in complete]
     return sorted(zip(distances, complete, strict=True), key=lambda pair: pair[0])
 
 
-def _clipped(response: Response, name: str, schema: AttributeSchema) -> float:
-    assert response.scores is not None
-    return min(max(response.scores[name], schema.min_value), schema.max_value)
+def _distance(
+    scores: Mapping[str, float], wanted: Mapping[str, int], schema: AttributeSchema
+) -> float:
+    scales = schema.select(wanted).error_scales
+    errors = [abs(schema.clip(name, scores[name]) - value) for name, value in wanted.items()]
+    return sum(e * scale for e, scale in zip(errors, scales, strict=True)) / len(wanted)
 
 
 def _conversation(record: Record, response: Response, schema: AttributeSchema) -> Conversation:
     scores = response.scores or {}
     names = tuple(name for name in schema.names if name in scores)
-    own_schema = dataclasses.replace(schema, names=names)
-    label = label_of_scores([scores[name] for name in names], own_schema)
+    label = label_of_scores([scores[name] for name in names], schema.select(names))
     extra = {key: value for key, value in record.extra.items() if key not in _CONVERSATION_KEYS}
     turns = [*record.prompt_turns, Turn(ASSISTANT, response.value, label)]
     return Conversation(turns, record.system, extra)

@@ -12,7 +12,7 @@ from steerlm2.data.conversations import Conversation, parse_conversation
 from steerlm2.data.jsonl import LineProblems
 from steerlm2.data.records import ASSISTANT
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, Unit
-from steerlm2.data.sources.helpsteer import MAX_STRENGTH
+from steerlm2.data.sources.helpsteer import strengths_of
 from steerlm2.data.sources.rows import iter_rows
 
 
@@ -41,7 +41,7 @@ def labelled_conversations(
     """
     schema = as_schema(schema)
     if preference:
-        schema = AttributeSchema(schema.names, -MAX_STRENGTH, MAX_STRENGTH)
+        schema = strengths_of(schema)
     return _units(source, schema, 2 if preference else 1, system_prompt)
 
 
@@ -64,7 +64,7 @@ def _units(
         except ValueError as error:
             problems.add(first.number, error, first.path)
         else:
-            yield Unit(conversations, first.split)
+            yield Unit(conversations, first.split, is_pair=unit_size == 2)
     problems.raise_if_any()
 
 

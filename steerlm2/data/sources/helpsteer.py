@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from steerlm2.attributes import encode_label
+from steerlm2.attributes import AttributeSchema, encode_label
 from steerlm2.data.conversations import Conversation, has_empty_answer, is_text, turns_in
 from steerlm2.data.jsonl import LineProblems
 from steerlm2.data.records import ASSISTANT, USER, Turn
@@ -20,6 +20,7 @@ PREFERENCE_ATTRIBUTE = "quality"
 """The published data has a pair's preference strength as the value of this attribute."""
 
 MAX_STRENGTH = 3
+"""Of a preference; below 0 the first response of a pair is the better one."""
 
 _SUBSET = "preference"
 _ROLES = {"user": USER, "assistant": ASSISTANT}
@@ -150,6 +151,11 @@ def _units(
         )
 
 
+def strengths_of(schema: AttributeSchema) -> AttributeSchema:
+    """The schema of pairs, whose labels have a preference's strength as an attribute's value."""
+    return AttributeSchema.sharing(schema.names, -MAX_STRENGTH, MAX_STRENGTH)
+
+
 def _prompt(unit: Unit) -> str:
     return unit.conversations[0].turns[0].value
 
@@ -165,7 +171,8 @@ def _pair(before: Conversation, first: str, second: str, strength: Any) -> Unit:
         [
             Conversation([*before.turns, Turn(ASSISTANT, response, label)], before.system)
             for response in (first, second)
-        ]
+        ],
+        is_pair=True,
     )
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from steerlm2.attributes import (
-    DEFAULT_SCHEMA,
     AttributeSchema,
     as_schema,
     beta_log_prob,
@@ -62,7 +61,7 @@ def oasst_groups(
 ) -> Iterator[Record]:
     """Every prompter message with at least 2 human-labelled replies, as a SteerLM2 record.
 
-    The human labels, scaled to the schema's range and not rounded, become the `scores` of a
+    The human labels, scaled to their attribute's range and not rounded, become the `scores` of a
     response, and log P(a|x,y) is their Beta likelihood (`beta_log_prob`). log P(y|x) and
     log Q'(y|a,x) remain unknown. A record's label names only attributes that every reply of the
     group has a score for. Groups without such an attribute are left out, and their number is
@@ -100,33 +99,38 @@ def oasst_conversations(
     source: str | Path,
     *,
     attributes: Sequence[str] = OASST_ATTRIBUTES,
+    schema: AttributeSchema | Mapping[str, Any] | None = None,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
     keep_rejected: bool = False,
 ) -> Iterator[Unit]:
     """Every thread of a tree, from its prompt to a message without replies, as a conversation.
 
-    The human labels of an assistant's message, scaled to 0..4 and rounded, are its label. The
-    threads of a tree are one unit (shuffled, split and sampled together), because they share their
-    first messages. Threads of a single message are left out; a unit may be empty. Messages that
-    were deleted or that the reviewers rejected are left out with all replies to them, and so are
-    answers without text; their numbers are logged.
+    The human labels of an assistant's message, scaled to the attributes' ranges and rounded, are
+    its label. The threads of a tree are one unit (shuffled, split and sampled together), because
+    they share their first messages. Threads of a single message are left out; a unit may be empty.
+    Messages that were deleted or that the reviewers rejected are left out with all replies to them,
+    and so are answers without text; their numbers are logged.
 
     Args:
         source: a file, folder or hub id (`iter_rows`); read as a stream, one tree at a time.
         attributes: the names to keep, in the label's order.
+        schema: has their ranges (a mapping in a config); None: 0 to 4, as published.
         system_prompt: of every conversation.
         keep_rejected: keep deleted and rejected messages, as the published data do.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        UnknownAttributes: for attributes that the schema doesn't have.
         ValueError: after the last tree, naming the lines that aren't conversation trees.
     """
+    names = tuple(attributes)
+    kept = AttributeSchema(names) if schema is None else as_schema(schema).select(names)
     problems = LineProblems(source)
     left_out = LeftOut(source, keep_rejected)
     for paths in _iter_trees(source, problems, left_out):
         threads = [path for path in paths if len(path) > 1 and not path[-1].get("replies")]
         conversations = [
-            Conversation([_turn(message, attributes) for message in path], system_prompt)
+            Conversation([_turn(message, kept) for message in path], system_prompt)
             for path in threads
         ]
         yield Unit(conversations)  # empty ones too, which count in the published split
@@ -134,15 +138,13 @@ def oasst_conversations(
     left_out.log()
 
 
-def _turn(message: dict[str, Any], attributes: Sequence[str]) -> Turn:
-    """The label is "" where none of the labels is one of `attributes`, as in the published data."""
+def _turn(message: dict[str, Any], schema: AttributeSchema) -> Turn:
+    """The label is "" where none of the labels is of the schema, as in the published data."""
     turn = Turn(ROLES[message["role"]], message["text"])
     labels = message.get("labels")
     if turn.role == ASSISTANT and labels is not None:
-        span = DEFAULT_SCHEMA.max_value
-        turn.label = ",".join(
-            f"{name}:{round(labels[name]['value'] * span)}" for name in attributes if name in labels
-        )
+        scores = _scores(message, schema)
+        turn.label = ",".join(f"{name}:{round(score)}" for name, score in scores.items())
     return turn
 
 
@@ -178,7 +180,7 @@ def _groups(
                 [*values.values()],
                 concentration,
                 bins,
-                schema,
+                schema.select(values),
             ).sum(dim=-1)
             yield Record(
                 system=system_prompt,
@@ -345,10 +347,9 @@ def _check_labels(message: dict[str, Any], where: str) -> None:
 def _scores(reply: dict[str, Any], schema: AttributeSchema) -> dict[str, float]:
     """The reply's human labels on the scale of the schema, in its order."""
     labels = reply.get("labels") or {}
-    span = schema.max_value - schema.min_value
     return {
-        name: schema.min_value + labels[name]["value"] * span
-        for name in schema.names
+        name: low + labels[name]["value"] * (high - low)
+        for name, (low, high) in zip(schema.names, schema.ranges, strict=True)
         if name in labels
     }
 
