@@ -253,7 +253,7 @@ def unused_values(config: DictConfig, known: Collection[str]) -> list[str]:
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
     return f": did you mean '{found[0]}'?" if found else ": correct its name, or remove it"
 
 
