@@ -17,10 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtune.models.convert_weights import (
-    tune_to_peft_adapter_config,
-    tune_to_peft_adapter_weights,
-)
+from torchtune.models.convert_weights import tune_to_peft_adapter_config
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
@@ -34,7 +31,7 @@ from steerlm2.checkpoints.checkpointer import (
     fresh_weights,
     plain_name,
 )
-from steerlm2.checkpoints.hf_names import EMBEDDING, HEAD
+from steerlm2.checkpoints.hf_names import EMBEDDING, HEAD, peft_name, rows_to_hf
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
     checkpoint_digest,
@@ -59,8 +56,8 @@ from steerlm2.data.jsonl import shortened
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
-from steerlm2.models.llama import context_length, head_shape
-from steerlm2.models.llama_config import check_decoder, exported_config
+from steerlm2.models.config_json import check_decoder, exported_config
+from steerlm2.models.decoders import HeadShape, context_length, head_shape
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
 from steerlm2.models.reward_head import (
     HF_HEAD,
@@ -145,7 +142,7 @@ def open_reward_checkpointer(
     output_dir: str,
     load_head: bool,
 ) -> Checkpointer:
-    """A checkpointer that writes a LlamaForSequenceClassification with the schema's attributes.
+    """A checkpointer that writes a classifier of the model's family with the schema's attributes.
 
     Args:
         load_head: whether the checkpoint must be such a model, with the same attributes.
@@ -178,7 +175,9 @@ def open_reward_checkpointer(
             )
     used = [tokenizer.token_id(token) for token in template.control_tokens]
     checkpointer.set_pad_token(spare_token_id(tokenizer, used), TrainedText(tokenizer, template))
-    checkpointer.hf_config |= classification_config(schema.names)
+    checkpointer.hf_config |= classification_config(
+        schema.names, checkpointer.hf_config["model_type"]
+    )
     return checkpointer
 
 
@@ -249,7 +248,7 @@ def load_weights(
             return None
         stored = checkpointer.stored_tensors()
         if isinstance(decoder.output, TiedLinear) and checkpointer.is_tied:
-            _check_tied(stored.pop(HEAD, None), stored.get(EMBEDDING))
+            _check_tied(stored.pop(HEAD, None), stored.get(EMBEDDING), heads)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         _check_shapes(expected, shapes | {name: expected[name] for name in is_fresh})
         return stored
@@ -400,7 +399,7 @@ def _save_adapter(
     folder: Path,
     adapter: Mapping[str, Tensor],
     lora: LoRALinear,
-    heads: Mapping[str, int],
+    heads: HeadShape,
     reward_head: Tensor | None,
 ) -> None:
     """Write a PEFT adapter.
@@ -408,7 +407,7 @@ def _save_adapter(
     It has its own folder, because transformers adds an adapter beside the merged weights to them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = tune_to_peft_adapter_weights(adapter, **heads)
+    tensors = {peft_name(name): rows_to_hf(name, tensor, heads) for name, tensor in adapter.items()}
     modules = sorted({name.split(".")[-3] for name in adapter})
     config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules}
     config = {"peft_type": "LORA"} | tune_to_peft_adapter_config(config)
@@ -453,7 +452,9 @@ def _of_main(tensor: Tensor | None, shape: torch.Size, world: World) -> Tensor:
     return tensor
 
 
-def _check_tied(head: StoredTensor | None, embedding: StoredTensor | None) -> None:
+def _check_tied(
+    head: StoredTensor | None, embedding: StoredTensor | None, heads: HeadShape
+) -> None:
     """Check that a tied model's file has no output layer of its own.
 
     transformers 4 leaves such a layer out, and 5 trains it.
@@ -462,7 +463,7 @@ def _check_tied(head: StoredTensor | None, embedding: StoredTensor | None) -> No
         return
     stored = {"head": head, "embedding": embedding}
     values = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
-    read_weights(values, stored, {})
+    read_weights(values, stored, heads)
     if not torch.equal(values["head"], values["embedding"]):
         raise ValueError(
             "config.json: tie_word_embeddings true, but the checkpoint's lm_head.weight differs "

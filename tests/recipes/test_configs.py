@@ -19,7 +19,7 @@ from torchtune.modules import TransformerDecoder
 from steerlm2._tune import RECIPES, SINGLE_PROCESS_RECIPES
 from steerlm2.config.keys import DistributedKeys, ModelKeys
 from steerlm2.config.loader import instantiate, load_config
-from steerlm2.models.llama import tensor_parallel_problems, unsupported_parts
+from steerlm2.models.decoders import tensor_parallel_problems, unsupported_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(

@@ -30,13 +30,13 @@ from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.data.packing import Group, pack
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
-from steerlm2.models.llama import (
+from steerlm2.models.config_json import hf_config
+from steerlm2.models.decoders import (
     PACKED_LENGTH_LIMIT,
     EmbeddingParallel,
     LoRAParallel,
     divide_heads,
     end_at_hidden_states,
-    hf_config,
     output_weight,
     pair_cost,
     tensor_parallel_plan,
