@@ -17,7 +17,7 @@ from torchtune.models.llama3 import lora_llama3
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from steerlm2.checkpoints.decoder import build_decoder
 from steerlm2.checkpoints.weights import load_weights, open_checkpointer, save_weights
@@ -54,6 +54,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"rope_scaling": SCALING | {"factor": 32.0}},
     "linear": {"rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "wide heads": GROUPED | {"rope_theta": 10_000.0, "head_dim": 32},
+    "mistral": GROUPED | {"model_type": "mistral", "rope_theta": 10_000.0, "sliding_window": None},
+    "mistral with a wide window": GROUPED
+    | {"model_type": "mistral", "rope_theta": 1_000.0, "sliding_window": 256, "head_dim": 32},
+    "qwen2": GROUPED
+    | {"model_type": "qwen2", "rope_theta": 1_000_000.0, "sliding_window": 64}
+    | {"use_sliding_window": False, "max_window_layers": 1},
+    "qwen2 tied": GROUPED
+    | {"model_type": "qwen2", "rope_theta": 10_000.0, "tie_word_embeddings": True},
+    "qwen3": GROUPED | {"model_type": "qwen3", "rope_theta": 1_000_000.0, "head_dim": 32},
+    "qwen3 tied, of an odd size": GROUPED
+    | {"model_type": "qwen3", "rope_theta": 10_000.0, "head_dim": 32, "hidden_size": 66}
+    | {"tie_word_embeddings": True},
     "other factors": GROUPED
     | {"rope_theta": 1_000.0}
     | {"rope_scaling": SCALING | {"low_freq_factor": 2.0, "high_freq_factor": 8.0}},
@@ -73,9 +85,9 @@ def spelled(config: dict[str, Any], version: int) -> dict[str, Any]:
 
 def make_folder(folder: Path, family: str, version: int = 5) -> Path:
     """A folder that transformers wrote, with config.json in the spelling of a version."""
-    values = TINY | FAMILIES[family]
+    values = {"model_type": "llama"} | TINY | FAMILIES[family]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**json.loads(json.dumps(values))))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(json.dumps(values))))
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -128,6 +140,9 @@ def test_a_decoder_of_config_json_computes_what_transformers_computes(
     options: dict[str, Any] = {"epoch": 1, "dtype": torch.float32, "output_dir": tmp_path}
     export = save_weights(decoder, checkpointer, CPU, **options)
     torch.testing.assert_close(logps(decoder), transformers_logps(export), rtol=0, atol=1e-4)
+    for key in ("model_type", "architectures"):
+        kept = [json.loads((each / "config.json").read_text())[key] for each in (folder, export)]
+        assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama3_1", "llama3_2"])
