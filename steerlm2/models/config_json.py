@@ -244,6 +244,8 @@ def hf_config(
         "torch_dtype": dtype,
     }
     config |= {key: allowed[0] for key, allowed in family.fixed.items() if key.endswith("_bias")}
+    if "sliding_window" in family.absent:
+        config["sliding_window"] = None
     if rope["rope_type"] != "default":
         config["rope_scaling"] = rope
     return config
