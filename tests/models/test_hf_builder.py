@@ -21,6 +21,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.checkpoints.decoder import build_decoder
 from steerlm2.checkpoints.weights import (
     load_weights,
@@ -152,6 +153,24 @@ def test_a_decoder_of_config_json_computes_what_transformers_computes(
     for key in ("model_type", "architectures"):
         kept = [json.loads((each / "config.json").read_text())[key] for each in (folder, export)]
         assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_fresh_weights_of_a_config_are_exported_as_what_they_are(
+    family: str, tmp_path: Path
+) -> None:
+    """Biases start at 0 and norms at 1, as in transformers."""
+    folder = make_folder(tmp_path / "base", family)
+    decoder = from_checkpoint(str(folder))
+    checkpointer = ScratchCheckpointer(decoder, tiny_tokenizer(), seed=1, output_dir=str(tmp_path))
+    state = checkpointer.load_checkpoint()
+    small = {name: weight for name, weight in state["model"].items() if weight.dim() == 1}
+    assert all((weight == float(name.endswith("scale"))).all() for name, weight in small.items())
+    decoder.load_state_dict(state["model"])
+    checkpointer.save_checkpoint(state, epoch=1)
+    torch.testing.assert_close(
+        logps(decoder.eval()), transformers_logps(tmp_path / "epoch_1"), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama3_1", "llama3_2"])
