@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ from steerlm2.data.jsonl import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
-from steerlm2.models.llama import head_shape, hf_config
-from steerlm2.models.llama_config import llama_config
+from steerlm2.models.config_json import decoder_config, hf_config
+from steerlm2.models.decoders import HeadShape, head_shape
 from steerlm2.models.reward_head import attribute_names
 
 INIT_STD = 0.02
@@ -57,7 +57,7 @@ class FolderCheckpointer:
     """
 
     hf_config: dict[str, Any]
-    heads: Mapping[str, int]
+    heads: HeadShape
     output_dir: Path
     text: TrainedText | None = None
     """What the model is trained on; None: the tokenizer's files are those of its folder."""
@@ -130,7 +130,7 @@ class FolderCheckpointer:
 
 
 class HFCheckpointer(FolderCheckpointer):
-    """A downloaded or exported Hugging Face Llama, usable as `_component_`.
+    """A downloaded or exported Hugging Face model, usable as `_component_`.
 
     Args:
         checkpoint_dir: its folder: config.json, *.safetensors, the tokenizer's files; or the
@@ -141,8 +141,8 @@ class HFCheckpointer(FolderCheckpointer):
 
     Raises:
         FileNotFoundError: where there is no checkpoint.
-        ValueError: where config.json describes another model than a Llama, or one that can't be
-            computed here (`models.llama_config`).
+        ValueError: where config.json describes a model that can't be computed here
+            (`models.families`, `models.config_json`).
     """
 
     def __init__(self, checkpoint_dir: str, output_dir: str = "") -> None:
@@ -152,13 +152,13 @@ class HFCheckpointer(FolderCheckpointer):
         generation = self.checkpoint_dir / GENERATION_CONFIG
         self._generation = read_json(generation) if generation.is_file() else {}
         file = str((self.checkpoint_dir / "config.json").absolute())
-        self.config = llama_config(self.hf_config, file)
-        self.heads = {
-            "num_heads": self.config.num_attention_heads,
-            "num_kv_heads": self.config.num_key_value_heads,
-            "dim": self.config.hidden_size,
-            "head_dim": self.config.head_dim,
-        }
+        self.config = decoder_config(self.hf_config, file)
+        self.heads = HeadShape(
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+            rotates_halves=self.config.family.rotates_halves,
+        )
 
     @property
     def is_tied(self) -> bool:
@@ -173,14 +173,14 @@ class HFCheckpointer(FolderCheckpointer):
         """A state dict of full tensors, on the host.
 
         Raises:
-            ValueError: for a damaged file and for tensors that a Llama doesn't have.
+            ValueError: for a damaged file and for tensors that no supported family has.
             FileNotFoundError: naming the files that are missing.
         """
         stored = self.stored_tensors()
         names = [tensor.hf_name for tensor in stored.values()]
         if unknown := [name for name in names if decoder_name(name) is None]:
             raise ValueError(
-                f"{self.checkpoint_dir.absolute()} has tensors that a Llama doesn't have: "
+                f"{self.checkpoint_dir.absolute()} has tensors that no supported family has: "
                 + ", ".join(shortened(unknown))
             )
         weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
@@ -228,7 +228,7 @@ class ScratchCheckpointer(FolderCheckpointer):
 def fresh_weights(
     parameters: Iterable[tuple[str, Tensor]], seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Initial values by name and shape: norms 1, LoRA as in its paper, other matrices normal.
+    """Initial values by name and shape: norms 1, biases 0, LoRA as in its paper, matrices normal.
 
     They depend on the seed and on the parameter's index among `parameters`.
     """
@@ -239,6 +239,8 @@ def fresh_weights(
             nn.init.zeros_(weight)
         elif name.endswith("lora_a.weight"):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)
         elif weight.dim() == 1:
             nn.init.ones_(weight)
         else:

@@ -41,6 +41,7 @@ from steerlm2.checkpoint_dirs import (
 from steerlm2.checkpoints.hf_names import decoder_name, row_order, to_hf
 from steerlm2.distributed.parallelize import local_part
 from steerlm2.distributed.world import World
+from steerlm2.models.decoders import HeadShape
 from steerlm2.models.nf4 import fill_nf4, is_nf4, mean_scale
 from steerlm2.models.reward_head import HF_HEAD
 
@@ -64,7 +65,7 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a folder, by the decoder's names. Only the files' headers are read.
 
-    A tensor that a Llama doesn't have keeps its own name.
+    A tensor that no supported family has keeps its own name.
 
     Raises:
         ValueError: for damaged files, a damaged index, and a tensor that is in two files.
@@ -139,7 +140,7 @@ def _ends_of_tensors(file: Path) -> bytes:
 
 
 def read_weights(
-    parameters: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], heads: Mapping[str, int]
+    parameters: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], heads: HeadShape
 ) -> None:
     """Fill parameters, or this rank's shards of them, from the files.
 
@@ -194,7 +195,7 @@ def write_weights(
     world: World,
     *,
     dtype: torch.dtype,
-    heads: Mapping[str, int],
+    heads: HeadShape,
     is_classifier: bool,
 ) -> None:
     """Write the safetensors of a folder, and an index if there are several files.

@@ -327,7 +327,7 @@ def resume_training(
     Args:
         data_state: values that the order of the batches depends on, as passed to
             `StateWriter.save`; `digests` among them, by name, says what the run is trained on and
-            starts from, and `model` what the decoder computes (`models.llama.computation`).
+            starts from, and `model` what the decoder computes (`models.config_json.computation`).
 
     Returns:
         The checkpoint and its step; None where there is no checkpoint.

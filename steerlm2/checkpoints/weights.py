@@ -17,10 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtune.models.convert_weights import (
-    tune_to_peft_adapter_config,
-    tune_to_peft_adapter_weights,
-)
+from torchtune.models.convert_weights import tune_to_peft_adapter_config
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
@@ -34,7 +31,7 @@ from steerlm2.checkpoints.checkpointer import (
     fresh_weights,
     plain_name,
 )
-from steerlm2.checkpoints.hf_names import EMBEDDING, HEAD
+from steerlm2.checkpoints.hf_names import EMBEDDING, HEAD, peft_name, rows_to_hf
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
     checkpoint_digest,
@@ -60,8 +57,8 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
 from steerlm2.facts import ModelFacts
-from steerlm2.models.llama import context_length, head_shape
-from steerlm2.models.llama_config import check_decoder, exported_config
+from steerlm2.models.config_json import check_decoder, exported_config
+from steerlm2.models.decoders import HeadShape, context_length, head_shape
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
 from steerlm2.models.reward_head import (
     HF_HEAD,
@@ -146,7 +143,7 @@ def open_reward_checkpointer(
     output_dir: str,
     load_head: bool,
 ) -> Checkpointer:
-    """A checkpointer that writes a LlamaForSequenceClassification with the schema's attributes.
+    """A checkpointer that writes a classifier of the model's family with the schema's attributes.
 
     Args:
         load_head: whether the checkpoint must be such a model, with the same attributes.
@@ -176,7 +173,9 @@ def open_reward_checkpointer(
             check_same_attributes(schema, found, "the checkpoint's reward head")
     used = [tokenizer.token_id(token) for token in template.control_tokens]
     checkpointer.set_pad_token(spare_token_id(tokenizer, used), TrainedText(tokenizer, template))
-    checkpointer.hf_config |= classification_config(schema.names)
+    checkpointer.hf_config |= classification_config(
+        schema.names, checkpointer.hf_config["model_type"]
+    )
     return checkpointer
 
 
@@ -247,7 +246,7 @@ def load_weights(
             return None
         stored = checkpointer.stored_tensors()
         if isinstance(decoder.output, TiedLinear) and checkpointer.is_tied:
-            _check_tied(stored.pop(HEAD, None), stored.get(EMBEDDING))
+            _check_tied(stored.pop(HEAD, None), stored.get(EMBEDDING), heads)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         _check_shapes(expected, shapes | {name: expected[name] for name in is_fresh})
         return stored
@@ -406,7 +405,7 @@ def _save_adapter(
     folder: Path,
     adapter: Mapping[str, Tensor],
     lora: LoRALinear,
-    heads: Mapping[str, int],
+    heads: HeadShape,
     reward_head: Tensor | None,
     base: Path | None,
 ) -> None:
@@ -418,7 +417,7 @@ def _save_adapter(
         base: the folder of the model that it is added to; None: unknown.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = tune_to_peft_adapter_weights(adapter, **heads)
+    tensors = {peft_name(name): rows_to_hf(name, tensor, heads) for name, tensor in adapter.items()}
     modules = sorted({name.split(".")[-3] for name in adapter})
     config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules}
     kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
@@ -465,7 +464,9 @@ def _of_main(tensor: Tensor | None, shape: torch.Size, world: World) -> Tensor:
     return tensor
 
 
-def _check_tied(head: StoredTensor | None, embedding: StoredTensor | None) -> None:
+def _check_tied(
+    head: StoredTensor | None, embedding: StoredTensor | None, heads: HeadShape
+) -> None:
     """Check that a tied model's file has no output layer of its own.
 
     transformers 4 leaves such a layer out, and 5 trains it.
@@ -474,7 +475,7 @@ def _check_tied(head: StoredTensor | None, embedding: StoredTensor | None) -> No
         return
     stored = {"head": head, "embedding": embedding}
     values = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
-    read_weights(values, stored, {})
+    read_weights(values, stored, heads)
     if not torch.equal(values["head"], values["embedding"]):
         raise ValueError(
             "config.json: tie_word_embeddings true, but the checkpoint's lm_head.weight differs "

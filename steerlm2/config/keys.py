@@ -102,12 +102,13 @@ class ModelKeys:
     """Builder of the tokenizer, e.g. steerlm2.data.hf_tokenizer; left out: the checkpoint's."""
     model: Component
     """Builder of the decoder: steerlm2.models.from_checkpoint, what the checkpoint's config.json
-    describes, or e.g. torchtune.models.llama3_1.llama3_1_8b, which must compute the same; an
-    attribute model's backbone, whose output layer gives way to the head; left out: the
-    checkpoint's."""
+    describes (a Llama, Mistral, Qwen2 or Qwen3), or e.g. torchtune.models.llama3_1.llama3_1_8b,
+    which must compute the same; an attribute model's backbone, whose output layer gives way to the
+    head; left out: the checkpoint's."""
     template: Component = field(default_factory=default_template)
-    """How a conversation becomes tokens; left out: as the checkpoint was trained, if an export of
-    ours says so. A model is used with the template it was trained with."""
+    """How a conversation becomes tokens: steerlm2.data.extra_id_template, llama3_template or
+    chatml_template (Qwen, SmolLM2); left out: as the checkpoint was trained, if an export of ours
+    says so. A model is used with the template it was trained with."""
     checkpointer: Component | None = None
     """Where the weights come from, and where trained ones go; null: fresh weights from `seed`."""
     seed: int = 0

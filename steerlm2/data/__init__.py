@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steerlm2.data.synthetic import score_text, steering_metrics
-    from steerlm2.data.templates import extra_id_template, llama3_template
+    from steerlm2.data.templates import chatml_template, extra_id_template, llama3_template
     from steerlm2.data.tokenizers import hf_tokenizer, tiny_tokenizer
 
 __all__ = [
+    "chatml_template",
     "extra_id_template",
     "hf_tokenizer",
     "llama3_template",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "chatml_template": "templates",
     "extra_id_template": "templates",
     "hf_tokenizer": "tokenizers",
     "llama3_template": "templates",

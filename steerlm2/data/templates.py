@@ -94,7 +94,8 @@ def extra_id_template(control_tokens: Mapping[str, str] | None = None) -> ExtraI
         control_tokens: tokens of the tokenizer to use instead of <extra_id_0>, <extra_id_1> and
             <extra_id_2>. Llama 3: `<|reserved_special_token_0|>` and so on. Llama 2 reserves none,
             but has byte tokens that text doesn't use: `<0x01>`, `<0x02>`, `<0x03>` (the control
-            characters U+0001 to U+0003 are then left out of contents).
+            characters U+0001 to U+0003 are then left out of contents). Mistral has either
+            `[control_8]` and so on (7B v0.3) or Llama 2's byte tokens (v0.1, v0.2).
 
     Raises:
         ValueError: for unknown keys, for one token used twice, for byte tokens that text needs.
@@ -178,6 +179,61 @@ class Llama3Template:
 def llama3_template() -> Llama3Template:
     """Llama 3's own chat format with the label in a turn of its own, usable as `_component_`."""
     return Llama3Template()
+
+
+@dataclass(frozen=True)
+class ChatMLTemplate:
+    r"""ChatML, the chat format of Qwen and SmolLM2. Build it with `chatml_template`.
+
+    Per turn <|im_start|>{role}\n{text}<|im_end|>\n, with the label as a turn of the role
+    `attributes` right before the assistant's turn. The line break after an answer belongs to the
+    next turn.
+    """
+
+    default_system: str = ""
+    control_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
+
+    def prompt(self, system: str, turns: Sequence[Turn], label: str | None) -> list[Segment]:
+        """Everything up to where the response begins."""
+        segments: list[Segment] = []
+        if system or self.default_system:
+            segments += self._turn("system", system or self.default_system)
+        for turn in turns:
+            segments += self._attributes(turn.label)
+            segments += self._turn(turn.role.lower(), turn.value)
+        return segments + self._attributes(label) + self._header(ASSISTANT.lower())
+
+    def response(self, text: str) -> list[Segment]:
+        """The response and <|im_end|>."""
+        return [Segment(text), self._end_of_turn]
+
+    def scored_response(self, text: str) -> list[Segment]:
+        """The response, <|im_end|> and the control token that begins the next turn."""
+        return [*self.response(text), Segment("\n"), self._header("attributes")[0]]
+
+    @property
+    def _end_of_turn(self) -> Segment:
+        return Segment(self.control_tokens[1], control=True)
+
+    def _attributes(self, label: str | None) -> list[Segment]:
+        return [] if label is None else self._turn("attributes", label)
+
+    def _turn(self, role: str, text: str) -> list[Segment]:
+        return [*self._header(role), Segment(text), self._end_of_turn, Segment("\n")]
+
+    def _header(self, role: str) -> list[Segment]:
+        return [Segment(self.control_tokens[0], control=True), Segment(f"{role}\n")]
+
+
+def chatml_template(default_system: str = "") -> ChatMLTemplate:
+    """ChatML with the label in a turn of its own, for Qwen and SmolLM2, usable as `_component_`.
+
+    Args:
+        default_system: the system text of conversations without one; none: they have no system
+            turn. Qwen2.5's own chat template writes "You are Qwen, created by Alibaba Cloud. You
+            are a helpful assistant."
+    """
+    return ChatMLTemplate(default_system)
 
 
 def segments_to_text(segments: Iterable[Segment]) -> str:
@@ -436,7 +492,8 @@ def _control_ids(tokenizer: Tokenizer, control_tokens: tuple[str, ...]) -> dict[
     ]
     if problems:
         raise ValueError(
-            f"{'; '.join(problems)}. Use the template that fits the tokenizer, or map the control"
-            " tokens to reserved ones of it: `control_tokens` of extra_id_template"
+            f"{'; '.join(problems)}. Use the template that fits the tokenizer (llama3_template, "
+            "chatml_template), or map the control tokens to reserved ones of it: `control_tokens` "
+            "of extra_id_template"
         )
     return known

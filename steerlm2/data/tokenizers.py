@@ -255,7 +255,8 @@ def spare_token_id(tokenizer: Tokenizer, used: Collection[int | None]) -> int:
     """
     names = [*_PAD_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(255, -1, -1))]
     taken = {*used, tokenizer.bos_id, tokenizer.eos_id}
-    for token_id in [tokenizer.pad_id, *map(tokenizer.token_id, names)]:
+    named = map(tokenizer.token_id, names)
+    for token_id in [tokenizer.pad_id, *named, *sorted(tokenizer.control_ids, reverse=True)]:
         if token_id is None or token_id in taken:
             continue
         if token_id not in tokenizer.encode(tokenizer.decode([token_id])):

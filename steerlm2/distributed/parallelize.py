@@ -30,7 +30,7 @@ from torchtune.modules import TransformerDecoder
 from steerlm2.config.keys import ActivationCheckpointing
 from steerlm2.distributed.world import World
 from steerlm2.models.attention import attend_blocks
-from steerlm2.models.llama import (
+from steerlm2.models.decoders import (
     divide_heads,
     end_at_hidden_states,
     tensor_parallel_plan,

@@ -48,7 +48,7 @@ from steerlm2.inference.engines import (
     forbidden_ids,
     request_seed,
 )
-from steerlm2.models.llama import end_at_hidden_states, unsupported_parts
+from steerlm2.models.decoders import end_at_hidden_states, unsupported_parts
 
 
 class Item(NamedTuple):

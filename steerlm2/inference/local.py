@@ -26,7 +26,8 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from steerlm2.data.records import LENGTH, STOP
 from steerlm2.inference.engines import Request, Sample, SamplingSettings
 from steerlm2.inference.sampling import choose_tokens
-from steerlm2.models.llama import end_at_hidden_states, output_weight
+from steerlm2.models.attention import HeadNormAttention
+from steerlm2.models.decoders import end_at_hidden_states, output_weight
 
 PROMPT, EMPTY = -1, -2
 """Owners of columns and slots besides the samples, which have numbers from 0."""
@@ -255,7 +256,6 @@ class CachedAttention(nn.Module):
 
     def __init__(self, attention: MultiHeadAttention) -> None:
         super().__init__()
-        assert attention.q_norm is None, "no Llama normalises its queries"
         self.attention = attention
         # The decoder reads these attributes of its layers; None means that it has no cache to fill.
         self.kv_cache, self.cache_enabled = None, False
@@ -281,6 +281,8 @@ class CachedAttention(nn.Module):
         q_PSHE = own.q_proj(x).view(P, S, own.num_heads, own.head_dim)
         k_PSKE = own.k_proj(x).view(P, S, own.num_kv_heads, own.head_dim)
         v_PKSE = own.v_proj(x).view(P, S, own.num_kv_heads, own.head_dim).transpose(1, 2)
+        if isinstance(own, HeadNormAttention):
+            q_PSHE, k_PSKE = own.q_norm(q_PSHE), own.k_norm(k_PSKE)
         q_PSHE = own.pos_embeddings(q_PSHE, input_pos=input_pos)
         k_PKSE = own.pos_embeddings(k_PSKE, input_pos=input_pos).transpose(1, 2)
         if mask is None:

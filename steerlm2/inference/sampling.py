@@ -18,7 +18,7 @@ from torchtune.modules import TransformerDecoder
 
 from steerlm2.data.packing import Group, pack
 from steerlm2.distributed.world import World
-from steerlm2.models.llama import output_weight
+from steerlm2.models.decoders import output_weight
 from steerlm2.training.forward import hidden_states
 
 

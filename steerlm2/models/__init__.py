@@ -1,4 +1,4 @@
-"""Llama decoders: torchtune's, and the one that a checkpoint's config.json describes.
+"""Decoders of the supported families: the one that a checkpoint's config.json describes, and more.
 
 `from_checkpoint` is for `_component_` in YAML files. It is imported on first use: what computes
 log-probs doesn't need torchtune.

@@ -1,7 +1,7 @@
 """Attention over packed sequences that skips the masked pairs.
 
-Dimension letters: B sequences of a batch, H heads, T tokens of a packed sequence, E size of a head,
-X blocks, Q queries of a block.
+Dimension letters: B sequences of a batch, H heads, K key/value heads, T tokens of a packed
+sequence, E size of a head, D hidden, X blocks, Q queries of a block.
 
 In a packed sequence [prompt | y_1 | ... | y_n] a response's token attends to the prompt and to its
 own response. A dense mask would compute all T^2 pairs and discard most of them. Two ways avoid it:
@@ -33,10 +33,14 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 from torch.nn.functional import scaled_dot_product_attention
+from torchtune.modules import MultiHeadAttention
 
 KERNEL_OPTIONS: FlexKernelOptions = {"FORCE_USE_FLEX_ATTENTION": True}
 """One kernel for all lengths: below 128 tokens FlexAttention would take another (flex_decoding),
 which has failed with dynamic shapes (pytorch/pytorch#133716)."""
+
+HEADS_DIM = 2
+"""The dimension of the heads where `HeadNormAttention` normalises them."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -76,6 +80,43 @@ def attend(
         return attend_blocks(q, k, v, mask)[0]
     mask = None if mask is None else mask[:, None]
     return scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+
+
+class HeadNormAttention(MultiHeadAttention):
+    """torchtune's attention with each head's queries and keys normalised before the rotation.
+
+    torchtune's own applies `q_norm` and `k_norm` after the rotation, which no family here does.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        mask: Tensor | BlockMask | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
+        """The attention layer's output, [B, T, D].
+
+        Args:
+            x: [B, T, D] hidden states.
+            y: the same; torchtune's decoder passes it.
+            mask: as of `attend`.
+            input_pos: [B, T] position ids.
+        """
+        B, T, _ = x.shape
+        q_BTHE = self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim))
+        k_BTKE = self.k_norm(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim))
+        v_BKTE = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q_BHTE = self.pos_embeddings(q_BTHE, input_pos=input_pos).transpose(1, 2)
+        k_BKTE = self.pos_embeddings(k_BTKE, input_pos=input_pos).transpose(1, 2)
+        copies = self.num_heads // self.num_kv_heads
+        k_BHTE, v_BHTE = (each.repeat_interleave(copies, dim=1) for each in (k_BKTE, v_BKTE))
+        causal = mask is None and self.is_causal
+        out_BHTE = self._attention_call(
+            q_BHTE, k_BHTE, v_BHTE, mask=mask, dropout_p=0.0, is_causal=causal
+        )
+        return self.output_proj(out_BHTE.transpose(1, 2).reshape(B, T, -1))
 
 
 def attention_blocks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,14 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
-from steerlm2.models.llama import hf_config
-from steerlm2.models.llama_config import LlamaConfig, llama_config
+from steerlm2.models.attention import HeadNormAttention
+from steerlm2.models.config_json import DecoderConfig, decoder_config, hf_config
 from steerlm2.models.nf4 import UNIT
 from steerlm2.models.rope import build_rope
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
+BIASED = ATTENTION_MODULES[:3]
+"""With `Family.qkv_bias`."""
 
 MakeLinear = Callable[[int, int], nn.Module]
 """Of the numbers of inputs and outputs."""
@@ -76,17 +79,24 @@ def from_checkpoint(
         alpha=16 if lora_alpha is None else lora_alpha,
         dropout=lora_dropout,
     )
-    frozen = partial(FrozenNF4Linear if quantize_base else nn.Linear, bias=False)
+    frozen = FrozenNF4Linear if quantize_base else nn.Linear
+    config = _config(checkpoint_dir, planned_as)
 
     def linear_of(name: str) -> MakeLinear:
         of_mlp = name not in ATTENTION_MODULES
-        adapt = apply_lora_to_mlp if of_mlp else name in lora_attn_modules
-        return partial(adapted, quantize_base=quantize_base) if adapt else frozen
+        bias = config.family.qkv_bias and name in BIASED
+        if apply_lora_to_mlp if of_mlp else name in lora_attn_modules:
+            return partial(adapted, quantize_base=quantize_base, use_bias=bias)
+        return partial(frozen, bias=bias)
 
-    config = _config(checkpoint_dir, planned_as)
     if quantize_base:
         _check_quantizable(config)
-    rope = build_rope(config.rope, config.head_dim, config.max_position_embeddings)
+    rope = build_rope(
+        config.rope,
+        config.head_dim,
+        config.max_position_embeddings,
+        halves=config.family.rotates_halves,
+    )
     norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
     layers = [
         TransformerSelfAttentionLayer(
@@ -117,12 +127,16 @@ def from_checkpoint(
 
 
 def _attention(
-    config: LlamaConfig, rope: nn.Module, linear_of: Callable[[str], MakeLinear]
+    config: DecoderConfig, rope: nn.Module, linear_of: Callable[[str], MakeLinear]
 ) -> MultiHeadAttention:
     hidden, head_dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    return MultiHeadAttention(
-        embed_dim=hidden,
+    attention, norms = MultiHeadAttention, dict[str, Any]()
+    if config.family.head_norms:
+        attention = HeadNormAttention
+        norms = {name: RMSNorm(head_dim, config.rms_norm_eps) for name in ("q_norm", "k_norm")}
+    return attention(
+        embed_dim=queries,  # torchtune only checks that it is a multiple of num_heads
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
@@ -132,10 +146,11 @@ def _attention(
         output_proj=linear_of("output_proj")(queries, hidden),
         pos_embeddings=rope,
         max_seq_len=config.max_position_embeddings,
+        **norms,
     )
 
 
-def _mlp(config: LlamaConfig, linear_of: Callable[[str], MakeLinear]) -> FeedForward:
+def _mlp(config: DecoderConfig, linear_of: Callable[[str], MakeLinear]) -> FeedForward:
     hidden, inner = config.hidden_size, config.intermediate_size
     return FeedForward(
         gate_proj=linear_of("w1")(hidden, inner),
@@ -144,7 +159,7 @@ def _mlp(config: LlamaConfig, linear_of: Callable[[str], MakeLinear]) -> FeedFor
     )
 
 
-def _check_quantizable(config: LlamaConfig) -> None:
+def _check_quantizable(config: DecoderConfig) -> None:
     """Check that torchao can keep every matrix of the layers in 4 bits.
 
     Raises:
@@ -164,7 +179,7 @@ def _check_quantizable(config: LlamaConfig) -> None:
         )
 
 
-def _config(checkpoint_dir: str, planned_as: str | None) -> LlamaConfig:
+def _config(checkpoint_dir: str, planned_as: str | None) -> DecoderConfig:
     if not checkpoint_dir:
         raise ValueError(
             "steerlm2.models.from_checkpoint needs a checkpoint: set checkpointer, or "
@@ -175,12 +190,12 @@ def _config(checkpoint_dir: str, planned_as: str | None) -> LlamaConfig:
     )
     if (folder / "config.json").is_file():
         file = folder / "config.json"
-        return llama_config(read_json(file), str(file.absolute()))
+        return decoder_config(read_json(file), str(file.absolute()))
     assert planned_as is not None
     module, _, name = planned_as.rpartition(".")
     with torch.device("meta"):
         planned = getattr(importlib.import_module(module), name)()
-    return llama_config(hf_config(planned), planned_as)
+    return decoder_config(hf_config(planned), planned_as)
 
 
 def _check_lora(

@@ -4,7 +4,7 @@ Dimension letters: D hidden, A attributes.
 
 It replaces the decoder's output layer and is applied at one token of a text (see
 `steerlm2.training.forward.attribute_scores`). In Hugging Face terms the model is a
-LlamaForSequenceClassification with the problem type "regression".
+LlamaForSequenceClassification (or the like of its family) with the problem type "regression".
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
-HF_ARCHITECTURE = "LlamaForSequenceClassification"
+from steerlm2.models.families import CLASSIFIERS, FAMILIES
+
 HF_HEAD = "score.weight"
 """The name of the head's weight [A, D] in a Hugging Face checkpoint; it has no bias."""
 
@@ -33,14 +34,15 @@ def add_reward_head(decoder: TransformerDecoder, num_attributes: int) -> None:
     decoder.output = RewardHead(decoder.tok_embeddings.embedding_dim, num_attributes)
 
 
-def classification_config(names: Sequence[str]) -> dict[str, Any]:
+def classification_config(names: Sequence[str], model_type: str = "llama") -> dict[str, Any]:
     """The keys of an attribute model's config.json that differ from its backbone's.
 
     Args:
         names: of the attributes, in the order of the scores.
+        model_type: of the backbone's config.json.
     """
     return {
-        "architectures": [HF_ARCHITECTURE],
+        "architectures": [FAMILIES[model_type].classifier],
         "problem_type": "regression",
         "num_labels": len(names),
         "id2label": {str(i): name for i, name in enumerate(names)},
@@ -49,12 +51,17 @@ def classification_config(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes an attribute model."""
+    return config.get("architectures") in [[name] for name in CLASSIFIERS]
+
+
 def attribute_names(config: Mapping[str, Any]) -> list[str] | None:
     """The attributes that a checkpoint's config.json names; None where it has no reward head.
 
     The list is empty where the labels have only generic names (LABEL_0, ...).
     """
-    if config.get("architectures") != [HF_ARCHITECTURE]:
+    if not is_classifier(config):
         return None
     labels = config.get("id2label")
     if not isinstance(labels, Mapping) or not all(str(i).isdecimal() for i in labels):

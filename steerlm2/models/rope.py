@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import RotaryPositionalEmbeddings
 
 from steerlm2.torchtune_private import Llama3ScaledRoPE
@@ -44,9 +45,19 @@ class LinearScaledRoPE(RotaryPositionalEmbeddings):
         self.build_rope_cache(self.max_seq_len)
 
 
-def build_rope(settings: Mapping[str, Any], head_dim: int, max_seq_len: int) -> nn.Module:
-    """The module of settings with a type of `NUMBERS_OF`, for so many positions."""
+def build_rope(
+    settings: Mapping[str, Any], head_dim: int, max_seq_len: int, *, halves: bool = False
+) -> nn.Module:
+    """The module of settings with a type of `NUMBERS_OF`, for so many positions.
+
+    Args:
+        halves: the first halves of all pairs stand before the second halves, not pair by pair; only
+            for the type "default".
+    """
     base = settings["rope_theta"]
+    if halves:
+        assert settings["rope_type"] == "default", "no other is supported by `families`"
+        return Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, base)
     if settings["rope_type"] == "default":
         return RotaryPositionalEmbeddings(head_dim, max_seq_len, base)
     if settings["rope_type"] == "linear":
@@ -56,7 +67,7 @@ def build_rope(settings: Mapping[str, Any], head_dim: int, max_seq_len: int) -> 
 
 def rope_settings(rope: Any) -> dict[str, Any]:
     """A module's settings; of an unknown module only its class, as `rope_type`."""
-    if type(rope) is RotaryPositionalEmbeddings:
+    if type(rope) is RotaryPositionalEmbeddings or rotates_halves(rope):
         return {"rope_type": "default", "rope_theta": float(rope.base)}
     if type(rope) is LinearScaledRoPE:
         numbers = {"factor": float(rope.scale_factor)}
@@ -71,6 +82,11 @@ def rope_settings(rope: Any) -> dict[str, Any]:
             "original_max_position_embeddings": rope.old_context_len,
         }
     return {"rope_type": type(rope).__name__}
+
+
+def rotates_halves(rope: Any) -> bool:
+    """Whether a module takes the first halves of all pairs before the second halves."""
+    return type(rope) is Qwen2RotaryPositionalEmbeddings
 
 
 def inverse_frequencies(rope: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from torchtune.modules.peft import get_adapter_params
 
 from steerlm2.config.loader import takes
-from steerlm2.models.llama import tensor_parallel_problems
+from steerlm2.models.decoders import tensor_parallel_problems
 from steerlm2.planning.jobs import Job
 
 SMALLEST_BUDGET = 1024

@@ -33,7 +33,7 @@ from steerlm2.data.packing import (
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import World
 from steerlm2.losses import bradley_terry_sum, squared_error_sum
-from steerlm2.models.llama import pair_cost
+from steerlm2.models.decoders import pair_cost
 from steerlm2.training.forward import attribute_scores, response_logps, target_logps
 from steerlm2.training.step_plan import microbatches_by_rank, plan_step, slices
 
@@ -144,7 +144,7 @@ class Job(abc.ABC, Generic[RecordT]):
 
     @functools.cached_property
     def pair_cost(self) -> float:
-        """`models.llama.pair_cost` of the model."""
+        """`models.decoders.pair_cost` of the model."""
         return pair_cost(self.build())
 
     def build(self) -> TransformerDecoder:

@@ -29,7 +29,7 @@ from steerlm2.data.packing import (
 )
 from steerlm2.distributed.world import World
 from steerlm2.models.attention import flex_mask
-from steerlm2.models.llama import gather_sequence, output_weight
+from steerlm2.models.decoders import gather_sequence, output_weight
 from steerlm2.models.logprobs import sum_by_response, token_logps
 from steerlm2.training.step_plan import microbatches_by_rank
 

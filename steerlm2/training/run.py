@@ -53,7 +53,8 @@ from steerlm2.data.digest import ORDER, PARTS, data_digests, template_digest
 from steerlm2.data.packing import Dialogue, Group, RewardGroup
 from steerlm2.distributed.parallelize import DTYPES, check_finite
 from steerlm2.facts import ModelFacts
-from steerlm2.models.llama import computation, pair_cost
+from steerlm2.models.config_json import computation
+from steerlm2.models.decoders import pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.lock import RunLock
 from steerlm2.runs.logs import Progress, open_rank_log
@@ -116,7 +117,8 @@ class TrainingRun:
     Attributes:
         world: this process's place among all.
         total_steps: optimizer steps of the whole run, after `plan`.
-        pair_cost: what a pair of tokens costs, in tokens (`models.llama.pair_cost`), after `begin`.
+        pair_cost: what a pair of tokens costs, in tokens (`models.decoders.pair_cost`), after
+            `begin`.
         first_step: steps that an earlier start has done, after `begin`.
         stopped: whether SIGTERM ended the run, before the last step or at it.
         best: `step` and `val_loss` of the best validation so far; None: none yet.

@@ -58,7 +58,7 @@ def plan_step(
     Args:
         micro_batch_size: responses of a two-pass group in one backward.
         forward_micro_batch_size: responses of a two-pass group in one forward without a graph.
-        pair_cost: what a pair of `num_pairs` costs in tokens (`models.llama.pair_cost`).
+        pair_cost: what a pair of `num_pairs` costs in tokens (`models.decoders.pair_cost`).
     """
     costs = costs_of(groups, pair_cost)
     assigned = assign_to_ranks(costs, num_ranks)

@@ -42,7 +42,7 @@ from steerlm2.training.batches import batch_of_step, steps_per_epoch
 from steerlm2.training.step_plan import costs_of, plan_step
 
 PAIR_COST = 2 * 32 * 4096 / 6.98e9
-"""`models.llama.pair_cost` of Llama 3.1 8B: 32 layers with 6.98e9 weights, 32 heads of 128."""
+"""`models.decoders.pair_cost` of Llama 3.1 8B: 32 layers with 6.98e9 weights, 32 heads of 128."""
 
 
 def helpsteer2_like(count: int) -> list[Group]:

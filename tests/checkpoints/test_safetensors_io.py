@@ -24,7 +24,8 @@ from steerlm2.checkpoints.weights import load_weights, open_reward_checkpointer
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
-from steerlm2.models.llama import head_shape, hf_config
+from steerlm2.models.config_json import hf_config
+from steerlm2.models.decoders import head_shape
 from steerlm2.models.reward_head import add_reward_head
 
 CPU = World(torch.device("cpu"))

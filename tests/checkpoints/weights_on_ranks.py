@@ -34,7 +34,7 @@ from steerlm2.checkpoints.hf_names import to_hf
 from steerlm2.checkpoints.weights import load_weights, save_weights
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
-from steerlm2.models.llama import head_shape
+from steerlm2.models.decoders import head_shape
 from steerlm2.models.reward_head import add_reward_head
 
 LAYOUTS: dict[str, dict[str, int]] = {

@@ -19,6 +19,7 @@ from steerlm2.data.templates import (
     EXTRA_ID_TOKENS,
     Segment,
     Template,
+    chatml_template,
     encode_dialogue,
     encode_for_scoring,
     encode_prompt,
@@ -65,13 +66,22 @@ def _llama2_tokenizer() -> HFTokenizer:
     return HFTokenizer(raw.to_str(), {})
 
 
+def _chatml_tokenizer() -> HFTokenizer:
+    raw = train_byte_level_bpe(["assistant user system attributes quality:4 why"] * 3, 300, [])
+    raw.add_special_tokens(["<|endoftext|>", *chatml_template().control_tokens])
+    return HFTokenizer(raw.to_str(), {})
+
+
 LLAMA3 = _llama3_tokenizer()
+CHATML = _chatml_tokenizer()
 LLAMA2 = _llama2_tokenizer()
 PAIRS: dict[str, tuple[Template, HFTokenizer]] = {
     "extra_id, tiny": (extra_id_template(), TINY),
     "extra_id, Llama 3": (extra_id_template(LLAMA3_TOKENS), LLAMA3),
     "extra_id, Llama 2": (extra_id_template(LLAMA2_TOKENS), LLAMA2),
     "llama3": (llama3_template(), LLAMA3),
+    "chatml": (chatml_template(), CHATML),
+    "chatml with a system text": (chatml_template("Be good."), CHATML),
 }
 
 
@@ -135,6 +145,31 @@ def test_llama3_leaves_out_what_is_not_given() -> None:
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
+
+
+def test_chatml_text() -> None:
+    assert segments_to_text(chatml_template().prompt("S", TURNS, "quality:4")) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n"
+        "<|im_start|>attributes\nhumor:1<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>attributes\nquality:4<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert segments_to_text(chatml_template().response("So.")) == "So.<|im_end|>"
+    assert segments_to_text(chatml_template().scored_response("So.")) == (
+        "So.<|im_end|>\n<|im_start|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("default", "system", "written"),
+    [("", "", ""), ("", "S", "S"), ("D", "", "D"), ("D", "S", "S")],
+)
+def test_chatml_writes_its_system_text_where_there_is_none(
+    default: str, system: str, written: str
+) -> None:
+    prompt = segments_to_text(chatml_template(default).prompt(system, TURNS[:1], None))
+    turn = f"<|im_start|>system\n{written}<|im_end|>\n" if written else ""
+    assert prompt == (f"{turn}<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("pair", PAIRS)

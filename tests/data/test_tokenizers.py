@@ -435,6 +435,14 @@ def test_llama3_is_padded_with_a_token_that_it_reserves() -> None:
     assert spare_token_id(tokenizer, used) == tokenizer.token_id(reserved[250])
 
 
+def test_any_control_token_will_do_where_none_has_a_name_for_it() -> None:
+    """As of Qwen2.5's base models, whose pad token ends texts, and of SmolLM2-Instruct's."""
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>")
+    tokenizer = with_tokens(*names, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    used = [tokenizer.token_id(token) for token in ("<|im_start|>", "<|im_end|>")]
+    assert spare_token_id(tokenizer, used) == tokenizer.token_id("<file_sep>")
+
+
 @pytest.mark.parametrize("special", [(), ("<pad>",)])
 def test_a_tokenizer_without_a_spare_token_is_refused(special: tuple[str, ...]) -> None:
     """One has nothing but text, and id 0 is "!"; the other's only token is used already."""

@@ -17,7 +17,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.models.llama3_2 import llama3_2
-from torchtune.modules import TransformerDecoder
+from torchtune.models.qwen2 import qwen2
+from torchtune.modules import RMSNorm, TransformerDecoder
 
 from steerlm2.inference.engines import Request, Sample, SamplingSettings, request_seed
 from steerlm2.inference.local import (
@@ -26,6 +27,7 @@ from steerlm2.inference.local import (
     LocalEngine,
     SharedPromptDecoder,
 )
+from steerlm2.models.attention import HeadNormAttention
 
 VOCABULARY = 48
 STOP = 5
@@ -85,7 +87,23 @@ def uncached_logits(decoder: TransformerDecoder, text: list[int]) -> Tensor:
     return decoder(torch.tensor([text]))[0, -1]
 
 
-@pytest.mark.parametrize("compacting", [False, True])
+def with_head_norms(**sizes: Any) -> TransformerDecoder:
+    """A Qwen3: queries and keys are normalised."""
+    decoder = qwen2(**sizes)
+    for layer in decoder.layers:
+        layer.attn.__class__ = HeadNormAttention
+        for name in ("q", "k"):
+            norm = RMSNorm(layer.attn.head_dim)
+            torch.nn.init.uniform_(norm.scale, 0.5, 1.5)
+            setattr(layer.attn, f"{name}_norm", norm)
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("decoder", "compacting"),
+    [(build(), False), (build(), True), (build(with_head_norms), True)],
+    ids=["kept", "compacting", "Qwen3"],
+)
 @torch.no_grad()
 def test_cached_logits_are_those_of_an_uncached_forward(
     decoder: TransformerDecoder, compacting: bool

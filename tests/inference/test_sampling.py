@@ -16,7 +16,7 @@ from torchtune.modules import TransformerDecoder
 
 from steerlm2.distributed.world import World
 from steerlm2.inference.sampling import choose_tokens, sample_tokens
-from steerlm2.models.llama import end_at_hidden_states
+from steerlm2.models.decoders import end_at_hidden_states
 
 CPU = World(torch.device("cpu"))
 DRAWS = 20_000

@@ -18,7 +18,7 @@ from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.inference import validation_answers
 from steerlm2.inference.validation_answers import Question, ValidationAnswers, questions_of
-from steerlm2.models.llama import end_at_hidden_states
+from steerlm2.models.decoders import end_at_hidden_states
 from steerlm2.runs.metrics import JsonLines
 
 TEMPLATE, TOKENIZER = extra_id_template(), tiny_tokenizer()

@@ -12,18 +12,28 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torchtune.models.llama3 import lora_llama3
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import get_adapter_params
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.modules.tied_linear import TiedLinear
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from steerlm2.attributes import AttributeSchema
+from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.checkpoints.decoder import build_decoder
-from steerlm2.checkpoints.weights import load_weights, open_checkpointer, save_weights
+from steerlm2.checkpoints.weights import (
+    load_weights,
+    open_checkpointer,
+    open_reward_checkpointer,
+    save_weights,
+)
+from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
-from steerlm2.models import from_checkpoint
+from steerlm2.models import from_checkpoint, hf_builder
+from steerlm2.models.nf4 import is_nf4
 
 CPU = World(torch.device("cpu"))
 TINY: dict[str, Any] = {
@@ -54,6 +64,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"rope_scaling": SCALING | {"factor": 32.0}},
     "linear": {"rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "wide heads": GROUPED | {"rope_theta": 10_000.0, "head_dim": 32},
+    "mistral": GROUPED | {"model_type": "mistral", "rope_theta": 10_000.0, "sliding_window": None},
+    "mistral with a wide window": GROUPED
+    | {"model_type": "mistral", "rope_theta": 1_000.0, "sliding_window": 256, "head_dim": 32},
+    "qwen2": GROUPED
+    | {"model_type": "qwen2", "rope_theta": 1_000_000.0, "sliding_window": 64}
+    | {"use_sliding_window": False, "max_window_layers": 1},
+    "qwen2 tied": GROUPED
+    | {"model_type": "qwen2", "rope_theta": 10_000.0, "tie_word_embeddings": True},
+    "qwen3": GROUPED | {"model_type": "qwen3", "rope_theta": 1_000_000.0, "head_dim": 32},
+    "qwen3 tied, of an odd size": GROUPED
+    | {"model_type": "qwen3", "rope_theta": 10_000.0, "head_dim": 32, "hidden_size": 66}
+    | {"tie_word_embeddings": True},
     "other factors": GROUPED
     | {"rope_theta": 1_000.0}
     | {"rope_scaling": SCALING | {"low_freq_factor": 2.0, "high_freq_factor": 8.0}},
@@ -73,9 +95,9 @@ def spelled(config: dict[str, Any], version: int) -> dict[str, Any]:
 
 def make_folder(folder: Path, family: str, version: int = 5) -> Path:
     """A folder that transformers wrote, with config.json in the spelling of a version."""
-    values = TINY | FAMILIES[family]
+    values = {"model_type": "llama"} | TINY | FAMILIES[family]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**json.loads(json.dumps(values))))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(json.dumps(values))))
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -128,6 +150,27 @@ def test_a_decoder_of_config_json_computes_what_transformers_computes(
     options: dict[str, Any] = {"epoch": 1, "dtype": torch.float32, "output_dir": tmp_path}
     export = save_weights(decoder, checkpointer, CPU, **options)
     torch.testing.assert_close(logps(decoder), transformers_logps(export), rtol=0, atol=1e-4)
+    for key in ("model_type", "architectures"):
+        kept = [json.loads((each / "config.json").read_text())[key] for each in (folder, export)]
+        assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_fresh_weights_of_a_config_are_exported_as_what_they_are(
+    family: str, tmp_path: Path
+) -> None:
+    """Biases start at 0 and norms at 1, as in transformers."""
+    folder = make_folder(tmp_path / "base", family)
+    decoder = from_checkpoint(str(folder))
+    checkpointer = ScratchCheckpointer(decoder, tiny_tokenizer(), seed=1, output_dir=str(tmp_path))
+    state = checkpointer.load_checkpoint()
+    small = {name: weight for name, weight in state["model"].items() if weight.dim() == 1}
+    assert all((weight == float(name.endswith("scale"))).all() for name, weight in small.items())
+    decoder.load_state_dict(state["model"])
+    checkpointer.save_checkpoint(state, epoch=1)
+    torch.testing.assert_close(
+        logps(decoder.eval()), transformers_logps(tmp_path / "epoch_1"), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama3_1", "llama3_2"])
@@ -186,6 +229,95 @@ def test_an_adapted_model_starts_as_its_checkpoint(tmp_path: Path) -> None:
     decoder, _ = loaded(folder, tmp_path, **LORA)
     assert isinstance(decoder.output, TiedLinear)
     torch.testing.assert_close(logps(decoder), transformers_logps(folder), rtol=0, atol=1e-4)
+
+
+ALL_LORA = LORA | {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"]}
+NAMES_IN_PEFT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_adapters_of_every_family_are_merged_and_saved_for_peft(
+    family: str, tmp_path: Path
+) -> None:
+    """transformers computes from the merged folder what the adapted decoder does; and PEFT's way,
+    W + alpha / rank B A, makes that folder of the base and the adapter's files."""
+    folder = make_folder(tmp_path / "base", family)
+    decoder, checkpointer = loaded(folder, tmp_path, **ALL_LORA)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in get_adapter_params(decoder).values():
+            torch.nn.init.normal_(parameter, std=0.2)
+    options: dict[str, Any] = {"epoch": 1, "dtype": torch.float32, "output_dir": tmp_path}
+    export = save_weights(decoder, checkpointer, CPU, **options)
+    torch.testing.assert_close(logps(decoder), transformers_logps(export), rtol=0, atol=1e-4)
+    base, merged = (load_file(each / "model.safetensors") for each in (folder, export))
+    adapter = load_file(export / "adapter" / "adapter_model.safetensors")
+    for name in (name for name in base if name.split(".")[-2] in NAMES_IN_PEFT):
+        if name.endswith(".bias"):
+            assert merged[name].equal(base[name])
+            continue
+        of_peft = f"base_model.model.{name.removesuffix('.weight')}"
+        b, a = (adapter.pop(f"{of_peft}.lora_{which}.weight") for which in "BA")
+        torch.testing.assert_close(merged[name], base[name] + 8 / 4 * b @ a, rtol=0, atol=1e-5)
+    assert not adapter
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qlora_keeps_biases_and_norms_as_they_are(family: str) -> None:
+    """In 4 bits are the matrices of the layers alone; the biases are frozen with them."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    values = {"model_type": family} | TINY | FAMILIES[family] | sizes
+    planned = hf_builder.decoder_config(values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_builder, "_config", lambda *_: planned)
+        decoder = from_checkpoint("", **LORA, quantize_base=True)
+    set_trainable_params(decoder, get_adapter_params(decoder))
+    layer = {n: p for n, p in decoder.layers[0].named_parameters() if "lora_" not in n}
+    assert not any(p.requires_grad for p in layer.values())
+    assert {n for n, p in layer.items() if not is_nf4(p)} == {
+        n for n in layer if n.endswith((".bias", ".scale"))
+    }
+    assert decoder(TOKENS_T[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_an_attribute_model_of_every_family_is_transformers(family: str, tmp_path: Path) -> None:
+    """The scores of the exported folder at the last token."""
+    folder = make_folder(tmp_path / "base", family)
+    component = {
+        "_component_": "steerlm2.checkpoints.HFCheckpointer",
+        "checkpoint_dir": str(folder),
+    }
+    model = {"_component_": "steerlm2.models.from_checkpoint"}
+    schema = AttributeSchema(("wit", "kindness", "length"))
+    decoder = build_decoder(
+        model, torch.float32, checkpointer=component, num_attributes=len(schema.names)
+    )
+    checkpointer = open_reward_checkpointer(
+        component,
+        decoder,
+        tiny_tokenizer(),
+        extra_id_template(),
+        schema,
+        seed=0,
+        output_dir=str(tmp_path),
+        load_head=False,
+    )
+    load_weights(decoder, checkpointer, CPU, seed=0, fresh_head=True)
+    options: dict[str, Any] = {"epoch": 1, "dtype": torch.float32, "output_dir": tmp_path}
+    export = save_weights(decoder, checkpointer, CPU, **options)
+    theirs, report = AutoModelForSequenceClassification.from_pretrained(
+        export, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert type(theirs).__name__.lower() == f"{family}forsequenceclassification"
+    assert theirs.config.id2label == dict(enumerate(schema.names))
+    text = TOKENS_T[theirs.config.pad_token_id != TOKENS_T][None]
+    torch.testing.assert_close(
+        decoder.eval()(text)[0, -1], theirs.eval()(text).logits[0], rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.distributed.world import close_world, init_world
-from steerlm2.models.llama import output_weight, tensor_parallel_plan, unsupported_parts
+from steerlm2.models.decoders import output_weight, tensor_parallel_plan, unsupported_parts
 from steerlm2.models.reward_head import (
-    HF_ARCHITECTURE,
     RewardHead,
     add_reward_head,
     attribute_names,
@@ -72,7 +71,7 @@ def test_the_head_replaces_an_adapted_output_layer() -> None:
 
 def test_config_names_the_attributes_in_order() -> None:
     assert classification_config(("wit", "kindness")) == {
-        "architectures": [HF_ARCHITECTURE],
+        "architectures": ["LlamaForSequenceClassification"],
         "problem_type": "regression",
         "num_labels": 2,
         "id2label": {"0": "wit", "1": "kindness"},
@@ -133,7 +132,7 @@ def test_a_frozen_head_stays_frozen_when_it_is_laid_out() -> None:
 )
 def test_labels_without_names_of_their_own_are_unknown(labels: Any) -> None:
     """What transformers writes by default, or leaves out: not the same as no head (None)."""
-    config = {"architectures": [HF_ARCHITECTURE]}
+    config = {"architectures": ["LlamaForSequenceClassification"]}
     if labels != "missing":
         config["id2label"] = labels
     assert attribute_names(config) == []

@@ -19,7 +19,7 @@ from torchtune.modules import TransformerDecoder
 from steerlm2._tune import RECIPES, SINGLE_PROCESS_RECIPES
 from steerlm2.config.keys import DistributedKeys, ModelKeys
 from steerlm2.config.loader import instantiate, load_config
-from steerlm2.models.llama import tensor_parallel_problems, unsupported_parts
+from steerlm2.models.decoders import tensor_parallel_problems, unsupported_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
@@ -44,6 +44,8 @@ WITH_MODEL = [
     name for name in CONFIGS if "model" in OmegaConf.load(ROOT / "recipe_configs" / f"{name}.yaml")
 ]
 DISTRIBUTED = [name for name in WITH_MODEL if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES]
+
+EXTRA_ID = "extra_id_template"
 
 each_config = pytest.mark.parametrize("name", CONFIGS)
 each_model = pytest.mark.parametrize("name", WITH_MODEL)
@@ -148,10 +150,14 @@ def test_model_can_be_split_to_its_tensor_parallel_degree(name: str) -> None:
     assert list(tensor_parallel_problems(model_of(name), tensor_parallel_dim)) == []
 
 
-@pytest.mark.parametrize("billions", [8, 13, 70])
-def test_models_have_the_size_of_their_name(billions: int) -> None:
-    """8.03e9 (Llama 3.1 8B), 69.0e9 (Llama 2 70B) and 70.6e9: without adapters, within 2%."""
-    names = [name for name in WITH_MODEL if f"/{billions}B_" in name]
+@pytest.mark.parametrize(
+    ("size", "billions"),
+    [("1B", 1.24), ("3B", 3.21), ("7B", 7.62), ("8B", 8), ("13B", 13), ("70B", 70)],
+)
+def test_models_have_the_size_of_their_name(size: str, billions: float) -> None:
+    """1.24e9 (Llama 3.2 1B), 3.21e9 (3B), 7.62e9 (Qwen2.5 7B), 8.03e9 (Llama 3.1 8B), 69.0e9 (Llama
+    2 70B) and 70.6e9: without adapters, within 2%."""
+    names = [name for name in WITH_MODEL if f"/{size}_" in name]
     assert names
     for name in names:
         base = (p for n, p in model_of(name).named_parameters() if "lora_" not in n)
@@ -205,6 +211,10 @@ def test_a_key_means_the_same_in_all_recipes_that_run_models() -> None:
         ("llama3/70B_sft_multinode", "llama3/70B_acsft_multinode"),
         ("llama3/70B_reward_multinode", "llama3/70B_acsft_multinode"),
         ("llama3_1/8B_acsft", "llama3_1/8B_steerlm2"),
+        ("llama3_1/8B_acsft_lora", "llama3_1/8B_steerlm2_lora"),
+        ("llama3_2/1B_acsft", "llama3_2/1B_steerlm2"),
+        ("llama3_2/3B_acsft", "llama3_2/3B_steerlm2"),
+        ("qwen2_5/7B_acsft", "qwen2_5/7B_steerlm2"),
     ],
 )
 def test_models_of_one_pipeline_have_one_template(first: str, second: str) -> None:
@@ -212,6 +222,15 @@ def test_models_of_one_pipeline_have_one_template(first: str, second: str) -> No
     one, other = loaded(first), loaded(second)
     assert (one.model, one.template) == (other.model, other.template)
     assert one.tokenizer["_component_"] == other.tokenizer["_component_"]
+
+
+def test_every_family_has_its_template() -> None:
+    """Llama 3's own headers for all that have them, ChatML for Qwen, the published format else."""
+    wanted = {"llama3": "llama3_template", "qwen": "chatml_template"}
+    for name in WITH_MODEL:
+        template = loaded(name).template["_component_"]
+        expected = next((t for key, t in wanted.items() if name.startswith(key)), EXTRA_ID)
+        assert template == f"steerlm2.data.{expected}", name
 
 
 @pytest.mark.parametrize(

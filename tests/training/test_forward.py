@@ -35,7 +35,7 @@ from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.losses import SteerLM2Loss, squared_error_sum
-from steerlm2.models.llama import end_at_hidden_states
+from steerlm2.models.decoders import end_at_hidden_states
 from steerlm2.models.reward_head import add_reward_head, classification_config
 from steerlm2.training.forward import (
     attribute_scores,

@@ -1,17 +1,16 @@
-"""Functions on torchtune's Llama decoders that training needs; the decoders' code stays unchanged.
+"""Functions on torchtune's decoders that training needs; the decoders' code stays unchanged.
 
 Dimension letters: T tokens, D hidden, V vocabulary.
 
 They make a decoder's forward end at the final norm (the output matrix is applied in chunks by
-`steerlm2.models.logprobs`), give the tensor-parallel layout of each module, and derive a decoder's
-Hugging Face config.
+`steerlm2.models.logprobs`), and give the tensor-parallel layout of each module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,14 +29,13 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     SequenceParallel,
 )
-from torchtune.modules import RMSNorm, TransformerDecoder
+from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
-from steerlm2.models.attention import attend
-from steerlm2.models.nf4 import has_quantized
+from steerlm2.models.attention import HEADS_DIM, attend
 from steerlm2.models.reward_head import RewardHead
-from steerlm2.models.rope import rope_settings
+from steerlm2.models.rope import rotates_halves
 
 PACKED_LENGTH_LIMIT = 1 << 30
 """Tokens of a packed sequence. It can be longer than the model's context, because its position ids
@@ -102,6 +100,10 @@ def tensor_parallel_plan(decoder: TransformerDecoder) -> dict[str, ParallelStyle
         plan[f"{prefix}.mlp"] = PrepareModuleInput(
             input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
         )
+        if layer.attn.q_norm is not None:
+            # Each rank has its heads' part of the gradient of a norm that all heads share.
+            heads = SequenceParallel(sequence_dim=HEADS_DIM, use_local_output=True)
+            plan |= {f"{prefix}.attn.q_norm": heads, f"{prefix}.attn.k_norm": heads}
         for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.w1", "mlp.w3"):
             lora = isinstance(layer.get_submodule(name), LoRALinear)
             columns = LoRAParallel(Shard(0), Shard(-1)) if lora else ColwiseParallel()
@@ -179,7 +181,7 @@ class Replicated(ParallelStyle):
 class LoRAParallel(ParallelStyle):
     """A tensor-parallel `LoRALinear`: y = W x + (alpha / rank) B A x.
 
-    Column-parallel: W and B hold rows (this rank's outputs), A is on every rank.
+    Column-parallel: W, its bias and B hold rows (this rank's outputs), A is on every rank.
     Row-parallel: W and A hold columns (this rank's inputs), B is on every rank.
 
     Args:
@@ -192,6 +194,7 @@ class LoRAParallel(ParallelStyle):
         columns = weight.dim == 0
         self.layouts: dict[str, Placement] = {
             "weight": weight,
+            "bias": Shard(0) if columns else Replicate(),
             "lora_a.weight": Replicate() if columns else Shard(1),
             "lora_b.weight": Shard(0) if columns else Replicate(),
         }
@@ -199,9 +202,9 @@ class LoRAParallel(ParallelStyle):
         self.output_layout = output_layout
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, layout in self.layouts.items():
+        for name, parameter in list(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
-            parameter = module.get_parameter(name)
+            layout = self.layouts[name]
             sharded = distribute_tensor(parameter, device_mesh, [layout])
             module.get_submodule(owner).register_parameter(
                 leaf, nn.Parameter(sharded, requires_grad=parameter.requires_grad)
@@ -221,37 +224,29 @@ class LoRAParallel(ParallelStyle):
         return module
 
 
-def head_shape(decoder: TransformerDecoder) -> dict[str, int]:
-    """The arguments of torchtune's weight conversion, for the whole model, on every rank."""
-    return {
-        "num_heads": decoder.num_heads,
-        "num_kv_heads": decoder.layers[0].attn.k_proj.weight.shape[0] // decoder.head_dim,
-        "dim": decoder.tok_embeddings.embedding_dim,
-        "head_dim": decoder.head_dim,
-    }
+@dataclass(frozen=True)
+class HeadShape:
+    """The attention heads of a whole model, and the order of the rows that make them.
 
-
-def computation(decoder: TransformerDecoder) -> dict[str, Any]:
-    """What a decoder computes with its weights, by the keys of config.json and of `model`.
-
-    Two decoders of one computation and the same weights give the same outputs, to rounding.
-
-    Raises:
-        ValueError: where no Llama computes that.
+    Args:
+        rotates_halves: as of `families.Family`.
     """
-    adapted = {name: m for name, m in decoder.named_modules() if isinstance(m, LoRALinear)}
-    any_adapted = next(iter(adapted.values()), None)
-    config = hf_config(decoder)
-    for says_nothing in ("architectures", "model_type", "torch_dtype", "max_position_embeddings"):
-        del config[says_nothing]
-    return {
-        "rope_scaling": None,
-        **config,
-        "lora_modules": sorted({name.rpartition(".")[2] for name in adapted}),
-        "lora_rank": any_adapted and any_adapted.rank,
-        "lora_alpha": any_adapted and any_adapted.alpha,
-        "quantize_base": has_quantized(decoder),
-    }
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotates_halves: bool
+
+
+def head_shape(decoder: TransformerDecoder) -> HeadShape:
+    """That of the whole model, on every rank."""
+    attention = decoder.layers[0].attn
+    return HeadShape(
+        decoder.num_heads,
+        attention.k_proj.weight.shape[0] // decoder.head_dim,
+        decoder.head_dim,
+        rotates_halves=rotates_halves(attention.pos_embeddings),
+    )
 
 
 def context_length(decoder: TransformerDecoder) -> int:
@@ -268,64 +263,3 @@ def pair_cost(decoder: TransformerDecoder) -> float:
     """
     weights = sum(parameter.numel() for parameter in decoder.layers.parameters())
     return 2 * len(decoder.layers) * decoder.num_heads * decoder.head_dim / weights
-
-
-def unlike_llama(decoder: TransformerDecoder) -> Iterator[str]:
-    """Parts of a decoder that no Llama has, so that no config.json of a Llama describes it."""
-    norms = [decoder.norm]
-    for layer in decoder.layers:
-        norms += [layer.sa_norm, layer.mlp_norm]
-    if not all(isinstance(norm, RMSNorm) and norm.eps == decoder.norm.eps for norm in norms):
-        kinds = sorted({f"{type(norm).__name__}({getattr(norm, 'eps', '')})" for norm in norms})
-        yield f"norms {', '.join(kinds)}: a Llama's are all RMSNorm with one rms_norm_eps"
-    activations = {type(layer.mlp.activation).__name__ for layer in decoder.layers}
-    if activations != {"SiLU"}:
-        yield f"hidden_act {', '.join(sorted(activations))}: a Llama's is silu"
-    for part in ("attn", "mlp"):
-        if any(name.endswith(".bias") and f".{part}." in name for name in _names(decoder)):
-            key = {"attn": "attention_bias", "mlp": "mlp_bias"}[part]
-            yield f"{key} true: a Llama's is false"
-    if any(layer.attn.q_norm is not None for layer in decoder.layers):
-        yield "norms of queries and keys: a Llama has none"
-    rope = rope_settings(decoder.layers[0].attn.pos_embeddings)
-    if "rope_theta" not in rope:
-        yield f"rotary positions of the class {rope['rope_type']}: a Llama has others"
-
-
-def _names(decoder: TransformerDecoder) -> list[str]:
-    return [name for name, _ in decoder.named_parameters()]
-
-
-def hf_config(decoder: TransformerDecoder, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of a Hugging Face Llama that computes what this decoder computes.
-
-    Token ids come from the tokenizer.
-
-    Raises:
-        ValueError: where no Llama computes that.
-    """
-    if parts := list(unlike_llama(decoder)):
-        raise ValueError("only Llamas can be exported; `model` has " + "; ".join(parts))
-    rope = rope_settings(decoder.layers[0].attn.pos_embeddings)
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": decoder.tok_embeddings.num_embeddings,
-        "hidden_size": decoder.tok_embeddings.embedding_dim,
-        "intermediate_size": decoder.layers[0].mlp.w1.weight.shape[0],
-        "num_hidden_layers": len(decoder.layers),
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": head_shape(decoder)["num_kv_heads"],
-        "head_dim": decoder.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": context_length(decoder),
-        "rms_norm_eps": decoder.norm.eps,
-        "rope_theta": rope.pop("rope_theta"),
-        "tie_word_embeddings": isinstance(decoder.output, TiedLinear),
-        "torch_dtype": dtype,
-    }
-    if rope["rope_type"] != "default":
-        config["rope_scaling"] = rope
-    return config

@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.models.llama3_1 import llama3_1
 from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,13 +31,13 @@ from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.data.packing import Group, pack
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
-from steerlm2.models.llama import (
+from steerlm2.models.config_json import hf_config
+from steerlm2.models.decoders import (
     PACKED_LENGTH_LIMIT,
     EmbeddingParallel,
     LoRAParallel,
     divide_heads,
     end_at_hidden_states,
-    hf_config,
     output_weight,
     pair_cost,
     tensor_parallel_plan,
@@ -62,8 +63,8 @@ LORA: dict[str, Any] = {
     "lora_rank": 4,
     "lora_alpha": 8,
 }
-# Llama 3: plain RoPE. 3.1: scaled RoPE. 3.2: scaled by 32, and tied embeddings.
-BUILDERS = {"llama3": llama3, "llama3_1": llama3_1, "llama3_2": llama3_2}
+# Llama 3: plain RoPE. 3.1: scaled RoPE. 3.2: scaled by 32, and tied embeddings. Qwen2: biases.
+BUILDERS = {"llama3": llama3, "llama3_1": llama3_1, "llama3_2": llama3_2, "qwen2": qwen2}
 
 PROMPT_LENGTH, RESPONSE_LENGTHS = 700, (100, 1, 37)
 """So long that the scaling of RoPE, which turns the slow dimensions slower, is seen."""
@@ -168,11 +169,13 @@ def test_log_probs_would_show_a_missing_rope_scaling(
 
 def test_torchtune_loads_identical_weights(exported: tuple[TransformerDecoder, Path]) -> None:
     decoder, folder = exported
-    tied = "output.weight" not in decoder.state_dict()
+    model_type = "LLAMA3" if "output.weight" in decoder.state_dict() else "LLAMA3_2"
+    if decoder.layers[0].attn.q_proj.bias is not None:
+        model_type = "QWEN2"
     loaded = FullModelHFCheckpointer(
         checkpoint_dir=str(folder),
         checkpoint_files=["model.safetensors"],
-        model_type="LLAMA3_2" if tied else "LLAMA3",
+        model_type=model_type,
         output_dir=str(folder.parent / "again"),
     ).load_checkpoint()["model"]
     expected = decoder.state_dict()
