@@ -22,7 +22,7 @@ NeMo-Aligner does; `normalize="none"` is the paper's form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -89,6 +89,26 @@ def max_weight(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
     index_N = group_index(group_sizes, w_N)
     max_G = w_N.new_zeros(len(group_sizes))
     return max_G.scatter_reduce(0, index_N, w_N, "amax")
+
+
+class GroupLoss(Protocol):
+    """A loss that steerlm2_distributed trains with: any callable with this signature.
+
+    It is a mean over the groups, each of which counts by itself: then a step's gradient doesn't
+    depend on the micro-batches that the groups come in. `sum_by_group`, `group_log_softmax` and
+    `mean_over_groups` are for it.
+    """
+
+    def __call__(
+        self,
+        logps_N: Tensor,
+        log_q_N: Tensor,
+        w_N: Tensor,
+        group_sizes: Tensor,
+        response_lengths: Tensor,
+        /,
+    ) -> Tensor:
+        """The loss, a scalar. The arguments are those of `SteerLM2Loss`, given by position."""
 
 
 class SteerLM2Loss:
