@@ -90,8 +90,10 @@ def commands_in(text: str) -> list[list[str]]:
 
 
 def mentioned_in(text: str) -> list[list[str]]:
-    """The `tune run`s of the running text, which may leave keys open."""
-    mentioned = re.findall(r"`(tune run [^`]+)`", without_blocks(text).replace("\n", " "))
+    """The commands of the running text."""
+    mentioned = re.findall(
+        r"`((?:tune run|pip install|python -m) [^`]+)`", without_blocks(text).replace("\n", " ")
+    )
     return list(map(shlex.split, mentioned))
 
 
@@ -143,8 +145,14 @@ def test_a_command_can_be_given(
 
 
 @pytest.mark.parametrize(("text", "command"), parameters(mentioned_in))
-def test_a_command_that_is_mentioned_fits_its_config(text: str, command: list[str]) -> None:
-    check_tune(command[1:], {}, complete=False)
+def test_a_command_that_is_mentioned_exists(
+    text: str, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `tune run` fits its config, but may leave keys open."""
+    if command[0] == "tune":
+        check_tune(command[1:], {}, complete=False)
+    else:
+        check_command(command, {}, monkeypatch)
 
 
 def check_command(
@@ -411,3 +419,15 @@ def test_messages_in_the_tables_of_mistakes_are_the_codes() -> None:
         for piece in re.split(r"\.\.\.|\(\)|\bN\b|FILE:LINE:|<\w+>|\b\d\b", message)
     ]
     assert [piece for piece in pieces if piece and piece not in texts] == []
+
+
+def test_keys_beside_those_of_nemo_aligner_exist() -> None:
+    """The first that a row names; `KEYS.md` has all, but of components only the component."""
+    known = set(re.findall(r"^\| `([\w.]+)` \|", text_of("recipe_configs/KEYS.md"), re.MULTILINE))
+    table = text_of("recipe_configs/README.md").split("| key there | key here |\n|---|---|\n")[1]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), table.splitlines())
+    cells = [row.split(" | ")[1] for row in rows]
+    keys = [re.match(r"[\w.]+", cell.split("`")[1]) for cell in cells if "`" in cell]
+    named = {match[0].rstrip(".") for match in keys if match}
+    assert {key for key in named if key not in known and key.split(".")[0] not in known} == set()
+    assert len(named) > 20
