@@ -293,6 +293,8 @@ class SteerLM2Recipe:
     def _loss(self, logps_N: Tensor, targets: Targets) -> Tensor:
         if not len(targets.sizes_G):  # of a rank without a group: a mean of nothing may be nan
             return logps_N.sum()
+        assert targets.log_q_N is not None
+        assert targets.w_N is not None
         return self.loss_fn(
             logps_N,
             targets.log_q_N,
@@ -304,9 +306,9 @@ class SteerLM2Recipe:
     def _metric_sums(self, logps_N: Tensor, groups: list[Group]) -> Tensor:
         """Sums over groups of the loss and of METRIC_NAMES."""
         targets = targets_of(groups).to(self.run.world.device)
+        loss_sum = self._loss(logps_N, targets) * len(groups)
         assert targets.log_q_N is not None
         assert targets.w_N is not None
-        loss_sum = self._loss(logps_N, targets) * len(groups)
         sums = metric_sums(logps_N, targets.log_q_N, targets.w_N, targets.sizes_G)
         return torch.cat([loss_sum[None], sums])
 

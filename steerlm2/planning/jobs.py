@@ -238,6 +238,8 @@ class SteerLM2Job(Job[Group]):
         batch = pack(records, multiple_of=world.padding_multiple).to(world.device)
         logps_N = response_logps(decoder, batch, world)
         leaf_N = logps_N.detach().requires_grad_()
+        assert batch.log_q_N is not None
+        assert batch.w_N is not None
         loss = self.loss_fn(
             leaf_N, batch.log_q_N, batch.w_N, batch.sizes_G, batch.response_lengths_N
         )
