@@ -16,9 +16,9 @@ text; otherwise the `scores` in the file do. Where the true P(y|a,x) is known, `
 each checkpoint with it.
 
 Into output_dir go steering.json, steering.md and steering.html, and the answers: answers/NAME.jsonl
-as they were sampled, scored/NAME.jsonl with `scores`. No sampled answer is left out unless it is
-empty: those that were cut off are scored as they are, and counted. A run that was stopped continues
-where it was.
+as they were sampled, and with `scores` scored/NAME.jsonl, or scored_exactly/NAME.jsonl where the
+function scored them. No sampled answer is left out unless it is empty: those that were cut off are
+scored as they are, and counted. A run that was stopped continues where it was.
 """
 
 from __future__ import annotations

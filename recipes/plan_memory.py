@@ -5,7 +5,7 @@
 takes any config of steerlm2_distributed, sft_distributed or reward_distributed, with their keys and
 its own. The model is built on the meta device, laid out by the recipes' own function over a fake
 process group, and a step of it runs with fake tensors: operations and collectives are real, data is
-not. A minute for 70B, half a GiB of memory.
+not. For 70B that takes half a minute to three minutes of a CPU core, and under a GiB of memory.
 
 Memory is counted, time is estimated: from the counted FLOPs and bytes, the card's data sheet, and
 the efficiencies below. compile is off in the trace, so a compiled run takes less memory than this.

@@ -37,7 +37,7 @@ from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.runs.entry import recipe_main
 from steerlm2.training.forward import response_logps, score_groups
 from steerlm2.training.run import TrainingRun
-from steerlm2.training.setup import build_model, build_optimizer, lay_out_model
+from steerlm2.training.setup import build_loss, build_model, build_optimizer, lay_out_model
 from steerlm2.training.step_plan import GroupBatches, Strategy, pack_step, plan_step
 
 LOGGED = ("loss", *METRIC_NAMES)
@@ -81,7 +81,8 @@ class SteerLM2Config(TrainingKeys):
     loss: Component = field(
         default_factory=lambda: Component(_component_="steerlm2.losses.SteerLM2Loss")
     )
-    """The loss of log-probs, log Q' and target weights."""
+    """The loss of log-probs, log Q' and target weights: steerlm2.losses.GroupLoss says what it is
+    called with. A function that is one, or a class or function that makes one."""
     steerlm2: SteerLM2Options = field(default_factory=SteerLM2Options)
     """How a step is computed."""
     data: SteerLM2DataOptions = field(default_factory=SteerLM2DataOptions)
@@ -95,6 +96,11 @@ class SteerLM2Config(TrainingKeys):
         found = super().problems()
         if "normalize" in self.loss:
             found.append("'loss.normalize' is taken from 'steerlm2.normalize': set that")
+        else:
+            try:
+                build_loss(self.loss, self.steerlm2.normalize)
+            except ValueError as error:
+                found.append(f"'loss': {error}")
         if self.data.sample and self.max_steps is None:
             found.append("'data.sample' needs 'max_steps'")
         if self.val_every_n_steps and not (self.dataset_val or self.generation):
@@ -132,7 +138,7 @@ class SteerLM2Recipe:
         longest = [data.longest() for data in (train_set, val_set) if data]
         self.model = build_model(cfg, longest=max([*longest, self.answers.longest]))
         self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world)
-        self.loss_fn = instantiate(cfg.loss, normalize=cfg.steerlm2.normalize)
+        self.loss_fn = build_loss(cfg.loss, cfg.steerlm2.normalize)
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)
 
         # Q_theta is Q' only now: after a training state is loaded it has moved on.
@@ -286,6 +292,10 @@ class SteerLM2Recipe:
         return dataset.groups
 
     def _loss(self, logps_N: Tensor, targets: Targets) -> Tensor:
+        if not len(targets.sizes_G):  # of a rank without a group: a mean of nothing may be nan
+            return logps_N.sum()
+        assert targets.log_q_N is not None
+        assert targets.w_N is not None
         return self.loss_fn(
             logps_N,
             targets.log_q_N,
@@ -297,9 +307,9 @@ class SteerLM2Recipe:
     def _metric_sums(self, logps_N: Tensor, groups: list[Group]) -> Tensor:
         """Sums over groups of the loss and of METRIC_NAMES."""
         targets = targets_of(groups).to(self.run.world.device)
+        loss_sum = self._loss(logps_N, targets) * len(groups)
         assert targets.log_q_N is not None
         assert targets.w_N is not None
-        loss_sum = self._loss(logps_N, targets) * len(groups)
         sums = metric_sums(logps_N, targets.log_q_N, targets.w_N, targets.sizes_G)
         return torch.cat([loss_sum[None], sums])
 

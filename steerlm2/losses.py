@@ -22,7 +22,7 @@ NeMo-Aligner does; `normalize="none"` is the paper's form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def target_weights(
         log_q_N: log Q'(y|a,x), nats, summed over the response's tokens.
         group_sizes: [G] number of responses of each group; sums to N.
     """
-    return _group_log_softmax(log_p_attributes_N + log_p_response_N - log_q_N, group_sizes).exp()
+    return group_log_softmax(log_p_attributes_N + log_p_response_N - log_q_N, group_sizes).exp()
 
 
 def baseline_weights(
@@ -61,7 +61,7 @@ def baseline_weights(
         log_q_N: log Q'(y|a,x) likewise.
         group_sizes: [G] number of responses of each group; sums to N.
     """
-    return _group_log_softmax(logps_N - log_q_N, group_sizes).exp()
+    return group_log_softmax(logps_N - log_q_N, group_sizes).exp()
 
 
 def kl_distance(w_N: Tensor, b_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
@@ -75,20 +75,40 @@ def kl_distance(w_N: Tensor, b_N: Tensor, group_sizes: Sequence[int] | Tensor) -
         group_sizes: [G] number of responses of each group; sums to N.
     """
     w_N, b_N = w_N + DISTANCE_EPS, b_N + DISTANCE_EPS
-    return _mean_over_groups(_sum_by_group(w_N * (w_N / b_N).log(), group_sizes))
+    return mean_over_groups(sum_by_group(w_N * (w_N / b_N).log(), group_sizes))
 
 
 def effective_sample_size(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
     """[G] 1 / sum_i w_i^2 as a share of the group's size: 1 for equal weights, 1/n for one-hot."""
     sizes_G = torch.as_tensor(group_sizes, device=w_N.device)
-    return 1 / (_sum_by_group(w_N.square(), group_sizes) * sizes_G)
+    return 1 / (sum_by_group(w_N.square(), group_sizes) * sizes_G)
 
 
 def max_weight(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
     """[G] the largest weight of each group."""
-    index_N = _group_index(group_sizes, w_N)
+    index_N = group_index(group_sizes, w_N)
     max_G = w_N.new_zeros(len(group_sizes))
     return max_G.scatter_reduce(0, index_N, w_N, "amax")
+
+
+class GroupLoss(Protocol):
+    """A loss that steerlm2_distributed trains with: any callable with this signature.
+
+    It is a mean over the groups, each of which counts by itself: then a step's gradient doesn't
+    depend on the micro-batches that the groups come in. `sum_by_group`, `group_log_softmax` and
+    `mean_over_groups` are for it.
+    """
+
+    def __call__(
+        self,
+        logps_N: Tensor,
+        log_q_N: Tensor,
+        w_N: Tensor,
+        group_sizes: Tensor,
+        response_lengths: Tensor,
+        /,
+    ) -> Tensor:
+        """The loss, a scalar. The arguments are those of `SteerLM2Loss`, given by position."""
 
 
 class SteerLM2Loss:
@@ -129,13 +149,13 @@ class SteerLM2Loss:
             group_sizes: [G] number of responses of each group; sums to N.
             response_lengths: [N] tokens of each response, its stop token included.
         """
-        log_b_N = _group_log_softmax(logps_N - log_q_N, group_sizes)
-        kl_G = _sum_by_group(torch.xlogy(w_N, w_N) - w_N * log_b_N, group_sizes)
+        log_b_N = group_log_softmax(logps_N - log_q_N, group_sizes)
+        kl_G = sum_by_group(torch.xlogy(w_N, w_N) - w_N * log_b_N, group_sizes)
         if self.normalize == "mean_response_length":
             lengths_N = torch.as_tensor(response_lengths, device=kl_G.device).to(kl_G.dtype)
             sizes_G = torch.as_tensor(group_sizes, device=kl_G.device)
-            kl_G = kl_G * sizes_G / _sum_by_group(lengths_N, group_sizes)
-        return _mean_over_groups(kl_G)
+            kl_G = kl_G * sizes_G / sum_by_group(lengths_N, group_sizes)
+        return mean_over_groups(kl_G)
 
 
 METRIC_NAMES = (
@@ -170,7 +190,7 @@ def metric_sums(
             effective_sample_size(w_N, group_sizes).sum(),
             effective_sample_size(b_N, group_sizes).sum(),
             (max_weight(w_N, group_sizes) > ONE_HOT).sum(),
-            (_sum_by_group(logps_N - log_q_N, group_sizes) / sizes_G).sum(),
+            (sum_by_group(logps_N - log_q_N, group_sizes) / sizes_G).sum(),
         ]
     )
 
@@ -233,8 +253,13 @@ def bradley_terry_sum(rewards_N: Tensor, strength_P: Tensor, kind: PairLoss) -> 
     return (scale_P * loss_P).sum()
 
 
-def _group_index(group_sizes: Sequence[int] | Tensor, values_N: Tensor) -> Tensor:
-    """[N] the group that each response belongs to."""
+def group_index(group_sizes: Sequence[int] | Tensor, values_N: Tensor) -> Tensor:
+    """[N] the number of the group that each response belongs to.
+
+    Args:
+        group_sizes: [G] number of responses of each group; sums to N.
+        values_N: a value of each response, for their number and device.
+    """
     # A tensor isn't checked here: reading it would wait for everything that is queued on a GPU.
     # (repeat_interleave checks it on a CPU.)
     assert isinstance(group_sizes, Tensor) or sum(group_sizes) == len(values_N), (
@@ -245,18 +270,21 @@ def _group_index(group_sizes: Sequence[int] | Tensor, values_N: Tensor) -> Tenso
     return torch.repeat_interleave(numbers_G, sizes_G, output_size=len(values_N))
 
 
-def _sum_by_group(values_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
-    index_N = _group_index(group_sizes, values_N)
+def sum_by_group(values_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    """[G] the sum over the responses of each group."""
+    index_N = group_index(group_sizes, values_N)
     return values_N.new_zeros(len(group_sizes)).index_add(0, index_N, values_N)
 
 
-def _mean_over_groups(values_G: Tensor) -> Tensor:
+def mean_over_groups(values_G: Tensor) -> Tensor:
+    """The mean, a scalar; 0 (with a gradient of 0) for no groups."""
     return values_G.sum() / max(len(values_G), 1)
 
 
-def _group_log_softmax(logits_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
-    index_N = _group_index(group_sizes, logits_N)
+def group_log_softmax(logits_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    """[N] the logarithm of the softmax of each response among those of its group."""
+    index_N = group_index(group_sizes, logits_N)
     floor_G = logits_N.new_full((len(group_sizes),), -torch.inf)
     max_G = floor_G.scatter_reduce(0, index_N, logits_N.detach(), "amax")
     shifted_N = logits_N - max_G[index_N]
-    return shifted_N - _sum_by_group(shifted_N.exp(), group_sizes).log()[index_N]
+    return shifted_N - sum_by_group(shifted_N.exp(), group_sizes).log()[index_N]

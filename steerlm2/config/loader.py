@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -109,6 +110,12 @@ def instantiate(component: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return target(*args, **given)
     except ImportError as error:
         raise ValueError(f"{component['_component_']} needs a package: {error}") from error
+
+
+def as_function(component: Mapping[str, Any]) -> Callable[..., Any]:
+    """The `_component_` of a config section with its arguments filled in, to be called later."""
+    given = {key: value for key, value in component.items() if key != "_component_"}
+    return functools.partial(_locate(component["_component_"]), **given)
 
 
 def takes(component: Mapping[str, Any], argument: str) -> bool:

@@ -35,6 +35,7 @@ from steerlm2.distributed.world import World
 from steerlm2.losses import bradley_terry_sum, squared_error_sum
 from steerlm2.models.decoders import pair_cost
 from steerlm2.training.forward import attribute_scores, response_logps, target_logps
+from steerlm2.training.setup import build_loss
 from steerlm2.training.step_plan import microbatches_by_rank, plan_step, slices
 
 RecordT = TypeVar("RecordT", Group, Dialogue, RewardGroup)
@@ -196,7 +197,7 @@ class SteerLM2Job(Job[Group]):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.options = cfg.steerlm2
-        self.loss_fn = instantiate(cfg.loss, normalize=cfg.steerlm2.normalize)
+        self.loss_fn = build_loss(cfg.loss, cfg.steerlm2.normalize)
 
     @property
     def budget(self) -> int:
@@ -237,6 +238,8 @@ class SteerLM2Job(Job[Group]):
         batch = pack(records, multiple_of=world.padding_multiple).to(world.device)
         logps_N = response_logps(decoder, batch, world)
         leaf_N = logps_N.detach().requires_grad_()
+        assert batch.log_q_N is not None
+        assert batch.w_N is not None
         loss = self.loss_fn(
             leaf_N, batch.log_q_N, batch.w_N, batch.sizes_G, batch.response_lengths_N
         )

@@ -5,9 +5,10 @@
 Slurm signals the processes that it has started itself, not theirs; and torchrun, which starts the
 ranks, would end them after 30 seconds and fail, unless --signals-to-handle leaves SIGTERM out. So
 the command ignores the signal, and what comes here goes to its children: ranks that train save, and
-all end with status 0. Ranks that have nothing to save die of it, in recipes that don't train and
-before the first step; where torchrun starts them again (--max_restarts), they die again. It goes to
-the children again and again, because a rank that is still starting ignores it too.
+all end with status 0. Ranks that have nothing to save die of it: in recipes that don't train,
+before the first step, in the export. Where torchrun starts them again (--max_restarts), they die
+again. It goes to the children again and again, because a rank that is still starting ignores it
+too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SIGTERM, by which a scheduler asks for the nodes, ends a run after its current step."""
+"""SIGTERM, by which a scheduler asks for the nodes, ends a training after its current step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ class StopRequest:
                 ...
                 if stop.asked(): save, and leave the loop
 
-    After the context SIGTERM is ignored if the run is ending regularly: launcher and scheduler
-    often both send it, and then only the export is left to do.
+    A run that was asked ignores SIGTERM from then on: launcher and scheduler often both send it,
+    and the run is ending already. For one that wasn't, the earlier handler comes back with the end
+    of the context, also for a signal that came too late to be asked about: what follows, the
+    export, can be ended.
     """
 
     def __init__(self, world: World) -> None:
@@ -39,8 +41,12 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        ending = error is None or self._received or self._asked
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if ending else self._before)
+        if self._asked or (self._received and error is not None):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            return
+        signal.signal(signal.SIGTERM, self._before)
+        if self._received:
+            signal.raise_signal(signal.SIGTERM)
 
     def asked(self) -> bool:
         """Whether any rank has received SIGTERM, on every rank. Called by all ranks."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchtune.modules import TransformerDecoder
@@ -20,11 +22,12 @@ from steerlm2.checkpoints.weights import (
     open_reward_checkpointer,
 )
 from steerlm2.config.keys import TrainingKeys
-from steerlm2.config.loader import instantiate
+from steerlm2.config.loader import as_function, instantiate, takes
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import World
+from steerlm2.losses import GroupLoss
 from steerlm2.training.float8 import use_float8
 
 
@@ -123,6 +126,61 @@ def _open_checkpointer(
         output_dir=cfg.output_dir,
         load_head=head.load_head,
     )
+
+
+def build_loss(component: Mapping[str, Any], normalize: str) -> GroupLoss:
+    """The loss of groups that a config names.
+
+    Args:
+        component: a function with `logps_N` among its arguments is the loss itself; anything else
+            is called with the config's arguments and returns it.
+        normalize: handed to what takes it.
+
+    Raises:
+        ValueError: where `normalize` asks for something that the loss doesn't take, or what there
+            is isn't a `GroupLoss`, as an example shows.
+    """
+    name = component["_component_"]
+    given = dict(component)
+    if takes(component, "normalize"):
+        given["normalize"] = normalize
+    elif normalize == "none":
+        raise ValueError(f"'steerlm2.normalize' is none, but {name} doesn't take `normalize`")
+    loss: GroupLoss = as_function(given) if takes(component, "logps_N") else instantiate(given)
+    _check_loss(loss, name)
+    return loss
+
+
+def _check_loss(loss: GroupLoss, name: str) -> None:
+    """Try a loss on an example: two groups of 2 and 3 responses, together and one by one."""
+    logps_N = torch.tensor([-4.5, -4.0, -6.5, -6.0, -9.0], requires_grad=True)
+    log_q_N = torch.tensor([-4.0, -5.0, -6.0, -7.0, -8.0], dtype=torch.float64)
+    w_N = torch.tensor([0.75, 0.25, 0.5, 0.25, 0.25], dtype=torch.float64)
+    lengths_N = torch.tensor([2, 3, 4, 5, 6])
+
+    def of(part: slice, *sizes: int) -> Tensor:
+        sizes_G = torch.tensor(sizes)
+        return loss(logps_N[part], log_q_N[part], w_N[part], sizes_G, lengths_N[part])
+
+    try:
+        both = of(slice(5), 2, 3)
+        apart = (of(slice(2), 2) + of(slice(2, 5), 3)) / 2
+    except (TypeError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"{name} can't be called with (logps_N, log_q_N, w_N, group_sizes, response_lengths), "
+            f"as steerlm2.losses.GroupLoss is: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(both, Tensor) or both.dim():
+        shape = f"shape {list(both.shape)}" if isinstance(both, Tensor) else type(both).__name__
+        raise ValueError(f"{name} must return a scalar tensor, got {shape}")
+    if not both.requires_grad:
+        raise ValueError(f"{name} has no gradient: it must depend on its first argument, logps_N")
+    if not torch.allclose(both, apart, rtol=1e-4, atol=1e-6):  # nan too
+        raise ValueError(
+            f"{name} must be a mean over groups that each count by themselves, as "
+            f"steerlm2.losses.mean_over_groups makes it: of two groups it is {both.item():.6g}, "
+            f"of the one and the other {apart.item():.6g} in the mean"
+        )
 
 
 def build_schedule(cfg: TrainingKeys, optimizer: Optimizer, total_steps: int) -> LambdaLR:

@@ -41,7 +41,10 @@ CONFIG_CLASSES = {
     "steerlm2_pipeline": "PipelineConfig",
 }
 WITH_MODEL = [
-    name for name in CONFIGS if "model" in OmegaConf.load(ROOT / "recipe_configs" / f"{name}.yaml")
+    name
+    for name in CONFIGS
+    if "model" in OmegaConf.load(ROOT / "recipe_configs" / f"{name}.yaml")
+    and RECIPE_OF[name] != "steerlm2_pipeline"
 ]
 DISTRIBUTED = [name for name in WITH_MODEL if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES]
 
@@ -233,30 +236,89 @@ def test_every_family_has_its_template() -> None:
         assert template == f"steerlm2.data.{expected}", name
 
 
-@pytest.mark.parametrize(
-    ("name", "published"),
-    [
-        (
-            "llama2/70B_acsft_multinode",
-            # NeMo-Aligner's SteerLM tutorial, and its gpt_sft.yaml
-            {"lr": 6e-6, "min_lr": 5e-6, "warmup_steps": 1, "constant_steps": 200}
-            | {"weight_decay": 0.01, "betas": [0.9, 0.98], "max_seq_len": 4096}
-            | {"max_steps": 800, "global_batch_size": 128, "tensor_parallel_dim": 8}
-            | {"train_on_input": False, "use_labels": True, "clip_grad_norm": 1.0},
-        ),
-        (
-            "llama3/70B_sft_multinode",
-            # HelpSteer2 paper, section 4.2
-            {"lr": 2e-6, "min_lr": 2e-6, "max_steps": 1600, "global_batch_size": 384}
-            | {"use_labels": False},
-        ),
-    ],
+GPT_SFT = {"betas": [0.9, 0.98], "weight_decay": 0.01, "clip_grad_norm": 1.0}
+"""NeMo-Aligner, examples/nlp/gpt/conf/gpt_sft.yaml; its guides for SteerLM start from it."""
+TRAINING_RM = {"betas": [0.9, 0.98], "weight_decay": 0.1, "clip_grad_norm": 1.0, "seed": 1234}
+"""NeMo-Aligner, examples/nlp/gpt/conf/training_rm.yaml, with constant_steps=0 of the guide."""
+GUIDE_ACSFT = GPT_SFT | {
+    "lr": 6e-6,
+    "min_lr": 5e-6,
+    "warmup_steps": 1,
+    "constant_steps": 200,
+    "max_steps": 800,
+    "global_batch_size": 128,
+    "max_seq_len": 4096,
+}
+"""NeMo-Aligner, docs/user-guide/steerlm.rst, step 5; steerlm2.rst trains with the same numbers."""
+GUIDE_RM_70B = TRAINING_RM | {"lr": 2e-6, "min_lr": 2e-6, "warmup_steps": 10, "max_steps": 317}
+"""The same, step 3, HelpSteer2 and the first stage of HelpSteer2-Preference."""
+PAPER = (
+    GPT_SFT
+    | {"lr": 1e-7, "min_lr": 1e-7, "warmup_steps": 0, "epochs": 2}
+    | {"global_batch_size": 128}
 )
-def test_published_numbers(name: str, published: dict[str, Any]) -> None:
+"""HelpSteer2 paper, arXiv 2406.08673, section 4.5 and appendix; it gives none of GPT_SFT's."""
+LORA = {"lora_rank": 8, "lora_alpha": 16}
+"""torchtune 0.6.1, llama3_1/8B_lora."""
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "any/steerlm2": PAPER,
+    "llama2/13B_reward": TRAINING_RM  # step 3; it validates and saves every 10 steps on 32 nodes
+    | {"lr": 9e-6, "min_lr": 9e-7, "warmup_steps": 10, "max_steps": 800, "global_batch_size": 512},
+    "llama2/70B_acsft_multinode": GUIDE_ACSFT
+    | {"nodes": 32, "tensor_parallel_dim": 8, "limit_val_batches": 40, "export": "last"}
+    | {"train_on_input": False, "use_labels": True},
+    "llama2/70B_steerlm2_multinode": GUIDE_ACSFT
+    | {"nodes": 32, "tensor_parallel_dim": 8, "limit_val_batches": 40, "val_every_n_steps": 800}
+    | {"micro_batch_size": 2, "forward_micro_batch_size": 2},
+    "llama3/70B_acsft_multinode": GUIDE_ACSFT | {"limit_val_batches": 40, "use_labels": True},
+    "llama3/70B_reward_multinode": GUIDE_RM_70B
+    | {"global_batch_size": 128, "val_every_n_steps": 10, "save_every_n_steps": 10, "nodes": 8},
+    "llama3/70B_sft_multinode": GPT_SFT  # HelpSteer2 paper, section 4.2
+    | {"lr": 2e-6, "min_lr": 2e-6, "max_steps": 1600, "global_batch_size": 384}
+    | {"warmup_steps": 10, "use_labels": False},
+    "llama3_1/70B_reward_helpfulness_multinode": GUIDE_RM_70B
+    | {"global_batch_size": 128, "val_every_n_steps": 10, "save_every_n_steps": 10, "nodes": 8},
+    "llama3_1/70B_reward_scaled_bt_multinode": TRAINING_RM  # step 3, second stage: 64 pairs
+    | {"lr": 1e-6, "min_lr": 1e-6, "warmup_steps": 10, "max_steps": 105, "global_batch_size": 64}
+    | {"val_every_n_steps": 10, "save_every_n_steps": 10, "nodes": 4, "load_reward_head": True},
+    "llama3_1/70B_sample_responses_vllm": {"n": 10, "temperature": 0.7, "top_p": 0.9},
+    "llama3_1/70B_steerlm2_multinode": PAPER,
+    "llama3_1/70B_steerlm2_qlora": GPT_SFT
+    | {"global_batch_size": 128, "epochs": 2}
+    | {"lora_rank": 16, "lora_alpha": 32},  # torchtune 0.6.1, llama3_1/70B_lora
+    "llama3_1/8B_acsft": GUIDE_ACSFT,
+    "llama3_1/8B_acsft_lora": GPT_SFT
+    | LORA
+    | {"lr": 3e-4, "warmup_steps": 100, "global_batch_size": 128},
+    "llama3_1/8B_reward": GUIDE_RM_70B | {"global_batch_size": 128},
+    "llama3_1/8B_sample_responses": {"n": 10, "temperature": 0.7, "top_p": 0.9},
+    "llama3_1/8B_steerlm2": PAPER,
+    "llama3_1/8B_steerlm2_lora": GPT_SFT | LORA | {"global_batch_size": 128, "epochs": 2},
+    "llama3_3/70B_steerlm2_multinode": PAPER,
+}
+"""The numbers that each source gives, and configs take. What a config has otherwise, its header
+says."""
+
+
+def has_published_numbers(name: str) -> bool:
+    header = text_of(name).split("\n\n")[0]
+    numbers = header.partition("# Numbers:")[2]
+    return "NeMo-Aligner" in numbers or "paper" in numbers
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name: str) -> None:
     cfg = loaded(name)
-    given = vars(cfg) | cfg.optimizer | cfg.lr_scheduler | cfg.dataset
-    given["lr"] = cfg.lr
-    assert {key: given[key] for key in published} == published
+    sections = [getattr(cfg, key, {}) for key in ("optimizer", "lr_scheduler", "dataset", "model")]
+    given: dict[str, Any] = {"nodes": option(commands_in_header(name)[0], "--nnodes", 1)}
+    for section in (*sections, vars(getattr(cfg, "steerlm2", None) or cfg), vars(cfg)):
+        given |= section
+    assert {key: given[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_every_config_that_names_a_source_is_compared_with_it() -> None:
+    assert set(filter(has_published_numbers, CONFIGS)) <= set(PUBLISHED)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
+import steerlm2_distributed
+from steerlm2.data.packing import targets_of
 from steerlm2.facts import read_facts
 
 if TYPE_CHECKING:
@@ -70,3 +73,13 @@ def test_answers_of_no_tokens_are_refused(tune: TuneProcess, tmp_path: Path, rec
     )
     assert failed.returncode == 1
     assert f"'{key}' must be at least 1, got 0" in failed.stderr
+
+
+def test_a_rank_without_a_group_adds_nothing_whatever_the_loss_gives_for_none() -> None:
+    """The mean of no log-probs is nan."""
+    recipe = object.__new__(steerlm2_distributed.SteerLM2Recipe)
+    recipe.loss_fn = lambda logps_N, *_: logps_N.mean()
+    logps_N = torch.zeros(0, requires_grad=True)
+    loss = recipe._loss(logps_N, targets_of([]))
+    loss.backward()
+    assert loss.item() == 0

@@ -1,4 +1,4 @@
-"""SIGTERM is noted while a run trains, and doesn't hurry it afterwards."""
+"""SIGTERM is noted while a run trains, and ends it as usual before and afterwards."""
 
 from __future__ import annotations
 
@@ -42,12 +42,23 @@ def test_a_request_that_comes_again_while_the_run_ends_changes_nothing(
     assert received == []
 
 
-def test_a_request_after_the_training_changes_nothing(received: list[int]) -> None:
-    """What is left is the export."""
+def test_a_request_after_the_training_reaches_the_earlier_handler(received: list[int]) -> None:
+    """What is left is the export, which a signal ends."""
     with StopRequest(WORLD) as stop:
         assert not stop.asked()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert received == []
+    assert received == [signal.SIGTERM]
+
+
+def test_a_request_after_the_last_question_reaches_the_earlier_handler(
+    received: list[int],
+) -> None:
+    """It comes in the last step's validation, say: nobody asks for it any more."""
+    with StopRequest(WORLD) as stop:
+        assert not stop.asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == []
+    assert received == [signal.SIGTERM]
 
 
 def test_after_an_error_the_earlier_handler_comes_back(received: list[int]) -> None:
