@@ -43,6 +43,7 @@ from steerlm2.data.sources.layouts import (
     NESTED,
     Answer,
     Json,
+    Layout,
     LeftOut,
     Match,
     Sample,
@@ -194,7 +195,7 @@ class _Options:
                 f"attributes: {', '.join(map(str, unknown))} not in the schema ({names}): "
                 "state them with their ranges in 'schema'"
             )
-        known = {part for layout in self.layouts() for part in layout.parts}
+        known = {part for layout in self.layouts() or LAYOUTS for part in layout.parts}
         if unknown := sorted({*self.columns} - known - {*self.schema.names}):
             problems.append(
                 f"columns: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))} and the "
@@ -208,8 +209,9 @@ class _Options:
         if problems:
             raise ValueError("\n".join(problems))
 
-    def layouts(self) -> list[Any]:
-        return [*LAYOUTS] if self.format == "auto" else [BY_NAME[self.format]]
+    def layouts(self) -> list[Layout]:
+        """Those that the source may have."""
+        return [each for each in LAYOUTS if self.format in ("auto", each.name)]
 
 
 @dataclass

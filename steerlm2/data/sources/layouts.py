@@ -386,8 +386,14 @@ def rating(value: Any) -> Any:
 # Our own
 
 
+def _is_own(value: Any) -> bool:
+    return _is_list_of(value, "from", "value") and all(
+        turn["from"] in (USER, ASSISTANT) for turn in value
+    )
+
+
 def _read_own(parts: Json, others: Json) -> Sample:
-    own = {"conversations": parts["conversations"]} | others
+    own = others | {"conversations": structure(parts["conversations"])}
     conversation = parse_conversation(own, default_system="", allow_empty=True)
     if any(turn.role == ASSISTANT and not turn.value.strip() for turn in conversation.turns):
         raise LeftOut(EMPTY_ANSWER)
@@ -395,7 +401,8 @@ def _read_own(parts: Json, others: Json) -> Sample:
 
 
 def _read_record(parts: Json, others: Json) -> Sample:
-    record = parse_record(parts | others, require=(), min_responses=1)
+    own = {part: structure(value) for part, value in parts.items()}
+    record = parse_record(others | own, require=(), min_responses=0)
     answers = [Answer(response.value, dict(response.scores or {})) for response in record.responses]
     return Sample(record.system, record.prompt_turns, answers, record=record)
 
@@ -425,7 +432,7 @@ LAYOUTS = (
         "steerlm2",
         {"prompt_turns": ("prompt_turns",), "responses": ("responses",)},
         ("prompt_turns", "responses"),
-        lambda parts: all(isinstance(value, list) for value in parts.values()),
+        lambda parts: all(isinstance(structure(value), list) for value in parts.values()),
         _read_record,
         "our records with prompt_turns and responses",
     ),
@@ -433,10 +440,7 @@ LAYOUTS = (
         "conversations",
         {"conversations": ("conversations",)},
         ("conversations",),
-        lambda parts: (
-            _is_list_of(parts["conversations"], "from", "value")
-            and all(turn["from"] in (USER, ASSISTANT) for turn in parts["conversations"])
-        ),
+        lambda parts: _is_own(structure(parts["conversations"])),
         _read_own,
         'our conversations, [{"from": "User", "value": "..."}, {"from": "Assistant", ...}]',
     ),
