@@ -379,6 +379,7 @@ def test_a_format_and_columns_that_are_given_are_taken(
 
 NOT_UNDERSTOOD: list[tuple[Json, str]] = [
     ({"prompt": "Q", "model_output": "A"}, "with the columns prompt, model_output; a row: {'pro"),
+    ({"chosen": "The sky is blue.", "rejected": "The sky is red."}, "columns prompt, chosen,"),
     ({"text": "Once upon a time"}, "builder.columns={prompt: NAME, response: NAME}"),
     ({"prompt": {"role": "prompter", "text": "Q"}}, "The config data/oasst"),
     ({"context": messages("Q"), "response1": "A", "overall_preference": 1}, "data/helpsteer3"),
@@ -418,6 +419,17 @@ def test_arguments_are_checked_before_a_file_is_read(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         chat_data(tmp_path / "not read", **options)
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "q"}, {"formality": "f"}])
+def test_columns_that_are_not_there_are_named_with_those_that_are(
+    tmp_path: Path, columns: Json
+) -> None:
+    path = write(tmp_path / "data.csv", [{"prompt": "Q", "response": "A", "x": 1}])
+    items, error = read_all(path, columns=columns, schema=SCHEMA)
+    assert items == []
+    assert "builder.columns: " in error
+    assert "x" in error.split("column")[-1]
 
 
 # Attributes
@@ -518,6 +530,22 @@ def test_a_label_column_and_labels_of_messages_are_labels(tmp_path: Path) -> Non
     assert "humor must be a whole number from 0 to 4, got 9" in error
 
 
+def test_labels_without_an_answer_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"messages": messages("Q", "A", "R"), "formality": 3}
+    (unit,) = chat_data(write(tmp_path / "data.jsonl", [row]), schema=SCHEMA)
+    assert texts([unit]) == [[["Q", "A", "R"]]]
+    assert "left out: 1 labels of rows that end with the user's turn" in caplog.text
+
+
+def test_turns_in_one_text_can_be_split_as_helpsteer2_has_them(tmp_path: Path) -> None:
+    prompt = "Q\n<extra_id_1>Assistant\nA\n<extra_id_1>User\nR"
+    path = write(tmp_path / "data.jsonl", [{"prompt": prompt, "response": "B", "formality": 1}])
+    assert texts(chat_data(path)) == [[[prompt, "B"]]]
+    assert texts(chat_data(path, split_turns=True)) == [[["Q", "A", "R", "B"]]]
+
+
 # Several answers
 
 
@@ -565,6 +593,16 @@ def test_the_best_answers_are_those_of_the_highest_labels_or_of_a_column(
     (pair,) = chat_data(path, make="pairs", strength=2, **options)
     assert texts([pair]) == [[["Q", best], ["Q", worst]]]
     assert labels([pair]) == [["helpfulness:-2"] * 2]
+
+
+def test_a_prompt_without_responses_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some rows of UltraFeedback have none."""
+    rows = [UF_ROW | {"completions": []}, UF_ROW]
+    path = write(tmp_path / "data.jsonl", rows)
+    assert len(list(chat_data(path, schema=UF_SCHEMA))) == 1
+    assert "left out: 1 without an answer" in caplog.text
 
 
 def test_two_kept_answers_stay_in_order(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from steerlm2.attributes import (
     label_log_probs,
     parse_label,
 )
-from steerlm2.data.conversations import Conversation
+from steerlm2.data.conversations import Conversation, turns_in
 from steerlm2.data.jsonl import LineProblems
 from steerlm2.data.records import (
     ASSISTANT,
@@ -71,6 +71,7 @@ _NOT_BEST = "answers that aren't among the best"
 _TIED = "whose answers are equally good"
 _EQUAL = "whose two answers are the same"
 _ALONE = "with fewer than two answers"
+_NOT_ANSWERED = "labels of rows that end with the user's turn"
 _NO_SHARED = "whose answers share no attribute of the label"
 _ORDER = "whose turns don't alternate between user and assistant"
 
@@ -86,6 +87,7 @@ def chat_data(
     schema: AttributeSchema | Mapping[str, Any] | None = None,
     make: Make = "auto",
     round_scores: bool = False,
+    split_turns: bool = False,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
     by: str | None = None,
     keep: int | None = None,
@@ -116,6 +118,7 @@ def chat_data(
             the same prompt are one. "auto": pairs of preferences, groups of SteerLM2 records,
             conversations of all else.
         round_scores: round values that aren't whole; False: refuse them.
+        split_turns: split prompts of several turns in one text, as `helpsteer_conversations` does.
         system_prompt: of a row that has none.
         by: the column, of a row or of a response, that tells which of several answers is better.
             None: the mean of the label's values, each as a share of its range.
@@ -144,6 +147,7 @@ def chat_data(
         schema=as_schema(schema),
         make=make,
         round_scores=round_scores,
+        split_turns=split_turns,
         system_prompt=system_prompt,
         by=by,
         keep=keep,
@@ -169,6 +173,7 @@ class _Options:
     schema: AttributeSchema
     make: Make
     round_scores: bool
+    split_turns: bool
     system_prompt: str
     by: str | None
     keep: int | None
@@ -265,6 +270,9 @@ class _Reading:
     def item(self, row: Row) -> _Item:
         """Raises LeftOut for a row that no conversation can hold, ValueError for mistakes."""
         sample = self.match.read(row.value)
+        if self.options.split_turns:
+            turns = [turns_in(turn.value) if turn.role == USER else [turn] for turn in sample.turns]
+            sample = dataclasses.replace(sample, turns=[*itertools.chain.from_iterable(turns)])
         for turn in sample.turns:
             if turn.label:
                 parse_label(turn.label, self.options.schema)
@@ -283,6 +291,8 @@ class _Reading:
                 answers.append(self._scored(answer.value, answer.fields, answer.label))
         if sample.answers and not answers:
             raise LeftOut(EMPTY_ANSWER)
+        if sample.fields and self._scored("", sample.fields, None).values:
+            self.tally.left_out[_NOT_ANSWERED] += 1
         return _Item(row, sample, answers)
 
     def _scored(self, text: str, fields: Json, label: str | None) -> _Scored:
@@ -383,6 +393,7 @@ def _samples(rows: Iterable[Row], reading: _Reading, problems: LineProblems) -> 
 
 def _reading(source: str | Path, first: list[Row], options: _Options) -> _Reading:
     values = [row.value for row in first]
+    _check_columns(source, values, options)
     match = match_of(values, options.layouts(), options.columns)
     if match is None or (options.format == "auto" and _ignores_text(match, values)):
         raise ValueError(_not_understood(source, first))
@@ -403,6 +414,11 @@ def _reading(source: str | Path, first: list[Row], options: _Options) -> _Readin
     for name in names:
         column = options.columns.get(name, name)
         found = find_column(fields, [column])
+        if name in options.columns and found is None:
+            raise ValueError(
+                f"{source}: builder.columns: {column!r} is no column of its answers, which have "
+                f"{', '.join(fields) or 'none'}"
+            )
         if explicit or (found is not None and _is_numeric(fields[found])):
             attributes[name] = found or column
     label_field = find_column(fields, ["label"])
@@ -424,6 +440,17 @@ def _reading(source: str | Path, first: list[Row], options: _Options) -> _Readin
     text = _reading_text(reading, fields, _other_columns(match, values), in_turns)
     _log.warning("%s: %s", source, text)
     return reading
+
+
+def _check_columns(source: str | Path, rows: Iterable[Any], options: _Options) -> None:
+    """Raises ValueError for columns of parts that no row has."""
+    columns = {*itertools.chain.from_iterable(row for row in rows if isinstance(row, dict))}
+    given = [n for part, n in options.columns.items() if part not in options.schema.names]
+    if lacking := [name for name in given if name not in columns]:
+        raise ValueError(
+            f"{source}: builder.columns: it has no column {', '.join(map(repr, lacking))}, only "
+            f"{', '.join(map(repr, sorted(columns)))}"
+        )
 
 
 def _fields(match: Match, rows: Iterable[Any]) -> tuple[dict[str, list[Any]], bool]:

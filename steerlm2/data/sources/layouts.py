@@ -75,6 +75,8 @@ class Sample:
     turns: list[Turn]
     """Before the answers; the whole conversation if there are none."""
     answers: list[Answer]
+    fields: Json = field(default_factory=dict)
+    """What the row has besides turns that no answer follows."""
     extra: Json = field(default_factory=dict)
     """Kept with a conversation."""
     record: Record | None = None
@@ -220,7 +222,7 @@ def _answered(system: str | None, turns: list[Turn], fields: Json) -> Sample:
     if not turns:
         raise LeftOut(EMPTY_PROMPT)
     if turns[-1].role != ASSISTANT:
-        return Sample(system, turns, [])
+        return Sample(system, turns, [], fields)
     return Sample(system, turns[:-1], [Answer(turns[-1].value, fields, turns[-1].label)])
 
 
@@ -242,7 +244,7 @@ def _read_prompt_response(parts: Json, others: Json) -> Sample:
 
 def _read_prompt(parts: Json, others: Json) -> Sample:
     system, turns = _either(parts["prompt"], USER, "prompt")
-    return Sample(_system_of(parts, system), turns, [])
+    return Sample(_system_of(parts, system), turns, [], others)
 
 
 def _read_alpaca(parts: Json, others: Json) -> Sample:
@@ -300,6 +302,10 @@ def _side(content: Any, name: str, prompt: Any) -> tuple[str | None, list[Turn],
     raise LeftOut(EMPTY_ANSWER if turns[-1:] and turns[-1].role == ASSISTANT else NO_ANSWER)
 
 
+def _has_prompt(content: Any) -> bool:
+    return _turn_list(content) is not None or bool(_spelled_turns(content))
+
+
 _SPOKEN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
@@ -348,6 +354,8 @@ def _read_responses(parts: Json, others: Json) -> Sample:
     items = structure(parts["responses"])
     if not isinstance(items, list):
         raise ValueError(f"'responses' must be a list, got {_short(items)}")
+    if not items:
+        raise LeftOut(NO_ANSWER)
     lists = {key: value for key, raw in others.items() if _parallel(value := structure(raw), items)}
     answers = []
     for i, item in enumerate(items):
@@ -424,7 +432,11 @@ LAYOUTS = (
             "system": _SYSTEM_NAMES,
         },
         ("chosen", "rejected"),
-        lambda parts: all(_is_content(parts[name]) for name in ("chosen", "rejected")),
+        lambda parts: all(
+            _is_content(parts[name])
+            and (parts.get("prompt") is not None or _has_prompt(parts[name]))
+            for name in ("chosen", "rejected")
+        ),
         _read_preference,
         "columns prompt, chosen, rejected (texts, or lists of messages)",
     ),
