@@ -133,6 +133,14 @@ def test_a_folder_of_other_names_is_read_whole_in_their_order_and_has_no_split(
     assert read(tmp_path) == [(0, None), (1, None)]
 
 
+@pytest.mark.parametrize("folder", ["", "data/"])
+def test_files_of_several_splits_are_not_read_together(tmp_path: Path, folder: str) -> None:
+    for name in ("train_sft", "test_sft", "train_prefs"):
+        write(tmp_path / f"{folder}{name}-00000-of-00001.parquet", 1)
+    with pytest.raises(FileNotFoundError, match=r"it holds test_sft-.*builder\.splits"):
+        read(tmp_path)
+
+
 def test_splits_can_be_named_and_must_be_there(tmp_path: Path) -> None:
     write(tmp_path / "train_sft.jsonl", 1)
     write(tmp_path / "train.jsonl", 2)

@@ -817,7 +817,23 @@ def test_a_table_gives_labelled_conversations_and_says_how_it_was_read(
     assert ["train_reg.jsonl", str(len(train))] in [line.split() for line in stdout.splitlines()]
     lines = (tmp_path / "out" / "train_reg.jsonl").read_text().splitlines()
     for line in map(json.loads, lines):
-        assert line["label"] == [float(line["text"].split("\nA")[1].split("\n")[0]), -100.0]
+        answer = line["text"].split("Assistant\nA")[1][0]
+        assert line["label"] == [float(answer), -100.0]
+
+
+def test_columns_and_splits_can_be_given_on_the_command_line(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    for name in ("train_prefs", "test_prefs"):
+        row = {"prompt": name, "good one": "A", "rejected": "B"}
+        write_lines(tmp_path / f"{name}.jsonl.gz", [row])
+    arguments = ("builder.columns={chosen: good one}", "builder.splits.train=train_prefs")
+    status, _, stderr = prepare(
+        *config("chat"),
+        *("source=.", "output_dir=out", *arguments, "builder.splits.validation=test_prefs"),
+    )
+    assert status == 0, stderr
+    assert sides(tmp_path / "out") == (["train_prefs"] * 2, ["test_prefs"] * 2)
 
 
 @pytest.mark.parametrize(("own_split", "counts"), [("true", [6, 1]), ("false", [5, 2])])

@@ -6,13 +6,14 @@ Local files are read as streams (JSON arrays whole). A data set of the hub is lo
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from steerlm2.data.jsonl import LineProblems
+from steerlm2.data.jsonl import LineProblems, shortened
 from steerlm2.data.sources.containers import CONTAINERS, container_of, iter_values
 
 Split = Literal["train", "validation"]
@@ -34,6 +35,7 @@ _PATTERNS = [
 ]
 _ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json"}
 """Files that `datasets` writes next to data."""
+_SPLITS = "{train: NAME, validation: NAME} reads these"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_NAME = re.compile(r".*\.(jsonl?|gz|parquet|csv|tsv)")
 
@@ -100,10 +102,11 @@ def _files_of_folder(folder: Path, subset: str, names: _Names) -> list[tuple[Pat
     files: list[tuple[Path, Split | None]] = []
     for split, own_names in names.items():
         files += [(file, split) for file in _first_match(base, own_names)]
+    others = _data_files(base)
     if not files and subset:
         files = [(file, None) for file in _first_match(base, (subset,))]
-    elif not files and names == _SPLIT_NAMES:
-        files = [(file, None) for file in _data_files(base)]
+    elif not files and names == _SPLIT_NAMES and not any(map(_names_a_split, others)):
+        files = [(file, None) for file in others]
     elif all(split == "validation" for _, split in files):
         files = [pair for pair in files if not pair[0].name.startswith("test")]
     if not files:
@@ -112,15 +115,29 @@ def _files_of_folder(folder: Path, subset: str, names: _Names) -> list[tuple[Pat
             wanted = " and no ".join(name for own in names.values() for name in own)
         raise FileNotFoundError(
             f"{base.absolute()} holds no {wanted} (nor {', '.join(CONTAINERS)}): give a folder "
-            "laid out as the data set on the hub, or a file"
+            f"laid out as the data set on the hub, or a file{_found(base)}"
         )
-    if unread := sorted({*_data_files(base)} - {file for file, _ in files}):
+    if unread := sorted({*others} - {file for file, _ in files}):
         _log.warning("%s: not read: %s", base, ", ".join(file.name for file in unread))
     return files
 
 
+def _names_a_split(path: Path) -> bool:
+    """Whether a file's name begins as a split's, such as train_sft: read together with others, it
+    would mix what is to be kept apart."""
+    return path.name.startswith(tuple(itertools.chain(*_SPLIT_NAMES.values())))
+
+
+def _found(base: Path) -> str:
+    files = _data_files(base) or _data_files(base / "data")
+    names = ", ".join(shortened([file.name for file in files]))
+    return f"; it holds {names}: data/chat's builder.splits={_SPLITS}" if files else ""
+
+
 def _data_files(folder: Path) -> list[Path]:
     """The files of a folder that are in a known container, sorted."""
+    if not folder.is_dir():
+        return []
     known = (p for p in folder.iterdir() if container_of(p) in CONTAINERS and p.is_file())
     return sorted(p for p in known if p.name not in _ABOUT_DATA and not p.name.startswith("."))
 
