@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from steerlm2.attributes import AttributeSchema, label_log_probs, parse_label
+from steerlm2.attributes import as_schema, label_log_probs, parse_label
 from steerlm2.data.records import Record
 from steerlm2.data.sources import chat_data
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, SplitRecord, Unit
@@ -628,8 +628,7 @@ def test_ultrafeedback_as_a_group(tmp_path: Path) -> None:
     assert [turn.value for turn in record.prompt_turns] == ["Q"]
     scores = [{"helpfulness": value, "honesty": value} for value in (5.0, 1.0, 3.0)]
     assert [response.scores for response in record.responses] == scores
-    schema = AttributeSchema(("helpfulness", "honesty"), 1, 5)
-    expected = label_log_probs(scores, parse_label(record.label), schema=schema)
+    expected = label_log_probs(scores, parse_label(record.label), schema=as_schema(UF_SCHEMA))
     assert [r.log_p_attributes for r in record.responses] == pytest.approx(expected, rel=1e-12)
 
 
@@ -736,6 +735,19 @@ def test_labels_of_our_conversations_must_be_of_the_schema(tmp_path: Path) -> No
     turns[1]["label"] = "humor:1"
     path = write(tmp_path / "data.jsonl", [{"conversations": turns}])
     assert "unknown attribute 'humor'" in read_all(path, schema=SCHEMA)[1]
+
+
+def test_labels_are_written_in_the_schemas_order(tmp_path: Path) -> None:
+    turns = own("Q", "A", "R", "B")
+    turns[1]["label"] = turns[3]["label"] = "length:1,formality:2"
+    (unit,) = chat_data(write(tmp_path / "data.jsonl", [{"conversations": turns}]), schema=SCHEMA)
+    assert [turn.label for turn in unit.conversations[0].turns[1::2]] == [
+        "formality:2,length:1"
+    ] * 2
+    row = {"prompt": "Q", "response": "A", "label": "length:1,formality:2"}
+    assert labels(chat_data(write(tmp_path / "data.csv", [row]), schema=SCHEMA)) == [
+        ["formality:2,length:1"]
+    ]
 
 
 def test_our_records_stay_as_they_are(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ class _Reading:
             sample = dataclasses.replace(sample, turns=[*itertools.chain.from_iterable(turns)])
         for turn in sample.turns:
             if turn.label:
-                parse_label(turn.label, self.options.schema)
+                turn.label = _in_order(turn.label, self.options.schema)
         if self.make != "conversations" and not sample.answers and sample.turns[-1].role != USER:
             *before, last = sample.turns
             sample = dataclasses.replace(
@@ -332,6 +332,11 @@ class _Reading:
         schema = self.options.schema
         shares = [_share(value, name, schema) for name, value in values.items()]
         return sum(shares) / len(shares) if shares else math.nan
+
+
+def _in_order(label: str, schema: AttributeSchema) -> str:
+    """The label in the schema's order, the one that a model sees."""
+    return encode_label(parse_label(label, schema), schema)
 
 
 def _share(value: float, name: str, schema: AttributeSchema) -> float:
@@ -743,7 +748,7 @@ def _own_records(items: Iterable[_Item], reading: _Reading) -> Iterator[Record]:
         record = item.sample.record
         assert record is not None
         if record.label is not None:
-            parse_label(record.label, reading.options.schema)
+            record.label = _in_order(record.label, reading.options.schema)
         _count(reading, item.answers)
         yield SplitRecord(**vars(record), split=item.row.split)
 
