@@ -40,6 +40,8 @@ class Unit:
     as_published: bool = False
     """Whether contents that spell markers of the regression format are written into it as they
     are: HelpSteer2 has several turns in one text so."""
+    is_pair: bool = False
+    """Whether the labels are the strength of a preference, from -3 to 3, not attribute values."""
 
 
 @dataclass

@@ -661,9 +661,8 @@ def _pairs(items: Iterable[_Item], reading: _Reading) -> Iterator[Unit]:
                 min(rated, key=lambda a: a.goodness),
             ]
         system = _system(sample, options)
-        yield Unit(
-            [_conversation(sample.turns, system, a.value, label) for a in answers], row.split
-        )
+        pair = [_conversation(sample.turns, system, a.value, label) for a in answers]
+        yield Unit(pair, row.split, is_pair=True)
 
 
 def _pair_label(options: _Options) -> str:
