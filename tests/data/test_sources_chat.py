@@ -593,6 +593,7 @@ def test_the_best_answers_are_those_of_the_highest_labels_or_of_a_column(
     (pair,) = chat_data(path, make="pairs", strength=2, **options)
     assert texts([pair]) == [[["Q", best], ["Q", worst]]]
     assert labels([pair]) == [["helpfulness:-2"] * 2]
+    assert pair.is_pair
 
 
 def test_a_prompt_without_responses_is_left_out(
