@@ -427,8 +427,8 @@ LAYOUTS = (
         "preference",
         {
             "prompt": _PROMPT_NAMES,
-            "chosen": ("chosen",),
-            "rejected": ("rejected",),
+            "chosen": ("chosen", "chosen_response", "chosen_answer"),
+            "rejected": ("rejected", "rejected_response", "rejected_answer"),
             "system": _SYSTEM_NAMES,
         },
         ("chosen", "rejected"),
