@@ -69,6 +69,8 @@ class SourceConfig:
     """For builders that have it: pairs with a preference; null: as the builder has it."""
     train_fraction: float | None = 0.95
     """Share of the records for train.jsonl, drawn from `seed`; null: the source's own split."""
+    own_split: bool = False
+    """Keep the split of a source that has validation data; `train_fraction` is for others."""
     split_by: Literal["prompt", "record"] = "prompt"
     """What `train_fraction` keeps on one side: all records whose conversations begin alike, or a
     record alone, as NeMo-Aligner's scripts do."""
@@ -195,10 +197,15 @@ def _read(
         )
 
     rng = random.Random(seed)
-    if source.train_fraction is None:
+    if source.train_fraction is None or (source.own_split and offsets["validation"]):
         train, val = offsets["train"] + offsets[None], offsets["validation"]
         _note_shared_prompts(source, prompts, sides)
     else:
+        if offsets["train"] and offsets["validation"]:
+            print(
+                f"{source.source}: its own split, {len(offsets['train'])} and "
+                f"{len(offsets['validation'])} records, isn't kept (own_split=true keeps it)"
+            )
         pooled = offsets["train"] + offsets["validation"] + offsets[None]
         pooled_prompts = prompts["train"] + prompts["validation"] + prompts[None]
         order = list(range(len(pooled)))

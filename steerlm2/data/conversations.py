@@ -34,6 +34,7 @@ _LABEL_START = "\n<extra_id_2>"
 
 _TYPE = "VALUE_TO_TEXT"  # the label is before the response
 _KNOWN_KEYS = {"conversations", "system", "mask", "type"}
+_OTHER_LAYOUTS = " (`prepare_data --config data/chat` reads other layouts)"
 _KNOWN_TURN_KEYS = {"value", "from", "label"}
 
 
@@ -82,7 +83,7 @@ def parse_conversation(
         problems.append(f"'type' must be {_TYPE!r}, got {obj['type']!r}")
     items = obj.get("conversations")
     if not isinstance(items, list) or not items:
-        problems.append("'conversations' must be a list of at least one turn")
+        problems.append(f"'conversations' must be a list of at least one turn{_OTHER_LAYOUTS}")
         items = []
     turns = []
     for i, item in enumerate(items):
@@ -222,7 +223,8 @@ def _parse_turn(
         return Turn(USER, "")
     role, value, label = item.get("from"), item.get("value"), item.get("label")
     if role not in (USER, ASSISTANT):
-        problems.append(f"'from' must be {USER!r} or {ASSISTANT!r}, got {role!r}")
+        hint = _OTHER_LAYOUTS if role in ("human", "gpt") else ""
+        problems.append(f"'from' must be {USER!r} or {ASSISTANT!r}, got {role!r}{hint}")
     if not is_text(value):
         problems.append("'value' must be text")
     elif role == ASSISTANT and not allow_empty and not str(value).strip():

@@ -9,12 +9,13 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 from steerlm2.attributes import AttributeSchema, UnknownAttributes
 
-_START = 4096
+START = 4096
 """Bytes of a file that tell its format."""
 _UTF_16 = "UTF-16 or UTF-32: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
 _ARCHIVE = "compressed: unpack it, or compress it with gzip under a name that ends in .gz"
@@ -23,7 +24,7 @@ _OTHER_FORMATS = {
     b"\x1f\x8b": "compressed with gzip: give it a name that ends in .gz",
     codecs.BOM_UTF16_LE: _UTF_16,
     codecs.BOM_UTF16_BE: _UTF_16,
-    b"PK\x03\x04": _ARCHIVE,  # zip
+    b"PK\x03\x04": _ARCHIVE + " (an Excel file: save it as CSV)",  # zip
     b"\x28\xb5\x2f\xfd": _ARCHIVE,  # Zstandard
     b"BZh": _ARCHIVE,
     b"\xfd7zXZ": _ARCHIVE,
@@ -131,30 +132,41 @@ def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[
         ValueError: for a file of another format, which it names.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"{path.absolute()} {what}; give a .jsonl or .jsonl.gz file"
-            " (relative paths start at the working directory)"
-        )
     line_number = 0
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    with open_for_reading(path) as file:
         try:
-            _refuse_other_formats(path, file.peek(_START))
+            _refuse_other_formats(path, file.peek(START))
             for line_number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
                     obj = json.loads(
                         line.rstrip(b"\r\n").decode("utf-8-sig" if line_number == 1 else "utf-8"),
-                        object_pairs_hook=_object,
+                        object_pairs_hook=unique_keys,
                     )
                 except (ValueError, RecursionError) as error:
-                    problems.add(line_number, f"not valid JSON ({_json_hint(error)})")
+                    problems.add(line_number, f"not valid JSON ({json_hint(error)})")
                 else:
                     yield line_number, obj
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             problems.add(line_number + 1, f"the compressed file is damaged or cut off ({error})")
+
+
+def open_for_reading(
+    path: Path, wanted: str = ".jsonl or .jsonl.gz"
+) -> gzip.GzipFile | BufferedReader:
+    """Open a file for reading bytes, which are decompressed if its name ends in .gz.
+
+    Raises:
+        FileNotFoundError: with the absolute path, and that a file of a `wanted` name is.
+    """
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{path.absolute()} {what}; give a {wanted} file"
+            " (relative paths start at the working directory)"
+        )
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
 def json_line(obj: dict[str, Any]) -> bytes:
@@ -176,30 +188,42 @@ def open_for_writing(path: Path, compressed: bool) -> Iterator[IO[bytes] | gzip.
             yield raw
 
 
-def _refuse_other_formats(path: Path, start: bytes) -> None:
-    """One message instead of one a line.
+def refuse_what_is_no_text(path: Path, start: bytes) -> None:
+    """One message for a file of another kind than text in UTF-8.
 
     Args:
         start: the first bytes of the file, or of what is compressed in it.
 
     Raises:
-        ValueError: where they aren't those of JSON lines in UTF-8.
+        ValueError: naming the kind, and what to do.
     """
     for magic, what in _OTHER_FORMATS.items():
         if start.startswith(magic):
             raise ValueError(f"{path} is {what}")
     if b"\0" in start[:4]:
         raise ValueError(f"{path} is {_UTF_16}")
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    """One message instead of one a line.
+
+    Raises:
+        ValueError: where the start isn't that of JSON lines in UTF-8.
+    """
+    refuse_what_is_no_text(path, start)
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     one_a_line = "write an object a line (jq -c"
     if text.startswith(b"["):
-        raise ValueError(f"{path} is one JSON array: {one_a_line} '.[]' {path.name})")
+        raise ValueError(
+            f"{path} is one JSON array: {one_a_line} '.[]' {path.name}); recipe prepare_data reads "
+            "it under a name that ends in .json"
+        )
     first_line, line_end, _ = text.partition(b"\n")
     if line_end and first_line.rstrip().endswith((b"{", b"[", b",")):
         raise ValueError(f"{path} is JSON over several lines: {one_a_line} . {path.name})")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raises ValueError for a key that is there twice, of which json would take the last."""
     obj = dict(pairs)
     if len(obj) < len(pairs):
@@ -208,7 +232,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return obj
 
 
-def _json_hint(error: Exception) -> str:
+def json_hint(error: Exception) -> str:
+    """What is wrong with a text that isn't JSON, and where."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     if isinstance(error, UnicodeDecodeError):

@@ -91,6 +91,161 @@ def test_a_missing_file_is_not_taken_for_a_hub_id(source: str) -> None:
         read(source)
 
 
+def test_other_files_of_a_folder_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "train.jsonl", 1)
+    for name in ("train.csv", "test.json", "README.md", "dataset_info.json"):
+        (tmp_path / name).write_text("[]")
+    assert read(tmp_path) == [(1, "train")]
+    assert "not read: train.csv" in caplog.text
+    assert "test.json" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "dev", "test"])
+@pytest.mark.parametrize("ending", ["json", "csv", "tsv.gz"])
+def test_validation_data_have_several_names_and_any_container(
+    tmp_path: Path, name: str, ending: str
+) -> None:
+    content = {"json": '[{"v": "1"}]', "csv": "v\n1\n", "tsv.gz": "v\n1\n"}[ending].encode()
+    for split in ("train", name):
+        (tmp_path / f"{split}.{ending}").write_bytes(
+            gzip.compress(content) if ending.endswith("gz") else content
+        )
+    assert read(tmp_path) == [("1", "train"), ("1", "validation")]
+
+
+def test_test_data_are_not_read_where_there_are_validation_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i, name in enumerate(("train", "validation", "test")):
+        write(tmp_path / f"{name}.jsonl", i)
+    assert read(tmp_path) == [(0, "train"), (1, "validation")]
+    assert "not read: test.jsonl" in caplog.text
+
+
+def test_a_folder_of_other_names_is_read_whole_in_their_order_and_has_no_split(
+    tmp_path: Path,
+) -> None:
+    for i in (1, 0):
+        write(tmp_path / f"part-{i}.jsonl", i)
+    (tmp_path / "notes.txt").write_text("x")
+    assert read(tmp_path) == [(0, None), (1, None)]
+
+
+@pytest.mark.parametrize("folder", ["", "data/"])
+def test_files_of_several_splits_are_not_read_together(tmp_path: Path, folder: str) -> None:
+    for name in ("train_sft", "test_sft", "train_prefs"):
+        write(tmp_path / f"{folder}{name}-00000-of-00001.parquet", 1)
+    with pytest.raises(FileNotFoundError, match=r"it holds test_sft-.*builder\.splits"):
+        read(tmp_path)
+
+
+def test_splits_can_be_named_and_must_be_there(tmp_path: Path) -> None:
+    write(tmp_path / "train_sft.jsonl", 1)
+    write(tmp_path / "train.jsonl", 2)
+    problems = LineProblems(tmp_path)
+    rows = iter_rows(tmp_path, problems, splits={"train": "train_sft"})
+    assert [row.value["v"] for row in rows] == [1]
+    with pytest.raises(FileNotFoundError, match="holds no train_gen"):
+        next(iter_rows(tmp_path, problems, splits={"train": "train_gen"}))
+
+
+# Containers
+
+
+def values(path: Path, content: str | bytes) -> tuple[list[tuple[int, Any]], str]:
+    """(number, value) of a file's rows, and the error that names the others, "" without."""
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    problems = LineProblems(path)
+    found = []
+    try:
+        for row in iter_rows(path, problems):
+            found.append((row.number, row.value))
+        problems.raise_if_any()
+    except ValueError as error:
+        return found, str(error)
+    return found, ""
+
+
+def test_cells_are_text_with_quotes_delimiters_and_line_breaks(tmp_path: Path) -> None:
+    """A row's number is the line on which it begins; blank lines are none."""
+    content = 'a,b\r\n"1, ""x""","2\r\n3"\r\n\r\n,4\r\n'
+    assert values(tmp_path / "d.csv", "\ufeff" + content) == (
+        [(2, {"a": '1, "x"', "b": "2\r\n3"}), (5, {"a": "", "b": "4"})],
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"1", "has 1 cells, the first line has 2"),
+        (b"1,2,3", "has 3 cells, the first line has 2"),
+        (b"caf\xe9,2", "not UTF-8 (save the table as CSV UTF-8)"),
+        (b'"1" 2,3', "not valid CSV (',' expected after '\"')"),
+    ],
+)
+def test_bad_lines_of_a_table_are_named_and_the_others_read(
+    tmp_path: Path, line: bytes, problem: str
+) -> None:
+    path = tmp_path / "d.csv"
+    found, error = values(path, b"a,b\n1,2\n" + line + b"\n5,6\n")
+    assert found == [(2, {"a": "1", "b": "2"}), (4, {"a": "5", "b": "6"})]
+    assert error == f"{path}:3: {problem}"
+
+
+def test_a_quote_that_is_not_closed_is_named_where_it_begins(tmp_path: Path) -> None:
+    found, error = values(tmp_path / "d.csv", 'a,b\n1,2\n"3,4\n5,6\n')
+    assert found == [(2, {"a": "1", "b": "2"})]
+    assert "d.csv:3: not valid CSV (unexpected end of data)" in error
+
+
+def test_cells_may_be_long(tmp_path: Path) -> None:
+    """csv's own limit is 128 KiB."""
+    text = "x" * 300_000
+    assert values(tmp_path / "d.csv", f"a,b\n{text},2\n")[0] == [(2, {"a": text, "b": "2"})]
+
+
+def test_columns_need_names_of_their_own(tmp_path: Path) -> None:
+    assert "names columns twice: a" in values(tmp_path / "d.csv", "a,b,a\n1,2,3\n")[1]
+    assert values(tmp_path / "d.csv", ",b\n0,x\n")[0] == [(2, {"column 1": "0", "b": "x"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('[{"v": 1},\n{"v": }]', "not valid JSON (line 2, Expecting value at column 7)"),
+        ('[{"v": 1, "v": 2}]', "not valid JSON (key 'v' is there twice)"),
+        ('{"a": [{"v": 1}], "b": [{"v": 1}]}', "with 2 such lists and the keys 'a', 'b'"),
+        ('{"a": 1}', "with 0 such lists and the keys 'a'"),
+        ('"text"', "must be a JSON array, or an object with a list of objects"),
+        (b"\xff\xfe[\x00", "is UTF-16"),
+        (b"PAR1", "is Parquet"),
+    ],
+)
+def test_json_that_has_no_rows_is_refused_with_the_reason(
+    tmp_path: Path, content: str | bytes, problem: str
+) -> None:
+    found, error = values(tmp_path / "d.json", content)
+    assert found == []
+    assert "d.json" in error
+    assert problem in error
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": [{"role": "user"}]}, {"prompt": "Q", "x": [{"y": 1}]}]
+)
+def test_one_record_is_not_taken_for_what_holds_records(tmp_path: Path, row: Any) -> None:
+    assert values(tmp_path / "d.json", json.dumps(row, indent=1))[0] == [(1, row)]
+
+
+@pytest.mark.parametrize("name", ["d.json.gz", "d.csv.gz", "d.parquet.gz"])
+def test_compressed_files_that_are_cut_off_are_named(tmp_path: Path, name: str) -> None:
+    content = gzip.compress(json.dumps([{"v": str(i)} for i in range(5000)]).encode())
+    assert name in values(tmp_path / name, content[: len(content) // 2])[1]
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1")

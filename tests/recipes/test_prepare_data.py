@@ -5,6 +5,7 @@ What the sources make of their input is tested in tests/data/test_sources*.py.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
@@ -811,3 +812,121 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, prepare: Prepare) ->
         tracemalloc.stop()
     assert (tmp_path / "out" / "train.jsonl").stat().st_size > 36_000_000
     assert peak < 10_000_000
+
+
+# Chat data
+
+
+def write_table(path: Path, rows: list[tuple[str, str, object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([("question", "answer", "formality"), *rows])
+
+
+OWN_SCHEMA = ("schema.names=[formality,length]", "schema.min_value=0", "schema.max_value=10")
+
+
+def test_a_table_gives_labelled_conversations_and_says_how_it_was_read(
+    tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten rows of five prompts, one of them without an answer: a prompt is on one side."""
+    rows: list[tuple[str, str, object]] = [(f"Q{i // 2}", f"A{i}", i) for i in range(10)]
+    rows[3] = ("Q1", "", 3)
+    write_table(tmp_path / "data.csv", rows)
+    arguments = ("source=data.csv", "output_dir=out", "train_fraction=0.6", *OWN_SCHEMA)
+    status, stdout, stderr = prepare(*config("chat"), *arguments)
+    assert status == 0, stderr
+    assert "data.csv: read as prompt_response (prompt=question, response=answer)" in caplog.text
+    assert "rows: 10; conversations: 9, in the order of the rows" in caplog.text
+    assert "left out: 1 with an empty answer" in caplog.text
+    train, val = sides(tmp_path / "out")
+    assert train
+    assert val
+    assert not {*train} & {*val}
+    assert ["train_reg.jsonl", str(len(train))] in [line.split() for line in stdout.splitlines()]
+    lines = (tmp_path / "out" / "train_reg.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        answer = line["text"].split("Assistant\nA")[1][0]
+        assert line["label"] == [float(answer), -100.0]
+
+
+def test_columns_and_splits_can_be_given_on_the_command_line(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    for name in ("train_prefs", "test_prefs"):
+        row = {"prompt": name, "good one": "A", "rejected": "B"}
+        write_lines(tmp_path / f"{name}.jsonl.gz", [row])
+    arguments = ("builder.columns={chosen: good one}", "builder.splits.train=train_prefs")
+    status, _, stderr = prepare(
+        *config("chat"),
+        *("source=.", "output_dir=out", *arguments, "builder.splits.validation=test_prefs"),
+    )
+    assert status == 0, stderr
+    assert sides(tmp_path / "out") == (["train_prefs"] * 2, ["test_prefs"] * 2)
+
+
+@pytest.mark.parametrize(("own_split", "counts"), [("true", [6, 1]), ("false", [5, 2])])
+def test_a_folders_own_split_is_kept_unless_it_is_split_anew_which_is_said(
+    tmp_path: Path, prepare: Prepare, own_split: str, counts: list[int]
+) -> None:
+    """6 and 1 rows; int(0.75 * 7) = 5."""
+    write_table(tmp_path / "train.csv", [(f"Q{i}", "A", 1) for i in range(6)])
+    write_table(tmp_path / "test.csv", [("R", "B", 1)])
+    arguments = ("source=.", "output_dir=out", f"own_split={own_split}", "train_fraction=0.75")
+    status, stdout, stderr = prepare(*config("chat"), *arguments)
+    assert status == 0, stderr
+    names = ("train.jsonl", "val.jsonl")
+    assert [len((tmp_path / "out" / n).read_text().splitlines()) for n in names] == counts
+    assert ("its own split, 6 and 1 records, isn't kept" in stdout) == (own_split == "false")
+
+
+def ultrafeedback_row(prompt: str) -> dict[str, Any]:
+    names = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    return {
+        "instruction": prompt,
+        "completions": [
+            {
+                "response": f"answer {rating}",
+                "annotations": {name: {"Rating": str(rating)} for name in names},
+                "overall_score": 2.0 * rating,
+            }
+            for rating in (2, 5, 1, 4)
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "answers"),
+    [
+        ("ultrafeedback", "builder.make=conversations", ["2", "5", "1", "4"]),
+        ("ultrafeedback", "builder.keep=1", ["5"]),
+        ("ultrafeedback", "builder.make=pairs", ["5", "1"]),
+        ("ultrafeedback_groups", "builder.label=best", ["2", "5", "1", "4"]),
+    ],
+)
+def test_ultrafeedback(
+    tmp_path: Path, prepare: Prepare, name: str, option: str, answers: list[str]
+) -> None:
+    write_lines(tmp_path / "uf.jsonl", [ultrafeedback_row(f"Q{i}") for i in range(3)])
+    arguments = ("source=uf.jsonl", "output_dir=out", "train_fraction=null", option)
+    status, _, stderr = prepare(*config(name), *arguments)
+    assert status == 0, stderr
+    if name == "ultrafeedback_groups":
+        records = read(tmp_path / "out" / "train.jsonl")
+        assert [[r.value[-1] for r in record.responses] for record in records] == [answers] * 3
+        assert {len(parse_label(record.label or "")) for record in records} == {4}
+    else:
+        lines = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["conversations"][-1]["value"][-1] for line in lines]
+        assert texts == answers * 3
+
+
+def test_a_file_that_is_not_understood_ends_in_one_message_and_no_files(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    write_lines(tmp_path / "in.jsonl", [{"title": "T", "body": "Once upon a time"}] * 30)
+    status, _, stderr = prepare(*config("chat"), "source=in.jsonl", "output_dir=out")
+    assert status == 1
+    assert "Traceback" not in stderr
+    assert stderr.count("isn't understood") == 1
+    assert not (tmp_path / "out").exists()

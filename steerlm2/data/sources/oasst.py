@@ -171,7 +171,8 @@ def _groups(
                 continue
             message_id = prompt.get("message_id")
             scores = [_scores(reply, schema) for reply in replies]
-            values = _label_values(label, scores, schema, f"{seed}:{message_id}")
+            quality = [score.get("quality", -math.inf) for score in scores]
+            values = label_values(label, scores, quality, schema, f"{seed}:{message_id}")
             if not values:
                 num_left_out += 1
                 continue
@@ -354,15 +355,27 @@ def _scores(reply: dict[str, Any], schema: AttributeSchema) -> dict[str, float]:
     }
 
 
-def _label_values(
-    label: str, scores: list[dict[str, float]], schema: AttributeSchema, draw_seed: str
+def label_values(
+    label: str,
+    scores: Sequence[Mapping[str, float]],
+    goodness: Sequence[float],
+    schema: AttributeSchema,
+    draw_seed: str,
 ) -> dict[str, int]:
-    """The values of the record's label, for the attributes that all replies have a score for."""
+    """The values of a group's label, for the attributes that all its responses have a score for.
+
+    Args:
+        label: "sampled": those of a response that is drawn; "best": those of the best one; else a
+            label string.
+        scores: of each response.
+        goodness: of each response, for "best".
+        draw_seed: of the draw.
+    """
     shared = [name for name in schema.names if all(name in score for score in scores)]
     if label == "sampled":
-        chosen = random.Random(draw_seed).choice(scores)
+        chosen: Mapping[str, float] = random.Random(draw_seed).choice(scores)
     elif label == "best":
-        chosen = max(scores, key=lambda score: score.get("quality", -math.inf))
+        chosen = scores[max(range(len(scores)), key=goodness.__getitem__)]
     else:
         chosen = {name: float(value) for name, value in parse_label(label).items()}
     return {name: round(chosen[name]) for name in shared if name in chosen}

@@ -1,34 +1,45 @@
 """The rows of a source: a data set of the Hugging Face hub, a file, or a folder laid out as there.
 
-Local files are read as streams. A data set of the hub is loaded with `datasets`, which keeps it on
-disk.
+Local files are read as streams (JSON arrays whole). A data set of the hub is loaded with
+`datasets`, which keeps it on disk.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from steerlm2.data.jsonl import LineProblems, iter_json_lines
+from steerlm2.data.jsonl import LineProblems, shortened
+from steerlm2.data.sources.containers import CONTAINERS, container_of, iter_values
 
 Split = Literal["train", "validation"]
 
 # Names of a split in file names, and patterns of its files in a folder; the first match is taken.
 _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
-    "validation": ("validation", "val"),
+    "validation": ("validation", "val", "valid", "dev", "test"),
 }
-_PATTERNS = (
-    "{}.jsonl.gz",
-    "{}.jsonl",
-    "{}.parquet",
-    "{}-*.parquet",
-    "data/{}-*.parquet",
-)
+_ENDINGS = [
+    ending
+    for container in (".jsonl", ".parquet", *CONTAINERS)
+    for ending in (f"{container}.gz", container)
+]
+_PATTERNS = [
+    pattern + ending
+    for pattern in ("{}", "{}-*", "{}_[0-9]*", "data/{}", "data/{}-*", "data/{}_[0-9]*")
+    for ending in dict.fromkeys(_ENDINGS)
+]
+_ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json"}
+"""Files that `datasets` writes next to data."""
+_SPLITS = "{train: NAME, validation: NAME} reads these"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE_NAME = re.compile(r".*\.(jsonl?|gz|parquet)")
+_FILE_NAME = re.compile(r".*\.(jsonl?|gz|parquet|csv|tsv)")
+
+_log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -40,50 +51,95 @@ class Row(NamedTuple):
     split: Split | None = None
 
 
-def iter_rows(source: str | Path, problems: LineProblems, subset: str = "") -> Iterator[Row]:
+def iter_rows(
+    source: str | Path,
+    problems: LineProblems,
+    subset: str = "",
+    splits: Mapping[str, str] | None = None,
+) -> Iterator[Row]:
     """All rows of a source: those of the training split, then those of the validation split.
 
-    Lines that aren't JSON go to `problems`, which the caller raises at the end.
+    Lines that can't be read go to `problems`, which the caller raises at the end. A folder's files
+    that aren't read are logged.
 
     Args:
-        source: a .jsonl, .jsonl.gz or .parquet file; a folder with train.jsonl.gz and
-            validation.jsonl.gz (or .jsonl, or .parquet, also in shards); or a hub id.
+        source: a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz; a folder with such
+            files named train and validation (or val, valid, dev; test where there is no other),
+            also in shards; a folder whose files have other names, which are all read and have no
+            split; or a hub id.
         subset: read this sub-folder of the folder or of the data set on the hub. It may have one
             file of its own name for both splits.
+        splits: "train" and "validation" -> the names they have in this source.
 
     Raises:
         FileNotFoundError: if there is no such file, or none of these in the folder.
         ValueError: if the hub's data set can't be loaded.
     """
     path = Path(source)
+    names = {
+        split: (splits[split],) if splits and split in splits else usual
+        for split, usual in _SPLIT_NAMES.items()
+        if not splits or split in splits
+    }
     if path.is_dir():
-        files = _files_of_folder(path, subset)
+        files = _files_of_folder(path, subset, names)
     elif path.exists() or _FILE_NAME.fullmatch(path.name) or not _HUB_ID.fullmatch(str(source)):
         files = [(path, None)]
     else:
-        yield from _rows_of_hub(str(source), subset)
+        yield from _rows_of_hub(str(source), subset, names)
         return
     for file, split in files:
         problems.path = file
-        rows = _parquet_rows(file) if file.suffix == ".parquet" else iter_json_lines(file, problems)
-        for number, value in rows:
+        for number, value in iter_values(file, problems):
             yield Row(file, number, value, split)
 
 
-def _files_of_folder(folder: Path, subset: str) -> list[tuple[Path, Split | None]]:
+_Names = Mapping[Split, tuple[str, ...]]
+
+
+def _files_of_folder(folder: Path, subset: str, names: _Names) -> list[tuple[Path, Split | None]]:
     base = folder if folder.name == subset else folder / subset
     files: list[tuple[Path, Split | None]] = []
-    for split, names in _SPLIT_NAMES.items():
-        files += [(file, split) for file in _first_match(base, names)]
-    if subset and not files:
+    for split, own_names in names.items():
+        files += [(file, split) for file in _first_match(base, own_names)]
+    others = _data_files(base)
+    if not files and subset:
         files = [(file, None) for file in _first_match(base, (subset,))]
+    elif not files and names == _SPLIT_NAMES and not any(map(_names_a_split, others)):
+        files = [(file, None) for file in others]
+    elif all(split == "validation" for _, split in files):
+        files = [pair for pair in files if not pair[0].name.startswith("test")]
     if not files:
         wanted = f"{subset}.jsonl.gz or train.jsonl.gz" if subset else "train.jsonl.gz"
+        if names != _SPLIT_NAMES:
+            wanted = " and no ".join(name for own in names.values() for name in own)
         raise FileNotFoundError(
-            f"{base.absolute()} holds no {wanted} (nor .jsonl, nor .parquet): give a folder laid "
-            "out as the data set on the hub, or a file"
+            f"{base.absolute()} holds no {wanted} (nor {', '.join(CONTAINERS)}): give a folder "
+            f"laid out as the data set on the hub, or a file{_found(base)}"
         )
+    if unread := sorted({*others} - {file for file, _ in files}):
+        _log.warning("%s: not read: %s", base, ", ".join(file.name for file in unread))
     return files
+
+
+def _names_a_split(path: Path) -> bool:
+    """Whether a file's name begins as a split's, such as train_sft: read together with others, it
+    would mix what is to be kept apart."""
+    return path.name.startswith(tuple(itertools.chain(*_SPLIT_NAMES.values())))
+
+
+def _found(base: Path) -> str:
+    files = _data_files(base) or _data_files(base / "data")
+    names = ", ".join(shortened([file.name for file in files]))
+    return f"; it holds {names}: data/chat's builder.splits={_SPLITS}" if files else ""
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The files of a folder that are in a known container, sorted."""
+    if not folder.is_dir():
+        return []
+    known = (p for p in folder.iterdir() if container_of(p) in CONTAINERS and p.is_file())
+    return sorted(p for p in known if p.name not in _ABOUT_DATA and not p.name.startswith("."))
 
 
 def _first_match(base: Path, names: Iterable[str]) -> list[Path]:
@@ -95,31 +151,26 @@ def _first_match(base: Path, names: Iterable[str]) -> list[Path]:
     return []
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    import datasets
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.absolute()} does not exist")
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from enumerate(rows, start=1)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path} can't be read as Parquet: {error}") from error
-
-
-def _rows_of_hub(source: str, subset: str) -> Iterator[Row]:
+def _rows_of_hub(source: str, subset: str, names: _Names) -> Iterator[Row]:
     import datasets
 
     try:
-        splits = datasets.load_dataset(source, data_dir=subset or None)
+        loaded = datasets.load_dataset(source, data_dir=subset or None)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{source} is no local file or folder, and can't be loaded from the hub ({error}). "
             "Without internet, download its files elsewhere and give their folder as 'source'"
         ) from error
-    found = [split for split in _SPLIT_NAMES if split in splits]
-    if not found:
-        raise ValueError(f"{source} has no split 'train', only {', '.join(map(repr, splits))}")
-    for split in found:
-        for number, value in enumerate(splits[split], start=1):
-            yield Row(f"{source} [{split}]", number, value, split)
+    found = {
+        split: name
+        for split, own in names.items()
+        if (name := next((each for each in own if each in loaded), None))
+    }
+    if "train" not in found and found.get("validation") in (None, "test"):
+        wanted = " or ".join(repr(name) for name in names.get("train", ("train",)))
+        raise ValueError(f"{source} has no split {wanted}, only {', '.join(map(repr, loaded))}")
+    if unread := sorted({*loaded} - {*found.values()}):
+        _log.warning("%s: splits that are not read: %s", source, ", ".join(unread))
+    for split, name in found.items():
+        for number, value in enumerate(loaded[name], start=1):
+            yield Row(f"{source} [{name}]", number, value, split)
