@@ -51,6 +51,8 @@ def build_decoder(
     arguments = dict(model)
     if takes(model, CHECKPOINT_DIR):
         arguments[CHECKPOINT_DIR] = checkpoint_dir_of(model, checkpointer)
+        if not arguments[CHECKPOINT_DIR]:
+            arguments.pop("planned_as", None)  # a plan has a folder that is still to come
     with torch.device("meta"):
         decoder = instantiate(arguments)
         if num_attributes is not None:

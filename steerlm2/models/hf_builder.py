@@ -180,7 +180,7 @@ def _check_quantizable(config: DecoderConfig) -> None:
 
 
 def _config(checkpoint_dir: str, planned_as: str | None) -> DecoderConfig:
-    if not checkpoint_dir:
+    if not checkpoint_dir and planned_as is None:
         raise ValueError(
             "steerlm2.models.from_checkpoint needs a checkpoint: set checkpointer, or "
             "model.checkpoint_dir"
@@ -188,7 +188,7 @@ def _config(checkpoint_dir: str, planned_as: str | None) -> DecoderConfig:
     folder = resolve_checkpoint_dir(
         checkpoint_dir, "model.checkpoint_dir", missing_ok=planned_as is not None
     )
-    if (folder / "config.json").is_file():
+    if checkpoint_dir and (folder / "config.json").is_file():
         file = folder / "config.json"
         return decoder_config(read_json(file), str(file.absolute()))
     assert planned_as is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from torchtune.modules import TransformerDecoder
 
 from steerlm2._tune import RECIPES, SINGLE_PROCESS_RECIPES
@@ -67,8 +67,10 @@ def values_of(name: str) -> DictConfig:
     """The YAML, with some text for the keys that the command line must give."""
     values = OmegaConf.create(text_of(name))
     assert isinstance(values, DictConfig)
+    plain = OmegaConf.to_container(values, resolve=False)
     for key in OmegaConf.missing_keys(values):
-        OmegaConf.update(values, key, f"a_value_for_{key}")
+        if functools.reduce(lambda part, own: part[own], key.split("."), plain) == MISSING:
+            OmegaConf.update(values, key, f"a_value_for_{key}")
     return values
 
 
@@ -261,7 +263,28 @@ PAPER = (
 LORA = {"lora_rank": 8, "lora_alpha": 16}
 """torchtune 0.6.1, llama3_1/8B_lora."""
 
+LORA_64 = {
+    "lora_rank": 64,
+    "lora_alpha": 128,
+    "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
+}
+"""torchtune 0.6.1, llama3_2/1B_lora and 3B_lora."""
+LORA_STEPS = {"lr": 3e-4, "warmup_steps": 100, "weight_decay": 0.01}
+"""torchtune 0.6.1, llama3_2/1B_lora, 3B_lora and qwen2_5/7B_lora."""
+SMALL_REWARD = LORA_STEPS | {"betas": [0.9, 0.98], "global_batch_size": 128, "max_steps": 317}
+SMALL_ACSFT = GPT_SFT | LORA_STEPS | {"global_batch_size": 128}
+SMALL_STEERLM2 = {"global_batch_size": 128, "epochs": 2}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama3_2/1B_reward": SMALL_REWARD | LORA_64,
+    "llama3_2/1B_acsft": SMALL_ACSFT | LORA_64,
+    "llama3_2/1B_steerlm2": SMALL_STEERLM2 | LORA_64,
+    "llama3_2/3B_reward": SMALL_REWARD | LORA_64,
+    "llama3_2/3B_acsft": SMALL_ACSFT | LORA_64,
+    "llama3_2/3B_steerlm2": SMALL_STEERLM2 | LORA_64,
+    "qwen2_5/7B_reward": SMALL_REWARD | LORA,
+    "qwen2_5/7B_acsft": SMALL_ACSFT | LORA,
+    "qwen2_5/7B_steerlm2": SMALL_STEERLM2 | LORA,
     "any/steerlm2": PAPER,
     "llama2/13B_reward": TRAINING_RM  # step 3; it validates and saves every 10 steps on 32 nodes
     | {"lr": 9e-6, "min_lr": 9e-7, "warmup_steps": 10, "max_steps": 800, "global_batch_size": 512},

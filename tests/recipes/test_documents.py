@@ -358,8 +358,6 @@ def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(document)):
         path, _, anchor = target.partition("#")
         file = ((ROOT / document).parent / path).resolve() if path else ROOT / document
-        if file == ROOT / "steerlm2" / "data" / "README.md":
-            continue
         assert file.exists(), target
         assert not anchor or anchor in headings(file), target
 

@@ -341,7 +341,8 @@ def _in_order(label: str, schema: AttributeSchema) -> str:
 
 def _share(value: float, name: str, schema: AttributeSchema) -> float:
     """Where a value is in its attribute's range, from 0 to 1."""
-    return (value - schema.min_value) / (schema.max_value - schema.min_value)
+    low, high = schema.range_of(name)
+    return (value - low) / (high - low)
 
 
 def _number(value: Any, where: str) -> float | None:
