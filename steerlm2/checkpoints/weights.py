@@ -106,11 +106,29 @@ def open_checkpointer(
     values = read_json(folder / "config.json")
     check_decoder(decoder, values, folder)
     check_vocabulary(decoder, tokenizer)
+    _check_row_order(decoder, component.get("model_type"))
     arguments = {"output_dir": output_dir} if output_dir else {}
     checkpointer = instantiate(arguments | dict(component) | {"checkpoint_dir": str(folder)})
     if isinstance(checkpointer, HFCheckpointer):
         checkpointer.hf_config = exported_config(decoder, values)
     return checkpointer
+
+
+def _check_row_order(decoder: TransformerDecoder, model_type: Any) -> None:
+    """Check that a torchtune checkpointer, if it is one, reads the rows in the decoder's order.
+
+    Raises:
+        ValueError: where its `model_type` is of another family, whose weights would load silently.
+    """
+    if model_type is None or ("QWEN" in str(model_type).upper()) == (
+        head_shape(decoder).rotates_halves
+    ):
+        return
+    raise ValueError(
+        f"checkpointer.model_type {model_type} reads queries and keys in another order of rows "
+        "than `model` has them: set it to the model's family, or `checkpointer` to "
+        "steerlm2.checkpoints.HFCheckpointer, which knows it from config.json"
+    )
 
 
 def check_start(component: Mapping[str, Any] | None) -> None:

@@ -303,6 +303,18 @@ def test_no_checkpointer_opens_a_folder_of_another_model(component: str, tmp_pat
         open_checkpointer(section, meta(), tiny_tokenizer(), seed=0, output_dir="")
 
 
+def test_a_torchtune_checkpointer_of_another_family_is_refused(tmp_path: Path) -> None:
+    """Names and shapes fit, but the rows of queries and keys would be in another order."""
+    (tmp_path / "config.json").write_text(json.dumps(VERSION_4))
+    section = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(tmp_path),
+        "model_type": "QWEN2",
+    }
+    with pytest.raises(ValueError, match=r"checkpointer\.model_type QWEN2 reads queries and keys"):
+        open_checkpointer(section, meta(), tiny_tokenizer(), seed=0, output_dir="")
+
+
 def test_a_resized_vocabulary_says_what_the_models_must_be(tmp_path: Path) -> None:
     """Tokenizer and checkpoint have more tokens than the model: the model is to be changed."""
     tokenizer = tiny_tokenizer()
