@@ -8,13 +8,13 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fork_server import ForkedProcess, ForkServer
+from fork_server import OWN_TORCHRUN, ForkedProcess, ForkServer
 from safetensors.torch import load_file
 
 from steerlm2.data.records import Record, Response, Turn, write_records
@@ -74,6 +74,18 @@ def tune(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> T
     """
     cwd, shell_function = tmp_path_factory.mktemp("cwd"), fork_server.shell_function(TUNE)
     return TuneProcess(cwd, fork_server.start, shell_function)
+
+
+@pytest.fixture(scope="session")
+def tune_torchrun(tune: TuneProcess, ranks_are_forked: dict[str, str]) -> TuneProcess:
+    """`tune` with the real torchrun, which watches ranks and starts them again."""
+    return replace(tune, variables=tune.variables | {OWN_TORCHRUN: "1"} | ranks_are_forked)
+
+
+@pytest.fixture(scope="session")
+def ranks_are_forked(fork_server: ForkServer) -> dict[str, str]:
+    """The environment in which torchrun's ranks are children of the fork server."""
+    return {"PYTHON_EXEC": str(fork_server.python)}
 
 
 @pytest.fixture(scope="session")
