@@ -77,15 +77,10 @@ def tune(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> T
 
 
 @pytest.fixture(scope="session")
-def tune_torchrun(tune: TuneProcess, ranks_are_forked: dict[str, str]) -> TuneProcess:
+def tune_torchrun(tune: TuneProcess, fork_server: ForkServer) -> TuneProcess:
     """`tune` with the real torchrun, which watches ranks and starts them again."""
-    return replace(tune, variables=tune.variables | {OWN_TORCHRUN: "1"} | ranks_are_forked)
-
-
-@pytest.fixture(scope="session")
-def ranks_are_forked(fork_server: ForkServer) -> dict[str, str]:
-    """The environment in which torchrun's ranks are children of the fork server."""
-    return {"PYTHON_EXEC": str(fork_server.python)}
+    ranks = {"PYTHON_EXEC": str(fork_server.python)}
+    return replace(tune, variables=tune.variables | {OWN_TORCHRUN: "1"} | ranks)
 
 
 @pytest.fixture(scope="session")
