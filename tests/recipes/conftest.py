@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -163,15 +164,46 @@ def _write_groups(path: Path, sizes: Iterable[int], *, seed: int = 0, too_long: 
     return path
 
 
+# Trained models, for whoever asks: one of the workers trains them
+
+
 @pytest.fixture(scope="session")
-def attribute_model(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that reward_distributed exports after 40 steps of tiny/reward: its scores are not
-    good yet, but differ from text to text."""
-    output_dir = tmp_path_factory.mktemp("attribute_model")
-    tune(
-        *("reward_distributed", "--config", "tiny/reward", f"output_dir={output_dir}"),
-        *("max_steps=40", "lr_scheduler.warmup_steps=5", "dataset.num_records=320"),
-        *("dataset_val=null", "val_every_n_steps=null", "save_every_n_steps=null", "export=last"),
+def trained(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`trained(name, recipe, config, *overrides)`: the folder that a run exports at its end."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+
+    def train(name: str, recipe: str, config: str, *overrides: str) -> Path:
+        output_dir, done = folder / name, folder / f"{name}.done"
+        no_validation = ("dataset_val=null", "val_every_n_steps=null", "save_every_n_steps=null")
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                tune(
+                    *(recipe, "--config", config, f"output_dir={output_dir}"),
+                    *("lr_scheduler.warmup_steps=5", *no_validation, "export=last", *overrides),
+                )
+                done.touch()
+        (exported,) = output_dir.glob("epoch_*")
+        return exported
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def attribute_model(trained: Callable[..., Path]) -> Path:
+    """After 40 steps its scores are not good yet, but differ from text to text."""
+    return trained(
+        *("attribute_model", "reward_distributed", "tiny/reward"),
+        *("max_steps=40", "dataset.num_records=320"),
     )
-    (folder,) = output_dir.glob("epoch_*")
-    return folder
+
+
+@pytest.fixture(scope="session")
+def acsft_model(trained: Callable[..., Path]) -> Path:
+    """An attribute-conditioned model after 60 steps: most of its responses end."""
+    return trained(
+        *("acsft_model", "sft_distributed", "tiny/acsft", "max_steps=60", "generation=null"),
+        *("dataset.num_records=100", "global_batch_size=12", "lr=4.0e-3"),
+    )
