@@ -455,7 +455,7 @@ def run_on_forked_ranks(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     if args.nnodes not in ("1", "1:1") or args.max_restarts or args.rdzv_endpoint:
-        raise ValueError("several nodes, and restarts, are for OWN_TORCHRUN")
+        raise ValueError("for several nodes, and for restarts, set OWN_TORCHRUN (tune_torchrun)")
     size = int(args.nproc_per_node)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

@@ -168,8 +168,8 @@ def _write_groups(path: Path, sizes: Iterable[int], *, seed: int = 0, too_long: 
 
 
 @pytest.fixture(scope="session")
-def trained(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`trained(name, recipe, config, *overrides)`: the folder that a run exports at its end."""
+def train_once(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`train_once(name, recipe, config, *overrides)`: the folder that a run exports at its end."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # of all workers
@@ -192,18 +192,18 @@ def trained(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 @pytest.fixture(scope="session")
-def attribute_model(trained: Callable[..., Path]) -> Path:
+def attribute_model(train_once: Callable[..., Path]) -> Path:
     """After 40 steps its scores are not good yet, but differ from text to text."""
-    return trained(
+    return train_once(
         *("attribute_model", "reward_distributed", "tiny/reward"),
         *("max_steps=40", "dataset.num_records=320"),
     )
 
 
 @pytest.fixture(scope="session")
-def acsft_model(trained: Callable[..., Path]) -> Path:
+def acsft_model(train_once: Callable[..., Path]) -> Path:
     """An attribute-conditioned model after 60 steps: most of its responses end."""
-    return trained(
+    return train_once(
         *("acsft_model", "sft_distributed", "tiny/acsft", "max_steps=60", "generation=null"),
         *("dataset.num_records=100", "global_batch_size=12", "lr=4.0e-3"),
     )
