@@ -7,7 +7,10 @@ arguments, environment, working directory and files, and runs the script as `__m
 prints, its exit status, and how it ends by an exception or a signal is what the script would do if
 Python had started it.
 
-torchrun, and so `tune run --nproc_per_node N`, forks its ranks likewise (`run_on_forked_ranks`).
+torchrun, and so `tune run --nproc_per_node N`, forks its ranks likewise (`run_on_forked_ranks`),
+without an agent that watches and restarts them. Where that is wanted, torchrun itself runs in the
+child (`OWN_TORCHRUN`), or in a process of its own, and starts ranks with `ForkServer.python` in
+place of Python (`PYTHON_EXEC`, a variable of torchrun's).
 
 What differs from a process of its own: `/proc/PID/cmdline`, the seed of Python's hashes, which is
 the same for all children, and variables that packages read when they are imported, which are the
@@ -42,6 +45,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
+RunRanks = Callable[[argparse.Namespace], None]
+
 MAX_REQUEST = 1 << 18
 """Bytes of arguments and environment; a message of a Unix socket must fit into its buffer."""
 SECONDS_TO_END = 5
@@ -72,9 +77,17 @@ class Request:
 
 
 class ForkServer:
-    """Starts the server when it is first asked for a process; `close` ends it and its children."""
+    """Starts the server when it is first asked for a process; `close` ends it and its children.
 
-    def __init__(self) -> None:
+    Args:
+        interpreter: of the server, and so of all its children.
+        env: the server's.
+    """
+
+    def __init__(
+        self, interpreter: str | Path = sys.executable, env: Mapping[str, str] = os.environ
+    ) -> None:
+        self._interpreter, self._env = interpreter, env
         self._folder = tempfile.TemporaryDirectory(prefix="fork_server_")
         self._address = f"{self._folder.name}/socket"
         self._server: subprocess.Popen[bytes] | None = None
@@ -105,6 +118,16 @@ class ForkServer:
         command = shlex.join([sys.executable, "-IS", __file__, "run", self._address, str(script)])
         return {f"BASH_FUNC_{script.name}%%": f'() {{ exec {command} "$@"; }}'}
 
+    @property
+    def python(self) -> Path:
+        """A program that runs scripts here, as a Python interpreter would."""
+        program = Path(self._folder.name) / "python"
+        if not program.exists():
+            command = shlex.join([sys.executable, "-IS", __file__, "run", self._address])
+            program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+            program.chmod(0o755)
+        return program
+
     def close(self) -> None:
         if self._server is not None:
             self._server.communicate()  # the end of its stdin says that nobody needs it
@@ -116,8 +139,8 @@ class ForkServer:
             listener.bind(self._address)
             listener.listen()
             return subprocess.Popen(
-                [sys.executable, __file__, "serve", str(listener.fileno())],
-                env=os.environ | NO_THREADS,
+                [self._interpreter, __file__, "serve", str(listener.fileno())],
+                env={**self._env, **NO_THREADS},
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
@@ -219,18 +242,23 @@ def _pipe() -> tuple[IO[str], IO[str]]:
     return open(reading, encoding="utf-8"), open(writing, "w", encoding="utf-8")
 
 
-# In place of a command (`ForkServer.shell_function`)
+# In place of a command (`ForkServer.shell_function`) or of Python (`ForkServer.python`)
 
 
 def run_command(address: str, argv: list[str]) -> None:
     """Have the server run a script with this process's files, folder and environment.
+
+    A `-u` before it is Python's own.
 
     Signals are passed on, and this process ends as the script does. When it is killed, the server
     kills the script.
     """
     files = sorted(int(name) for name in os.listdir("/proc/self/fd"))
     files = [file for file in files if os.path.exists(f"/proc/self/fd/{file}")]
-    request = Request(argv, os.getcwd(), dict(os.environ), files)
+    environment = dict(os.environ)
+    if argv[0] == "-u":
+        argv, environment = argv[1:], environment | {"PYTHONUNBUFFERED": "1"}
+    request = Request(argv, os.getcwd(), environment, files)
     passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # until there is someone to pass them to
     connection, pid = _ask(address, request, files)
@@ -351,6 +379,8 @@ def _enter(request: Request, files: Sequence[int]) -> None:
         import torch
 
         torch.compiler.set_stance("force_eager")
+    if "PYTHONUNBUFFERED" in os.environ:
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     kept = [path for path in sys.path[1:] if path not in of_server]
     search_path[:] = [*filter(None, of_request), *kept]
     _become(request.argv, os.path.dirname(os.path.realpath(request.argv[0])))
@@ -400,8 +430,24 @@ def run_to_the_end(script: Callable[[], object]) -> NoReturn:
     os._exit(status & 0xFF)
 
 
+OWN_TORCHRUN = "FORKED_PROCESSES_KEEP_TORCHRUN"
+"""In a request's environment: torchrun itself starts the ranks, for several nodes and restarts."""
+
+
+def torchrun_or_forked_ranks(torchrun: RunRanks) -> RunRanks:
+    """In place of `torch.distributed.run.run`."""
+
+    def run(args: argparse.Namespace) -> None:
+        if OWN_TORCHRUN in os.environ:
+            torchrun(args)
+        else:
+            run_on_forked_ranks(args)
+
+    return run
+
+
 def run_on_forked_ranks(args: argparse.Namespace) -> None:
-    """In place of `torch.distributed.run.run`, for one node and no restarts.
+    """As torchrun does on one node, without restarts.
 
     Each rank runs `args.training_script`. As with torchrun they meet in a store of the launcher's;
     when one of them fails, the others get SIGTERM, and the launcher ends with status 1.
@@ -409,7 +455,7 @@ def run_on_forked_ranks(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     if args.nnodes not in ("1", "1:1") or args.max_restarts or args.rdzv_endpoint:
-        raise ValueError("for several nodes, and for restarts, start a real process (tune_command)")
+        raise ValueError("for several nodes, and for restarts, set OWN_TORCHRUN (tune_torchrun)")
     size = int(args.nproc_per_node)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -496,15 +542,17 @@ def preload() -> None:
 
     Nothing here may start a thread: a child would have what the thread held, but not the thread.
     """
-    import matplotlib.backends.backend_agg  # noqa: F401
-    import torch.distributed.run
+    import torch.distributed.run as launcher
 
-    torch.distributed.run.run = run_on_forked_ranks
+    launcher.run = torchrun_or_forked_ranks(launcher.run)
     import torchtune._cli.tune  # noqa: F401
     from torchtune._recipe_registry import get_all_recipes
 
     from steerlm2._tune import RECIPES
+    from steerlm2.runs.metrics import plot_curves
 
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        plot_curves([{"step": 1, "loss": 1.0}], ["loss"], Path(file.name))  # imports matplotlib
     for recipe in get_all_recipes():
         if recipe.name in RECIPES:
             runpy.run_path(recipe.file_path)

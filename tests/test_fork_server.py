@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_server import ForkedProcess, ForkServer
+from fork_server import OWN_TORCHRUN, ForkedProcess, ForkServer
 
 Start = Callable[..., ForkedProcess]
 
@@ -43,12 +43,14 @@ json.dump({
 def start(fork_server: ForkServer, tmp_path: Path) -> Start:
     """`start(text, *arguments)` runs the text as a script."""
 
-    def begin(text: str, *arguments: str, command: tuple[Any, ...] = ()) -> ForkedProcess:
+    def begin(
+        text: str, *arguments: str, command: tuple[Any, ...] = (), **variables: str
+    ) -> ForkedProcess:
         (tmp_path / "script.py").write_text(text)
         return fork_server.start(
             [*command, tmp_path / "script.py", *arguments],
             cwd=tmp_path,
-            env=ENV,
+            env=ENV | variables,
         )
 
     return begin
@@ -154,6 +156,26 @@ def test_a_rank_that_fails_ends_the_others(start: Start) -> None:
     assert process.returncode == 1
     assert "a rank ended with status 4" in stderr
     assert "a rank ended with status -15" in stderr
+
+
+def test_torchrun_itself_starts_forked_ranks_again(start: Start, fork_server: ForkServer) -> None:
+    """Those of the second attempt are children of the server too."""
+    process = start(
+        "import os, signal, sys\n"
+        "attempt, rank = os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ['RANK']\n"
+        "if attempt + rank == '01': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if attempt == '0': signal.pause()\n"
+        "sys.stdout.write(f'{rank} {os.getppid()}\\n')",
+        command=(TORCHRUN, "--nproc_per_node=2", "--max_restarts=1"),
+        PYTHON_EXEC=str(fork_server.python),
+        **{OWN_TORCHRUN: "1"},
+    )
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    ranks, parents = zip(*map(str.split, stdout.splitlines()), strict=True)
+    assert sorted(ranks) == ["0", "1"]
+    assert len(set(parents)) == 1
+    assert str(process.pid) not in parents
 
 
 # Its end

@@ -5,8 +5,10 @@ The heavy dependencies are those of the environment that runs the tests: a path 
 site-packages, whose own start-up files Python doesn't run.
 """
 
+import csv
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fork_server import ForkServer
 
 from steerlm2 import _tune
 
@@ -26,6 +29,7 @@ CONFIG_NAMES = [config for configs in _tune.RECIPES.values() for config in confi
 pytestmark = pytest.mark.slow
 
 INSTALLS = ["pip", "pip editable", "uv", "uv editable"]
+PRINT_FINDERS = "import sys; print(*map(str, sys.meta_path))"
 UNKNOWN_KEY = "no_such_key=1"  # every recipe answers it by name, before it does any work
 
 
@@ -61,6 +65,12 @@ class Environment:
         result = self.run(*command, **variables)
         assert result.returncode == 0, result.stderr
         return result.stdout
+
+    def missing_files(self, distribution: str) -> list[str]:
+        """Return which of its files a distribution lacks."""
+        (record,) = self.site_packages.glob(f"{distribution}-*.dist-info/RECORD")
+        files = [row[0] for row in csv.reader(record.read_text().splitlines())]
+        return [file for file in files if not (self.site_packages / file).exists()]
 
     def leftovers(self) -> list[str]:
         """Return everything in site-packages that bears our name."""
@@ -151,6 +161,30 @@ def wheel(environments: Callable[[str], Environment]) -> Environment:
     return environments("pip")
 
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def run_script(wheel: Environment) -> Iterator[Run]:
+    """`run_script(file, *arguments)`: in forks of one interpreter of that environment, for what
+    imports torch."""
+    server = ForkServer(wheel.python, clean_variables())
+
+    def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        process = server.start([script, *arguments], cwd=wheel.root, env=clean_variables())
+        stdout, stderr = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode or 0, stdout, stderr)
+
+    yield run
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def tune(wheel: Environment, run_script: Run) -> Run:
+    """`tune` of that environment."""
+    return functools.partial(run_script, wheel.root / "bin" / "tune")
+
+
 @pytest.fixture(scope="module")
 def listed_by_torchtune() -> str:
     return Environment(Path(sys.prefix)).output("tune", "ls", STEERLM2_NO_TUNE="1")
@@ -163,6 +197,7 @@ def bare(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
+@pytest.mark.parametrize("installed", ["pip", "uv editable"], indirect=True)
 def test_ls_lists_ours_after_torchtunes(installed: Environment, listed_by_torchtune: str) -> None:
     """Ours come last, as the table has them, and torchtune's keep their places."""
     ours, theirs = installed.output("tune", "ls"), listed_by_torchtune
@@ -179,6 +214,18 @@ def test_ls_lists_ours_after_torchtunes(installed: Environment, listed_by_torcht
     ]
 
 
+def test_every_install_adds_our_recipes(installed: Environment, tmp_path: Path) -> None:
+    """To a registry in torchtune's place, which is imported without torch."""
+    (tmp_path / "torchtune").mkdir()
+    (tmp_path / "torchtune" / "__init__.py").touch()
+    (tmp_path / "torchtune" / "_recipe_registry.py").write_text(
+        "from types import SimpleNamespace as Recipe\nConfig, _ALL_RECIPES = Recipe, []\n"
+    )
+    code = "import torchtune._recipe_registry as r; print(*(each.name for each in r._ALL_RECIPES))"
+    names = installed.output("python", "-c", code, PYTHONPATH=str(tmp_path)).split()
+    assert names == RECIPE_NAMES
+
+
 def test_recipes_come_from_the_package_or_from_the_checkout(installed: Environment) -> None:
     """A wheel carries its own copies, clear of torchtune's `recipes`; an editable install none."""
     code = "from steerlm2._tune import recipe_directories; print(*recipe_directories(), sep='\\n')"
@@ -193,64 +240,67 @@ def test_recipes_come_from_the_package_or_from_the_checkout(installed: Environme
         assert folders == [package / "_recipes", package / "_recipe_configs"]
 
 
-def test_the_page_of_a_report_has_its_template(wheel: Environment) -> None:
-    code = (
-        "from steerlm2.evaluation.report import SteeringResult, html_page; "
-        "rows = [dict(attribute='wit', requested=4, mean_score=3.5, std_score=0.5)]; "
+def test_the_page_of_a_report_has_its_template(run_script: Run, tmp_path: Path) -> None:
+    script = tmp_path / "report.py"
+    script.write_text(
+        "from steerlm2.evaluation.report import SteeringResult, html_page\n"
+        "rows = [dict(attribute='wit', requested=4, mean_score=3.5, std_score=0.5)]\n"
         "print(html_page({'mine': SteeringResult({'steering_mae': 0.5}, rows, {})}))"
     )
-    assert wheel.output("python", "-c", code).startswith("<!doctype html>")
+    assert run_script(script).stdout.startswith("<!doctype html>")
 
 
-def test_cp_and_cat_a_config(wheel: Environment) -> None:
+def test_cp_and_cat_a_config(wheel: Environment, tune: Run) -> None:
     """`tune cp` gives the file to the byte; `tune cat` prints its values, formatted anew."""
     name = "llama3_1/70B_steerlm2_multinode"
     source = (REPOSITORY / "recipe_configs" / f"{name}.yaml").read_bytes()
 
-    wheel.output("tune", "cp", name, "my.yaml")
-    printed = wheel.output("tune", "cat", name)
+    tune("cp", name, "my.yaml")
+    printed = tune("cat", name).stdout
 
     assert (wheel.root / "my.yaml").read_bytes() == source
     assert yaml.safe_load(printed) == yaml.safe_load(source)
 
 
-def test_run_by_name(wheel: Environment) -> None:
+def test_run_by_name(tune: Run) -> None:
     """The recipe itself answers: it refuses a key that it doesn't know."""
-    result = wheel.run("tune", "run", "prepare_data", "--config", "data/oasst_groups", UNKNOWN_KEY)
+    result = tune("run", "prepare_data", "--config", "data/oasst_groups", UNKNOWN_KEY)
 
     assert result.returncode != 0
     assert "no_such_key" in result.stderr
 
 
-def test_run_an_edited_copy(wheel: Environment) -> None:
+def test_run_an_edited_copy(wheel: Environment, tune: Run) -> None:
     """A recipe copied with `tune cp` and then edited runs by its path, with a built-in config."""
     main = 'if __name__ == "__main__":'
     copy = wheel.root / "my_recipe.py"
 
-    wheel.output("tune", "cp", "prepare_data", copy.name)
+    tune("cp", "prepare_data", copy.name)
     text = copy.read_text()
     assert text == (REPOSITORY / "recipes" / "prepare_data.py").read_text()
     copy.write_text(text.replace(main, f'{main}\n    print("edited copy")'))
-    result = wheel.run("tune", "run", copy.name, "--config", "data/oasst_groups", UNKNOWN_KEY)
+    result = tune("run", copy.name, "--config", "data/oasst_groups", UNKNOWN_KEY)
 
     assert "edited copy" in result.stdout
     assert "no_such_key" in result.stderr
 
 
 @pytest.mark.parametrize("how", ["pip", "uv editable"])
-def test_uninstall_leaves_tune_and_nothing_else(tmp_path: Path, how: str) -> None:
-    """What Python wrote at run time (__pycache__) goes too; torchtune keeps all that it had."""
-    environment = create_environment(tmp_path, how)
+def test_uninstall_leaves_torchtune_and_nothing_else(
+    tmp_path: Path, environments: Callable[[str], Environment], how: str
+) -> None:
+    """In a copy of the environment. What Python wrote at run time (__pycache__) goes too; torchtune
+    keeps all that it had, and is found by nobody but itself."""
+    shutil.copytree(environments(how).root, tmp_path / "copy", symlinks=True)
+    environment = Environment(tmp_path / "copy", how)
     assert "steerlm2_tune.pth" in environment.leftovers()
     environment.output("python", "-c", "import steerlm2._tune", PYTHONDONTWRITEBYTECODE="")
 
     uninstall(environment)
 
     assert environment.leftovers() == []
-    listed = environment.output("tune", "ls")
-    assert "full_finetune_distributed" in listed
-    assert "steerlm2" not in listed
-    assert (environment.site_packages / "recipes" / "full_finetune_distributed.py").is_file()
+    assert environment.missing_files("torchtune") == []
+    assert "SteerLM2Finder" not in environment.output("python", "-c", PRINT_FINDERS)
 
 
 def loaded_modules(environment: Environment) -> set[str]:
@@ -278,7 +328,7 @@ def test_start_up_puts_one_finder(bare: Environment) -> None:
     """Python reads the start-up files of a virtual environment twice."""
     put_pth(bare)
 
-    printed = bare.output("python", "-c", "import sys; print(*map(str, sys.meta_path))")
+    printed = bare.output("python", "-c", PRINT_FINDERS)
 
     assert printed.count("SteerLM2Finder") == 1
 

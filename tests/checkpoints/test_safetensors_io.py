@@ -42,13 +42,13 @@ SMALL: dict[str, Any] = {
     "intermediate_dim": 46,
 }
 LARGE: dict[str, Any] = {
-    "vocab_size": 64000,
-    "num_layers": 3,
+    "vocab_size": 32000,
+    "num_layers": 4,
     "num_heads": 16,
     "num_kv_heads": 8,
     "embed_dim": 2048,
     "max_seq_len": 64,
-    "intermediate_dim": 5632,
+    "intermediate_dim": 2816,
 }
 
 
@@ -155,13 +155,13 @@ def test_ranks_merge_the_adapters(layout: str, small: Path) -> None:
 def test_no_rank_has_more_than_two_tensors_above_its_shards(
     tmp_path: Path, record_property: Any, run_script: Callable[..., None]
 ) -> None:
-    """0.8 GB in several files, read by 4 ranks (TP2 x FSDP2): memory that isn't mapped from the
-    files grows by less than twice the largest tensor (262 MB) beyond the shards. The weights are
+    """0.5 GB in several files, read by 4 ranks (TP2 x FSDP2): memory that isn't mapped from the
+    files grows by less than twice the largest tensor (131 MB) beyond the shards. The weights are
     transformers' own."""
     folder = tmp_path / "model"
     folder.mkdir()
     decoder = meta_decoder(**LARGE)
-    noise = torch.randn(64000 * 2048 + 1000, dtype=torch.bfloat16)
+    noise = torch.randn(32000 * 2048 + 1000, dtype=torch.bfloat16)
     names = [name for name, _ in decoder.named_parameters()]
 
     def tensor(name: str) -> torch.Tensor:
@@ -180,8 +180,8 @@ def test_no_rank_has_more_than_two_tensors_above_its_shards(
     )
     (folder / "config.json").write_text(json.dumps(hf_config(decoder, "bfloat16")))
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    largest = 64000 * 2048 * 2
-    assert total > 0.8e9
+    largest = 32000 * 2048 * 2
+    assert 0.75 * total > 2 * largest, "a whole model would not be found"
     run_script(SCRIPT, "large", tmp_path)
     found = torch.load(tmp_path / "large.pt")
     assert found["different"] == found["left"] == []

@@ -26,7 +26,6 @@ from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
-from transformers import AutoModelForCausalLM
 
 from steerlm2.checkpoints import safetensors_io
 from steerlm2.checkpoints.checkpointer import HFCheckpointer
@@ -60,15 +59,15 @@ LORA: dict[str, Any] = {
     "lora_alpha": 8,
 }
 LARGE: dict[str, Any] = {
-    "vocab_size": 64000,
-    "num_layers": 3,
+    "vocab_size": 32000,
+    "num_layers": 4,
     "num_heads": 16,
     "num_kv_heads": 8,
     "embed_dim": 2048,
     "max_seq_len": 64,
-    "intermediate_dim": 5632,
+    "intermediate_dim": 2816,
 }
-"""408M parameters, of which the two largest tensors have 131M each."""
+"""251M parameters, of which the two largest tensors have 66M each."""
 
 
 def build(model: str) -> TransformerDecoder:
@@ -167,6 +166,8 @@ def large(world: World, folder: Path, layout: str) -> None:
     dist.all_gather_object(everyones, measured)
     theirs: dict[str, Tensor] = {}
     if world.is_main:
+        from transformers import AutoModelForCausalLM  # seconds, for one rank only
+
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
         theirs = model.state_dict()
     heads = head_shape(decoder)

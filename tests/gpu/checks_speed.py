@@ -217,7 +217,7 @@ def planned_memory() -> None:
         ]  # fmt: skip
         if not on_gpu():
             arguments = [a for a in arguments if a not in (*plan_memory.MODEL, *MASTER)]
-            arguments += ["dataset.num_records=64", "global_batch_size=16"]
+            arguments += ["dataset.num_records=32", "global_batch_size=8"]
         call([sys.executable, plan_memory.SCRIPT, recipe, config, result, *arguments])
         found = json.loads(result.read_text())
         measured, planned = found["measured"], sum(found["planned"].values())

@@ -42,10 +42,10 @@ NO_VALIDATION = (
 
 def training() -> tuple[str, ...]:
     """20 steps with two validations; fewer and smaller ones in a rehearsal."""
-    steps, records = (20, 320) if on_gpu() else (2, 8)
+    steps, records, val_every = (20, 320, 10) if on_gpu() else (2, 8, 2)
     return (
         *(f"max_steps={steps}", f"dataset.num_records={records}", "save_every_n_steps=null"),
-        *("dataset_val.num_records=16", "limit_val_batches=1", f"val_every_n_steps={steps // 2}"),
+        *("dataset_val.num_records=16", "limit_val_batches=1", f"val_every_n_steps={val_every}"),
         *(f"lr_scheduler.warmup_steps={steps // 4}", *rehearsed("dataset_val")),
     )
 
@@ -59,7 +59,11 @@ def rehearsed(*data_sets: str) -> tuple[str, ...]:
 
 
 def steerlm2() -> tuple[str, ...]:
-    return "steerlm2_distributed", "tiny/steerlm2", *training(), "generation.max_new_tokens=8"
+    return "steerlm2_distributed", "tiny/steerlm2", *training(), answers()
+
+
+def answers() -> str:
+    return f"generation.max_new_tokens={8 if on_gpu() else 2}"
 
 
 def short(*overrides: str) -> tuple[str, ...]:
@@ -185,7 +189,7 @@ def steps_cpu_offload() -> None:
 @check(150)
 def resume() -> None:
     """Killed between two checkpoints and started again: the same losses as without."""
-    every, killed_from, steps, records = (10, 25, 80, 320) if on_gpu() else (2, 5, 40, 16)
+    every, killed_from, steps, records = (10, 25, 80, 320) if on_gpu() else (2, 5, 20, 16)
     base = (
         *("steerlm2_distributed", "tiny/steerlm2", *NO_VALIDATION, *FP32),
         *(f"max_steps={steps}", f"save_every_n_steps={every}", f"dataset.num_records={records}"),
@@ -248,7 +252,7 @@ def reward() -> None:
 @check(150)
 def sft() -> None:
     """sft_distributed with labels, answers at validation; then bf16, float32 weights, compiled."""
-    other_recipe("sft_distributed", "tiny/acsft", "generation.max_new_tokens=8")
+    other_recipe("sft_distributed", "tiny/acsft", answers())
 
 
 @check(120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkServer
 
 from checking import CHECKS
 from gpu_check import ORDER
@@ -18,12 +20,14 @@ DRIVER = Path(__file__).with_name("gpu_check.py")
 ROOT = DRIVER.parents[2]
 
 
-def run_driver(work: Path, *arguments: str) -> dict[str, dict[str, Any]]:
-    """The checks' results by name."""
-    out = work / "out"
-    command = [sys.executable, DRIVER, "--work", work / "checks", "--out", out, *arguments]
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    lines = (out / "results.jsonl").read_text().splitlines()
+def driver(work: Path, *arguments: str) -> list[str | Path]:
+    """The driver's file and arguments."""
+    return [DRIVER, "--work", work / "checks", "--out", work / "out", *arguments]
+
+
+def results(work: Path) -> dict[str, dict[str, Any]]:
+    """Of the checks, by name."""
+    lines = (work / "out" / "results.jsonl").read_text().splitlines()
     return {result["check"]: result for result in map(json.loads, lines)}
 
 
@@ -39,18 +43,21 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ORDER)
 def test_on_the_gpu(work: Path, name: str) -> None:
-    result = run_driver(work, "--only", name, "--patience", "2", "--budget", "580")[name]
+    options = ("--only", name, "--patience", "2", "--budget", "580")
+    subprocess.run([sys.executable, *driver(work, *options)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    result = results(work)[name]
     assert result["status"] == "passed", result
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_rehearsal_on_the_cpu(tmp_path: Path) -> None:
+def test_rehearsal_on_the_cpu(tmp_path: Path, fork_server: ForkServer) -> None:
     """The same code at tiny sizes, so that a mistake in a check isn't found on a rented GPU."""
     options = ("--device", "cpu", "--forks", "--threads", "1", "--budget", "840", "--patience", "4")
-    results = run_driver(tmp_path, *options)
-    assert results.keys() == set(ORDER)
-    assert {name: result for name, result in results.items() if result["status"] != "passed"} == {}
+    fork_server.start(driver(tmp_path, *options), cwd=ROOT, env=os.environ).communicate()
+    found = results(tmp_path)
+    assert found.keys() == set(ORDER)
+    assert {name: result for name, result in found.items() if result["status"] != "passed"} == {}
 
 
 def test_every_check_has_a_place_in_the_order() -> None:

@@ -121,7 +121,7 @@ def backward(decoder: TransformerDecoder, world: World, loss: Loss) -> float:
     count = num_labelled(labels) if loss == "regression" else len(groups)
     total = torch.zeros((), dtype=torch.float64)
     for microbatch in microbatches_by_rank(groups, world.dp_size, MAX_TOKENS)[world.dp_rank]:
-        batch = pack_for_reward(microbatch, multiple_of=world.tp_size)
+        batch = pack_for_reward(microbatch, multiple_of=world.padding_multiple)
         scores_NA = attribute_scores(decoder, batch)
         if loss == "regression":
             assert batch.labels_NA is not None

@@ -7,10 +7,10 @@ Run as a script it is one of the two ranks of the vocabulary-parallel test.
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steerlm2.models.logprobs import sum_by_response, token_logps
+
+if TYPE_CHECKING:
+    from fork_server import ForkServer  # a rank, which this file is too, doesn't have it
 
 R, D, V = 11, 6, 20
 
@@ -177,14 +180,19 @@ def run_rank(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def vocabulary_parallel(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+def vocabulary_parallel(
+    fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> list[list[Any]]:
     """[log-probs, gradient of hidden, gradient of the weight's shard, and the message that refuses
     unequal shards] of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)
+        fork_server.start([__file__, str(rank), folder], cwd=folder, env=os.environ)
+        for rank in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    for rank in ranks:
+        _, stderr = rank.communicate()
+        assert rank.returncode == 0, stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -15,7 +15,7 @@ from fork_server import ForkServer
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 SCRIPT = Path(__file__).with_name("measured_step.py")
-MODEL = ("model.embed_dim=256", "model.intermediate_dim=768", "model.num_layers=4")
+MODEL = ("model.embed_dim=384", "model.intermediate_dim=1152", "model.num_layers=2")
 STEPS = (
     *("max_steps=2", "lr_scheduler.warmup_steps=0", "dataset.num_records=32"),
     *("dataset_val=null", "val_every_n_steps=null", "save_every_n_steps=null"),

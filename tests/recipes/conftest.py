@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fork_server import ForkedProcess, ForkServer
+from fork_server import OWN_TORCHRUN, ForkedProcess, ForkServer
 from safetensors.torch import load_file
 
 from steerlm2.data.records import Record, Response, Turn, write_records
@@ -74,6 +75,13 @@ def tune(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> T
     """
     cwd, shell_function = tmp_path_factory.mktemp("cwd"), fork_server.shell_function(TUNE)
     return TuneProcess(cwd, fork_server.start, shell_function)
+
+
+@pytest.fixture(scope="session")
+def tune_torchrun(tune: TuneProcess, fork_server: ForkServer) -> TuneProcess:
+    """`tune` with the real torchrun, which watches ranks and starts them again."""
+    ranks = {"PYTHON_EXEC": str(fork_server.python)}
+    return replace(tune, variables=tune.variables | {OWN_TORCHRUN: "1"} | ranks)
 
 
 @pytest.fixture(scope="session")
@@ -156,15 +164,46 @@ def _write_groups(path: Path, sizes: Iterable[int], *, seed: int = 0, too_long: 
     return path
 
 
+# Trained models, for whoever asks: one of the workers trains them
+
+
 @pytest.fixture(scope="session")
-def attribute_model(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that reward_distributed exports after 40 steps of tiny/reward: its scores are not
-    good yet, but differ from text to text."""
-    output_dir = tmp_path_factory.mktemp("attribute_model")
-    tune(
-        *("reward_distributed", "--config", "tiny/reward", f"output_dir={output_dir}"),
-        *("max_steps=40", "lr_scheduler.warmup_steps=5", "dataset.num_records=320"),
-        *("dataset_val=null", "val_every_n_steps=null", "save_every_n_steps=null", "export=last"),
+def train_once(tune: TuneProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`train_once(name, recipe, config, *overrides)`: the folder that a run exports at its end."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+
+    def train(name: str, recipe: str, config: str, *overrides: str) -> Path:
+        output_dir, done = folder / name, folder / f"{name}.done"
+        no_validation = ("dataset_val=null", "val_every_n_steps=null", "save_every_n_steps=null")
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                tune(
+                    *(recipe, "--config", config, f"output_dir={output_dir}"),
+                    *("lr_scheduler.warmup_steps=5", *no_validation, "export=last", *overrides),
+                )
+                done.touch()
+        (exported,) = output_dir.glob("epoch_*")
+        return exported
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def attribute_model(train_once: Callable[..., Path]) -> Path:
+    """After 40 steps its scores are not good yet, but differ from text to text."""
+    return train_once(
+        *("attribute_model", "reward_distributed", "tiny/reward"),
+        *("max_steps=40", "dataset.num_records=320"),
     )
-    (folder,) = output_dir.glob("epoch_*")
-    return folder
+
+
+@pytest.fixture(scope="session")
+def acsft_model(train_once: Callable[..., Path]) -> Path:
+    """An attribute-conditioned model after 60 steps: most of its responses end."""
+    return train_once(
+        *("acsft_model", "sft_distributed", "tiny/acsft", "max_steps=60", "generation=null"),
+        *("dataset.num_records=100", "global_batch_size=12", "lr=4.0e-3"),
+    )

@@ -1,4 +1,4 @@
-"""`tune run RECIPE --help`, and recipes of the user's own, as a shell starts them."""
+"""`tune run RECIPE --help`, and recipes of the user's own."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def own_recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("nproc", [None, 2])
-def test_help_of_a_ready_made_recipe(nproc: int | None, tune_command: Tune) -> None:
-    result = tune_command("sft_distributed", "--help", nproc=nproc)
+def test_help_of_a_ready_made_recipe(nproc: int | None, tune: Tune) -> None:
+    result = tune("sft_distributed", "--help", nproc=nproc)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == (

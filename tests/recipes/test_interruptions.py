@@ -170,10 +170,10 @@ def test_a_validation_that_was_cut_off_is_made_up_for(
 
 
 def test_sigterm_for_one_rank_stops_all(
-    tune_command: Any, arguments: list[str], tmp_path: Path
+    tune_torchrun: Any, arguments: list[str], tmp_path: Path
 ) -> None:
     """Rank 1 alone gets it; both save the same step and end with status 0, so torchrun does too."""
-    process = tune_command.start(
+    process = tune_torchrun.start(
         *arguments, f"output_dir={tmp_path}", "save_every_n_steps=100", "max_steps=4000", nproc=2
     )
     wait_for_step(process, tmp_path, 2)
@@ -186,7 +186,7 @@ def test_sigterm_for_one_rank_stops_all(
 def test_sigterm_for_a_launcher_on_a_node_stops_its_ranks(
     arguments: list[str], tmp_path: Path
 ) -> None:
-    """As recipes/launch start it: torchrun leaves the signal alone."""
+    """As recipes/launch start it: torchrun leaves the signal alone. Nothing here is forked."""
     launch = ["--nproc_per_node", "2", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
     process = subprocess.Popen(
         [sys.executable, "-m", "steerlm2.runs.on_node", TUNE, "run", *launch, *arguments,
@@ -214,7 +214,7 @@ def free_port() -> int:
 
 
 def start_two_nodes(
-    tune_command: Any, arguments: list[str], folder: Path, *overrides: str
+    tune_torchrun: Any, arguments: list[str], folder: Path, *overrides: str
 ) -> list[subprocess.Popen[str]]:
     """Two launchers with a rank each, which meet over loopback, as recipes/launch has them."""
     launch = [
@@ -222,7 +222,7 @@ def start_two_nodes(
         *("--rdzv_endpoint", f"localhost:{free_port()}", "--max_restarts", "2"),
     ]
     return [
-        tune_command.start(*launch, *arguments, *overrides, f"output_dir={folder}")
+        tune_torchrun.start(*launch, *arguments, *overrides, f"output_dir={folder}")
         for _ in range(2)
     ]
 
@@ -231,7 +231,7 @@ def start_two_nodes(
 @pytest.mark.timeout(900)
 def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
     tune: Any,
-    tune_command: Any,
+    tune_torchrun: Any,
     arguments: list[str],
     run_folder: type[RunFolder],
     tmp_path: Path,
@@ -244,7 +244,7 @@ def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
     single, double = tmp_path / "single", tmp_path / "double"
     tune(*arguments, *overrides, f"output_dir={single}", nproc=2)
     nodes = start_two_nodes(
-        tune_command, arguments, double, *overrides, "resume_from_checkpoint=false"
+        tune_torchrun, arguments, double, *overrides, "resume_from_checkpoint=false"
     )
     wait_for(nodes[1], lambda: steps_of(double) >= 5)
     os.kill(workers(nodes[1])[0], signal.SIGKILL)
@@ -263,11 +263,23 @@ def test_two_nodes_of_which_one_loses_a_worker_give_the_run_of_one_node(
 # One message, and nothing harmed
 
 
-def message(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("error: ") == 1, result.stderr
-    return result.stderr[result.stderr.index("error: ") :]
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def message(status: int, stderr: str) -> str:
+    assert status == 1
+    assert "Traceback" not in stderr
+    assert stderr.count("error: ") == 1, stderr
+    return stderr[stderr.index("error: ") :]
+
+
+def message_of(result: subprocess.CompletedProcess[str]) -> str:
+    return message(result.returncode, result.stderr)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(
@@ -276,7 +288,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
     """The first one isn't disturbed."""
     process = tune.start(*arguments, f"output_dir={tmp_path}", "max_steps=100000")
     wait_for_step(process, tmp_path, 1)
-    text = message(tune(*arguments, f"output_dir={tmp_path}", check=False))
+    text = message_of(tune(*arguments, f"output_dir={tmp_path}", check=False))
     assert f"another run writes into {tmp_path} (process {process.pid} on " in text
     assert process.poll() is None
     kill(process)
@@ -295,13 +307,14 @@ def test_a_full_disk_is_one_message_and_earlier_checkpoints_stay(
     tune(*arguments, f"output_dir={tmp_path}", "max_steps=2")
     shutil.rmtree(next(tmp_path.glob("epoch_*")))
     assert states(tmp_path) == ["step_000001", "step_000002"]
-    limited = subprocess.run(
-        ["bash", "-c", 'ulimit -f 1024; exec "$@"', "-", TUNE, "run", *arguments,
-         f"output_dir={tmp_path}"],
-        cwd=tune.cwd, capture_output=True, text=True,
-    )  # fmt: skip
-    text = message(limited)
-    assert f"WARNING: {tmp_path}/checkpoints/step_000003 could not be written" in limited.stderr
+    limited = tmp_path / "limited.py"
+    limited.write_text(LIMITED)
+    process = tune.start_process(
+        [limited, TUNE, "run", *arguments, f"output_dir={tmp_path}"], cwd=tmp_path, env=os.environ
+    )
+    _, stderr = process.communicate()
+    text = message(process.returncode, stderr)
+    assert f"WARNING: {tmp_path}/checkpoints/step_000003 could not be written" in stderr
     assert f"{tmp_path}/checkpoints/step_000004 could not be written" in text
     assert "resume with resume_from_checkpoint=true" in text
     assert states(tmp_path) == ["step_000001", "step_000002"]
@@ -310,5 +323,5 @@ def test_a_full_disk_is_one_message_and_earlier_checkpoints_stay(
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_message(tune: Any, arguments: list[str]) -> None:
-    text = message(tune(*arguments, "output_dir=/proc/steerlm2", check=False))
+    text = message_of(tune(*arguments, "output_dir=/proc/steerlm2", check=False))
     assert "output_dir /proc/steerlm2 can't be written to" in text

@@ -186,7 +186,7 @@ def start(tune: Any, arguments: list[str], tmp_path: Path) -> Iterator[Start]:
 def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(start: Start, tmp_path: Path) -> None:
     """Three beats late at most: 45 + 3 * 4 seconds by default, here 4 + 3 * 0.4. Two more seconds
     are for a busy machine."""
-    process = start("max_steps=30", "hang_timeout_seconds=4")
+    process = start("max_steps=12", "hang_timeout_seconds=4")
     stopped = workers(process)[1]
     os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()

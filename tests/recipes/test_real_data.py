@@ -13,7 +13,7 @@ import pytest
 
 from steerlm2.data.records import LOG_PROB_KEYS, read_records
 
-EPOCHS = 5
+EPOCHS = 3
 CONFIG = """\
 dataset:
   _component_: steerlm2.datasets.steerlm2_dataset

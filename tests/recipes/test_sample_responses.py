@@ -44,17 +44,8 @@ DIGEST = token_ids_digest(extra_id_template(), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
-def model(tune: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An attribute-conditioned model after 60 steps: most of its responses end."""
-    output_dir = tmp_path_factory.mktemp("acsft")
-    tune(
-        *("sft_distributed", "--config", "tiny/acsft", f"output_dir={output_dir}", "max_steps=60"),
-        *("lr_scheduler.warmup_steps=5", "dataset.num_records=100", "dataset_val=null"),
-        *("global_batch_size=12", "lr=4.0e-3"),
-        *("val_every_n_steps=null", "save_every_n_steps=null", "generation=null"),
-    )
-    (folder,) = output_dir.glob("epoch_*")
-    return folder
+def model(acsft_model: Path) -> Path:
+    return acsft_model
 
 
 @pytest.fixture(scope="module")

@@ -453,7 +453,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(
     tune: Any, groups: Path, tmp_path: Path
 ) -> None:
     many = tmp_path / "groups.jsonl"
-    many.write_bytes(groups.read_bytes() * 4)
+    many.write_bytes(groups.read_bytes() * 2)
     output = tmp_path / "scored.jsonl"
     process = tune.start(*arguments(many, output, "hang_timeout_seconds=2"), nproc=2)
     stderr = stopped_until_named(process, tmp_path, "scored.jsonl.partial")

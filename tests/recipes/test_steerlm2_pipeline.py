@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 from omegaconf import OmegaConf
 
 from steerlm2.pipeline.state import PipelineState
@@ -185,11 +187,15 @@ def test_a_rerun_does_what_has_changed_and_no_more(
     assert "??" in (out / "split" / "train.jsonl").read_text(), "another input"
 
 
-def test_commands_run_by_hand_are_adopted(tune: Any, two_stages: Path, tmp_path: Path) -> None:
+def test_commands_run_by_hand_are_adopted(
+    tune: Any, fork_server: ForkServer, two_stages: Path, tmp_path: Path
+) -> None:
     """The printed lines are a shell script; what they leave counts when one says so."""
     command = ("steerlm2_pipeline", "--config", str(two_stages))
     script = tune(*command, "dry_run=true").stdout
-    environment = os.environ | {"PATH": f"{TUNE.parent}{os.pathsep}{os.environ['PATH']}"}
+    (tmp_path / "tune").write_text(f'#!/bin/sh\nexec {fork_server.python} {TUNE} "$@"\n')
+    (tmp_path / "tune").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(["bash", "-eu", "-c", script], env=environment, check=True, cwd=tmp_path)
     tune(*command, "adopt=true")
     assert runs(tmp_path / "out") == {"draw": 0, "split": 0}
@@ -309,7 +315,7 @@ def test_a_terminated_pipeline_ends_its_stage(
 ) -> None:
     """And a rerun goes on."""
     command = ("steerlm2_pipeline", "--config", str(two_stages))
-    process = tune_command.start(*command)
+    process = replace(tune_command, variables=tune.variables).start(*command)
     while not (tmp_path / "out" / "logs" / "draw.log").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
