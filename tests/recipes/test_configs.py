@@ -65,13 +65,14 @@ def text_of(name: str) -> str:
 
 def values_of(name: str) -> DictConfig:
     """The YAML, with some text for the keys that the command line must give."""
-    values = OmegaConf.create(text_of(name))
-    assert isinstance(values, DictConfig)
-    plain = OmegaConf.to_container(values, resolve=False)
-    for key in OmegaConf.missing_keys(values):
-        if functools.reduce(lambda part, own: part[own], key.split("."), plain) == MISSING:
-            OmegaConf.update(values, key, f"a_value_for_{key}")
-    return values
+    plain = OmegaConf.to_container(OmegaConf.create(text_of(name)), resolve=False)
+    return OmegaConf.create(_filled(plain))
+
+
+def _filled(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(item, str(name)) for name, item in value.items()}
+    return f"a_value_for_{key}" if value == MISSING else value
 
 
 def loaded(name: str, *overrides: str) -> Any:
