@@ -326,7 +326,8 @@ def training_charts(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> list
 
 def duration(seconds: float) -> str:
     """Seconds for people: 45 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
-    left, parts = round(seconds), []
+    left = round(seconds)
+    parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         number, left = divmod(left, size)
         if number or parts or unit == "s":
