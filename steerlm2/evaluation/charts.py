@@ -67,6 +67,13 @@ class Chart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    """Where the axes end; likewise `right`, `top` and `bottom`."""
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
 
 
 def line_chart(
