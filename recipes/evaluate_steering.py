@@ -17,8 +17,9 @@ each checkpoint with it.
 
 Into output_dir go steering.json, steering.md and steering.html, and the answers: answers/NAME.jsonl
 as they were sampled, and with `scores` scored/NAME.jsonl, or scored_exactly/NAME.jsonl where the
-function scored them. No sampled answer is left out unless it is empty: those that were cut off are
-scored as they are, and counted. A run that was stopped continues where it was.
+function scored them; examples.jsonl has a few requests and each model's answer to them. No sampled
+answer is left out unless it is empty: those that were cut off are scored as they are, and counted. A
+run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ from steerlm2.evaluation.agreement import (
     steering_metrics,
 )
 from steerlm2.evaluation.exact_kl import model_scorer
+from steerlm2.evaluation.examples import choose_examples, request_of
 from steerlm2.evaluation.report import (
     SteeringResult,
     log_to_wandb,
@@ -371,8 +373,9 @@ class EvaluateRecipe:
     def report(self) -> None:
         """Write the report; print its first table."""
         if self.world.is_main:
-            results = self._results()
-            write_report(results, self.output_dir)
+            records = {name: self._records(file) for name, file in self.files.items()}
+            results = self._results(records)
+            write_report(results, self.output_dir, choose_examples(records))
             tqdm.write(f"{markdown_table(metric_rows(results))}\n")
             tqdm.write(f"report: {self.output_dir}/steering.html")
             if self.logger:
@@ -599,10 +602,9 @@ class EvaluateRecipe:
             self.watch.follow(model.decoder)
             return model
 
-    def _results(self) -> dict[str, SteeringResult]:
+    def _results(self, records: dict[str, list[Record]]) -> dict[str, SteeringResult]:
         """The results of every model, in the order of the config, compared with the baseline."""
         cfg = self.cfg
-        records = {name: self._records(file) for name, file in self.files.items()}
         results = {name: self._result(name, own) for name, own in records.items()}
         if cfg.baseline is None:
             return results
@@ -617,7 +619,7 @@ class EvaluateRecipe:
                 if key in theirs and key not in NOT_COMPARED
             }
             # Paired differences over the same requests vary less than either error.
-            if requests_of(records[name]) == requests_of(records[cfg.baseline]):
+            if [*map(request_of, records[name])] == [*map(request_of, records[cfg.baseline])]:
                 ours, base = self._errors(records[name]), self._errors(records[cfg.baseline])
                 both = [ours[i] - base[i] for i in ours.keys() & base.keys()]
                 if len(both) > 1:
@@ -654,6 +656,7 @@ class EvaluateRecipe:
             metrics,
             steering_curve(scores_NA, requested_NA, self.schema),
             cross_talk(scores_NA, requested_NA, self.schema),
+            sees_labels=self.cfg.models[name].use_labels,
         )
 
     def _errors(self, records: list[Record]) -> dict[int, float]:
@@ -696,13 +699,6 @@ def with_scores(record: Record, scores: Sequence[dict[str, float]]) -> Record:
         for answer, own in zip(record.responses, scores, strict=True)
     ]
     return dataclasses.replace(record, responses=answers)
-
-
-def requests_of(records: Sequence[Record]) -> list[tuple[Any, ...]]:
-    """The request of every record: system text, turns and label."""
-    return [
-        (r.system, [(turn.role, turn.value) for turn in r.prompt_turns], r.label) for r in records
-    ]
 
 
 @contextlib.contextmanager

@@ -41,7 +41,8 @@ from yaml import YAMLError
 
 from steerlm2.checkpoint_dirs import newest_export
 from steerlm2.config.loader import REST, as_yaml, config_problems, load_recipe, yaml_key
-from steerlm2.evaluation.report import html_page, markdown_table, read_report
+from steerlm2.evaluation.report import markdown_table, read_report
+from steerlm2.pipeline.page import pipeline_page
 from steerlm2.pipeline.plan import (
     Stage,
     StageOptions,
@@ -213,14 +214,9 @@ class PipelineRecipe:
             }
             for metric in metrics
         }
-        records = {stage.name: self.state.read(stage.name) for stage in self.plan}
-        stages: list[dict[str, Any]] = [
-            {"stage": name, "seconds": round(record.seconds), "command": record.command}
-            for name, record in records.items()
-            if record is not None
-        ]
+        page = pipeline_page(self.output_dir, self.plan, self.values, evaluations[-1])
         (self.output_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-        (self.output_dir / REPORT).write_text(html_page(results, {"Stages": stages}))
+        (self.output_dir / REPORT).write_text(page, encoding="utf-8")
         shown = [metric for metric in ("exact_kl", "steering_mae") if metric in summary]
         rows: list[dict[str, Any]] = [
             {"model": model, **{metric: summary[metric].get(model) for metric in shown}}

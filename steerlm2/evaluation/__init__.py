@@ -2,7 +2,9 @@
 
 agreement  scores against labels, rewards against preferences
 exact_kl   distance to the grammar's P(y|a,x), by scoring every response there is
-report     report.html of an evaluation
+examples   a few requests, with the answer of each model
+report     steering.html of an evaluation, report.html of a pipeline
+charts     the lines on them
 """
 
 from steerlm2.evaluation.exact_kl import grammar_metrics

@@ -1,22 +1,24 @@
-"""Results of `evaluate_steering` for people: Markdown, an HTML page without other files, W&B."""
+"""Results of models for people: Markdown, W&B, and an HTML page that needs no other file.
+
+The page begins with the results. A pipeline's has its training and its commands too (`Run`).
+"""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from steerlm2.attributes import parse_label
+from steerlm2.data.records import Record, write_records
 from steerlm2.evaluation.agreement import Table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from steerlm2.evaluation.charts import Chart, Point, Series, line_chart, thinned
+from steerlm2.evaluation.examples import MODEL
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 """By column, numbers and text; None is what a row doesn't have."""
@@ -45,7 +47,53 @@ GLOSSARY = {
 }
 """Metric -> what it is."""
 
-PANEL_INCHES, PANELS_IN_A_ROW = (4.0, 3.4), 3
+LOWER, HIGHER = "lower is better", "higher is better"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A column of the page's first table."""
+
+    metric: str
+    title: str
+    better: str
+    """LOWER, HIGHER, or nothing where neither is."""
+    meaning: str
+    form: str = ".3f"
+    """Of its numbers, as `format` takes it."""
+
+
+HEADLINES = (
+    Headline(
+        "steering_mae",
+        "Steering error",
+        LOWER,
+        "how far an answer's score is from the value that was asked for, in points, on average",
+    ),
+    Headline(
+        "steering_exact_match",
+        "Exactly as asked",
+        HIGHER,
+        "share of scores that are the value that was asked for, once rounded",
+        ".1%",
+    ),
+    Headline(
+        "exact_kl",
+        "Exact KL",
+        LOWER,
+        "how far the model is from the best possible one, in nats: computed over all answers "
+        "there are, not sampled; 0 is perfect",
+    ),
+    Headline("words_mean", "Words", "", "in an answer, on average", ".1f"),
+    Headline("truncated", "Cut off", LOWER, "share of answers that didn't come to an end", ".1%"),
+)
+
+CURVES = ("loss", "distance")
+"""Metrics of training that the page plots, each with its validation."""
+PALETTE = 8
+"""Colours that the page's style has for models; a ninth one begins anew."""
+
+EXAMPLES = "examples.jsonl"
 
 
 @dataclass
@@ -59,14 +107,54 @@ class SteeringResult:
     """The model that this one is compared with."""
     change: dict[str, float] = field(default_factory=dict)
     """Its metrics less the baseline's."""
+    sees_labels: bool = True
+    """false: it was asked without the labels, and is compared with them."""
 
 
-def write_report(results: Mapping[str, SteeringResult], folder: Path) -> None:
-    """steering.json, steering.md and steering.html."""
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a pipeline."""
+
+    name: str
+    command: str
+    seconds: float
+    config: str | None = None
+    """What it ran with, as YAML; None where it left none."""
+
+    @property
+    def time(self) -> str:
+        return duration(self.seconds)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a pipeline's page says besides the results."""
+
+    title: str
+    facts: Mapping[str, str]
+    """What stands at the top: "Base model" -> "Llama-3.2-1B"."""
+    training: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """Training stage -> the entries of its metrics.jsonl."""
+    stages: Sequence[StageRun] = ()
+    config: str | None = None
+    """The pipeline's, as YAML."""
+
+    @property
+    def time(self) -> str:
+        return duration(sum(stage.seconds for stage in self.stages))
+
+
+def write_report(
+    results: Mapping[str, SteeringResult], folder: Path, examples: Sequence[Record] = ()
+) -> None:
+    """steering.json, steering.md and steering.html, and examples.jsonl where there are examples."""
     plain = {name: asdict(result) for name, result in results.items()}
     (folder / "steering.json").write_text(json.dumps(plain, indent=2) + "\n")
     (folder / "steering.md").write_text(markdown(results))
-    (folder / "steering.html").write_text(html_page(results))
+    (folder / "steering.html").write_text(html_page(results, examples), encoding="utf-8")
+    (folder / EXAMPLES).unlink(missing_ok=True)
+    if examples:
+        write_records(folder / EXAMPLES, examples)
 
 
 def read_report(path: str | Path) -> dict[str, SteeringResult]:
@@ -122,32 +210,130 @@ def markdown_table(rows: Rows) -> str:
 
 
 def html_page(
-    results: Mapping[str, SteeringResult], extra_sections: Mapping[str, Rows] | None = None
+    results: Mapping[str, SteeringResult],
+    examples: Sequence[Record] = (),
+    run: Run | None = None,
 ) -> str:
-    """The same as a page with plots; it loads nothing.
+    """The results as a page; it loads nothing, and has no script.
 
     Args:
-        extra_sections: title -> table, that stand above everything else.
+        examples: of `choose_examples`.
+        run: the pipeline's that trained the models.
     """
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):  # a $ in a name is a $
-        plots = {
-            "errors": _plot(_error_bars(results)),
-            "curves": _plot(_curves(results)),
-            "cross_talk": _plot(_heat_maps(results))
-            if any(result.cross_talk for result in results.values())
-            else None,
-        }
     return _template().render(
         results=results,
-        extra_sections=extra_sections or {},
+        colors={name: place % PALETTE for place, name in enumerate(results)},
+        headlines=headline_rows(results),
+        columns=_headlines(results),
+        perfect=_perfect_error(results),
+        examples=[_Example(record, list(results)) for record in examples],
+        steering=steering_charts(results),
+        training=training_charts(run.training) if run else [],
         side_by_side=all_models(results),
         meanings=_meanings(results),
-        curve_title=CURVE,
         cross_talk_title=CROSS_TALK,
-        **plots,
+        run=run,
     )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of the page's first table."""
+
+    text: str
+    error: str = ""
+    """Its standard error."""
+    share: float | None = None
+    """Of the largest number beside it, for a bar; None: no bar."""
+    is_best: bool = False
+
+
+def headline_rows(results: Mapping[str, SteeringResult]) -> dict[str, list[Cell]]:
+    """Model -> its cell in each column of the first table."""
+    rows: dict[str, list[Cell]] = {name: [] for name in results}
+    for column in _headlines(results):
+        values = [result.metrics.get(column.metric, math.nan) for result in results.values()]
+        known = [value for value in values if math.isfinite(value)]
+        best = None
+        if column.better and len(known) > 1 and min(known) < max(known):
+            best = min(known) if column.better == LOWER else max(known)
+        for (name, result), value in zip(results.items(), values, strict=True):
+            if column.metric not in result.metrics:
+                rows[name].append(Cell("-"))
+                continue
+            error = result.metrics.get(f"{column.metric}_se")
+            has_bar = column.better and math.isfinite(value)
+            rows[name].append(
+                Cell(
+                    format(value, column.form),
+                    "" if error is None else f"± {error:{column.form}}",
+                    max(value, 0.0) / (max(known) or 1.0) if has_bar else None,
+                    value == best,
+                )
+            )
+    return rows
+
+
+def steering_charts(results: Mapping[str, SteeringResult]) -> list[Chart]:
+    """Mean score over requested value, a chart for each attribute."""
+    names = list(dict.fromkeys(str(row["attribute"]) for r in results.values() for row in r.curve))
+    charts = []
+    for attribute in names:
+        rows = {
+            model: [row for row in result.curve if row["attribute"] == attribute]
+            for model, result in results.items()
+        }
+        asked = [float(row["requested"]) for own in rows.values() for row in own]
+        ideal = [(value, value) for value in (min(asked), max(asked))]
+        lines = [
+            Series(
+                model,
+                [(float(row["requested"]), float(row["mean_score"])) for row in own],
+                place % PALETTE,
+                [float(row["std_score"]) for row in own],
+                marked=True,
+            )
+            for place, (model, own) in enumerate(rows.items())
+        ]
+        charts.append(
+            line_chart(
+                attribute,
+                [Series("ideal", ideal), *lines],
+                x_label="asked for",
+                y_label="obtained",
+            )
+        )
+    return [chart for chart in charts if chart is not None]
+
+
+def training_charts(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
+    """The curves of every stage over its steps.
+
+    Args:
+        training: stage -> the entries of its metrics.jsonl.
+    """
+    charts = []
+    for stage, entries in training.items():
+        for metric in CURVES:
+            lines = [
+                Series("training", thinned(_points(entries, metric)), 0),
+                Series(
+                    "validation", _points(entries, f"val_{metric}"), 1, joined=False, marked=True
+                ),
+            ]
+            charts.append(line_chart(f"{stage}: {metric}", lines, x_label="step"))
+    return [chart for chart in charts if chart is not None]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        number, left = divmod(left, size)
+        if number or parts or unit == "s":
+            parts.append(f"{number} {unit}")
+    return " ".join(parts[:2])
 
 
 def log_to_wandb(results: Mapping[str, SteeringResult]) -> None:
@@ -183,121 +369,44 @@ def _meanings(results: Mapping[str, SteeringResult]) -> dict[str, str]:
     }
 
 
-def _error_bars(results: Mapping[str, SteeringResult]) -> Figure:
-    """The errors of all models, a panel for each kind that there is."""
-    kinds = [
-        kind
-        for kind in ("steering_mae", "exact_steering_mae", "exact_kl")
-        if any(kind in result.metrics for result in results.values())
+def _headlines(results: Mapping[str, SteeringResult]) -> list[Headline]:
+    """The columns that any model has a number for."""
+    return [
+        column
+        for column in HEADLINES
+        if any(column.metric in result.metrics for result in results.values())
     ]
-    inches = (7.0 if len(kinds) == 1 else PANEL_INCHES[0], 0.9 + 0.4 * len(results))
-    figure, panels = _panels(len(kinds), inches)
-    for panel, kind in zip(panels, kinds, strict=True):
-        # matplotlib puts the first bar at the bottom
-        known = [(n, r.metrics) for n, r in reversed(list(results.items())) if kind in r.metrics]
-        values = [metrics[kind] for _, metrics in known]
-        spread = [metrics.get(f"{kind}_se", 0.0) for _, metrics in known]
-        colors = [_colors(results)[name] for name, _ in known]
-        bars = panel.barh([name for name, _ in known], values, xerr=spread, color=colors)
-        panel.bar_label(bars, [f" {value:.3f}" for value in values], padding=4)
-        panel.margins(x=0.25)
-        panel.set(title=kind)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
-def _curves(results: Mapping[str, SteeringResult]) -> Figure:
-    """Mean score over requested value, a panel for each attribute."""
-    columns = ("requested", "mean_score", "std_score")
-    names = list(dict.fromkeys(str(row["attribute"]) for r in results.values() for row in r.curve))
-    figure, panels = _panels(len(names))
-    for panel, attribute in zip(panels, names, strict=True):
-        values = [
-            float(row["requested"])
-            for result in results.values()
-            for row in result.curve
-            if row["attribute"] == attribute
+def _perfect_error(results: Mapping[str, SteeringResult]) -> float | None:
+    """The steering error of the best possible model, where it is known."""
+    found = (result.metrics.get("exact_least_steering_mae") for result in results.values())
+    return next((value for value in found if value is not None), None)
+
+
+def _points(entries: Sequence[Mapping[str, Any]], metric: str) -> list[Point]:
+    values = ((entry["step"], entry.get(metric)) for entry in entries)
+    return [(step, value) for step, value in values if isinstance(value, int | float)]
+
+
+class _Example:
+    """A request and, in the order of the columns, the answer of each model to it."""
+
+    def __init__(self, record: Record, models: Sequence[str]) -> None:
+        self.system, self.turns = record.system, record.prompt_turns
+        self.asked = parse_label(str(record.label))
+        by_model = {answer.extra.get(MODEL): answer for answer in record.responses}
+        self.answers = {model: by_model.get(model) for model in models}
+
+    def scores(self, model: str) -> list[tuple[str, float, int, bool]]:
+        """(attribute, obtained, asked for, whether they are within half a point) of an answer."""
+        answer = self.answers[model]
+        scores = (answer.scores if answer is not None else None) or {}
+        return [
+            (name, scores[name], asked, abs(scores[name] - asked) <= 0.5)
+            for name, asked in self.asked.items()
+            if name in scores
         ]
-        limits = (min(values), max(values))
-        panel.plot(limits, limits, color="gray", linestyle=":", label="as asked for")
-        for place, (name, result) in enumerate(results.items()):
-            rows = [row for row in result.curve if row["attribute"] == attribute]
-            asked, mean, std = ([float(row[key]) for row in rows] for key in columns)
-            aside = 0.06 * (place - (len(results) - 1) / 2)  # bars that don't hide each other
-            panel.errorbar(
-                [value + aside for value in asked],
-                mean,
-                yerr=std,
-                marker="o",
-                markersize=4,
-                capsize=2,
-                elinewidth=0.8,
-                color=_colors(results)[name],
-                label=name,
-            )
-        panel.set(title=attribute, xlabel="asked for", ylabel="score")
-        panel.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return figure
-
-
-def _heat_maps(results: Mapping[str, SteeringResult]) -> Figure:
-    """Cross-talk, a panel for each model, in one scale of colours."""
-    known = {name: result.cross_talk for name, result in results.items() if result.cross_talk}
-    figure, panels = _panels(len(known))
-    for panel, (name, matrix) in zip(panels, known.items(), strict=True):
-        asked, obtained = list(matrix), list(next(iter(matrix.values())))
-        values = [[matrix[row][column] for column in obtained] for row in asked]
-        image = panel.imshow(values, cmap="RdBu", vmin=-1.2, vmax=1.2)
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                color = "white" if abs(value) > 0.7 else "black"
-                panel.text(
-                    x, y, f"{round(value, 2) + 0:.2f}", ha="center", va="center", color=color
-                )
-        panel.set_xticks(range(len(obtained)), obtained, rotation=30, ha="right")
-        panel.set_yticks(range(len(asked)), asked)
-        panel.set(title=name, xlabel="score", ylabel="asked for")
-    figure.colorbar(image, ax=panels, shrink=0.8)
-    return figure
-
-
-def _panels(count: int, inches: tuple[float, float] = PANEL_INCHES) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels of that width and height, in rows."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(count, PANELS_IN_A_ROW)
-    rows = -(-count // columns)
-    figsize = (inches[0] * columns, inches[1] * rows)
-    figure = Figure(figsize=figsize, layout="constrained")
-    FigureCanvasAgg(figure)
-    places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for spare in places[count:]:
-        spare.remove()
-    return figure, places[:count]
-
-
-def _colors(results: Mapping[str, SteeringResult]) -> dict[str, str]:
-    """A model has one colour in all plots."""
-    return {name: f"C{place % 10}" for place, name in enumerate(results)}
-
-
-@dataclass
-class _Plot:
-    """A picture inside the page."""
-
-    png: str
-    """In base64."""
-    width: int
-    """In pixels of the page: half of its own, for sharp letters."""
-
-
-def _plot(figure: Figure) -> _Plot:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=180)
-    return _Plot(base64.b64encode(buffer.getvalue()).decode(), round(figure.get_figwidth() * 90))
 
 
 def _template() -> Template:

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,8 @@ from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
 from steerlm2.evaluation import exact_kl as exact_kl_module
-from steerlm2.evaluation import report as report_module
 from steerlm2.evaluation.exact_kl import exact_kl, grammar_metrics, model_scorer
+from steerlm2.evaluation.examples import request_of
 from steerlm2.inference.attribute_model import load_attribute_model
 from steerlm2.inference.engines import Request, Sample
 from steerlm2.models.reward_head import add_reward_head
@@ -72,14 +72,6 @@ def run_here(output_dir: Path, *overrides: str) -> Json:
     recipe.score()
     recipe.report()
     return report_in(output_dir)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_plots() -> Iterator[None]:
-    """They take longer than all the rest; runs by the command line have them."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(report_module, "html_page", lambda results: "a page")
-        yield
 
 
 def report_in(output_dir: Path) -> Json:
@@ -267,6 +259,23 @@ def test_every_answer_is_kept_and_scored(uninterrupted: tuple[Path, Json], promp
     assert [a.scores for r in scored for a in r.responses] == [score_text(a.value) for a in found]
 
 
+def test_examples_show_the_models_side_by_side(uninterrupted: tuple[Path, Json]) -> None:
+    """The first answer of each to the same request, with its scores."""
+    output_dir, _ = uninterrupted
+    examples = read_answers(output_dir / "examples.jsonl")
+    assert examples
+    for model in ("steered", "plain"):
+        first = {
+            request_of(record): record.responses[0].value
+            for record in read_answers(output_dir / "answers" / f"{model}.jsonl")
+            if record.responses
+        }
+        for example in examples:
+            (own,) = (answer for answer in example.responses if answer.extra["model"] == model)
+            assert own.value == first[request_of(example)]
+            assert own.scores == score_text(own.value)
+
+
 def test_all_models_get_the_same_random_numbers(model: Path, prompts: Path, tmp_path: Path) -> None:
     run_here(
         *(tmp_path, *sampling(prompts, "max_prompts=2")),
@@ -299,6 +308,7 @@ def test_a_model_without_labels_is_not_shown_them(model: Path, tmp_path: Path) -
     assert texts["without"][0] == texts["without"][1]
     requested = {row["requested"] for row in report["without"]["curve"]}
     assert requested == {0, 2, 4}
+    assert (report["with"]["sees_labels"], report["without"]["sees_labels"]) == (True, False)
 
 
 class Interrupted(Exception):

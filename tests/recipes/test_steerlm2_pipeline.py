@@ -271,7 +271,9 @@ def test_quickstart_leaves_a_summary_and_a_report(uninterrupted: Path) -> None:
     assert list(summary["exact_kl"]) == models
     assert list(summary["steering_mae"]) == models
     assert all(value > 0 for value in summary["exact_kl"].values())
-    assert "steerlm2_iter2" in (uninterrupted / "report.html").read_text()
+    page = (uninterrupted / "report.html").read_text()
+    for text in ("Sampled answers", "steerlm2_iter2: distance", "random weights", "data/grammar"):
+        assert text in page
     assert runs(uninterrupted) == dict.fromkeys(sorted(WORLD_STAGES), 1)
 
 
