@@ -18,8 +18,8 @@ each checkpoint with it.
 Into output_dir go steering.json, steering.md and steering.html, and the answers: answers/NAME.jsonl
 as they were sampled, and with `scores` scored/NAME.jsonl, or scored_exactly/NAME.jsonl where the
 function scored them; examples.jsonl has a few requests and each model's answer to them. No sampled
-answer is left out unless it is empty: those that were cut off are scored as they are, and counted. A
-run that was stopped continues where it was.
+answer is left out unless it is empty: those that were cut off are scored as they are, and counted.
+A run that was stopped continues where it was.
 """
 
 from __future__ import annotations
