@@ -211,7 +211,7 @@ class RewardRecipe:
         self.run.log_validation(step, metrics)
 
     def export(self) -> None:
-        """The weights as a Hugging Face LlamaForSequenceClassification, and the run's results."""
+        """The weights as a Hugging Face sequence classifier, and the run's results."""
         template = self.cfg.template
         facts = ModelFacts(kind="attribute model", template=template, schema=self.schema)
         step = self.run.export(self.model, self.checkpointer, facts)

@@ -128,7 +128,9 @@ class ScoreConfig(ScoringKeys):
     @classmethod
     def complete(cls, values: dict[str, Any]) -> list[str]:
         sections: dict[str, Any] = {name: values.get(name) for name in QUANTITIES}
-        found = [*complete_model(values), *complete_sections(values, sections)]
+        whole = dict(values)  # what a section doesn't say isn't the other model's
+        found = [*complete_model(whole), *complete_sections(values, sections)]
+        values |= whole
         scorer = values.get("log_p_attributes")
         if isinstance(scorer, dict):
             found += complete_schema(values, scorer, "equal", "log_p_attributes.")

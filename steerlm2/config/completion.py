@@ -90,14 +90,16 @@ def complete_schema(
             values["schema"] = schema_to_json(schema)
             return
         given = as_schema(values["schema"])
-        own = schema.select(name for name in schema.names if name in given.names)
+        shared = [name for name in schema.names if name in given.names]
+        own = schema.select(shared) if shared else schema
         allowed = {"equal": schema, "within": own, "any": given}[rule]
     except (ValueError, TypeError, AttributeError, OSError):
         return  # the key's own check names it
     if given != allowed:
         yield (
             f"'schema' isn't the one that the model of {where}checkpointer was trained with: "
-            f"{_schema_text(given)} given, {_schema_text(schema)} in {FACTS_FILE} of {folder}: "
+            f"{_schema_text(given)} given, {_schema_text(schema)} in {FACTS_FILE} of "
+            f"{folder or 'the tokenizer'}: "
             "leave 'schema' out, and it is that one"
         )
 

@@ -278,5 +278,6 @@ def _expression(text: str) -> str:
 
 def _literal(text: str) -> str:
     """A Jinja literal of a text."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")
     return f'"{escaped}"'

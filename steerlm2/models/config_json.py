@@ -96,7 +96,7 @@ def decoder_config(values: Mapping[str, Any], source: str = "config.json") -> De
     Raises:
         ValueError: naming every key whose value isn't supported, or isn't one.
     """
-    if problems := list(config_problems(values)):
+    if problems := list(unsupported_keys(values)):
         raise ValueError(
             f"{source} doesn't describe a model that can be computed here:\n  - "
             + "\n  - ".join(problems)
@@ -114,7 +114,7 @@ def decoder_config(values: Mapping[str, Any], source: str = "config.json") -> De
     )
 
 
-def config_problems(values: Mapping[str, Any]) -> Iterator[str]:
+def unsupported_keys(values: Mapping[str, Any]) -> Iterator[str]:
     """Every key of a config.json that isn't supported, with its value; nothing where all are."""
     family = family_named(values.get("model_type"))
     if family is None:
@@ -285,7 +285,7 @@ def decoder_problems(decoder: TransformerDecoder, values: Mapping[str, Any]) -> 
     Args:
         values: of config.json.
     """
-    problems = [f"config.json: {problem}" for problem in config_problems(values)]
+    problems = [f"config.json: {problem}" for problem in unsupported_keys(values)]
     family = family_named(values.get("model_type"))
     if family is not None:
         problems += [f"model: {part}" for part in unlike(decoder, family)]

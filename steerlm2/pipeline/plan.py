@@ -32,6 +32,7 @@ from steerlm2._tune import RECIPES
 from steerlm2.torchtune_private import Recipe, get_all_recipes
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_REPLACED = ("schema", "_label")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _PLAIN_KEY = re.compile(r"[\w.{}<>|/-]+")
 TORCHTUNE = Path(torchtune.__file__).parents[1]
@@ -213,6 +214,8 @@ def config_file(recipe: str, config: str) -> Path:
 def extended(values: DictConfig, recipe: str) -> DictConfig:
     """A parsed config together with the one that its key `extends` names.
 
+    Mappings are merged, but a schema or a label replaces the other one's.
+
     Raises:
         ValueError: where configs extend each other.
         FileNotFoundError: where there is no config of that name.
@@ -227,6 +230,12 @@ def extended(values: DictConfig, recipe: str) -> DictConfig:
         if not file.is_file():
             raise FileNotFoundError(f"'extends': there is no config {name} (`tune ls` lists them)")
         chain.append(cast(DictConfig, OmegaConf.load(file)))
+    given: set[str] = set()
+    for each in chain:
+        own = [str(key) for key in each if str(key).endswith(_REPLACED)]
+        for key in given.intersection(own):
+            each.pop(key)
+        given |= set(own)
     return cast(DictConfig, OmegaConf.merge(*reversed(chain)))
 
 

@@ -102,8 +102,9 @@ def test_a_language_model_may_be_asked_for_a_part_of_its_schema(
         {"formality": [0, 10], "humor": [0, 4]},
         {"length": [1, 5], "formality": [0, 10]},
         {"formality": [0, 10], "length": [0, 5]},
+        {"humor": [0, 4]},
     ],
-    ids=["another attribute", "another order", "another range"],
+    ids=["another attribute", "another order", "another range", "none of its attributes"],
 )
 def test_another_schema_is_refused(tmp_path: Path, schema: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="'schema' isn't the one that the model"):
@@ -142,6 +143,25 @@ def test_each_model_of_an_evaluation_has_its_own_template(tmp_path: Path) -> Non
     assert cfg.attribute_model.template == EXTRA_ID
     assert cfg.models["other"].tokenizer["path"] == other
     assert as_schema(cfg.schema) == SCHEMA
+
+
+def test_each_model_that_scores_has_its_own_template_and_tokenizer(tmp_path: Path) -> None:
+    proposal = checkpoint(tmp_path / "acsft")
+    plain = checkpoint(tmp_path / "sft", schema=None)
+    scorer = checkpoint(tmp_path / "reward", kind="attribute model", template=EXTRA_ID)
+    cfg = config(
+        "score_responses",
+        input="in.jsonl",
+        output="out.jsonl",
+        quantities=["log_p_attributes", "log_p_response", "log_q"],
+        checkpointer={"checkpoint_dir": proposal},
+        log_p_response={"checkpointer": {"checkpoint_dir": plain}},
+        log_p_attributes={"checkpointer": {"checkpoint_dir": scorer}},
+    )
+    assert (cfg.template, cfg.log_p_attributes.template) == (LLAMA3, EXTRA_ID)
+    assert cfg.tokenizer["path"] == proposal
+    assert cfg.log_p_response.tokenizer["path"] == plain
+    assert cfg.log_p_attributes.tokenizer["path"] == scorer
 
 
 def test_the_schema_of_scores_is_the_attribute_model_s(tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ from steerlm2.checkpoints.weights import open_checkpointer
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.models.config_json import (
     check_decoder,
-    config_problems,
     decoder_config,
     decoder_problems,
     exported_config,
     hf_config,
+    unsupported_keys,
 )
 from steerlm2.models.reward_head import add_reward_head, classification_config
 
@@ -216,7 +216,7 @@ def test_a_scaling_that_no_frequency_notices_is_none() -> None:
 )
 def test_both_spellings_at_once_must_say_the_same(more: dict[str, Any], same: bool) -> None:
     """transformers 4 reads one, transformers 5 the other."""
-    problems = list(config_problems(VERSION_5 | more))
+    problems = list(unsupported_keys(VERSION_5 | more))
     assert [("say different things" in problem) for problem in problems] == ([] if same else [True])
 
 

@@ -11,11 +11,11 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from steerlm2.models.config_json import (
-    config_problems,
     decoder_config,
     decoder_problems,
     family_of,
     hf_config,
+    unsupported_keys,
 )
 from steerlm2.models.families import FAMILIES, MISTRAL, QWEN2, QWEN3, Family
 
@@ -83,7 +83,7 @@ def test_architectures_are_transformers(family: Family) -> None:
 )
 def test_other_families_are_refused_by_their_name_alone(model_type: Any) -> None:
     """With the list of what there is, whatever else the file says."""
-    problems = list(config_problems({"model_type": model_type, "hidden_act": "gelu"}))
+    problems = list(unsupported_keys({"model_type": model_type, "hidden_act": "gelu"}))
     shown = "null" if model_type is None else '["llama"]' if model_type == ["llama"] else model_type
     assert problems == [f"model_type {shown}: only llama, mistral, qwen2, qwen3 are supported"]
 
@@ -118,7 +118,7 @@ def test_what_a_family_computes_otherwise_is_named(
     model_type: str, changes: dict[str, Any], problem: str | None
 ) -> None:
     values = {"model_type": model_type, "max_position_embeddings": 2048} | SIZES | changes
-    found = list(config_problems(values))
+    found = list(unsupported_keys(values))
     assert len(found) == (problem is not None)
     assert problem is None or found[0].startswith(problem)
 

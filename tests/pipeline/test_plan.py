@@ -184,6 +184,17 @@ def test_a_config_holds_what_differs_from_the_one_that_it_extends(tmp_path: Path
     assert (whole["a"], whole["b"]) == (4, {"c": 3, "d": [4]})
 
 
+def test_a_schema_or_a_label_replaces_the_other_ones(tmp_path: Path) -> None:
+    """Merged, the attributes of both would be left, or a label's value for another kind."""
+    text = "schema: {names: [humor]}\nsampling_label: {kind: fixed, value: 'humor:1'}\n"
+    config(tmp_path, "base", text)
+    own = {"schema": {"formality": [0, 10]}, "sampling_label": {"kind": "record"}}
+    values = OmegaConf.create({"extends": f"{tmp_path}/base.yaml"} | own)
+    whole = OmegaConf.to_container(extended(values, "steerlm2_pipeline"))
+    assert isinstance(whole, dict)
+    assert {key: whole[key] for key in own} == own
+
+
 def test_configs_that_extend_each_other_are_refused(tmp_path: Path) -> None:
     config(tmp_path, "one", "extends: '{tmp}/other.yaml'\n")
     values = config(tmp_path, "other", "extends: '{tmp}/one.yaml'\n")

@@ -30,7 +30,8 @@ data: answers.csv
 data_builder: {columns: {prompt: question, response: answer}}
 schema: {formality: [0, 10], length: [1, 5]}
 machine: {device: cpu, dtype: fp32, compile: false}
-training: {max_steps: 80, lr: 6.0e-3, global_batch_size: 8, val_every_n_steps: null}
+training: {max_steps: 80, global_batch_size: 8, val_every_n_steps: null}
+fine_tuning: {lr: 6.0e-3}
 sampling: {n: 4, max_new_tokens: 12, keep_truncated: true}
 max_seq_len: 256
 iterations: 1

@@ -18,6 +18,7 @@ import pytest
 from fork_server import ForkServer
 from omegaconf import OmegaConf
 
+from steerlm2._tune import RECIPES
 from steerlm2.pipeline.state import PipelineState
 
 TUNE = Path(sys.executable).with_name("tune")
@@ -73,6 +74,22 @@ def test_dry_run_of_70b_is_a_complete_plan(tune: Any) -> None:
     assert f"checkpointer.checkpoint_dir={folder_of(first)[: -len('steerlm2_iter1')]}acsft" in first
 
 
+OF_THE_USER = (
+    *("base_model=base", "data=data.csv", "template._component_=steerlm2.data.llama3_template"),
+    "schema={formality: [0, 10]}",
+)
+
+
+@pytest.mark.parametrize("config", RECIPES["steerlm2_pipeline"])
+def test_every_ready_made_pipeline_has_a_plan(tune: Any, tmp_path: Path, config: str) -> None:
+    """Each stage's config has the keys that the pipeline gives it."""
+    given = OF_THE_USER if config == "pipeline" else ("base_model=base",)
+    given = () if config.startswith("tiny/") else given
+    dry_run = tune("steerlm2_pipeline", "--config", config, *given, f"output_dir={tmp_path}/out",
+                   "dry_run=true")  # fmt: skip
+    assert len(commands(dry_run.stdout)) > 10
+
+
 def folder_of_output(command: list[str]) -> str:
     """Where the log of a stage's server is: logs/STAGE."""
     (output,) = (Path(w.removeprefix("output=")) for w in command if w.startswith("output="))
@@ -84,8 +101,8 @@ def test_stages_of_70b_agree_on_the_attributes(tune: Any) -> None:
     dry_run = tune("steerlm2_pipeline", "--config", "llama3_1/70B_pipeline", "dry_run=true")
     for command in commands(dry_run.stdout):
         if recipe_of(command) in ("reward_distributed", "evaluate_steering"):
-            (names,) = (w for w in command if w.startswith("schema.names="))
-            assert json.loads(names.removeprefix("schema.names=")) == [
+            (schema,) = (w for w in command if w.startswith("schema="))
+            assert json.loads(schema.removeprefix("schema="))["names"] == [
                 *("helpfulness", "correctness", "coherence", "complexity", "verbosity"),
             ]
 

@@ -22,6 +22,8 @@ from steerlm2.attributes import (
     encode_label,
     label_log_probs,
     parse_label,
+    read_label,
+    value_problems,
 )
 from steerlm2.data.conversations import Conversation, turns_in
 from steerlm2.data.jsonl import LineProblems
@@ -275,7 +277,7 @@ class _Reading:
             sample = dataclasses.replace(sample, turns=[*itertools.chain.from_iterable(turns)])
         for turn in sample.turns:
             if turn.label:
-                turn.label = _in_order(turn.label, self.options.schema)
+                turn.label = read_label(turn.label, self.options.schema)
         if self.make != "conversations" and not sample.answers and sample.turns[-1].role != USER:
             *before, last = sample.turns
             sample = dataclasses.replace(
@@ -311,6 +313,11 @@ class _Reading:
                 continue
             if value is not None:
                 values[name] = value
+        problems += [
+            problem
+            for name, value in values.items()
+            for problem in value_problems(name, value, schema, whole=float(value).is_integer())
+        ]
         whole = {name: round(value) for name, value in values.items()}
         if self.make == "conversations" and self.options.round_scores:
             values = dict(whole)
@@ -332,11 +339,6 @@ class _Reading:
         schema = self.options.schema
         shares = [_share(value, name, schema) for name, value in values.items()]
         return sum(shares) / len(shares) if shares else math.nan
-
-
-def _in_order(label: str, schema: AttributeSchema) -> str:
-    """The label in the schema's order, the one that a model sees."""
-    return encode_label(parse_label(label, schema), schema)
 
 
 def _share(value: float, name: str, schema: AttributeSchema) -> float:
@@ -748,7 +750,7 @@ def _own_records(items: Iterable[_Item], reading: _Reading) -> Iterator[Record]:
         record = item.sample.record
         assert record is not None
         if record.label is not None:
-            record.label = _in_order(record.label, reading.options.schema)
+            record.label = read_label(record.label, reading.options.schema)
         _count(reading, item.answers)
         yield SplitRecord(**vars(record), split=item.row.split)
 

@@ -95,7 +95,7 @@ def _rows_of(content: object, path: Path) -> list[Any]:
         for value in content.values()
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
     ]
-    if _PROMPT_KEYS & content.keys() or any(_TURN_KEYS & lists[0][0].keys() for _ in lists[:1]):
+    if _PROMPT_KEYS & content.keys() or (lists and _TURN_KEYS & lists[0][0].keys()):
         return [content]
     if len(lists) == 1:
         return lists[0]
