@@ -234,7 +234,7 @@ def extended(values: DictConfig, recipe: str) -> DictConfig:
     for each in chain:
         own = [str(key) for key in each if str(key).endswith(_REPLACED)]
         for key in given.intersection(own):
-            each.pop(key)
+            del each[key]
         given |= set(own)
     return cast(DictConfig, OmegaConf.merge(*reversed(chain)))
 

@@ -87,7 +87,7 @@ def test_every_ready_made_pipeline_has_a_plan(tune: Any, tmp_path: Path, config:
     given = () if config.startswith("tiny/") else given
     dry_run = tune("steerlm2_pipeline", "--config", config, *given, f"output_dir={tmp_path}/out",
                    "dry_run=true")  # fmt: skip
-    assert len(commands(dry_run.stdout)) > 10
+    assert len(commands(dry_run.stdout)) >= 10
 
 
 def folder_of_output(command: list[str]) -> str:
