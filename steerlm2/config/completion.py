@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from steerlm2.attributes import AttributeSchema, as_schema, schema_to_json
+from steerlm2.attributes import as_schema, schema_to_json
 from steerlm2.config.loader import instantiate
 from steerlm2.data.digest import template_digest
 from steerlm2.facts import FACTS_FILE, ModelFacts, read_facts
@@ -98,8 +98,7 @@ def complete_schema(
     if given != allowed:
         yield (
             f"'schema' isn't the one that the model of {where}checkpointer was trained with: "
-            f"{_schema_text(given)} given, {_schema_text(schema)} in {FACTS_FILE} of "
-            f"{folder or 'the tokenizer'}: "
+            f"it has {given}, {FACTS_FILE} of {folder or 'the tokenizer'} has {schema}: "
             "leave 'schema' out, and it is that one"
         )
 
@@ -141,7 +140,3 @@ def _same_template(given: Any, own: Mapping[str, Any]) -> bool:
 def _shown(component: Mapping[str, Any]) -> str:
     arguments = ", ".join(f"{k}={v}" for k, v in component.items() if k != "_component_")
     return f"{component['_component_']}({arguments})"
-
-
-def _schema_text(schema: AttributeSchema) -> str:
-    return str(schema_to_json(schema))

@@ -599,7 +599,8 @@ def test_other_attributes_than_the_checkpoints_are_refused(
 ) -> None:
     overrides = stage_of(reference, "load_reward_head=true", "schema.names=[verbosity,humor]")
     message = fails(tune, *command_line(labelled_file, *overrides, f"output_dir={tmp_path / 'o'}"))
-    assert "reward head scores humor, verbosity; the schema has verbosity, humor" in message
+    assert "it has verbosity 0 to 4, humor 0 to 4, steerlm2.json of" in message
+    assert "has humor 0 to 4, verbosity 0 to 4: leave 'schema' out" in message
 
 
 def test_torchtunes_checkpointer_is_refused(
