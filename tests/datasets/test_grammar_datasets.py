@@ -48,7 +48,7 @@ def test_attribute_texts_have_the_exact_scores_at_their_place_in_the_schema() ->
         TOKENIZER, num_records=25, max_seq_len=128, schema=DEFAULT_SCHEMA, seed=2
     )
     for group, (pair, text) in zip(data, draw_answers(25, 2, "train"), strict=True):
-        assert TOKENIZER.decode(group.responses[0]) == f"{text}\n<extra_id_2>"
+        assert TOKENIZER.decode(group.responses[0]) == f"Assistant\n{text}\n<extra_id_2>"
         assert f"\n{pair.prompt}\n" in TOKENIZER.decode(group.prompt)
         assert pair.label not in TOKENIZER.decode(group.prompt)
         assert group.labels is not None
