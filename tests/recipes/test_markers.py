@@ -93,7 +93,7 @@ def test_an_attribute_model_reads_whole_answers_with_their_own_labels(prepared: 
             values = parse_label(turn["label"], SCHEMA)
             assert group.labels == [[values[name] for name in SCHEMA.names]]
             (response,) = group.responses
-            assert tokenizer.decode(list(response)) == f"{turn['value']}\n<extra_id_2>"
+            assert tokenizer.decode(list(response)) == (f"Assistant\n{turn['value']}\n<extra_id_2>")
             assert sum(token in control for token in response) == 1
             assert sum(token in control for token in group.prompt) == 1 + (place + 1)
     assert next(groups, None) is None
