@@ -468,11 +468,12 @@ def test_other_values_are_refused_with_their_row(tmp_path: Path, value: Any) -> 
 
 
 def test_values_are_rounded_only_when_asked_and_only_into_the_range(tmp_path: Path) -> None:
-    """Halves to even, as in the published data; 10.4 rounds to 10, 10.6 to 11."""
-    path = write(tmp_path / "data.jsonl", rated(2.5, "3.5", 10.4, 10.6))
+    """Halves to even, as in the published data; 10.4 is beyond the range, whatever it rounds to."""
+    path = write(tmp_path / "data.jsonl", rated(2.5, "3.5", 9.6, 10.4, 11))
     units, error = read_all(path, schema=SCHEMA, round_scores=True)
     assert labels(units) == [["formality:2"], ["formality:4"], ["formality:10"]]
-    assert "data.jsonl:4: formality must be a whole number from 0 to 10, got 11" in error
+    assert "data.jsonl:4: formality must be a number from 0 to 10, got 10.4" in error
+    assert "data.jsonl:5: formality must be a whole number from 0 to 10, got 11" in error
 
 
 def test_columns_of_the_schema_are_labels_whatever_their_case(
