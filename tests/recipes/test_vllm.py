@@ -26,6 +26,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from steerlm2.attributes import parse_label
+from steerlm2.data.chat_templates import messages_of
 from steerlm2.data.jsonl import json_line
 from steerlm2.data.records import Record, Response, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
@@ -310,6 +312,20 @@ def test_sampled_there_scored_here(
     assert ours == pytest.approx(theirs, rel=0, abs=1e-3)
     model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32).eval()
     assert ours == pytest.approx([hf_log_prob(model, *text) for text in texts], rel=0, abs=1e-3)
+
+
+def test_its_chat_endpoint_asks_with_our_prompts(language_server: Server) -> None:
+    """The exported chat template, rendered there: the label is an argument."""
+    template, tokenizer = extra_id_template(), tiny_tokenizer()
+    for record in synthetic_records(8, 2, seed=3):
+        assert record.label is not None
+        arguments = {"attributes": parse_label(record.label)}
+        messages = messages_of(record.system, record.prompt_turns)
+        body = {"messages": messages, "chat_template_kwargs": arguments}
+        answer = httpx.post(f"{language_server.url}/tokenize", json=body, timeout=60).json()
+        assert answer["tokens"] == encode_prompt(
+            template, tokenizer, record.system, record.prompt_turns, record.label
+        )
 
 
 def token_ids(record: Record, response: Response) -> tuple[list[int], list[int]]:
