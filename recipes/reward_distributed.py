@@ -16,7 +16,6 @@ FSDP2 x tensor parallel with replicas. `train` is the algorithm; what surrounds 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -77,10 +76,10 @@ class RewardConfig(TrainingKeys):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> list[str]:
-        found = complete_model(values)
+        found = list(complete_model(values))
         if values.get("load_reward_head"):
-            found = itertools.chain(found, complete_schema(values, values, "equal"))
-        return list(found)
+            found += complete_schema(values, values, "equal")
+        return found
 
     def problems(self) -> list[str]:
         found = super().problems()

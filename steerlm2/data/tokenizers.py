@@ -92,7 +92,6 @@ class HFTokenizer:
             other_forms: file name -> content of the same tokenizer's files for other programs, kept
                 for `save`.
         """
-        self._tokenizer_json = tokenizer_json
         self._side_files = side_files
         self._other_forms = other_forms or {}
         spec = json.loads(tokenizer_json)

@@ -150,7 +150,7 @@ def test_a_stop_token_that_stands_for_a_byte_is_named_by_its_own_name(tmp_path: 
 
     template = extra_id_template({"<extra_id_1>": "<0x02>"})
     tiny = tiny_tokenizer()
-    text = TrainedText(ByteTokens(tiny._tokenizer_json, tiny._side_files), template, 9)
+    text = TrainedText(ByteTokens(tiny._saved_json, tiny._side_files), template, 9)
     assert text.spelled(9) == "<0x02>"
     assert text.spelled(0) == "<pad>"
 

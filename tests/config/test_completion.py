@@ -37,6 +37,18 @@ def sampling(folder: str, **values: Any) -> Any:
     return config("sample_responses", **given | values)
 
 
+def scoring(proposal: str, **folders: str) -> Any:
+    """Of log Q' by a proposal, and of the quantities whose models' folders are given."""
+    return config(
+        "score_responses",
+        input="in.jsonl",
+        output="out.jsonl",
+        quantities=["log_q", *folders],
+        checkpointer={"checkpoint_dir": proposal},
+        **{name: {"checkpointer": {"checkpoint_dir": own}} for name, own in folders.items()},
+    )
+
+
 def test_a_folder_is_all_that_names_a_model(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "acsft")
     cfg = sampling(folder)
@@ -149,15 +161,7 @@ def test_each_model_that_scores_has_its_own_template_and_tokenizer(tmp_path: Pat
     proposal = checkpoint(tmp_path / "acsft")
     plain = checkpoint(tmp_path / "sft", schema=None)
     scorer = checkpoint(tmp_path / "reward", kind="attribute model", template=EXTRA_ID)
-    cfg = config(
-        "score_responses",
-        input="in.jsonl",
-        output="out.jsonl",
-        quantities=["log_p_attributes", "log_p_response", "log_q"],
-        checkpointer={"checkpoint_dir": proposal},
-        log_p_response={"checkpointer": {"checkpoint_dir": plain}},
-        log_p_attributes={"checkpointer": {"checkpoint_dir": scorer}},
-    )
+    cfg = scoring(proposal, log_p_response=plain, log_p_attributes=scorer)
     assert (cfg.template, cfg.log_p_attributes.template) == (LLAMA3, EXTRA_ID)
     assert cfg.tokenizer["path"] == proposal
     assert cfg.log_p_response.tokenizer["path"] == plain
@@ -168,14 +172,7 @@ def test_the_schema_of_scores_is_the_attribute_model_s(tmp_path: Path) -> None:
     labels = AttributeSchema.sharing(["length"], 1, 5)
     proposal = checkpoint(tmp_path / "acsft", schema=labels)
     scorer = checkpoint(tmp_path / "reward", kind="attribute model")
-    cfg = config(
-        "score_responses",
-        input="in.jsonl",
-        output="out.jsonl",
-        quantities=["log_p_attributes", "log_q"],
-        checkpointer={"checkpoint_dir": proposal},
-        log_p_attributes={"checkpointer": {"checkpoint_dir": scorer}},
-    )
+    cfg = scoring(proposal, log_p_attributes=scorer)
     assert as_schema(cfg.schema) == SCHEMA
 
 

@@ -93,7 +93,7 @@ def normalising() -> tokenizers.Tokenizer:
 
 
 def tiny() -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(tiny_tokenizer()._tokenizer_json)
+    return tokenizers.Tokenizer.from_str(tiny_tokenizer()._saved_json)
 
 
 KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
