@@ -19,7 +19,7 @@ tests=(
     tests/models/test_attention.py::test_blocks_equal_the_dense_mask
     tests/models/test_attention.py::test_flex_attention_equals_the_dense_mask
     tests/models/test_attention.py::test_compiled_flex_attention_has_the_gradients_of_the_dense_mask
-    tests/models/test_llama.py::test_log_probs_are_transformers
+    tests/models/test_decoders.py::test_log_probs_are_transformers
     tests/training/test_forward.py::test_targets_are_transformers
     tests/training/test_forward.py::test_scores_are_transformers
     tests/distributed/test_parallelize.py::test_fsdp_over_one_process_changes_no_number
