@@ -33,7 +33,7 @@ class GenerationSettings:
 
 
 class TokenLogProb(NamedTuple):
-    """The log-prob of a generated token, in nats, before temperature, top-p and forbidden tokens."""
+    """A generated token's log-prob, in nats, before temperature, top-p and forbidden tokens."""
 
     log_prob: float
     top: tuple[tuple[int, float], ...]
@@ -43,8 +43,8 @@ class TokenLogProb(NamedTuple):
 class Piece(NamedTuple):
     """The next tokens of one answer."""
 
-    index: int
-    """Of the answer, below n."""
+    answer: int
+    """Its number, from 0 to n - 1."""
     tokens: list[int]
     """With the stop token at the end, if the answer is complete."""
     log_probs: list[TokenLogProb] | None
