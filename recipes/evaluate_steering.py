@@ -59,6 +59,7 @@ from steerlm2.data.records import (
     UNKNOWN_TOKENS,
     Record,
     count_flaws,
+    is_blank,
     read_records,
     record_to_json,
     write_records,
@@ -686,9 +687,9 @@ def answered(
     answers = [answer_of(sample, template, tokenizer) for sample in samples or []]
     if samples is None:
         extra[TOO_LONG] = True
-    if empty := sum(not answer.value.strip() for answer in answers):
+    if empty := sum(is_blank(answer.value) for answer in answers):
         extra[EMPTY] = empty
-    kept = [answer for answer in answers if answer.value.strip()]
+    kept = [answer for answer in answers if not is_blank(answer.value)]
     digest = token_ids_digest(template, tokenizer) if any(a.token_ids for a in kept) else None
     return Record(item.prompt.system, item.prompt.turns, item.label, kept, extra, digest)
 

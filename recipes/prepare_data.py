@@ -37,11 +37,12 @@ from steerlm2.data.conversations import (
     REGRESSION_MARKERS,
     Conversation,
     conversation_to_json,
+    has_broken_answer,
     regression_records,
     spells_marker,
 )
 from steerlm2.data.jsonl import LineProblems, json_line, shortened
-from steerlm2.data.records import USER, Record, record_to_json
+from steerlm2.data.records import BROKEN, USER, Record, record_to_json
 from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.sources.helpsteer import strengths_of
 from steerlm2.data.spool import Spool, open_spool
@@ -176,12 +177,14 @@ def _read(
     prompts = {split: array("Q") for split in offsets}
     problems = LineProblems(source.source, numbered=", record ")
     kind: type = Record
-    num_records = 0
+    num_records = num_broken = 0
     for number, item in enumerate(
         instantiate(source.builder, source.source, **source.options()), start=1
     ):
         kind = Record if isinstance(item, Record) else type(item)
         split = item.split if isinstance(item, Unit | SplitRecord) else None
+        if isinstance(item, Unit):
+            num_broken += _leave_out_broken(item)
         try:
             spooled = _render(item, schema)
         except ValueError as error:
@@ -191,6 +194,11 @@ def _read(
         prompts[split].append(_prompt_digest(item, number))
         num_records += len(spooled.answers)
     problems.raise_if_any()
+    if num_broken:
+        print(
+            f"{source.source}: left out {num_broken} conversations with U+FFFD in an answer, "
+            f"which is {BROKEN}"
+        )
     if not num_records:
         raise ValueError(
             f"{source.source} gave no records: is it the kind of file that the builder reads?"
@@ -224,6 +232,14 @@ def _read(
     if source.sample_fraction < 1:
         train, val = (_sample(split, source.sample_fraction, rng) for split in (train, val))
     return SpooledSplit(train, val, kind)
+
+
+def _leave_out_broken(unit: Unit) -> int:
+    """Drop the conversations with a broken answer; of a pair, both. Their number."""
+    before = len(unit.conversations)
+    whole = [each for each in unit.conversations if not has_broken_answer(each)]
+    unit.conversations = [] if unit.is_pair and len(whole) < before else whole
+    return before - len(unit.conversations)
 
 
 def _prompt_digest(item: Any, number: int) -> int:

@@ -52,6 +52,7 @@ from steerlm2.data.records import (
     Record,
     Response,
     flaw_of,
+    is_blank,
     record_to_json,
 )
 from steerlm2.data.templates import token_ids_digest
@@ -268,7 +269,7 @@ class SampleRecipe:
             if response.is_broken:
                 counts[BROKEN] += 1
                 continue
-            if not response.value.strip():
+            if is_blank(response.value):
                 counts["empty"] += 1
                 continue
             if len(sample.tokens) < cfg.min_new_tokens:

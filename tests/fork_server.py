@@ -323,7 +323,8 @@ class Server:
             return request
         for file in files:
             os.close(file)
-        client.send(str(pid).encode())
+        with contextlib.suppress(OSError):  # of a client that was killed: its end comes next
+            client.send(str(pid).encode())
         child = Child(pid, os.pidfd_open(pid), client)
         self._children.append(child)
         self._selector.register(child.ended, selectors.EVENT_READ, child)

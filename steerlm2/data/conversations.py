@@ -23,7 +23,7 @@ from steerlm2.attributes import (
     read_label,
 )
 from steerlm2.data.jsonl import LineProblems, iter_json_lines
-from steerlm2.data.records import ASSISTANT, USER, Turn
+from steerlm2.data.records import ASSISTANT, REPLACEMENT, USER, Turn, is_blank
 
 REGRESSION_MARKERS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
 """What begins the system text, a turn and a label in a text of the regression format."""
@@ -177,8 +177,16 @@ def spells_marker(conversation: Conversation) -> bool:
 
 
 def has_empty_answer(conversation: Conversation) -> bool:
-    """Whether a turn of the assistant has no text but whitespace."""
-    return any(t.role == ASSISTANT and not t.value.strip() for t in conversation.turns)
+    """Whether a turn of the assistant has nothing to read."""
+    return any(t.role == ASSISTANT and is_blank(t.value) for t in conversation.turns)
+
+
+def has_broken_answer(conversation: Conversation) -> bool:
+    """Whether a turn of the assistant has U+FFFD, which decoders write for bytes that are no UTF-8.
+
+    A model would learn to write it.
+    """
+    return any(t.role == ASSISTANT and REPLACEMENT in t.value for t in conversation.turns)
 
 
 def turns_in(text: str) -> list[Turn]:
@@ -227,7 +235,7 @@ def _parse_turn(
         problems.append(f"'from' must be {USER!r} or {ASSISTANT!r}, got {role!r}{hint}")
     if not is_text(value):
         problems.append("'value' must be text")
-    elif role == ASSISTANT and not allow_empty and not str(value).strip():
+    elif role == ASSISTANT and not allow_empty and is_blank(str(value)):
         problems.append("the response text is empty")
     if label is not None and not isinstance(label, str):
         problems.append(f"'label' must be text or null, got {label!r}")

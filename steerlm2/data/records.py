@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -51,6 +52,13 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 USER, ASSISTANT = "User", "Assistant"
+
+_UNSEEN = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
+    + "".join(map(chr, range(0xFE00, 0xFE10)))
+)
+"""Characters without ink of other categories than Cc, Cf and Z: fillers, variation selectors, and
+the empty Braille cell (Unicode's Default_Ignorable_Code_Point, which Python's tables lack)."""
 
 _TOO_LARGE = 2**31
 """Token ids are kept in 4 bytes."""
@@ -100,6 +108,14 @@ class Response:
         """
         whole = self.token_ids is not None and not self.encodes_otherwise
         return REPLACEMENT in self.value and not whole
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing to read: only whitespace, control and zero-width characters."""
+    return all(
+        character in _UNSEEN or unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs")
+        for character in text
+    )
 
 
 def flaw_of(response: Response) -> str | None:
@@ -298,7 +314,7 @@ def _response(item: dict[str, Any], require: Collection[str], problems: list[str
     if item.get("from", ASSISTANT) != ASSISTANT:
         problems.append(f"'from' must be {ASSISTANT!r}, got {item['from']!r}")
     value = _text(item, "value", "", problems)
-    if isinstance(item.get("value"), str) and not item["value"].strip():
+    if isinstance(item.get("value"), str) and is_blank(item["value"]):
         problems.append("the response text is empty")
     missing = [key for name, key in LOG_PROB_KEYS.items() if name in require and key not in item]
     if missing:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from steerlm2.attributes import as_schema, encode_label
-from steerlm2.data.conversations import Conversation, iter_conversations
+from steerlm2.data.conversations import Conversation, has_broken_answer, iter_conversations
 from steerlm2.data.packing import Dialogue
-from steerlm2.data.records import ASSISTANT, Turn
+from steerlm2.data.records import ASSISTANT, BROKEN, REPLACEMENT, Turn
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import Template, encode_dialogue, extra_id_template
 from steerlm2.data.tokenizers import Tokenizer
@@ -24,7 +24,7 @@ class DialogueDataset(Sequence[Dialogue]):
 
     A response is never cut off, because it would lose its stop token. A conversation longer than
     `max_seq_len` loses its last turns, or is dropped if not even its first response fits. One
-    without a turn of the assistant is left out.
+    without a turn of the assistant, or with a text to learn that isn't valid UTF-8, is left out.
     """
 
     conversations: list[Conversation] = field(default_factory=list)
@@ -33,6 +33,8 @@ class DialogueDataset(Sequence[Dialogue]):
     num_shortened: int = 0
     num_dropped: int = 0
     num_unanswered: int = 0
+    num_broken: int = 0
+    """Conversations with U+FFFD in a text to learn, which a model would learn to write."""
 
     def __len__(self) -> int:
         return len(self.dialogues)
@@ -50,17 +52,21 @@ class DialogueDataset(Sequence[Dialogue]):
 
     def summary(self) -> str:
         targets = sum(len(dialogue.target_positions) for dialogue in self.dialogues)
-        unanswered = (
-            f"; {self.num_unanswered} left out: no turn of the assistant"
-            if self.num_unanswered
-            else ""
-        )
+        left_out = "".join(f"; {number} left out: {cause}" for number, cause in self._left_out())
         return (
             f"{len(self)} conversations of {len(self._answers())} answers, {self.num_labelled()} "
             f"under a label, with {targets} tokens to predict ({self.num_shortened} lost their "
             f"last turns, being too long; {self.num_dropped} were dropped: no answer fits"
-            f"{unanswered})"
+            f"{left_out})"
         )
+
+    def _left_out(self) -> list[tuple[int, str]]:
+        """Numbers above 0 with their causes."""
+        causes = [
+            (self.num_unanswered, "no turn of the assistant"),
+            (self.num_broken, f"U+FFFD in a text to learn, {BROKEN}"),
+        ]
+        return [(number, cause) for number, cause in causes if number]
 
     def _answers(self) -> list[Turn]:
         turns = (turn for conversation in self.conversations for turn in conversation.turns)
@@ -153,6 +159,9 @@ def tokenize_conversations(
         if not any(turn.role == ASSISTANT for turn in turns):
             dataset.num_unanswered += 1
             continue
+        if has_broken_answer(conversation) or (train_on_input and _has_broken_input(conversation)):
+            dataset.num_broken += 1
+            continue
         if not use_labels:
             turns = [dataclasses.replace(turn, label=None) for turn in turns]
         dialogue, num_turns = encode_dialogue(
@@ -177,8 +186,7 @@ def tokenize_conversations(
                 f"in {dataset.num_dropped} no turn of the assistant fits into max_seq_len="
                 f"{max_seq_len} tokens (raise max_seq_len)"
             )
-        if dataset.num_unanswered:
-            problems.append(f"{dataset.num_unanswered} have no turn of the assistant")
+        problems += [f"{number} left out: {cause}" for number, cause in dataset._left_out()]
         raise ValueError("; ".join(problems))
     if use_labels and not dataset.num_labelled():
         raise ValueError(
@@ -186,6 +194,13 @@ def tokenize_conversations(
             "prompt; label them (recipe annotate_attributes), or set use_labels=false"
         )
     return dataset
+
+
+def _has_broken_input(conversation: Conversation) -> bool:
+    return any(
+        REPLACEMENT in text
+        for text in (conversation.system, *(turn.value for turn in conversation.turns))
+    )
 
 
 def language_model_facts(

@@ -27,7 +27,7 @@ from steerlm2.data.conversations import (
 )
 from steerlm2.data.jsonl import LineProblems, iter_json_lines
 from steerlm2.data.packing import RewardGroup
-from steerlm2.data.records import Turn
+from steerlm2.data.records import BROKEN, REPLACEMENT, Turn
 from steerlm2.data.synthetic import ATTRIBUTES, synthetic_records
 from steerlm2.data.templates import (
     Template,
@@ -44,11 +44,14 @@ MAX_STRENGTH = 3
 class RewardDataset(Sequence[RewardGroup]):
     """Tokenised texts with their labels, or pairs of texts with a preference.
 
-    A text longer than `max_seq_len` is cut at its beginning.
+    A text longer than `max_seq_len` is cut at its beginning. One whose scored answer isn't valid
+    UTF-8 is left out, in a pair with the other.
     """
 
     groups: list[RewardGroup] = field(default_factory=list)
     num_cut: int = 0
+    num_broken: int = 0
+    """Texts or pairs with U+FFFD in an answer that is to be scored."""
     ignored: set[str] = field(default_factory=set)
     """Labelled attributes that the model's schema doesn't have."""
 
@@ -79,6 +82,8 @@ class RewardDataset(Sequence[RewardGroup]):
             counts = (f"{name} {number}" for name, number in self.num_labels(schema).items())
             what = f"{texts} texts with labels of {', '.join(counts)}"
         left_out = f"; labels left out: {', '.join(sorted(self.ignored))}" if self.ignored else ""
+        if self.num_broken:
+            left_out += f"; {self.num_broken} left out: an answer with U+FFFD, {BROKEN}"
         return f"{what} (cut at the beginning, being too long: {self.num_cut} texts{left_out})"
 
     def refuse_unlabelled(self, schema: AttributeSchema) -> None:
@@ -144,6 +149,9 @@ def attribute_dataset(
     groups = _pairs(texts, problems) if pairs else _texts(texts, schema, problems)
     dataset = RewardDataset()
     for text, responses, labels in groups:
+        if any(REPLACEMENT in response for response in responses):
+            dataset.num_broken += 1
+            continue
         if labels is not None:
             dataset.ignored |= text.values.keys() - set(schema.names)
         group, num_cut = encode_for_scoring(
@@ -159,7 +167,11 @@ def attribute_dataset(
         dataset.num_cut += num_cut
     problems.raise_if_any()
     if not dataset.groups:
-        raise ValueError(f"{source} holds no {'pair' if pairs else 'labelled text'}")
+        broken = f"; {dataset.num_broken} left out: an answer with U+FFFD, {BROKEN}"
+        raise ValueError(
+            f"{source} holds no {'pair' if pairs else 'labelled text'}"
+            f"{broken if dataset.num_broken else ''}"
+        )
     return dataset
 
 

@@ -94,7 +94,7 @@ def test_every_mistake_is_named(given: object, message: str) -> None:
         parse_conversation(given, schema=DEFAULT_SCHEMA)
 
 
-@pytest.mark.parametrize("value", ["", " \n\t"])
+@pytest.mark.parametrize("value", ["", " \n\t", "\u200b\ufeff"])
 def test_an_answer_without_text_is_refused_unless_it_is_a_place_to_fill(value: str) -> None:
     """The user may say nothing."""
     given = turn(value=value)

@@ -24,6 +24,7 @@ from steerlm2.data.records import (
     Turn,
     count_flaws,
     flaw_of,
+    is_blank,
     iter_records,
     parse_record,
     read_records,
@@ -248,6 +249,7 @@ TURNS = example()["prompt_turns"]
         ("responses/0/from", "User", "responses[0]: 'from' must be 'Assistant', got 'User'"),
         ("responses/1/value", "", "responses[1]: the response text is empty"),
         ("responses/1/value", " \n\t", "responses[1]: the response text is empty"),
+        ("responses/1/value", "\u200b \ufe0f", "responses[1]: the response text is empty"),
         ("responses/1/value", None, "responses[1]: 'value' must be text, got null"),
         ("responses/1/value", "a\ud800", "responses[1]: 'value' holds half of a surrogate pair"),
         (f"responses/0/{Q}", KeyError, f"responses[0]: missing '{Q}'"),
@@ -382,3 +384,20 @@ def test_half_a_surrogate_pair_in_a_key_of_the_users_survives(tmp_path: Path) ->
     record = parse_record(example() | {"note": "\ud800"})
     write_records(tmp_path / "d.jsonl", [record])
     assert read_records(tmp_path / "d.jsonl") == [record]
+
+
+@pytest.mark.parametrize(
+    ("text", "blank"),
+    [
+        *[
+            ("", True),
+            (" \t\r\n\u00a0\u3000\x00\x1b", True),
+            ("\u200b\u200d\u2060\ufeff\u00ad", True),
+        ],
+        *[("\u3164\u115f\u2800\ufe0f\u034f", True), ("\u200b.", False), ("\ufffd", False)],
+        *[("\u0301", False), ("\U0001f600\ufe0f", False), ("\ue000", False), ("\U0003fffd", False)],
+    ],
+)
+def test_a_text_without_ink_is_blank(text: str, blank: bool) -> None:
+    """Whitespace, control and zero-width characters; private and unassigned ones may have ink."""
+    assert is_blank(text) is blank

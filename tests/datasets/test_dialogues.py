@@ -118,6 +118,20 @@ def test_long_conversations_lose_whole_turns_or_are_dropped(
     assert dataset.longest() == limit
 
 
+@pytest.mark.parametrize(("train_on_input", "left_out"), [(False, 1), (True, 2)])
+def test_broken_utf8_is_not_trained_on_and_counted(
+    train_on_input: bool, left_out: int, tmp_path: Path, tokenizer: HFTokenizer
+) -> None:
+    lines = [conversation("Q", "A"), conversation("Q", "an\ufffd"), conversation("\ufffd?", "A")]
+    arguments = {"use_labels": False, "train_on_input": train_on_input, "max_seq_len": 512}
+    dataset = read(tmp_path, tokenizer, *lines, **arguments)
+    assert len(dataset) == len(lines) - left_out
+    broken = f"{left_out} left out: U+FFFD in a text to learn, not valid UTF-8"
+    assert dataset.summary().endswith(f"no answer fits; {broken})")
+    with pytest.raises(ValueError, match=r"holds no conversations .* 1 left out: U\+FFFD"):
+        read(tmp_path, tokenizer, lines[1], **arguments)
+
+
 def test_every_kept_answer_ends_with_its_stop_token(tmp_path: Path, tokenizer: HFTokenizer) -> None:
     """Whatever the limit: none is cut off."""
     spoken = ("Q", "One. Two.", "R", "Three.", "S", "Four. Five. Six.")
@@ -151,7 +165,7 @@ def test_nothing_that_fits_is_an_error_that_says_so(tmp_path: Path, tokenizer: H
     with pytest.raises(
         ValueError,
         match=r"train on; in 1 no turn of the assistant fits into max_seq_len=10 tokens.*"
-        "; 2 have no turn of the assistant$",
+        "; 2 left out: no turn of the assistant$",
     ):
         read(tmp_path, tokenizer, LABELLED, *[conversation("Q")] * 2, max_seq_len=10)
 

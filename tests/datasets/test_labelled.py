@@ -275,6 +275,19 @@ def test_two_adjacent_lines_are_a_pair(tmp_path: Path, tokenizer: HFTokenizer) -
     assert dataset.summary(SMALL) == "2 pairs (cut at the beginning, being too long: 0 texts)"
 
 
+@pytest.mark.parametrize(("pairs", "left"), [(False, 3), (True, 1)])
+def test_answers_of_broken_utf8_are_not_scored_and_counted(
+    pairs: bool, left: int, tmp_path: Path, tokenizer: HFTokenizer
+) -> None:
+    lines = [*pair(1, "A", "B\ufffd"), *pair(1, "A", "B", question="\ufffd?")]
+    schema = AttributeSchema(("quality",))
+    dataset = read(tmp_path, tokenizer, *lines, pairs=pairs, schema=schema)
+    assert len(dataset) == left
+    assert "; 1 left out: an answer with U+FFFD, not valid UTF-8)" in dataset.summary(schema)
+    with pytest.raises(ValueError, match=r"holds no .*; 1 left out: an answer with U\+FFFD"):
+        read(tmp_path, tokenizer, *lines[:2] if pairs else lines[1:2], pairs=pairs, schema=schema)
+
+
 @pytest.mark.parametrize("strength", range(-3, 4))
 def test_strengths_of_both_formats_are_read(
     strength: int, tmp_path: Path, tokenizer: HFTokenizer

@@ -341,6 +341,29 @@ def test_of_a_pair_both_are_in_the_regression_file_or_none(
     assert "left out 2 labelled turns" in stdout
 
 
+@pytest.mark.parametrize(("preference", "left", "num_left_out"), [("false", 3, 1), ("true", 2, 2)])
+def test_answers_of_broken_utf8_are_left_out_and_counted(
+    tmp_path: Path, prepare: Prepare, preference: str, left: int, num_left_out: int
+) -> None:
+    """Of a pair both. In a question, which no model learns to write, it may stand."""
+    answers = [("Q \ufffd", "A"), ("Q \ufffd", "B"), ("R", "half of an emoji: \ufffd"), ("R", "B")]
+    rows = [labelled_row(*spoken, "quality:1") for spoken in answers]
+    write_lines(tmp_path / "in.jsonl", rows)
+    arguments = (
+        "source=in.jsonl",
+        "output_dir=out",
+        "train_fraction=null",
+        "schema={quality: [0, 4]}",
+    )
+    status, stdout, stderr = prepare(
+        *config("conversations"), *arguments, f"preference={preference}"
+    )
+    assert status == 0, stderr
+    for name in ("train.jsonl", "train_reg.jsonl"):
+        assert len((tmp_path / "out" / name).read_text().splitlines()) == left
+    assert f"left out {num_left_out} conversations with U+FFFD in an answer" in stdout
+
+
 # The sides of a split
 
 

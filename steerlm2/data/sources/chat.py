@@ -34,6 +34,7 @@ from steerlm2.data.records import (
     Response,
     Turn,
     causes_text,
+    is_blank,
 )
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, SplitRecord, Unit
 from steerlm2.data.sources.containers import CONTAINERS, container_of
@@ -285,9 +286,9 @@ class _Reading:
             )
         answers = []
         for answer in sample.answers:
-            if not answer.value.strip() and self.match.layout.name == "responses":
+            if is_blank(answer.value) and self.match.layout.name == "responses":
                 self.tally.left_out["answers without text"] += 1
-            elif not answer.value.strip():
+            elif is_blank(answer.value):
                 raise LeftOut(EMPTY_ANSWER)
             else:
                 answers.append(self._scored(answer.value, answer.fields, answer.label))

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steerlm2.data.conversations import is_text, parse_conversation
-from steerlm2.data.records import ASSISTANT, USER, Record, Turn, parse_record
+from steerlm2.data.conversations import has_empty_answer, is_text, parse_conversation
+from steerlm2.data.records import ASSISTANT, USER, Record, Turn, is_blank, parse_record
 
 Json = dict[str, Any]
 
@@ -186,7 +186,7 @@ def _conversation(messages: Any, where: str) -> tuple[str | None, list[Turn]]:
                 raise LeftOut(LATE_SYSTEM)
             system = text
             continue
-        if role == ASSISTANT and not text.strip():
+        if role == ASSISTANT and is_blank(text):
             raise LeftOut(EMPTY_ANSWER)
         if role == ASSISTANT and message.get("weight") in (0, "0"):
             raise LeftOut(NOT_TRAINED)
@@ -202,7 +202,7 @@ def _either(content: Any, role: str, where: str) -> tuple[str | None, list[Turn]
     if (messages := _turn_list(content)) is not None:
         return _conversation(messages, where)
     text = _text_of(content, repr(where))
-    if not text.strip():
+    if is_blank(text):
         raise LeftOut(EMPTY_ANSWER if role == ASSISTANT else EMPTY_PROMPT)
     return None, [Turn(role, text)]
 
@@ -297,7 +297,7 @@ def _side(content: Any, name: str, prompt: Any) -> tuple[str | None, list[Turn],
         system = None
     else:
         system, turns = _either(content, ASSISTANT, name)
-    if turns[-1:] and turns[-1].role == ASSISTANT and turns[-1].value.strip():
+    if turns[-1:] and turns[-1].role == ASSISTANT and not is_blank(turns[-1].value):
         return system, turns[:-1], turns[-1]
     raise LeftOut(EMPTY_ANSWER if turns[-1:] and turns[-1].role == ASSISTANT else NO_ANSWER)
 
@@ -403,7 +403,7 @@ def _is_own(value: Any) -> bool:
 def _read_own(parts: Json, others: Json) -> Sample:
     own = others | {"conversations": structure(parts["conversations"])}
     conversation = parse_conversation(own, default_system="", allow_empty=True)
-    if any(turn.role == ASSISTANT and not turn.value.strip() for turn in conversation.turns):
+    if has_empty_answer(conversation):
         raise LeftOut(EMPTY_ANSWER)
     return Sample(own.get("system"), conversation.turns, [], extra=conversation.extra)
 
@@ -572,7 +572,7 @@ class Match:
         used = {*self.columns.values()}
         others = {key: value for key, value in row.items() if key not in used}
         sample = self.layout.read(parts, others)
-        if not any(turn.role == USER and turn.value.strip() for turn in sample.turns):
+        if not any(turn.role == USER and not is_blank(turn.value) for turn in sample.turns):
             raise LeftOut(EMPTY_PROMPT)
         return sample
 

@@ -33,6 +33,7 @@ from steerlm2.data.records import (
     Record,
     Response,
     Turn,
+    is_blank,
 )
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT, Unit
 from steerlm2.data.sources.rows import Row, iter_rows
@@ -237,7 +238,7 @@ class LeftOut:
                 return "deleted"
             if message.get("review_result") is False:
                 return "rejected by the reviewers"
-        if message["role"] == "assistant" and not message["text"].strip():
+        if message["role"] == "assistant" and is_blank(message["text"]):
             return "without text"
         return None
 
