@@ -76,16 +76,14 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     return entry if whole else None
 
 
-def lacks_validation(metrics: JsonLines, step: int, world: World) -> bool:
-    """Whether metrics.jsonl has no validation results for `step`. Called by all ranks.
+def logged_validation_loss(metrics: JsonLines, step: int, world: World) -> float | None:
+    """The validation loss of `step` in metrics.jsonl; None: it has none. Called by all ranks."""
 
-    A run that SIGTERM ends saves first, and may end before the validation that was due after it.
-    """
+    def find() -> float | None:
+        entries = metrics.read()
+        return next((e["val_loss"] for e in entries if e["step"] == step and "val_loss" in e), None)
 
-    def lacks() -> bool:
-        return not any(e["step"] == step and "val_loss" in e for e in metrics.read())
-
-    return bool(world.from_main(world.on_main(lacks)))
+    return world.from_main(world.on_main(find))
 
 
 def answer_metrics(

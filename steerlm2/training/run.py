@@ -60,7 +60,7 @@ from steerlm2.runs.lock import RunLock
 from steerlm2.runs.logs import Progress, open_rank_log
 from steerlm2.runs.metrics import (
     JsonLines,
-    lacks_validation,
+    logged_validation_loss,
     peak_memory_gib,
     plot_curves,
     summary_table,
@@ -230,6 +230,7 @@ class TrainingRun:
         world.barrier()
         # Also of a step that a killed run reached and this one hasn't yet.
         self.best = world.from_main(world.on_main(lambda: best_state(self.checkpoints)))
+        self._save_lost_best()
         self._last_checked = self.first_step
         self._tokens, self._seconds = 0, 0.0
         self._started: float | None = None
@@ -254,13 +255,14 @@ class TrainingRun:
         """Whether a validation is due before the first step.
 
         Args:
-            has_loss: a resumed run makes up for one whose loss is missing, being cut off.
+            has_loss: a resumed run makes up for one whose loss is missing: a run that SIGTERM ends
+                saves first, and may end before the validation that was due after it.
         """
         if not is_due(self.first_step, self.cfg.val_every_n_steps, self.total_steps):
             return False
         if self.first_step == 0:
             return True
-        return has_loss and lacks_validation(self.metrics, self.first_step, self.world)
+        return has_loss and self._logged_loss() is None
 
     # The steps
 
@@ -390,9 +392,7 @@ class TrainingRun:
         self._log({"step": step} | {f"val_{name}": value for name, value in metrics.items()})
         if step == 0 or loss is None or (self.best and loss >= self.best["val_loss"]):
             return
-        self.best = {"step": step, "val_loss": loss}
-        if self.cfg.export == "best":
-            self._states.save_best(step, self._model, self.best)
+        self._save_best(step, loss)
 
     # After the steps
 
@@ -533,6 +533,21 @@ class TrainingRun:
             for file in self._files:
                 file.keep_until(self.first_step)
         self.say(f"resumed from {checkpoint}")
+
+    def _logged_loss(self) -> float | None:
+        return logged_validation_loss(self.metrics, self.first_step, self.world)
+
+    def _save_best(self, step: int, loss: float) -> None:
+        self.best = {"step": step, "val_loss": loss}
+        if self.cfg.export == "best":
+            self._states.save_best(step, self._model, self.best)
+
+    def _save_lost_best(self) -> None:
+        """Save the best weights that a kill prevented: they are written after their step's state
+        and its logged validation, so the model that was resumed still has them."""
+        loss = self._logged_loss() if self.first_step else None
+        if loss is not None and (self.best is None or loss < self.best["val_loss"]):
+            self._save_best(self.first_step, loss)
 
     def _stop_clock(self) -> None:
         """What follows isn't training time."""

@@ -16,7 +16,7 @@ from steerlm2.distributed.world import World
 from steerlm2.runs.metrics import (
     JsonLines,
     answer_metrics,
-    lacks_validation,
+    logged_validation_loss,
     peak_memory_gib,
     plot_curves,
     summary_table,
@@ -227,8 +227,9 @@ def test_functions_may_not_share_a_name(metric: Any) -> None:
         answer_metrics([component, component], ["p"], [None], ["r"])
 
 
-def test_a_validation_that_was_cut_off_is_lacking(lines: JsonLines) -> None:
+def test_a_validation_that_was_cut_off_has_no_loss(lines: JsonLines) -> None:
     for entry in (*entries_of(1, 2), {"step": 2, "val_loss": 0.5}, *entries_of(3)):
         lines.append(entry)
     world = World(torch.device("cpu"))
-    assert [lacks_validation(lines, step, world) for step in (1, 2, 3)] == [True, False, True]
+    losses = [logged_validation_loss(lines, step, world) for step in (1, 2, 3)]
+    assert losses == [None, 0.5, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from safetensors.torch import save_file
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules import TransformerDecoder
 
+from steerlm2.checkpoints.training_state import best_state, load_best_weights
 from steerlm2.config.keys import TrainingKeys
 from steerlm2.config.loader import Component
 from steerlm2.data.packing import Dialogue
 from steerlm2.distributed.parallelize import clip_gradients
+from steerlm2.distributed.world import World
 from steerlm2.training import run as run_module
 from steerlm2.training.run import TrainingRun
 from steerlm2.training.setup import build_optimizer
@@ -386,6 +389,31 @@ def test_a_state_and_the_best_weights_of_one_step_are_both_written(tmp_path: Pat
     Training(config(tmp_path, **keys), {3: 1.0, 6: 0.5})()
     for name in ("step_000003", "step_000006", "best"):
         assert (tmp_path / "checkpoints" / name / "state.json").exists()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_best_weights_that_a_kill_prevented_are_those_of_the_resumed_step(
+    earlier: bool, tmp_path: Path
+) -> None:
+    """State and validation of step 6 are there; the best weights are of step 3, or not there."""
+    keys = {"val_every_n_steps": 3, "save_every_n_steps": 3}
+    run = tmp_path / "run"
+    Training(config(run, max_steps=3, **keys), {3: 1.0})()
+    best = run / "checkpoints" / "best"
+    kept = shutil.copytree(best, tmp_path / "kept")
+    whole = Training(config(run, resume_from_checkpoint=True, **keys), {6: 0.5})
+    whole()
+    shutil.rmtree(best)
+    if earlier:
+        shutil.copytree(kept, best)
+    before = entries(run)
+    resumed = Training(config(run, resume_from_checkpoint=True, **keys))
+    assert resumed().best == {"step": 6, "val_loss": 0.5}
+    assert best_state(run / "checkpoints") == {"step": 6, "val_loss": 0.5}
+    assert (resumed.validated, entries(run)) == ([], before)
+    exported = tiny_decoder()
+    load_best_weights(run / "checkpoints", exported, World(torch.device("cpu")))
+    torch.testing.assert_close(exported.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.fixture
