@@ -21,12 +21,8 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import RMSNorm, TransformerDecoder
 
 from steerlm2.inference.engines import Request, Sample, SamplingSettings, request_seed
-from steerlm2.inference.local import (
-    EMPTY,
-    STEPS_BETWEEN_CHECKS,
-    LocalEngine,
-    SharedPromptDecoder,
-)
+from steerlm2.inference.local import STEPS_BETWEEN_CHECKS, LocalEngine
+from steerlm2.inference.shared_prompts import EMPTY, SharedPromptDecoder
 from steerlm2.models.attention import HeadNormAttention
 
 VOCABULARY = 48

@@ -20,7 +20,7 @@ from steerlm2.inference.sampling import choose_tokens, keep_likeliest, sample_to
 from steerlm2.models.decoders import end_at_hidden_states
 
 CPU = World(torch.device("cpu"))
-DRAWS = 20_000
+DRAWS = 5_000
 
 
 def frequencies(
@@ -34,8 +34,8 @@ def frequencies(
 
 
 def assert_shares(found: Tensor, expected: list[float]) -> None:
-    """Within 5 standard deviations: sqrt(1/4 / 20,000) * 5 = 0.018."""
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.018)
+    """Within 5 standard deviations: sqrt(1/4 / 5,000) * 5 = 0.036."""
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.036)
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
