@@ -136,6 +136,7 @@ class Answer:
     number: int
     num_tokens: int = 0
     last_token: int = -1
+    finished: bool = False
     uniform: np.ndarray = field(init=False)
     """For each of its tokens a number from [0, 1)."""
 
@@ -147,6 +148,11 @@ class Answer:
     def remaining(self) -> int:
         """Tokens that it may still have."""
         return self.generation.settings.max_new_tokens - self.num_tokens
+
+    @property
+    def live(self) -> bool:
+        """Whether it goes on."""
+        return not self.finished and not self.generation.cancelled
 
 
 class Drawn(NamedTuple):
@@ -195,8 +201,13 @@ class Decoding:
         self._steps_since_compaction = 0
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is cached: all answers have ended, and `advance` has noticed it."""
+        return not self._slots
+
+    @property
     def generations(self) -> list[Generation]:
-        """Those with unfinished answers."""
+        """Those with live answers."""
         return [live[0].generation for slots in self._slots if (live := _live(slots))]
 
     @torch.no_grad()
@@ -226,7 +237,10 @@ class Decoding:
         Raises:
             ValueError: where the model's probabilities are not finite.
         """
-        self._remove_finished()
+        self._slots = [
+            [answer if answer and answer.live else None for answer in slots]
+            for slots in self._slots
+        ]
         if self._steps_since_compaction == STEPS_BETWEEN_COMPACTIONS or not self.generations:
             self._compact()
         places = [
@@ -299,39 +313,26 @@ class Decoding:
                 tokens = tokens[: tokens.index(self.stop_id) + 1]
             answer.num_tokens += len(tokens)
             answer.last_token = tokens[-1]
-            reason = None
+            reason: str | None = None
             if answer.last_token == self.stop_id:
                 reason = STOP
             elif answer.remaining == 0:
                 reason = LENGTH
+            answer.finished = reason is not None
             known = None if log_probs is None else log_probs[: len(tokens)]
             pieces.append((answer.generation, Piece(answer.number, tokens, known, reason)))
         return pieces
 
-    def _remove_finished(self) -> None:
-        def unfinished(answer: Answer | None) -> bool:
-            return (
-                answer is not None
-                and answer.last_token != self.stop_id
-                and answer.remaining > 0
-                and not answer.generation.cancelled
-            )
-
-        self._slots = [
-            [answer if unfinished(answer) else None for answer in slots] for slots in self._slots
-        ]
-
     def _compact(self) -> None:
         """Give the columns of finished answers back, and new sequences their place."""
-        self._remove_finished()
-        self._steps_since_compaction = 0
-        kept = [p for p, slots in enumerate(self._slots) if _live(slots)]
+        live = [_live(slots) for slots in self._slots]
+        kept = [p for p, answers in enumerate(live) if answers]
         if not kept:
             self.clear()
             return
-        live = [_live(self._slots[p]) for p in kept]
+        self._steps_since_compaction = 0
         most = max(len(answers) for answers in live)
-        self._slots = [[*answers, *[None] * (most - len(answers))] for answers in live]
+        self._slots = [[*live[p], *[None] * (most - len(live[p]))] for p in kept]
         kept_P = torch.tensor(kept).to(self.decoder.device)
         self.decoder.compact(kept_P, self._sample_PM())
 
@@ -351,7 +352,7 @@ class Decoding:
 
 
 def _live(slots: Sequence[Answer | None]) -> list[Answer]:
-    return [answer for answer in slots if answer is not None]
+    return [answer for answer in slots if answer is not None and answer.live]
 
 
 def _log_probs(

@@ -135,7 +135,7 @@ def keep_likeliest(weights_PV: Tensor, wanted_P: Tensor, *, by_count: bool) -> T
 def _keep_first(weights_V: np.ndarray, count: int) -> None:
     """Set to 0 all weights but so many of the largest."""
     least = np.partition(weights_V, -count)[-count]
-    _keep_from(weights_V, least, count - np.count_nonzero(weights_V > least))
+    _keep_from(weights_V, least, count - int(np.count_nonzero(weights_V > least)))
 
 
 def _keep_share(weights_V: np.ndarray, share: float) -> None:
@@ -151,9 +151,9 @@ def _keep_share(weights_V: np.ndarray, share: float) -> None:
     descending = np.sort(weights_V[weights_V > needless])[::-1]
     if len(descending) == 0:  # NaN
         return
-    last = np.searchsorted(descending.cumsum(dtype=np.float64), share * total)
+    last = int(np.searchsorted(descending.cumsum(dtype=np.float64), share * total))
     least = descending[min(last, len(descending) - 1)]
-    _keep_from(weights_V, least, last + 1 - np.count_nonzero(descending > least))
+    _keep_from(weights_V, least, last + 1 - int(np.count_nonzero(descending > least)))
 
 
 def _keep_from(weights_V: np.ndarray, least: np.floating, count: int) -> None:

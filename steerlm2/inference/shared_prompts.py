@@ -133,7 +133,10 @@ class CachedAttention(nn.Module):
         self.clear()
 
     def clear(self) -> None:
-        self.keys_PKCE = self.values_PKCE = self.new_keys_PKSE = self.new_values_PKSE = None
+        self.keys_PKCE: Tensor | None = None
+        self.values_PKCE: Tensor | None = None
+        self.new_keys_PKSE: Tensor | None = None
+        self.new_values_PKSE: Tensor | None = None
         self.num_columns = 0
 
     def forward(
@@ -193,6 +196,8 @@ class CachedAttention(nn.Module):
     def _extended(self, k_PKSE: Tensor, v_PKSE: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values, the new ones at the end."""
         start, end = self.num_columns, self.num_columns + k_PKSE.shape[2]
+        assert self.keys_PKCE is not None, "prefill and compact come first"
+        assert self.values_PKCE is not None
         assert end <= self.keys_PKCE.shape[2], "compact makes room for the steps that follow"
         self.keys_PKCE[:, :, start:end] = k_PKSE
         self.values_PKCE[:, :, start:end] = v_PKSE

@@ -114,6 +114,7 @@ def test_cached_logits_are_those_of_an_uncached_forward(
         torch.testing.assert_close(logits_V, uncached_logits(decoder, prompt), rtol=0, atol=1e-4)
 
     texts = {(p, m): list(prompt) for p, prompt in enumerate(PROMPTS) for m in range(3)}
+    alive: list[list[tuple[int, int] | None]]
     alive = [[(p, m) for m in range(3)] for p in range(len(PROMPTS))]
     generator = torch.Generator().manual_seed(1)
     cached.compact(torch.arange(len(PROMPTS)), torch.arange(3).expand(len(PROMPTS), 3))
