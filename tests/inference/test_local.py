@@ -15,6 +15,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
@@ -141,6 +143,27 @@ def test_cached_logits_are_those_of_an_uncached_forward(
             ]
             kept_P = torch.tensor([4, 0, 3])
             cached.compact(kept_P, torch.tensor([[2, EMPTY, EMPTY], [2, 0, EMPTY], [0, 1, 2]]))
+
+
+@torch.no_grad()
+def test_prefill_keeps_no_scores_of_all_pairs(decoder: TransformerDecoder) -> None:
+    """It runs where only the kernel that goes through them in blocks may, also on several query
+    heads for one key; a mask per pair of tokens would be a tensor of that size itself."""
+    cached = SharedPromptDecoder(copy.deepcopy(decoder))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), NoMask():
+        cached.prefill(PROMPTS)
+
+
+class NoMask(TorchFunctionMode):
+    """Fails where attention is called with a mask."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            assert "attn_mask" not in (kwargs or {})
+            assert len(args) == 3
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("forbidden", [(), (STOP,)], ids=["ends", "no end"])
