@@ -1,43 +1,36 @@
-"""Sampling with the decoder itself: every prompt is computed once for its n samples.
+"""Sampling with the decoder itself: answers to many prompts, decoded together.
 
-Dimension letters: P cached sequences (one a prompt), S tokens of a forward, M slots of a sequence
-for samples, N samples of a prompt, C columns of the cache, T tokens of a response, L live samples,
-D hidden, V vocabulary, K key/value heads, G query heads that share one, H all query heads, E head
-size.
+Dimension letters: P cached sequences (one a prompt), M slots of a sequence for samples, L live
+answers, A answers whose likeliest tokens are asked for, D hidden, V vocabulary.
 
-A sequence of the key/value cache is a prompt with all its samples: as in a packed sequence of
-training, a token of a sample attends to the prompt and to its own sample. The prompt's keys and
-values are neither copied nor read n times, and the n next tokens of a prompt are computed together.
-A tensor beside the cache holds the owner of each column, so columns can have any order: behind a
-short prompt there are empty columns, and the columns of finished samples are removed from time to
-time (`compact`).
+`Decoding` is the loop over tokens: answers join it and leave it at any time. `LocalEngine` samples
+with it what is known from the start; `steerlm2.inference.local_streaming` serves with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torchtune.modules import MultiHeadAttention, TransformerDecoder
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
 
 from steerlm2.data.records import LENGTH, STOP
 from steerlm2.inference.engines import Request, Sample, SamplingSettings
 from steerlm2.inference.sampling import choose_tokens
-from steerlm2.models.attention import HeadNormAttention
-from steerlm2.models.decoders import end_at_hidden_states, output_weight
+from steerlm2.inference.shared_prompts import (
+    EMPTY,
+    STEPS_BETWEEN_COMPACTIONS,
+    SharedPromptDecoder,
+)
+from steerlm2.inference.streaming import GenerationSettings, Piece, TokenLogProb
 
-PROMPT, EMPTY = -1, -2
-"""Owners of columns and slots besides the samples, which have numbers from 0."""
-
-STEPS_BETWEEN_COMPACTIONS = 32
-"""A choice: a compaction copies the cache, and until the next one finished samples keep their
-columns, and the cache has room for this many tokens more of every sample."""
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16}
-"""A check which samples have ended makes the host wait for a GPU; without one ended samples are
-computed further, at most so many steps. A divisor of STEPS_BETWEEN_COMPACTIONS."""
+"""A check which answers have ended makes the host wait for a GPU; without one ended answers are
+computed further, at most so many steps."""
 
 
 class LocalEngine:
@@ -53,11 +46,10 @@ class LocalEngine:
     def __init__(
         self, decoder: TransformerDecoder, settings: SamplingSettings, *, max_cache_tokens: int
     ) -> None:
-        self.decoder = SharedPromptDecoder(decoder.eval())
         self.settings = settings
         self.max_cache_tokens = max_cache_tokens
-        self._forbidden = torch.tensor(
-            settings.forbidden_ids, dtype=torch.long, device=self.decoder.device
+        self.decoding = Decoding(
+            decoder, stop_id=settings.stop_id, forbidden_ids=settings.forbidden_ids
         )
 
     def sample(self, requests: Sequence[Request]) -> list[list[Sample]]:
@@ -75,7 +67,7 @@ class LocalEngine:
         return [found[i] for i in range(len(requests))]
 
     def close(self) -> None:
-        self.decoder.clear()
+        self.decoding.clear()
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         """Indices of the requests that are sampled together, the longest prompts first."""
@@ -86,261 +78,313 @@ class LocalEngine:
             yield order[:size]
             order = order[size:]
 
-    @torch.no_grad()
     def _sample_together(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        wanted, device = self.settings, self.decoder.device
-        shape = (len(requests), wanted.n)
-        uniform_PNT = self._uniform(requests).to(device)
-        tokens_PNT = torch.zeros(*shape, wanted.max_new_tokens, dtype=torch.long, device=device)
-        log_prob_PN = torch.zeros(shape, dtype=torch.float64, device=device)
-        num_tokens_PN = torch.zeros(shape, dtype=torch.long, device=device)
-
-        sample_PM = own_sample_PM = torch.arange(wanted.n, device=device).expand(shape)
-        request_PM = torch.arange(len(requests), device=device)[:, None].expand(shape)
-        hidden_PD = self.decoder.prefill([request.prompt for request in requests])
-        logits_PMV = self.decoder.logits(hidden_PD)[:, None].expand(-1, wanted.n, -1)
-        slots = (sample_PM != EMPTY).nonzero(as_tuple=True)
-        steps_between_checks = STEPS_BETWEEN_CHECKS[device.type]
-        for step in range(wanted.max_new_tokens):
-            # Samples that have ended since the last check are drawn too, and the draws dropped.
-            live_L = sample_PM[slots] != EMPTY
-            owners = (request_PM[slots], own_sample_PM[slots])
-            next_L, log_prob_L = self._draw(logits_PMV[slots], uniform_PNT[(*owners, step)])
-            next_L = next_L.where(live_L, 0)
-            tokens_PNT[(*owners, step)] = next_L
-            log_prob_PN[owners] += log_prob_L.where(live_L, 0)
-            num_tokens_PN[owners] += live_L
-
-            next_PM = torch.zeros_like(sample_PM).index_put(slots, next_L)
-            sample_PM = sample_PM.where(next_PM != wanted.stop_id, EMPTY)
-            if step + 1 == wanted.max_new_tokens:
-                break
-            if step % steps_between_checks == 0:
-                live_PM = sample_PM != EMPTY
-                if not live_PM.any():
-                    break
-                if step % STEPS_BETWEEN_COMPACTIONS == 0:
-                    kept_P = live_PM.any(dim=1).nonzero().squeeze(1)
-                    slots_PM = _first(live_PM[kept_P])
-                    sample_PM, own_sample_PM, request_PM, next_PM = (
-                        each[kept_P].gather(1, slots_PM)
-                        for each in (sample_PM, own_sample_PM, request_PM, next_PM)
-                    )
-                    self.decoder.compact(kept_P, sample_PM)
-                slots = (sample_PM != EMPTY).nonzero(as_tuple=True)
-            logits_PMV = self.decoder.logits(self.decoder.step(next_PM, sample_PM))
-
-        if not log_prob_PN.isfinite().all():
-            raise ValueError("the model's probabilities are not finite: its weights are damaged, "
-                             "or dtype is too small for them")  # fmt: skip
-        return [
-            [
-                self._sample_of(tokens[:length], log_prob)
-                for tokens, length, log_prob in zip(*samples, strict=True)
-            ]
-            for samples in zip(
-                tokens_PNT.tolist(), num_tokens_PN.tolist(), log_prob_PN.tolist(), strict=True
-            )
-        ]
-
-    def _draw(self, logits_LV: Tensor, uniform_L: Tensor) -> tuple[Tensor, Tensor]:
-        """[L] tokens, and [L] their log-probs before temperature, top-p and forbidden tokens."""
         wanted = self.settings
-        allowed_LV = logits_LV.index_fill(-1, self._forbidden, -torch.inf)
-        next_L = choose_tokens(allowed_LV, wanted.temperature, wanted.top_p, uniform_L)
-        log_prob_L = logits_LV.gather(1, next_L[:, None]).squeeze(1) - logits_LV.logsumexp(dim=1)
-        return next_L, log_prob_L.double()
-
-    def _uniform(self, requests: Sequence[Request]) -> Tensor:
-        """[P, N, T] numbers from [0, 1): those of a response depend on its seed alone."""
-        length = self.settings.max_new_tokens
-        numbers = [
-            [_uniform(request.seed + j, length) for j in range(self.settings.n)]
+        generations = [
+            Generation(
+                request.prompt,
+                GenerationSettings(
+                    wanted.max_new_tokens,
+                    n=wanted.n,
+                    temperature=wanted.temperature,
+                    top_p=wanted.top_p,
+                    seed=request.seed,
+                    top_log_probs=0,
+                ),
+            )
             for request in requests
         ]
-        return torch.from_numpy(np.array(numbers))
+        pieces: dict[Generation, list[list[Piece]]] = {
+            generation: [[] for _ in range(wanted.n)] for generation in generations
+        }
+        news = self.decoding.join(generations)
+        while news:
+            for generation, piece in news:
+                pieces[generation][piece.answer].append(piece)
+            news = self.decoding.advance()
+        return [[_sample_of(each) for each in pieces[generation]] for generation in generations]
 
-    def _sample_of(self, tokens: list[int], log_prob: float) -> Sample:
-        reason = STOP if tokens[-1] == self.settings.stop_id else LENGTH
-        return Sample(tokens, reason, log_prob)
+
+def _sample_of(pieces: Sequence[Piece]) -> Sample:
+    """A whole answer, of pieces with log-probs."""
+    tokens = [token for piece in pieces for token in piece.tokens]
+    log_prob = sum(one.log_prob for piece in pieces for one in piece.log_probs or ())
+    assert pieces[-1].finish_reason is not None
+    return Sample(tokens, pieces[-1].finish_reason, log_prob)
 
 
-class SharedPromptDecoder:
-    """A decoder with a key/value cache in which all samples of a prompt are one sequence.
+@dataclass(eq=False)
+class Generation:
+    """A prompt whose answers are generated."""
 
-    Call `prefill`, then `compact`, and then `step` at most STEPS_BETWEEN_COMPACTIONS times between
-    two calls of `compact`.
-    """
-
-    def __init__(self, decoder: TransformerDecoder) -> None:
-        end_at_hidden_states(decoder)
-        self.decoder = decoder
-        self.device = decoder.tok_embeddings.weight.device
-        self.attentions: list[CachedAttention] = []
-        for layer in decoder.layers:
-            layer.attn = CachedAttention(layer.attn)
-            self.attentions.append(layer.attn)
-        self.clear()
-
-    def clear(self) -> None:
-        """Free the cache."""
-        self._owner_PC = torch.empty(0, 0, dtype=torch.long, device=self.device)
-        self._next_pos_P = torch.empty(0, dtype=torch.long, device=self.device)
-        for attention in self.attentions:
-            attention.clear()
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V] of hidden states [..., D], float32."""
-        return (hidden @ output_weight(self.decoder).t()).float()
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """[P, D] hidden states at the last tokens of prompts; each begins a cached sequence."""
-        self.clear()
-        sequences = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-        tokens_PS = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(self.device)
-        length_P = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        position_S = torch.arange(tokens_PS.shape[1], device=self.device)
-        # Padding comes after the prompts, so the causal mask hides it from them.
-        hidden_PSD = self.decoder(tokens_PS, input_pos=position_S.expand_as(tokens_PS))
-        self._owner_PC = torch.where(position_S < length_P[:, None], PROMPT, EMPTY)
-        self._next_pos_P = length_P
-        return hidden_PSD[torch.arange(len(sequences), device=self.device), length_P - 1]
-
-    def step(self, tokens_PM: Tensor, sample_PM: Tensor) -> Tensor:
-        """[P, M, D] hidden states at the next token of each sample.
-
-        Args:
-            tokens_PM: [P, M] the next tokens, one a slot.
-            sample_PM: [P, M] which sample of its prompt a token belongs to; EMPTY for an empty
-                slot.
-        """
-        self._owner_PC = torch.cat([self._owner_PC, sample_PM], dim=1)
-        owner_P1C = self._owner_PC[:, None]
-        seen_PMC = (owner_P1C == PROMPT) | (owner_P1C == sample_PM[:, :, None])
-        bias_PMC = torch.zeros(seen_PMC.shape, dtype=self._dtype, device=self.device)
-        hidden_PMD = self.decoder(
-            tokens_PM,
-            mask=bias_PMC.masked_fill(~seen_PMC, -torch.inf),
-            input_pos=self._next_pos_P[:, None].expand_as(tokens_PM),
-        )
-        self._next_pos_P = self._next_pos_P + 1
-        return hidden_PMD
-
-    def compact(self, kept_P: Tensor, sample_PM: Tensor) -> None:
-        """Remove finished sequences, and the columns of finished samples from the others.
-
-        Args:
-            kept_P: [P] indices of the sequences to keep, in their new order.
-            sample_PM: [P, M] their unfinished samples; EMPTY for an empty slot.
-        """
-        owner_PC = self._owner_PC[kept_P]
-        kept_PC = (owner_PC[:, :, None] == sample_PM[:, None]).any(dim=-1) & (owner_PC != EMPTY)
-        kept_PC |= owner_PC == PROMPT
-        columns_PC = _first(kept_PC)
-        self._owner_PC = owner_PC.where(kept_PC, EMPTY).gather(1, columns_PC)
-        self._next_pos_P = self._next_pos_P[kept_P]
-        room = STEPS_BETWEEN_COMPACTIONS * sample_PM.shape[1]
-        for attention in self.attentions:
-            attention.keep(kept_P, columns_PC, room)
+    prompt: Sequence[int]
+    settings: GenerationSettings
+    cancelled: bool = False
+    """Set to True at any time, from any thread: then its answers end without a last piece."""
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return self.decoder.tok_embeddings.weight.dtype
+    def cache_tokens(self) -> int:
+        """Tokens of the prompt and of all answers at full length."""
+        return len(self.prompt) + self.settings.n * self.settings.max_new_tokens
 
 
-class CachedAttention(nn.Module):
-    """torchtune's attention, its layers and head counts, over the keys and values of all calls.
+@dataclass(eq=False)
+class Answer:
+    """One of the answers of a generation, as far as it is known."""
 
-    A call without a mask is causal, and begins the cache.
+    generation: Generation
+    number: int
+    num_tokens: int = 0
+    last_token: int = -1
+    finished: bool = False
+    uniform: np.ndarray = field(init=False)
+    """For each of its tokens a number from [0, 1)."""
+
+    def __post_init__(self) -> None:
+        settings = self.generation.settings
+        self.uniform = _uniform(settings.seed + self.number, settings.max_new_tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that it may still have."""
+        return self.generation.settings.max_new_tokens - self.num_tokens
+
+    @property
+    def live(self) -> bool:
+        """Whether it goes on."""
+        return not self.finished and not self.generation.cancelled
+
+
+class Drawn(NamedTuple):
+    """The next token of each answer, on the decoder's device."""
+
+    token_L: Tensor
+    most_L: Tensor
+    """The highest logit, which is not finite where any isn't, or all are -inf."""
+    log_prob_L: Tensor | None
+    top_log_prob_AN: Tensor | None
+    top_token_AN: Tensor | None
+
+
+class Decoding:
+    """Answers that are generated together. It changes the decoder, which can't be used otherwise.
+
+    The tokens of an answer depend on its prompt, its settings and its number alone, up to rounding.
+
+    Args:
+        decoder: with its weights, not sharded, on this device.
+        stop_id: the token that ends an answer.
+        forbidden_ids: tokens that aren't chosen; the probabilities of the others are renormalised.
+        steps_between_checks: tokens that are generated before the host looks at them, by the type
+            of the device.
     """
 
-    def __init__(self, attention: MultiHeadAttention) -> None:
-        super().__init__()
-        self.attention = attention
-        # The decoder reads these attributes of its layers; None means that it has no cache to fill.
-        self.kv_cache, self.cache_enabled = None, False
+    def __init__(
+        self,
+        decoder: TransformerDecoder,
+        *,
+        stop_id: int,
+        forbidden_ids: Sequence[int],
+        steps_between_checks: dict[str, int] = STEPS_BETWEEN_CHECKS,
+    ) -> None:
+        self.decoder = SharedPromptDecoder(decoder.eval())
+        self.stop_id = stop_id
+        device = self.decoder.device
+        self._forbidden = torch.tensor(forbidden_ids, dtype=torch.long, device=device)
+        self._steps_between_checks = steps_between_checks[device.type]
         self.clear()
 
     def clear(self) -> None:
-        self.keys_PKCE = self.values_PKCE = torch.empty(0)
-        self.num_columns = 0
+        """Forget all answers and free the cache."""
+        self.decoder.clear()
+        self._slots: list[list[Answer | None]] = []
+        self._steps_since_compaction = 0
 
-    def forward(
-        self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None, input_pos: Tensor
-    ) -> Tensor:
-        """The attention layer's output, [P, S, D].
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is cached: all answers have ended, and `advance` has noticed it."""
+        return not self._slots
 
-        Args:
-            x: [P, S, D] hidden states.
-            y: the same; torchtune's decoder passes it.
-            mask: [P, S, C], added to the attention scores; C includes the columns of these tokens.
-            input_pos: [P, S] position ids.
+    @property
+    def generations(self) -> list[Generation]:
+        """Those with live answers."""
+        return [live[0].generation for slots in self._slots if (live := _live(slots))]
+
+    @torch.no_grad()
+    def join(self, generations: Sequence[Generation]) -> list[tuple[Generation, Piece]]:
+        """Begin the answers to some prompts, which are computed together; the first token of each.
+
+        Raises:
+            ValueError: where the model's probabilities are not finite.
         """
-        own = self.attention
-        P, S, _ = x.shape
-        q_PSHE = own.q_proj(x).view(P, S, own.num_heads, own.head_dim)
-        k_PSKE = own.k_proj(x).view(P, S, own.num_kv_heads, own.head_dim)
-        v_PKSE = own.v_proj(x).view(P, S, own.num_kv_heads, own.head_dim).transpose(1, 2)
-        if isinstance(own, HeadNormAttention):
-            q_PSHE, k_PSKE = own.q_norm(q_PSHE), own.k_norm(k_PSKE)
-        q_PSHE = own.pos_embeddings(q_PSHE, input_pos=input_pos)
-        k_PKSE = own.pos_embeddings(k_PSKE, input_pos=input_pos).transpose(1, 2)
-        if mask is None:
-            self.keys_PKCE, self.values_PKCE, self.num_columns = k_PKSE, v_PKSE, S
-            out_PHSE = scaled_dot_product_attention(
-                q_PSHE.transpose(1, 2), k_PKSE, v_PKSE, is_causal=True, enable_gqa=True
-            )
-            return own.output_proj(out_PHSE.transpose(1, 2).reshape(P, S, -1))
-        keys_PKCE, values_PKCE = self._extended(k_PKSE, v_PKSE)
-        # Query heads that share a key/value head count as further queries, so nothing is copied.
-        q_PKGSE = q_PSHE.view(P, S, own.num_kv_heads, -1, own.head_dim).permute(0, 2, 3, 1, 4)
-        G = q_PKGSE.shape[2]
-        out_PKQE = scaled_dot_product_attention(
-            q_PKGSE.flatten(2, 3), keys_PKCE, values_PKCE, attn_mask=mask.repeat(1, G, 1)[:, None]
+        if not generations:
+            return []
+        hidden_PD = self.decoder.prefill([generation.prompt for generation in generations])
+        slots = [[Answer(each, j) for j in range(each.settings.n)] for each in generations]
+        row_L = [row for row, answers in enumerate(slots) for _ in answers]
+        answers = [answer for each in slots for answer in each]
+        logits_LV = self.decoder.logits(hidden_PD)[row_L]
+        drawn = self._draw(logits_LV, answers, self._uniform(answers, 1)[0])
+        self._slots += [list(each) for each in slots]
+        pieces = self._pieces(answers, [drawn])
+        self._compact()
+        return pieces
+
+    @torch.no_grad()
+    def advance(self) -> list[tuple[Generation, Piece]]:
+        """The next tokens of all answers; none where all have ended.
+
+        Raises:
+            ValueError: where the model's probabilities are not finite.
+        """
+        self._slots = [
+            [answer if answer and answer.live else None for answer in slots]
+            for slots in self._slots
+        ]
+        if self._steps_since_compaction == STEPS_BETWEEN_COMPACTIONS or not self.generations:
+            self._compact()
+        places = [
+            (p, m, answer)
+            for p, slots in enumerate(self._slots)
+            for m, answer in enumerate(slots)
+            if answer is not None
+        ]
+        if not places:
+            return []
+        answers = [answer for _, _, answer in places]
+        steps = min(
+            self._steps_between_checks,
+            STEPS_BETWEEN_COMPACTIONS - self._steps_since_compaction,
+            *(answer.remaining for answer in answers),
         )
-        out_PSKGE = out_PKQE.view(P, -1, G, S, own.head_dim).permute(0, 3, 1, 2, 4)
-        return own.output_proj(out_PSKGE.reshape(P, S, -1))
+        device = self.decoder.device
+        row_L, column_L = torch.tensor([place[:2] for place in places]).t().to(device)
+        sample_PM = self._sample_PM()
+        uniform_TL = self._uniform(answers, steps)
+        token_L = torch.tensor([answer.last_token for answer in answers]).to(device)
+        drawn = []
+        for uniform_L in uniform_TL:
+            token_PM = torch.zeros_like(sample_PM).index_put((row_L, column_L), token_L)
+            hidden_LD = self.decoder.step(token_PM, sample_PM)[row_L, column_L]
+            drawn.append(self._draw(self.decoder.logits(hidden_LD), answers, uniform_L))
+            token_L = drawn[-1].token_L
+        self._steps_since_compaction += steps
+        return self._pieces(answers, drawn)
 
-    def keep(self, kept_P: Tensor, columns_PC: Tensor, room: int) -> None:
-        """Keep some sequences and some columns of each, with room for so many columns more.
+    def _draw(self, logits_LV: Tensor, answers: Sequence[Answer], uniform_L: Tensor) -> Drawn:
+        """The log-probs are those before temperature, cuts and forbidden tokens.
 
-        Args:
-            kept_P: [P] indices of the sequences to keep, in their new order.
-            columns_PC: [P, C] indices of the columns to keep, in their new order.
-            room: columns that can be added before the next call.
+        It changes the logits. Nothing here waits for a GPU.
         """
-        self.keys_PKCE = self._kept(self.keys_PKCE, kept_P, columns_PC, room)
-        self.values_PKCE = self._kept(self.values_PKCE, kept_P, columns_PC, room)
-        self.num_columns = columns_PC.shape[1]
+        settings = [answer.generation.settings for answer in answers]
+        most_L = logits_LV.amax(dim=-1)
+        asking = [row for row, each in enumerate(settings) if each.top_log_probs is not None]
+        normalizer_L = logits_LV.logsumexp(dim=-1) if asking else None
+        top_log_prob_AN = top_token_AN = None
+        if num_top := max((each.top_log_probs or 0 for each in settings), default=0):
+            assert normalizer_L is not None
+            asking_A = torch.tensor(asking).to(logits_LV.device, non_blocking=True)
+            top_log_prob_AN, top_token_AN = logits_LV[asking_A].topk(num_top)
+            top_log_prob_AN = top_log_prob_AN - normalizer_L[asking_A, None]
+        token_L = choose_tokens(
+            logits_LV.index_fill_(-1, self._forbidden, -torch.inf),
+            torch.tensor([each.temperature for each in settings]),
+            torch.tensor([each.top_p for each in settings], dtype=torch.float64),
+            uniform_L,
+            torch.tensor([each.top_k for each in settings]),
+        )
+        log_prob_L = None
+        if normalizer_L is not None:
+            log_prob_L = logits_LV.gather(1, token_L[:, None]).squeeze(1) - normalizer_L
+        return Drawn(token_L, most_L, log_prob_L, top_log_prob_AN, top_token_AN)
 
-    def _extended(self, k_PKSE: Tensor, v_PKSE: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, the new ones at the end."""
-        start, end = self.num_columns, self.num_columns + k_PKSE.shape[2]
-        assert end <= self.keys_PKCE.shape[2], "compact makes room for the steps that follow"
-        self.keys_PKCE[:, :, start:end] = k_PKSE
-        self.values_PKCE[:, :, start:end] = v_PKSE
-        self.num_columns = end
-        return self.keys_PKCE[:, :, :end], self.values_PKCE[:, :, :end]
+    def _pieces(
+        self, answers: Sequence[Answer], drawn: Sequence[Drawn]
+    ) -> list[tuple[Generation, Piece]]:
+        """What was drawn, up to the stop tokens. Here the host waits for a GPU."""
+        if not torch.stack([each.most_L for each in drawn]).isfinite().all():
+            raise ValueError("the model's probabilities are not finite: its weights are damaged, "
+                             "or dtype is too small for them")  # fmt: skip
+        tokens_LT = torch.stack([each.token_L for each in drawn], dim=1).tolist()
+        log_probs_LT = _log_probs(answers, drawn)
+        pieces = []
+        for answer, tokens, log_probs in zip(answers, tokens_LT, log_probs_LT, strict=True):
+            if self.stop_id in tokens:
+                tokens = tokens[: tokens.index(self.stop_id) + 1]
+            answer.num_tokens += len(tokens)
+            answer.last_token = tokens[-1]
+            reason: str | None = None
+            if answer.last_token == self.stop_id:
+                reason = STOP
+            elif answer.remaining == 0:
+                reason = LENGTH
+            answer.finished = reason is not None
+            known = None if log_probs is None else log_probs[: len(tokens)]
+            pieces.append((answer.generation, Piece(answer.number, tokens, known, reason)))
+        return pieces
 
-    def _kept(self, cache_PKCE: Tensor, kept_P: Tensor, columns_PC: Tensor, room: int) -> Tensor:
-        _, K, _, E = cache_PKCE.shape
-        P, C = columns_PC.shape
-        kept_PKCE = cache_PKCE.new_empty(P, K, C + room, E)
-        columns_PKCE = columns_PC[:, None, :, None].expand(P, K, C, E)
-        kept_PKCE[:, :, :C] = cache_PKCE[kept_P].gather(2, columns_PKCE)
-        return kept_PKCE
+    def _compact(self) -> None:
+        """Give the columns of finished answers back, and new sequences their place."""
+        live = [_live(slots) for slots in self._slots]
+        kept = [p for p, answers in enumerate(live) if answers]
+        if not kept:
+            self.clear()
+            return
+        self._steps_since_compaction = 0
+        most = max(len(answers) for answers in live)
+        self._slots = [[*live[p], *[None] * (most - len(live[p]))] for p in kept]
+        kept_P = torch.tensor(kept).to(self.decoder.device)
+        self.decoder.compact(kept_P, self._sample_PM())
+
+    def _sample_PM(self) -> Tensor:
+        numbers = [
+            [EMPTY if answer is None else answer.number for answer in slots]
+            for slots in self._slots
+        ]
+        return torch.tensor(numbers).to(self.decoder.device)
+
+    def _uniform(self, answers: Sequence[Answer], steps: int) -> Tensor:
+        """[T, L] the numbers of the answers' next tokens."""
+        numbers = [
+            answer.uniform[answer.num_tokens : answer.num_tokens + steps] for answer in answers
+        ]
+        return torch.from_numpy(np.stack(numbers, axis=1)).to(self.decoder.device)
 
 
-def _first(marked_PC: Tensor) -> Tensor:
-    """[P, c] indices of the marked columns of each sequence, in their order.
+def _live(slots: Sequence[Answer | None]) -> list[Answer]:
+    return [answer for answer in slots if answer is not None and answer.live]
 
-    c is the largest number of marked columns of a sequence; those with fewer are filled up with
-    indices of columns that aren't marked.
-    """
-    most = int(marked_PC.sum(dim=1).max())
-    return marked_PC.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
+
+def _log_probs(
+    answers: Sequence[Answer], drawn: Sequence[Drawn]
+) -> Iterator[list[TokenLogProb] | None]:
+    """Those of each answer, where it asks for them."""
+    log_prob_TL = _on_host([each.log_prob_L for each in drawn])
+    top_log_prob_TAN = _on_host([each.top_log_prob_AN for each in drawn])
+    top_token_TAN = _on_host([each.top_token_AN for each in drawn])
+    place = 0
+    for row, answer in enumerate(answers):
+        num_top = answer.generation.settings.top_log_probs
+        if num_top is None:
+            yield None
+            continue
+        found = []
+        for step, log_prob_L in enumerate(log_prob_TL):
+            top: tuple[tuple[int, float], ...] = ()
+            if num_top:
+                pairs = zip(top_token_TAN[step][place], top_log_prob_TAN[step][place], strict=True)
+                top = tuple(pairs)[:num_top]
+            found.append(TokenLogProb(log_prob_L[row], top))
+        yield found
+        place += 1
+
+
+def _on_host(steps: Sequence[Tensor | None]) -> list:
+    """Numbers of all steps, [T]...; empty where they weren't computed."""
+    known = [each for each in steps if each is not None]
+    return torch.stack(known).tolist() if known else []
 
 
 def _uniform(seed: int, count: int) -> np.ndarray:
-    """[count] numbers from [0, 1), float32: an independent stream for every seed."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float32)
+    """[count] numbers from [0, 1) with 53 bits: an independent stream for every seed."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)

@@ -1,6 +1,7 @@
 """Drawing tokens, and sampling a few answers while training, at any world size.
 
-Dimension letters: P prompts, T tokens of a packed sequence, D hidden, V vocabulary.
+Dimension letters: P prompts, T tokens of a packed sequence, D hidden, V vocabulary, B blocks of the
+vocabulary, I ids of a block.
 
 `sample_tokens` has no key/value cache: every token recomputes the packed sequence, with the forward
 of training. It is meant for a few short answers at validation; training data are sampled by the
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,9 @@ from steerlm2.data.packing import Group, pack
 from steerlm2.distributed.world import World
 from steerlm2.models.decoders import output_weight
 from steerlm2.training.forward import hidden_states
+
+BLOCK = 256
+"""Ids that are summed together in a draw: about the square root of a large vocabulary."""
 
 
 @torch.no_grad()
@@ -48,7 +53,9 @@ def sample_tokens(
             break
         texts = [[*prompts[i], *answers[i]] for i in open_answers]
         logits_PV = _next_token_logits(decoder, texts, world)
-        uniform_P = torch.rand(len(texts), generator=generator, device=world.device)
+        uniform_P = torch.rand(
+            len(texts), generator=generator, device=world.device, dtype=torch.float64
+        )
         next_P = choose_tokens(logits_PV, temperature, top_p, uniform_P)
         if world.mesh is not None:
             dist.broadcast(next_P, src=0)  # rounding can differ between ranks, but not the tokens
@@ -58,32 +65,168 @@ def sample_tokens(
     return [answer[:-1] if answer[-1:] == [stop_id] else answer for answer in answers]
 
 
-def choose_tokens(logits_PV: Tensor, temperature: float, top_p: float, uniform_P: Tensor) -> Tensor:
-    """[P] token ids drawn from the tempered distribution, cut to its `top_p` nucleus.
+@torch.no_grad()
+def choose_tokens(
+    logits_PV: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    uniform_P: Tensor,
+    top_k: int | Tensor = 0,
+) -> Tensor:
+    """[P] token ids drawn from the tempered distribution, cut to its `top_k` most likely tokens and
+    then to the `top_p` nucleus of these.
 
     A draw inverts the cumulative distribution over the ids in their order, not over the sorted
-    probabilities, so that a swap of two nearly equal ones by rounding changes no draw.
+    probabilities, so that a swap of two nearly equal ones by rounding changes no draw. Of equally
+    likely tokens at the boundary of a cut those with lower ids remain.
 
     Args:
         logits_PV: [P, V].
         temperature: 0 takes the most likely token.
         top_p: probability of the nucleus, above 0; 1 keeps all tokens.
-        uniform_P: [P] numbers from [0, 1).
+        uniform_P: [P] numbers from [0, 1), float64: float32 is too coarse for unlikely tokens.
+        top_k: 0 keeps all tokens.
+
+    `temperature`, `top_p` and `top_k` hold for all rows, or are tensors [P] with one for each, on
+    the CPU: they decide what is computed, which must not wait for a GPU.
     """
-    if temperature == 0:
+    temperature_P, top_p_P = (_of_rows(each, logits_PV) for each in (temperature, top_p))
+    top_k_P = _of_rows(top_k, logits_PV)
+    greedy_P = temperature_P == 0
+    if greedy_P.all():
         return logits_PV.argmax(dim=-1)
-    probs_PV = (logits_PV.float() / temperature).softmax(dim=-1)
-    if top_p < 1:
-        sorted_PV, order_PV = probs_PV.sort(dim=-1, descending=True)
-        before_PV = sorted_PV.cumsum(dim=-1) - sorted_PV
-        nucleus_PV = sorted_PV.where(before_PV < top_p, 0)
-        probs_PV = torch.zeros_like(probs_PV).scatter(-1, order_PV, nucleus_PV)
-    cumulative_PV = probs_PV.cumsum(dim=-1)
-    total_P1 = cumulative_PV[:, -1:]
+    logits_PV = logits_PV.float()
+    divisor_P1 = temperature_P.where(~greedy_P, 1)[:, None].to(logits_PV)
+    # Relative to the likeliest, whose weight is then exact, as most of the sum may be.
+    weights_PV = (logits_PV - logits_PV.amax(dim=-1, keepdim=True)).div_(divisor_P1).exp_()
+    if (top_k_P > 0).any():
+        weights_PV = keep_likeliest(
+            weights_PV, top_k_P.where(top_k_P > 0, torch.inf), by_count=True
+        )
+    if (top_p_P < 1).any():
+        share_P = top_p_P.where(top_p_P < 1, torch.inf)
+        weights_PV = keep_likeliest(weights_PV, share_P, by_count=False)
+    drawn_P = _invert(weights_PV, uniform_P.to(logits_PV.device, torch.float64))
+    if greedy_P.any():
+        drawn_P = logits_PV.argmax(dim=-1).where(greedy_P.to(drawn_P.device), drawn_P)
+    return drawn_P
+
+
+def keep_likeliest(weights_PV: Tensor, wanted_P: Tensor, *, by_count: bool) -> Tensor:
+    """[P, V] weights, 0 but for the fewest largest of each row that reach what is wanted.
+
+    On a CPU the given weights are changed; on a GPU nothing waits for it.
+
+    Args:
+        wanted_P: [P] float64, above 0, on the CPU: a number of weights, or a share of their sum. A
+            row that can't reach it keeps all.
+        by_count: which of the two.
+    """
+    if weights_PV.device.type != "cpu":
+        return _keep_by_bisection(weights_PV, wanted_P, by_count=by_count)
+    for row_V, wanted in zip(weights_PV.numpy(), wanted_P.tolist(), strict=True):
+        if by_count and wanted < len(row_V):
+            _keep_first(row_V, int(wanted))
+        elif not by_count and wanted < 1:
+            _keep_share(row_V, wanted)
+    return weights_PV
+
+
+def _keep_first(weights_V: np.ndarray, count: int) -> None:
+    """Set to 0 all weights but so many of the largest."""
+    least = np.partition(weights_V, -count)[-count]
+    _keep_from(weights_V, least, count - int(np.count_nonzero(weights_V > least)))
+
+
+def _keep_share(weights_V: np.ndarray, share: float) -> None:
+    """Set to 0 all weights but the largest that together reach this share of the sum.
+
+    Those that even all together couldn't make up the rest needn't be sorted: nearly all where a
+    model is sure.
+    """
+    total = weights_V.sum(dtype=np.float64)
+    needless = (
+        (1 - share) * total / len(weights_V) * (1 - 1e-6)
+    )  # less, for the rounding to float32
+    descending = np.sort(weights_V[weights_V > needless])[::-1]
+    if len(descending) == 0:  # NaN
+        return
+    last = int(np.searchsorted(descending.cumsum(dtype=np.float64), share * total))
+    least = descending[min(last, len(descending) - 1)]
+    _keep_from(weights_V, least, last + 1 - int(np.count_nonzero(descending > least)))
+
+
+def _keep_from(weights_V: np.ndarray, least: np.floating, count: int) -> None:
+    """Set to 0 the weights below `least`, and those equal to it after the first `count` of them."""
+    weights_V *= weights_V >= least
+    weights_V[np.flatnonzero(weights_V == least)[count:]] = 0
+
+
+def _keep_by_bisection(weights_PV: Tensor, wanted_P: Tensor, *, by_count: bool) -> Tensor:
+    """What `keep_likeliest` gives, without sorting, by operations that never wait for a GPU.
+
+    The least weight to keep is found bit by bit: numbers that aren't negative are in the order of
+    their bits.
+    """
+    bits_PV = weights_PV.view(torch.int32)
+    measured_PV = torch.ones_like(weights_PV) if by_count else weights_PV
+    wanted_P1 = wanted_P[:, None].to(weights_PV.device, torch.float64)
+    if not by_count:
+        wanted_P1 = wanted_P1 * _sum(weights_PV)
+    least_P1 = torch.zeros_like(bits_PV[:, :1])
+    for bit in reversed(range(31)):
+        higher_P1 = least_P1 + (1 << bit)
+        reached_P1 = _sum(measured_PV.where(bits_PV >= higher_P1, 0))
+        least_P1 = higher_P1.where(reached_P1 >= wanted_P1, least_P1)
+    above_PV, equal_PV = bits_PV > least_P1, bits_PV == least_P1
+    missing_P1 = wanted_P1 - _sum(measured_PV.where(above_PV, 0))
+    each_P1 = 1.0 if by_count else least_P1.view(torch.float32).double()
+    kept_PV = above_PV | (equal_PV & (equal_PV.cumsum(dim=-1) < missing_P1 / each_P1 + 1))
+    return weights_PV.where(kept_PV, 0)
+
+
+def _sum(numbers_PV: Tensor) -> Tensor:
+    return numbers_PV.sum(dim=-1, keepdim=True, dtype=torch.float64)
+
+
+def _invert(weights_PV: Tensor, uniform_P: Tensor) -> Tensor:
+    """[P] ids where the cumulative weight passes a share `uniform_P` (float64) of the whole.
+
+    It is summed in float64: by blocks of ids, and then inside one block. An id of weight 0 is never
+    found.
+    """
+    vocabulary = weights_PV.shape[1]
+    whole = vocabulary - vocabulary % BLOCK
+    blocks_PB = torch.cat(
+        [
+            weights_PV[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1, dtype=torch.float64),
+            weights_PV[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64),
+        ],
+        dim=1,
+    )
+    block_P1, share_P1 = _passed(blocks_PB, uniform_P[:, None])
+    ids_PI = block_P1 * BLOCK + torch.arange(BLOCK, device=weights_PV.device)
+    inside_PI = weights_PV.gather(1, ids_PI.clamp(max=vocabulary - 1)).double()
+    place_P1, _ = _passed(inside_PI.where(ids_PI < vocabulary, 0), share_P1)
+    return ids_PI.gather(1, place_P1).squeeze(1).clamp(max=vocabulary - 1)
+
+
+def _passed(weights_PB: Tensor, share_P1: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, 1] where the cumulative weight passes a share of the sum, and the share of that weight
+    which lies below. All float64."""
+    cumulative_PB = weights_PB.cumsum(dim=-1)
+    total_P1 = cumulative_PB[:, -1:]
     below_total_P1 = total_P1.nextafter(torch.zeros_like(total_P1))
-    drawn_P1 = torch.minimum(uniform_P[:, None] * total_P1, below_total_P1)
-    found_P = torch.searchsorted(cumulative_PV, drawn_P1, right=True).squeeze(1)
-    return found_P.clamp(max=logits_PV.shape[1] - 1)  # NaN is found beyond the end
+    wanted_P1 = torch.minimum(share_P1 * total_P1, below_total_P1)
+    found_P1 = torch.searchsorted(cumulative_PB, wanted_P1, right=True)
+    found_P1 = found_P1.clamp(max=weights_PB.shape[1] - 1)  # NaN is found beyond the end
+    before_P1 = cumulative_PB.gather(1, (found_P1 - 1).clamp(min=0)).where(found_P1 > 0, 0)
+    return found_P1, (wanted_P1 - before_P1) / weights_PB.gather(1, found_P1)
+
+
+def _of_rows(setting: float | Tensor, logits_PV: Tensor) -> Tensor:
+    """[P] float64."""
+    return torch.as_tensor(setting, dtype=torch.float64).expand(logits_PV.shape[0])
 
 
 def _next_token_logits(

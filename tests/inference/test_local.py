@@ -15,18 +15,16 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import RMSNorm, TransformerDecoder
 
 from steerlm2.inference.engines import Request, Sample, SamplingSettings, request_seed
-from steerlm2.inference.local import (
-    EMPTY,
-    STEPS_BETWEEN_CHECKS,
-    LocalEngine,
-    SharedPromptDecoder,
-)
+from steerlm2.inference.local import STEPS_BETWEEN_CHECKS, LocalEngine
+from steerlm2.inference.shared_prompts import EMPTY, SharedPromptDecoder
 from steerlm2.models.attention import HeadNormAttention
 
 VOCABULARY = 48
@@ -118,6 +116,7 @@ def test_cached_logits_are_those_of_an_uncached_forward(
         torch.testing.assert_close(logits_V, uncached_logits(decoder, prompt), rtol=0, atol=1e-4)
 
     texts = {(p, m): list(prompt) for p, prompt in enumerate(PROMPTS) for m in range(3)}
+    alive: list[list[tuple[int, int] | None]]
     alive = [[(p, m) for m in range(3)] for p in range(len(PROMPTS))]
     generator = torch.Generator().manual_seed(1)
     cached.compact(torch.arange(len(PROMPTS)), torch.arange(3).expand(len(PROMPTS), 3))
@@ -144,6 +143,27 @@ def test_cached_logits_are_those_of_an_uncached_forward(
             ]
             kept_P = torch.tensor([4, 0, 3])
             cached.compact(kept_P, torch.tensor([[2, EMPTY, EMPTY], [2, 0, EMPTY], [0, 1, 2]]))
+
+
+@torch.no_grad()
+def test_prefill_keeps_no_scores_of_all_pairs(decoder: TransformerDecoder) -> None:
+    """It runs where only the kernel that goes through them in blocks may, also on several query
+    heads for one key; a mask per pair of tokens would be a tensor of that size itself."""
+    cached = SharedPromptDecoder(copy.deepcopy(decoder))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), NoMask():
+        cached.prefill(PROMPTS)
+
+
+class NoMask(TorchFunctionMode):
+    """Fails where attention is called with a mask."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            assert "attn_mask" not in (kwargs or {})
+            assert len(args) == 3
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("forbidden", [(), (STOP,)], ids=["ends", "no end"])

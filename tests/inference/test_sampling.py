@@ -15,24 +15,27 @@ from torchtune.models.llama3 import llama3
 from torchtune.modules import TransformerDecoder
 
 from steerlm2.distributed.world import World
-from steerlm2.inference.sampling import choose_tokens, sample_tokens
+from steerlm2.inference import sampling
+from steerlm2.inference.sampling import choose_tokens, keep_likeliest, sample_tokens
 from steerlm2.models.decoders import end_at_hidden_states
 
 CPU = World(torch.device("cpu"))
-DRAWS = 20_000
+DRAWS = 5_000
 
 
-def frequencies(probs: list[float], *, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+def frequencies(
+    probs: list[float], *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+) -> Tensor:
     """Shares of the tokens in many draws from logits that have these probabilities."""
     logits_PV = torch.tensor(probs).log().expand(DRAWS, -1)
     uniform_P = torch.rand(DRAWS, generator=torch.Generator().manual_seed(0))
-    tokens_P = choose_tokens(logits_PV, temperature, top_p, uniform_P)
+    tokens_P = choose_tokens(logits_PV, temperature, top_p, uniform_P, top_k)
     return torch.bincount(tokens_P, minlength=len(probs)) / DRAWS
 
 
 def assert_shares(found: Tensor, expected: list[float]) -> None:
-    """Within 5 standard deviations: sqrt(1/4 / 20,000) * 5 = 0.018."""
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.018)
+    """Within 5 standard deviations: sqrt(1/4 / 5,000) * 5 = 0.036."""
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.036)
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
@@ -94,6 +97,100 @@ def test_tokens_without_probability_are_never_drawn() -> None:
     uniform_P = torch.tensor([0.0, 1 - 2**-24])
     for top_p in (1.0, 0.999):
         assert choose_tokens(logits_PV, 1.0, top_p, uniform_P).tolist() == [1, 2]
+
+
+def test_top_k_holds_the_likeliest_tokens() -> None:
+    """0.5 and 0.3: 5/8 and 3/8. Of equally likely ones those with lower ids."""
+    assert_shares(frequencies([0.05, 0.3, 0.15, 0.5], top_k=2), [0, 3 / 8, 0, 5 / 8])
+    assert frequencies([0.2, 0.2, 0.4, 0.2], top_k=2)[[1, 3]].tolist() == [0, 0]
+
+
+def test_nucleus_is_of_what_top_k_leaves() -> None:
+    """0.4 of the 0.8 that two tokens have is half of it, so the likeliest alone reaches 0.5; of all
+    tokens it would take two."""
+    assert frequencies([0.4, 0.1, 0.35, 0.15], top_k=2, top_p=0.5).tolist() == [1, 0, 0, 0]
+    assert frequencies([0.4, 0.1, 0.35, 0.15], top_p=0.5)[2] > 0
+
+
+@pytest.mark.parametrize("vocabulary", [700, 1024, 128_256])
+def test_every_token_can_be_drawn(vocabulary: int) -> None:
+    """Where one token has nearly all probability, the number in the middle of each token's interval
+    draws it; with float32 sums and numbers most tokens of this distribution are never drawn."""
+    logits_V = torch.linspace(-1, 1, vocabulary).sin() * 3
+    logits_V[vocabulary // 3] = 20
+    weights_V = (logits_V - logits_V.max()).exp().double()
+    ends_V = weights_V.cumsum(0) / weights_V.sum()
+    middles_V = ends_V - weights_V / weights_V.sum() / 2
+    tokens_P = torch.arange(0, vocabulary, max(1, vocabulary // 700))
+    logits_PV = logits_V.expand(len(tokens_P), -1)
+    for part_P in tokens_P.split(50):
+        drawn_P = choose_tokens(logits_PV[: len(part_P)], 1.0, 1.0, middles_V[part_P])
+        assert drawn_P.tolist() == part_P.tolist()
+
+
+def reference_choice(
+    logits_V: Tensor, temperature: float, top_p: float, top_k: int, uniform: float
+) -> int:
+    """By a stable sort and float64 sums of the same weights."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    weights_V = ((logits_V - logits_V.max()) / temperature).exp().double()
+    order_V = weights_V.argsort(descending=True, stable=True)
+    kept_V = order_V[: top_k or None]
+    before_V = weights_V[kept_V].cumsum(0) - weights_V[kept_V]
+    kept_V = kept_V[before_V < top_p * weights_V[kept_V].sum()]
+    cut_V = torch.zeros_like(weights_V).index_copy(0, kept_V, weights_V[kept_V])
+    cumulative_V = cut_V.cumsum(0)
+    return int((cumulative_V > uniform * cumulative_V[-1]).nonzero()[0])
+
+
+def random_cases() -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Logits, temperatures, top-p, top-k and numbers of rows: flat and peaked ones, with ties."""
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for vocabulary in (3, 255, 256, 257, 3000):
+        for spread in (0.3, 3.0, 12.0):
+            shape = (20, vocabulary)
+            logits_PV = torch.randn(shape, generator=generator) * spread
+            logits_PV[:10] = logits_PV[:10].round()
+            choices = torch.rand(4, 20, generator=generator, dtype=torch.float64)
+            temperature_P = torch.tensor([0.0, 0.5, 0.7, 1.0, 1.5])[(choices[0] * 5).long()]
+            top_p_P = torch.tensor([0.05, 0.5, 0.9, 0.999, 1.0])[(choices[1] * 5).long()]
+            top_k_P = torch.tensor([0, 1, 2, 50])[(choices[2] * 4).long()]
+            cases.append((logits_PV, temperature_P, top_p_P, top_k_P, choices[3]))
+    return cases
+
+
+def test_draws_are_those_of_a_full_sort() -> None:
+    """Each row with settings of its own."""
+    for logits_PV, temperature_P, top_p_P, top_k_P, uniform_P in random_cases():
+        drawn_P = choose_tokens(logits_PV, temperature_P, top_p_P, uniform_P, top_k_P)
+        expected = [
+            reference_choice(logits_V, *settings)
+            for logits_V, *settings in zip(
+                logits_PV,
+                temperature_P.tolist(),
+                top_p_P.double().tolist(),
+                top_k_P.tolist(),
+                uniform_P.tolist(),
+                strict=True,
+            )
+        ]
+        assert drawn_P.tolist() == expected
+
+
+def test_gpus_keep_the_same_tokens() -> None:
+    """By bisection, here on the CPU, what sorting keeps."""
+    for logits_PV, _, top_p_P, top_k_P, _ in random_cases():
+        weights_PV = (logits_PV - logits_PV.amax(dim=1, keepdim=True)).exp()
+        for by_count, setting_P in ((True, top_k_P), (False, top_p_P)):
+            wanted_P = setting_P.double().where(setting_P.clamp(max=1) * (not by_count) < 1, 2)
+            if by_count:
+                wanted_P = wanted_P.where(wanted_P > 0, torch.inf)
+            sorted_PV = keep_likeliest(weights_PV.clone(), wanted_P, by_count=by_count)
+            bisected_PV = sampling._keep_by_bisection(weights_PV, wanted_P, by_count=by_count)
+            assert torch.equal(bisected_PV, sorted_PV)
+            assert (sorted_PV == 0).any()
 
 
 @pytest.fixture(scope="module")
