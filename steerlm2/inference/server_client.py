@@ -9,6 +9,7 @@ text, so the server's chat template and tokenizer aren't used. It returns one sc
 from __future__ import annotations
 
 import ipaddress
+import os
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 overload costs little time, and a server that restarts gets few requests."""
 
 TOO_MANY_REQUESTS = 429
+
+API_KEY = "STEERLM2_API_KEY"
+"""The environment variable with the key that servers ask for and clients send."""
 
 
 AskedT = TypeVar("AskedT")
@@ -55,7 +59,10 @@ class ServerClient:
         self._address = self._checked_url()
         limits = httpx.Limits(max_connections=concurrency)
         self._http = httpx.Client(
-            timeout=timeout, limits=limits, trust_env=not is_loopback(self._address.host)
+            timeout=timeout,
+            limits=limits,
+            trust_env=not is_loopback(self._address.host),
+            headers=key_header(),
         )
         self._stop = threading.Event()
 
@@ -216,6 +223,17 @@ class ClassifyClient(ServerClient):
                 "for, in the same order"
             )
         return scores
+
+
+def own_api_key() -> str | None:
+    """The key of the environment, if it has one."""
+    return os.environ.get(API_KEY) or None
+
+
+def key_header() -> dict[str, str]:
+    """The header that sends the key of the environment."""
+    key = own_api_key()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def is_loopback(host: str) -> bool:

@@ -76,7 +76,7 @@ def error_of(response: Any, status: int) -> str:
     assert response.headers["content-type"] == "application/json"
     body = response.json()
     assert list(body) == ["error"]
-    assert list(body["error"]) == ["type", "message"]
+    assert list(body["error"]) == ["type", "message", "param", "code"]
     return body["error"]["message"]
 
 
