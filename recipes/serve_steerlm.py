@@ -33,8 +33,7 @@ class ServeConfig(SteeredKeys, ServingKeys):
     """The keys of serve_steerlm."""
 
     model_name: str | None = None
-    """The model's name for callers; null: the checkpoint's last two folders, or the server's name
-    for it."""
+    """The model's name for callers; null: the checkpoint's last two folders."""
     request_timeout: float = 600.0
     """Seconds from a request's header to the end of its answer."""
     max_n: int = 16
@@ -70,7 +69,7 @@ class ServeRecipe:
             max_n=cfg.max_n,
             max_new_tokens=cfg.max_new_tokens,
         )
-        self.name = served_name(cfg.model_name, cfg.checkpointer)
+        self.name = self._name()
         self.app = create_app(model, self.name, limits=limits, api_key=own_api_key())
         if cfg.checkpointer is None and cfg.server is None:
             print(
@@ -81,6 +80,13 @@ class ServeRecipe:
     def serve(self) -> None:
         """Answer requests until SIGTERM or SIGINT."""
         serve(self.app, self.socket, self.name, "/", self.cfg.request_timeout)
+
+    def _name(self) -> str:
+        cfg = self.cfg
+        if cfg.server is None:
+            return served_name(cfg.model_name, cfg.checkpointer)
+        folder = {"checkpoint_dir": cfg.tokenizer["path"]} if "path" in cfg.tokenizer else None
+        return served_name(cfg.model_name or cfg.server.model, folder)
 
 
 @recipe_main(ServeConfig)

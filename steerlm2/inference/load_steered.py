@@ -19,6 +19,7 @@ from steerlm2.inference.engines import forbidden_ids
 from steerlm2.inference.local_streaming import LocalStreamingEngine
 from steerlm2.inference.steered import SteeredModel
 from steerlm2.inference.streaming import StreamingEngine
+from steerlm2.inference.vllm_streaming import VllmStreamingEngine
 
 
 def load_steered_model(cfg: SteeredKeys, world: World) -> SteeredModel:
@@ -33,9 +34,15 @@ def load_steered_model(cfg: SteeredKeys, world: World) -> SteeredModel:
     tokenizer, template = instantiate(cfg.tokenizer), instantiate(cfg.template)
     without_labels = facts is not None and facts.schema is None and cfg.schema is None
     scorer = None if cfg.attribute_model is None else _attribute_model(cfg, world)
+    stop_id = response_end(template, tokenizer)[1]
     engine: StreamingEngine
     if cfg.server is not None:
-        raise ValueError("'server': comes next")
+        engine = VllmStreamingEngine(
+            cfg.server,
+            stop_id=stop_id,
+            forbidden_ids=forbidden_ids(template, tokenizer),
+            max_seq_len=cfg.max_seq_len,
+        )
     else:
         decoder = load_whole_decoder(
             cfg.model,
@@ -47,11 +54,10 @@ def load_steered_model(cfg: SteeredKeys, world: World) -> SteeredModel:
             seed=cfg.seed,
             compile=cfg.compile,
         )
-        num_embeddings = decoder.tok_embeddings.num_embeddings
         engine = LocalStreamingEngine(
             decoder,
-            stop_id=response_end(template, tokenizer)[1],
-            forbidden_ids=forbidden_ids(template, tokenizer, num_embeddings),
+            stop_id=stop_id,
+            forbidden_ids=forbidden_ids(template, tokenizer, decoder.tok_embeddings.num_embeddings),
             max_seq_len=cfg.max_seq_len,
             max_cache_tokens=cfg.max_cache_tokens,
         )

@@ -129,7 +129,7 @@ class ServerClient:
                 continue
             if response.is_success:
                 return self._decoded(path, response)
-            problem = f"status {response.status_code}: {_reason(response)}"
+            problem = f"status {response.status_code}: {reason(response)}"
             if response.status_code < 500 and response.status_code != TOO_MANY_REQUESTS:
                 raise ValueError(f"{self.url}{path} refuses the request{hint}: {problem}")
         raise ConnectionError(
@@ -245,7 +245,7 @@ def is_loopback(host: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def _reason(response: httpx.Response) -> str:
+def reason(response: httpx.Response) -> str:
     """The server's message about a failure: vLLM's, or the beginning of the body."""
     try:
         return str(response.json()["error"]["message"])
