@@ -34,13 +34,11 @@ class ServeConfig(SteeredKeys, ServingKeys):
 
     model_name: str | None = None
     """The model's name for callers; null: the checkpoint's last two folders."""
-    request_timeout: float = 600.0
-    """Seconds from a request's header to the end of its answer."""
     max_n: int = 16
     """Answers to a request: its `n` and `best_of`."""
     max_items: int = 64
     """Conversations or texts of a request for scores."""
-    max_queue: int = 256
+    max_queue: int = 1024
     """Requests that are answered at a time; more get 503."""
 
     def problems(self) -> list[str]:

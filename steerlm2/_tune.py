@@ -70,6 +70,8 @@ RECIPES: dict[str, list[str]] = {
     ],
     "serve_steerlm": [
         "tiny/serve_steerlm",
+        "any/serve_steerlm",
+        "llama3_1/8B_serve_steerlm",
     ],
     "sample_responses": [
         "tiny/sample_responses",

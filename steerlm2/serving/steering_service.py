@@ -27,8 +27,7 @@ LOWEST_LOG_PROB = -9999.0
 class SteeringLimits(Limits):
     """What a caller may ask for."""
 
-    request_timeout: float = 600.0
-    max_queue: int = 256
+    max_queue: int = 1024
     """Requests that are answered at a time."""
     max_n: int = 16
     """Answers to a request: `n` and `best_of`."""

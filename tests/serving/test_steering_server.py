@@ -761,7 +761,8 @@ def test_generation_ends_when_the_caller_goes_away(stream: bool) -> None:
         with httpx.Client() as client:
             if stream:
                 with client.stream("POST", f"{url}{PATH}", json=body) as answer:
-                    next(answer.iter_lines())
+                    lines = answer.iter_lines()
+                    next(lines)
                     assert engine.running == 1
             else:
                 with pytest.raises(httpx.ReadTimeout):
@@ -789,12 +790,14 @@ def test_a_late_answer_is_a_timeout_and_a_late_stream_ends_with_an_error() -> No
 
 def test_more_requests_than_there_are_places_get_503() -> None:
     model = steered(gate=asyncio.Event())
-    with listening(model, max_queue=2, request_timeout=2.0) as (url, _):
+    with listening(model, max_queue=2, request_timeout=10.0) as (url, _):
         body = CHAT | {"stream": True}
         with httpx.Client() as client, client.stream("POST", f"{url}{PATH}", json=body) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # a dropped iterator would close the connection
+            next(lines)
             with client.stream("POST", f"{url}{PATH}", json=body) as second:
-                next(second.iter_lines())
+                more_lines = second.iter_lines()
+                next(more_lines)
                 answer = httpx.post(f"{url}{PATH}", json=body)
                 assert "(the limit is 2): try again" in error_of(answer, 503)["message"]
                 assert answer.headers["Retry-After"] == "1"
