@@ -91,7 +91,7 @@ def create_app(
         metrics,
         lifespan=lifespan,
         paths=PATHS,
-        health=lambda: None if scorer is None else scorer.problem(),
+        health=lambda: service.broken or (scorer.problem() if scorer is not None else None),
         api_key=api_key,
         also_open=tuple(PAGE_FILES),
     )

@@ -77,6 +77,8 @@ class Service:
     metrics: SteeringMetrics
     created: int = field(default_factory=lambda: int(time.time()))
     running: int = 0
+    broken: str | None = None
+    """Why the engine answers no more."""
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -135,6 +137,9 @@ class Service:
                 raise invalid(str(error)) from error
             except ConnectionError as error:
                 raise RequestError(502, "engine_error", str(error)) from error
+            except RuntimeError as error:
+                self.broken = f"{error}; restart the server"
+                raise RequestError(503, "broken", self.broken) from error
 
     async def answers(
         self,

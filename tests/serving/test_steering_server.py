@@ -835,6 +835,20 @@ def test_an_engine_that_fails_is_named() -> None:
             assert error_of(answer, 502)["message"] == "the server at X doesn't answer"
 
 
+def test_a_server_whose_engine_has_ended_says_so() -> None:
+    class Ended(ScriptedEngine):
+        async def generate(self, prompt: Any, settings: Any) -> Any:
+            raise RuntimeError("the local engine has stopped after an error: no memory")
+            yield
+
+    model = steered()
+    model.engine = Ended(words, STOP_ID)
+    with TestClient(create_app(model, "mine", limits=LIMITS)) as client:
+        assert client.get("/health").status_code == 200
+        assert "no memory; restart" in error_of(client.post(PATH, json=CHAT), 503)["message"]
+        assert "no memory; restart" in error_of(client.get("/health"), 503)["message"]
+
+
 def test_the_page_is_in_the_package() -> None:
     """Beside the module that serves it, so that a wheel has it too."""
     import steerlm2.serving.steering_server as module
