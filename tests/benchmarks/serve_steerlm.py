@@ -1,7 +1,7 @@
 """Soak of the steering server: many clients, half of them streaming, some dropping in mid-stream.
 
     python tests/benchmarks/serve_steerlm.py                       # what tiny/quickstart has left
-    python tests/benchmarks/serve_steerlm.py --seconds 10 --clients 8 checkpointer.checkpoint_dir=DIR
+    python tests/benchmarks/serve_steerlm.py --seconds 10 checkpointer.checkpoint_dir=DIR
 
 Starts a server on 127.0.0.1, asks every question alone, then loads the server for `--seconds` and
 compares each answer with the one that was given alone; a part of the streams is left after the
