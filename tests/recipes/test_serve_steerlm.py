@@ -37,7 +37,7 @@ def serving(tune: Any, *overrides: str) -> Iterator[tuple[Any, str]]:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+            process.communicate()
 
 
 def test_serves_exports_until_sigterm_and_ends_streams(
