@@ -8,40 +8,31 @@
     {"model": ..., "attributes": ["humor", "verbosity"], "scores": [{"humor": 0.1, ...}]}
 
 Texts of concurrent requests are scored together. SIGTERM and SIGINT end the server once it has
-answered what it has accepted. It knows no passwords and no encryption: whoever reaches the port may
-use it, so it listens on 127.0.0.1 unless told otherwise.
+answered what it has accepted. Where the environment has STEERLM2_API_KEY, requests need that key.
+Otherwise whoever reaches the port may use it, so it listens on 127.0.0.1 unless told otherwise. It
+knows no encryption.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import signal
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 from steerlm2.attributes import as_schema
-from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
 from steerlm2.config.completion import complete_schema
-from steerlm2.config.keys import ModelKeys, above_zero, at_least_one, schema_problems
+from steerlm2.config.keys import ServingKeys, at_least_one, schema_problems
 from steerlm2.config.loader import instantiate
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import init_world
 from steerlm2.inference.attribute_model import load_attribute_model
+from steerlm2.inference.server_client import own_api_key
 from steerlm2.runs.entry import recipe_main
-
-REQUIRED = ("fastapi", "prometheus_client", "uvicorn")
-"""Packages of the extra `serve`."""
-
-KEEP_ALIVE_SECONDS = 75
-"""How long an idle connection is kept open. A choice: longer than the 60 s of common proxies, which
-otherwise reuse connections that the server has just closed."""
+from steerlm2.serving.listening import bound_socket, check_packages, serve, served_name
 
 
 @dataclass(kw_only=True)
-class ServeConfig(ModelKeys):
+class ServeConfig(ServingKeys):
     """The keys of serve_reward."""
 
     schema: dict[str, Any] | None = None
@@ -54,18 +45,10 @@ class ServeConfig(ModelKeys):
     model_name: str | None = None
     """The model's name in answers; null: the checkpoint's last two folders."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0: all IPv4 addresses of the machine, for everybody there."""
-    port: int = 8000
-    """Port to listen on; 0: any free one, which the start-up message names."""
-    max_body_bytes: int = 1_048_576
-    """Bytes of a request."""
     max_items: int = 64
     """Conversations or texts of a request."""
     max_queue: int = 1024
     """Texts that wait, of all requests together; more get 503."""
-    request_timeout: float = 60.0
-    """Seconds from a request's header to its answer."""
     truncate: bool = False
     """A text that is too long loses its beginning; false: it is refused."""
     max_seq_len: int = 4096
@@ -81,17 +64,13 @@ class ServeConfig(ModelKeys):
         found = super().problems()
         found += at_least_one(
             self,
-            *("max_body_bytes", "max_items", "max_queue"),
-            *("max_seq_len", "max_tokens_per_microbatch"),
+            *("max_items", "max_queue", "max_seq_len", "max_tokens_per_microbatch"),
         )
-        found += above_zero(self, "request_timeout")
         if self.max_queue < self.max_items:
             found.append(
                 f"'max_queue' ({self.max_queue}) must be at least 'max_items' ({self.max_items}): "
                 "the texts of a request wait together"
             )
-        if not 0 <= self.port <= 65535:
-            found.append(f"'port' must be 0 to 65535, got {self.port}")
         found += schema_problems(self.schema)
         return found
 
@@ -101,10 +80,7 @@ class ServeRecipe:
 
     def __init__(self, cfg: ServeConfig) -> None:
         self.cfg = cfg
-        if lacking := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
-            raise ValueError(
-                f'the server needs {", ".join(lacking)}: pip install "steerlm2[serve]"'
-            )
+        check_packages()
         self.socket = bound_socket(cfg.host, cfg.port)  # fails before the model is loaded
         self.world = init_world(cfg.device)
 
@@ -135,7 +111,11 @@ class ServeRecipe:
             truncate=cfg.truncate,
         )
         self.app = create_app(
-            model, self._model_name(), limits=limits, system_prompt=cfg.system_prompt
+            model,
+            served_name(cfg.model_name, cfg.checkpointer),
+            limits=limits,
+            system_prompt=cfg.system_prompt,
+            api_key=own_api_key(),
         )
         if cfg.checkpointer is None:
             print(
@@ -147,63 +127,9 @@ class ServeRecipe:
 
     def serve(self) -> None:
         """Answer requests until SIGTERM or SIGINT."""
-        import uvicorn
-
         cfg = self.cfg
-        server = uvicorn.Server(
-            uvicorn.Config(
-                self.app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=math.ceil(cfg.request_timeout),
-            )
-        )
-
-        def stop(signum: int, frame: object) -> None:
-            server.should_exit = True
-
-        # uvicorn replaces these handlers while it runs, and raises the signal again afterwards,
-        # which would end the process with a status other than 0.
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, stop)
-        self.socket.listen()
-        host, port = self.socket.getsockname()[:2]
-        address = f"[{host}]" if ":" in host else host
         names = ", ".join(as_schema(cfg.schema).names)
-        print(f"serving {names} on http://{address}:{port}/v1/attributes", flush=True)
-        server.run(sockets=[self.socket])
-
-    def _model_name(self) -> str:
-        cfg = self.cfg
-        if cfg.model_name is not None:
-            return cfg.model_name
-        if cfg.checkpointer is None:
-            return "untrained"
-        folder = resolve_checkpoint_dir(cfg.checkpointer["checkpoint_dir"])
-        return "/".join(folder.absolute().parts[-2:])
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address but doesn't accept connections yet.
-
-    Raises:
-        ValueError: where the address can't be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise ValueError(
-            f"can't listen on host {host!r}, port {port}: {error.strerror}. Give another host= or "
-            "port= (port=0 takes any free one)"
-        ) from error
-    return bound
+        serve(self.app, self.socket, names, "/v1/attributes", cfg.request_timeout)
 
 
 @recipe_main(ServeConfig)

@@ -68,6 +68,11 @@ RECIPES: dict[str, list[str]] = {
         "any/serve_reward",
         "llama3_1/8B_serve_reward",
     ],
+    "serve_steerlm": [
+        "tiny/serve_steerlm",
+        "any/serve_steerlm",
+        "llama3_1/8B_serve_steerlm",
+    ],
     "sample_responses": [
         "tiny/sample_responses",
         "any/sample_responses",
@@ -124,7 +129,9 @@ RECIPES: dict[str, list[str]] = {
     "plan_memory": [],  # takes the configs of the three training recipes
 }
 # `tune run` refuses torchrun's arguments for these.
-SINGLE_PROCESS_RECIPES = {"prepare_data", "serve_reward", "steerlm2_pipeline", "plan_memory"}
+SINGLE_PROCESS_RECIPES = {
+    *("prepare_data", "serve_reward", "serve_steerlm", "steerlm2_pipeline", "plan_memory")
+}
 
 
 def recipe_directories() -> tuple[Path, Path]:

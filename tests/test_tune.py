@@ -395,7 +395,9 @@ def test_only_single_process_recipes_refuse_torchrun() -> None:
     _tune.add_recipes(registry)
 
     refusing = {entry.name for entry in registry._ALL_RECIPES if not entry.supports_distributed}
-    assert refusing == {"prepare_data", "serve_reward", "steerlm2_pipeline", "plan_memory"}
+    assert refusing == {
+        *("prepare_data", "serve_reward", "serve_steerlm", "steerlm2_pipeline", "plan_memory")
+    }
 
 
 def test_names_are_not_torchtunes() -> None:

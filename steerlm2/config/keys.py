@@ -3,6 +3,8 @@
     ModelKeys -> DistributedKeys -> TrainingKeys
                                  -> InferenceKeys -> SamplingKeys
                                                   -> ScoringKeys
+              -> ServingKeys
+              -> SteeredKeys
 
 Each key is a field with a docstring: `--help` and recipe_configs/KEYS.md are made from them. What a
 key may be stands in `problems`, which a recipe's own `problems` extends.
@@ -23,7 +25,7 @@ from steerlm2.attributes import (
     parse_label,
     schema_to_json,
 )
-from steerlm2.config.completion import SchemaRule, complete_model, complete_schema
+from steerlm2.config.completion import MODEL, SchemaRule, complete_model, complete_schema
 from steerlm2.config.loader import Component, to_plain
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 
@@ -494,6 +496,28 @@ class ScoringKeys(InferenceKeys):
 
 
 @dataclass(kw_only=True)
+class ServingKeys(ModelKeys):
+    """What servers have in common."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: all IPv4 addresses of the machine, for everybody there."""
+    port: int = 8000
+    """Port to listen on; 0: any free one, which the start-up message names."""
+    max_body_bytes: int = 1_048_576
+    """Bytes of a request."""
+    request_timeout: float = 60.0
+    """Seconds from a request's header to the end of its answer."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        found += at_least_one(self, "max_body_bytes")
+        found += above_zero(self, "request_timeout")
+        if not 0 <= self.port <= 65535:
+            found.append(f"'port' must be 0 to 65535, got {self.port}")
+        return found
+
+
+@dataclass(kw_only=True)
 class ModelOptions:
     """A model under a section of its own: what is null is what the whole config says."""
 
@@ -528,3 +552,60 @@ class ServerOptions:
         yield from above_zero(self, "timeout", section=f"{section}.")
         if self.retries < 0:
             yield f"'{section}.retries' must be at least 0, got {self.retries}"
+
+
+@dataclass(kw_only=True)
+class SteeredKeys(ModelKeys):
+    """A language model that is asked with attributes, from its checkpoint or at a vLLM server, and
+    an attribute model for its answers."""
+
+    server: ServerOptions | None = None
+    """A vLLM server that generates, instead of the checkpoint; tokenizer.path then names the folder
+    that it serves."""
+    attribute_model: ModelOptions | None = None
+    """What scores answers; null: nothing does."""
+    schema: dict[str, Any] | None = None
+    """Attributes of the labels, with their ranges; null: the checkpoint's."""
+    default_label: str | None = None
+    """Values of attributes that a request leaves out; null: the most frequent ones of the
+    checkpoint's training."""
+    system: str | None = None
+    """System text of conversations without one; null: the most frequent one of the checkpoint's
+    training, or that of the published data."""
+    max_new_tokens: int = 1024
+    """Tokens of an answer, the stop token among them, where a request doesn't say."""
+    max_seq_len: int = 4096
+    """Tokens of a prompt with an answer, and of a text to be scored."""
+    max_cache_tokens: int = 65536
+    """Tokens of prompts and answers that are generated together by a checkpoint."""
+    max_tokens_per_microbatch: int = 4096
+    """Tokens that the attribute model computes at a time, over packed texts."""
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        scorer = values.get("attribute_model")
+        found: list[str] = []
+        if isinstance(scorer, dict):  # first: it has its own model and tokenizer
+            found += complete_model(values, scorer, "attribute_model.")
+        if values.get("server"):
+            values.setdefault("model", {"_component_": MODEL})
+        found += super().complete(values)
+        return [*found, *complete_schema(values, values, "any")]
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        found += at_least_one(
+            self,
+            *("max_new_tokens", "max_seq_len", "max_cache_tokens", "max_tokens_per_microbatch"),
+        )
+        found += schema_problems(self.schema)
+        if self.server is not None:
+            found += self.server.problems()
+        if self.attribute_model is not None and self.attribute_model.checkpointer is None:
+            found.append("'attribute_model.checkpointer' is missing: the folder of what scores")
+        if self.default_label is not None and not list(schema_problems(self.schema)):
+            try:
+                parse_label(self.default_label, as_schema(self.schema))
+            except ValueError as error:
+                found.append(f"'default_label': {error}")
+        return found

@@ -9,6 +9,7 @@ text, so the server's chat template and tokenizer aren't used. It returns one sc
 from __future__ import annotations
 
 import ipaddress
+import os
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 overload costs little time, and a server that restarts gets few requests."""
 
 TOO_MANY_REQUESTS = 429
+
+API_KEY = "STEERLM2_API_KEY"
+"""The environment variable with the key that servers ask for and clients send."""
 
 
 AskedT = TypeVar("AskedT")
@@ -55,7 +59,10 @@ class ServerClient:
         self._address = self._checked_url()
         limits = httpx.Limits(max_connections=concurrency)
         self._http = httpx.Client(
-            timeout=timeout, limits=limits, trust_env=not is_loopback(self._address.host)
+            timeout=timeout,
+            limits=limits,
+            trust_env=not is_loopback(self._address.host),
+            headers=key_header(),
         )
         self._stop = threading.Event()
 
@@ -122,7 +129,7 @@ class ServerClient:
                 continue
             if response.is_success:
                 return self._decoded(path, response)
-            problem = f"status {response.status_code}: {_reason(response)}"
+            problem = f"status {response.status_code}: {reason(response)}"
             if response.status_code < 500 and response.status_code != TOO_MANY_REQUESTS:
                 raise ValueError(f"{self.url}{path} refuses the request{hint}: {problem}")
         raise ConnectionError(
@@ -218,6 +225,17 @@ class ClassifyClient(ServerClient):
         return scores
 
 
+def own_api_key() -> str | None:
+    """The key of the environment, if it has one."""
+    return os.environ.get(API_KEY) or None
+
+
+def key_header() -> dict[str, str]:
+    """The header that sends the key of the environment."""
+    key = own_api_key()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host of a URL is this machine."""
     try:
@@ -227,7 +245,7 @@ def is_loopback(host: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def _reason(response: httpx.Response) -> str:
+def reason(response: httpx.Response) -> str:
     """The server's message about a failure: vLLM's, or the beginning of the body."""
     try:
         return str(response.json()["error"]["message"])

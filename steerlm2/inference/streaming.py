@@ -65,6 +65,7 @@ class StreamingEngine(Protocol):
         Raises:
             ValueError: where the engine can't do what is asked.
             ConnectionError: where a server that it asks doesn't answer.
+            RuntimeError: where it has ended, and answers no request any more.
         """
 
     async def close(self) -> None:

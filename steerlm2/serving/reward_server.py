@@ -1,53 +1,33 @@
 """The HTTP interface of an attribute model: conversations or texts in, named scores out.
 
-    POST /v1/attributes   {"conversations": [...]} or {"texts": [...]} -> {"scores": [...], ...}
-    GET  /v1/model        what is served, and its limits
-    GET  /health          200 as long as the server takes requests
-    GET  /metrics         for Prometheus
-    GET  /openapi.json    this interface for machines
-
-Every error has the body {"error": {"type": ..., "message": ...}}.
+POST /v1/attributes   {"conversations": [...]} or {"texts": [...]} -> {"scores": [...], ...}
+GET  /v1/model        what is served, and its limits
+GET  /health          200 as long as the server takes requests
+GET  /metrics         for Prometheus
+GET  /openapi.json    this interface for machines
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import json
-import reprlib
 import sys
-import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     create_model,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steerlm2 import __version__
 from steerlm2.attributes import parse_label
 from steerlm2.data.conversations import Conversation, is_text
 from steerlm2.data.records import ASSISTANT, USER, Turn
@@ -55,27 +35,26 @@ from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 from steerlm2.data.templates import encode_for_scoring
 from steerlm2.inference.attribute_model import AttributeModel
 from steerlm2.serving.batcher import Batcher, QueueFullError, ScoringError, Text
+from steerlm2.serving.http import (
+    Metrics,
+    RequestError,
+    Strict,
+    add_components,
+    body_schema,
+    json_response,
+    listed,
+    new_app,
+    overloaded,
+    parse_body,
+    read_body,
+)
 
-PATHS = ("/v1/attributes", "/v1/model", "/health", "/metrics", "/openapi.json")
+ATTRIBUTES_PATH = "/v1/attributes"
+PATHS = (ATTRIBUTES_PATH, "/v1/model", "/health", "/metrics", "/openapi.json")
 
 LARGE_BODY = 16_384
 """Bytes from which a request is tokenised in a thread: so many take a few milliseconds, in which
 other requests would stand still."""
-
-RETRY_AFTER_SECONDS = 1
-
-MOST_PROBLEMS, LONGEST_PROBLEM = 10, 500
-"""That one answer lists, and their characters."""
-
-MOST_LISTABLE = 10_000
-"""Problems of a request: to collect more of them would hold up other requests for seconds."""
-
-CLEARER = {
-    "model_type": "Input should be an object",
-    "string_pattern_mismatch": "is empty",
-    "string_unicode": "holds half of a surrogate pair: not valid Unicode text",
-}
-"""pydantic's name of a problem -> our words, where its own are about Python."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +72,57 @@ class Limits:
     """Whether a text over the model's max_seq_len loses its beginning, or is refused."""
 
 
-class RequestError(Exception):
-    """What is answered in place of scores."""
+class AttributeScorer:
+    """An attribute model behind a queue, with its metrics. Texts are scored inside `running`."""
 
-    def __init__(self, status: int, kind: str, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.headers = status, kind, headers
+    def __init__(self, model: AttributeModel, registry: CollectorRegistry, max_queue: int) -> None:
+        self.model = model
+        self.num_texts = Counter("steerlm2_texts", "Texts scored", registry=registry)
+        batch_texts = Histogram(
+            *("steerlm2_batch_texts", "Texts of a batch"),
+            buckets=[2**i for i in range(11)],
+            registry=registry,
+        )
+        self.batcher = Batcher(
+            model,
+            max_tokens=model.max_tokens_per_microbatch,
+            max_queue=max_queue,
+            on_batch=batch_texts.observe,
+        )
+        waiting = Gauge("steerlm2_waiting_texts", "Texts in the queue", registry=registry)
+        waiting.set_function(lambda: len(self.batcher))
+        self._worker: asyncio.Task[None] | None = None
+
+    async def score(self, texts: Sequence[Text]) -> list[list[float]]:
+        """[text][attribute] scores.
+
+        Raises:
+            RequestError: where too many texts wait, or the model fails on one of them.
+        """
+        try:
+            scores = await self.batcher.score(texts)
+        except QueueFullError:
+            raise overloaded(
+                f"too many texts wait already (the limit is {self.batcher.max_queue})"
+            ) from None
+        except ScoringError as error:
+            raise RequestError(500, "internal_error", str(error)) from None
+        self.num_texts.inc(len(texts))
+        return scores
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self._worker = asyncio.create_task(self.batcher.run())
+        yield
+        self._worker.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._worker
+
+    def problem(self) -> str | None:
+        """Why no text can be scored any more; None: they can."""
+        if self._worker is None or self._worker.done():
+            return "the model's worker has ended: restart the server"
+        return None
 
 
 def create_app(
@@ -107,86 +131,28 @@ def create_app(
     *,
     limits: Limits | None = None,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+    api_key: str | None = None,
 ) -> FastAPI:
     """The application that serves a model.
 
     Args:
         name: of the model, for callers.
         system_prompt: of conversations without one, and of texts.
+        api_key: that callers must send; None: everybody may ask.
     """
     limits = limits or Limits()
     metrics = Metrics()
-    batcher = Batcher(
-        model,
-        max_tokens=model.max_tokens_per_microbatch,
-        max_queue=limits.max_queue,
-        on_batch=metrics.batch_texts.observe,
+    scorer = AttributeScorer(model, metrics.registry, limits.max_queue)
+
+    app = new_app(
+        "steerlm2 attribute model",
+        metrics,
+        lifespan=lambda app: scorer.running(),
+        paths=PATHS,
+        health=scorer.problem,
+        api_key=api_key,
     )
-    metrics.waiting_texts.set_function(lambda: len(batcher))
-    attributes = list(model.schema.names)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker = app.state.worker = asyncio.create_task(batcher.run())
-        yield
-        worker.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await worker
-
-    # The pages of /docs load their scripts from the internet.
-    app = FastAPI(
-        title="steerlm2 attribute model",
-        version=__version__,
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    app.add_middleware(Measured, metrics=metrics, paths=PATHS)
-    for kind in (RequestError, HTTPException, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, _answer_error)
-
-    body_model = request_model(limits.max_items)
-    schema = body_model.model_json_schema(ref_template="#/components/schemas/{model}")
-    components = {"schemas": schema.pop("$defs")}
-    content = {"application/json": {"schema": schema}}
-
-    @app.post(
-        "/v1/attributes", openapi_extra={"requestBody": {"required": True, "content": content}}
-    )
-    async def score(request: Request) -> Response:
-        """Scores of the last turn of every conversation, or of every text."""
-        try:
-            async with asyncio.timeout(limits.request_timeout):
-                body = await read_body(request, limits.max_body_bytes)
-                conversations = parse_request(body, body_model, system_prompt)
-                if len(body) < LARGE_BODY:
-                    texts, cut = encode(model, conversations, limits.truncate)
-                else:
-                    texts, cut = await asyncio.to_thread(
-                        encode, model, conversations, limits.truncate
-                    )
-                scores = await batcher.score(texts)
-        except TimeoutError:
-            raise RequestError(
-                504,
-                "timeout",
-                f"not answered within {limits.request_timeout:g} seconds: send fewer texts at a "
-                "time, or try again later",
-            ) from None
-        except QueueFullError:
-            raise RequestError(
-                503,
-                "overloaded",
-                f"too many texts wait already (the limit is {limits.max_queue}): try again later",
-                **{"Retry-After": str(RETRY_AFTER_SECONDS)},
-            ) from None
-        except ScoringError as error:
-            raise RequestError(500, "internal_error", str(error)) from None
-        metrics.texts.inc(len(texts))
-        named = [dict(zip(attributes, of_text, strict=True)) for of_text in scores]
-        answer = {"model": name, "attributes": attributes, "scores": named}
-        return _json(200, answer | ({"truncated": cut} if cut else {}))
+    components = add_attributes_route(app, scorer, name, limits, system_prompt)
 
     @app.get("/v1/model")
     async def describe() -> Response:
@@ -194,8 +160,9 @@ def create_app(
 
         `min_value` and `max_value` are the range that all of them share, null where they don't.
         """
+        attributes = list(model.schema.names)
         lowest, highest = model.schema.shared_range or (None, None)
-        return _json(
+        return json_response(
             200,
             {
                 "model": name,
@@ -210,58 +177,45 @@ def create_app(
             },
         )
 
-    @app.get("/health")
-    async def health() -> Response:
-        """200 as long as the server takes requests."""
-        if app.state.worker.done():
-            raise RequestError(503, "broken", "the model's worker has ended: restart the server")
-        return _json(200, {"status": "ok"})
-
-    @app.get("/metrics")
-    async def show_metrics() -> Response:
-        """Prometheus text format."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    # FastAPI itself collects only the models of parameters, and knows none for a body that the
-    # route reads by itself.
-    app.openapi()["components"] = components
+    add_components(app, components)
     return app
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body of a request, of which no more than `max_bytes` are ever held.
+def add_attributes_route(
+    app: FastAPI, scorer: AttributeScorer, name: str, limits: Limits, system_prompt: str
+) -> dict[str, Any]:
+    """Add POST /v1/attributes; returns its components for /openapi.json."""
+    model = scorer.model
+    attributes = list(model.schema.names)
+    body_model = request_model(limits.max_items)
+    described, components = body_schema(body_model)
 
-    Raises:
-        RequestError: for another content type than JSON, which also keeps web pages of other
-            origins from sending requests through a user's browser; for a body that is too large.
-    """
-    content_type = request.headers.get("content-type", "")
-    if content_type.split(";")[0].strip().lower() != "application/json":
-        raise RequestError(
-            415,
-            "unsupported_media_type",
-            f"send Content-Type: application/json, got {content_type or 'none'}",
-        )
-    too_large = RequestError(
-        413,
-        "too_large",
-        f"the body has more than {max_bytes} bytes (max_body_bytes): send fewer texts at a time",
-    )
-    if int(request.headers.get("content-length", 0)) > max_bytes:
-        raise too_large
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
+    @app.post(ATTRIBUTES_PATH, openapi_extra=described)
+    async def score(request: Request) -> Response:
+        """Scores of the last turn of every conversation, or of every text."""
+        try:
+            async with asyncio.timeout(limits.request_timeout):
+                body = await read_body(request, limits.max_body_bytes)
+                conversations = parse_request(body, body_model, system_prompt)
+                if len(body) < LARGE_BODY:
+                    texts, cut = encode(model, conversations, limits.truncate)
+                else:
+                    texts, cut = await asyncio.to_thread(
+                        encode, model, conversations, limits.truncate
+                    )
+                scores = await scorer.score(texts)
+        except TimeoutError:
+            raise RequestError(
+                504,
+                "timeout",
+                f"not answered within {limits.request_timeout:g} seconds: send fewer texts at a "
+                "time, or try again later",
+            ) from None
+        named = [dict(zip(attributes, of_text, strict=True)) for of_text in scores]
+        answer = {"model": name, "attributes": attributes, "scores": named}
+        return json_response(200, answer | ({"truncated": cut} if cut else {}))
 
-
-class _Strict(BaseModel):
-    """Part of a request, without keys that it doesn't know."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+    return components
 
 
 def _check_unicode(text: str) -> str:
@@ -275,7 +229,7 @@ FilledText = Annotated[str, Field(pattern=r"\S")]
 """Checking a pattern, pydantic checks that it is Unicode too."""
 
 
-class TurnItem(_Strict):
+class TurnItem(Strict):
     """One message."""
 
     role: Literal["User", "Assistant"] = Field(alias="from")
@@ -294,7 +248,7 @@ class TurnItem(_Strict):
         return label
 
 
-class ConversationItem(_Strict):
+class ConversationItem(Strict):
     """A line of the published conversation format."""
 
     system: UnicodeText | None = Field(None, description="none: the server's system prompt")
@@ -312,13 +266,13 @@ class ConversationItem(_Strict):
         return turns
 
 
-class AttributesRequest(_Strict):
+class AttributesRequest(Strict):
     """What to score: conversations, or texts that are answers without a question."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
-    conversations: list[ConversationItem] = []
-    texts: list[FilledText] = []
+    conversations: list[ConversationItem] = Field(default_factory=list)
+    texts: list[FilledText] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -351,16 +305,7 @@ def parse_request(
     Raises:
         RequestError: naming the problems, and where they are.
     """
-    try:
-        content = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
-    except RecursionError:
-        raise RequestError(400, "malformed_json", "the body is nested too deeply") from None
-    except ValueError as error:
-        raise RequestError(400, "malformed_json", f"the body is no valid JSON: {error}") from None
-    try:
-        request = model.model_validate(content)
-    except ValidationError as error:
-        raise _refusal(error) from None
+    request = parse_body(body, model)
     return [
         Conversation(
             [Turn(turn.role, turn.value) for turn in item.conversations],
@@ -368,30 +313,6 @@ def parse_request(
         )
         for item in request.conversations
     ] + [Conversation([Turn(ASSISTANT, text)], system_prompt) for text in request.texts]
-
-
-def _refusal(error: ValidationError) -> RequestError:
-    if error.error_count() > MOST_LISTABLE:
-        return RequestError(
-            422,
-            "invalid_request",
-            f"{error.error_count()} problems, too many to list: send fewer turns to see them",
-        )
-    problems = error.errors(include_url=False, include_context=False)
-    message = _listed(map(_problem_text, problems), len(problems))
-    if any(problem["type"] == "too_long" for problem in problems):
-        return RequestError(413, "too_large", f"{message} (max_items)")
-    return RequestError(422, "invalid_request", message)
-
-
-def _problem_text(problem: ErrorDetails) -> str:
-    """Where the problem is, and pydantic's words unless they need Python to be understood."""
-    kind, found = problem["type"], problem["input"]
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem["loc"])
-    where = "".join(steps).removeprefix(".")
-    text = CLEARER.get(kind, problem["msg"]).removeprefix("Value error, ")
-    got = f", got {reprlib.repr(found)}" if kind.endswith(("_type", "literal_error")) else ""
-    return f"{where}: {text}{got}" if where else f"{text}{got}"
 
 
 def encode(
@@ -423,96 +344,6 @@ def encode(
         raise RequestError(
             413,
             "too_long",
-            f"more than {model.max_seq_len} tokens: {_listed(too_long, len(too_long))}",
+            f"more than {model.max_seq_len} tokens: {listed(too_long, len(too_long))}",
         )
     return texts, cut
-
-
-class Metrics:
-    """What /metrics shows, in a registry of its own."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        registry = self.registry
-        self.requests = Counter(
-            "steerlm2_requests", "Requests answered", ["path", "status"], registry=registry
-        )
-        self.seconds = Histogram(
-            "steerlm2_request_seconds", "Seconds to the answer", ["path"], registry=registry
-        )
-        self.texts = Counter("steerlm2_texts", "Texts scored", registry=registry)
-        self.batch_texts = Histogram(
-            "steerlm2_batch_texts",
-            "Texts of a batch",
-            buckets=[2**i for i in range(11)],
-            registry=registry,
-        )
-        self.waiting_texts = Gauge(
-            "steerlm2_waiting_texts", "Texts in the queue", registry=registry
-        )
-
-
-class Measured:
-    """Middleware that counts and times the requests; paths that don't exist are one."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Sequence[str]) -> None:
-        self.app, self.metrics, self.paths = app, metrics, paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = 500
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        started = time.perf_counter()
-        try:
-            await self.app(scope, receive, send_and_note)
-        finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path, str(status)).inc()
-            self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
-
-
-def _answer_error(request: Request, error: Exception) -> Response:
-    match error:
-        case RequestError():
-            return _error(error.status, error.kind, str(error), error.headers)
-        case HTTPException():
-            kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
-            where = f"{request.method} {request.url.path}"
-            message = f"{where}: {error.detail}. Known paths: {', '.join(PATHS)}"
-            return _error(error.status_code, kind, message, error.headers)
-        case ClientDisconnect():
-            return _error(400, "disconnected", "the connection was closed before the body's end")
-    return _error(500, "internal_error", f"{type(error).__name__}; the server's log has more")
-
-
-def _error(
-    status: int, kind: str, message: str, headers: Mapping[str, str] | None = None
-) -> Response:
-    return _json(status, {"error": {"type": kind, "message": message}}, headers)
-
-
-def _json(status: int, value: object, headers: Mapping[str, str] | None = None) -> Response:
-    body = json.dumps(value, allow_nan=False).encode()
-    return Response(body, status, headers, media_type="application/json")
-
-
-def _listed(problems: Iterable[str], count: int) -> str:
-    """Problems quote what they found: a short answer goes to a long request too."""
-    shown = [
-        problem if len(problem) <= LONGEST_PROBLEM else f"{problem[:LONGEST_PROBLEM]}..."
-        for problem in itertools.islice(problems, MOST_PROBLEMS)
-    ]
-    more = count - len(shown)
-    return "; ".join(shown + ([f"... and {more} more"] if more else []))
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")

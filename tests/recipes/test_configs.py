@@ -36,6 +36,7 @@ CONFIG_CLASSES = {
     "sample_responses": "SampleConfig",
     "score_responses": "ScoreConfig",
     "serve_reward": "ServeConfig",
+    "serve_steerlm": "ServeConfig",
     "sft_distributed": "SFTConfig",
     "steerlm2_distributed": "SteerLM2Config",
     "steerlm2_pipeline": "PipelineConfig",
@@ -171,9 +172,10 @@ def test_models_have_the_size_of_their_name(size: str, billions: float) -> None:
 
 
 RUN_MODELS = sorted({RECIPE_OF[name] for name in WITH_MODEL})
-DIFFERENT_KEYS = {"data", "loss", "export"}
+DIFFERENT_KEYS = {"data", "loss", "export", "attribute_model"}
 """What attribute models and SteerLM 2.0 are trained on, and with, has a section of its own; and
-SteerLM 2.0 exports its last weights where the others export their best."""
+SteerLM 2.0 exports its last weights where the others export their best. evaluate_steering can also
+ask a server for scores."""
 
 
 def fields_of(section: type) -> dict[str, tuple[Any, Any]]:

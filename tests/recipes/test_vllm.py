@@ -7,6 +7,7 @@ of these tests makes: STEERLM2_VLLM_VENV, or ~/.cache/steerlm2/vllm-0.32.0.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -27,14 +28,20 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from steerlm2.attributes import parse_label
+from steerlm2.config.keys import SteeredKeys
+from steerlm2.config.loader import load_config
 from steerlm2.data.chat_templates import messages_of
 from steerlm2.data.jsonl import json_line
 from steerlm2.data.records import Record, Response, read_records, write_records
 from steerlm2.data.synthetic import synthetic_records
 from steerlm2.data.templates import encode_prompt, extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.distributed.world import World
 from steerlm2.inference.completions import CompletionsEngine
 from steerlm2.inference.engines import Request, SamplingSettings, forbidden_ids, response_end
+from steerlm2.inference.load_steered import load_steered_model
+from steerlm2.inference.steered import SteeredModel
+from steerlm2.inference.streaming import GenerationSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -444,6 +451,71 @@ def test_a_pipeline_finds_the_servers_log_probs_to_be_ours(
     report = json.loads((tmp_path / "out/score/groups.jsonl.engine_log_q.json").read_text())
     assert report["responses"] > 60
     assert report["per_sequence"]["max"] < 1e-3
+
+
+@pytest.fixture(scope="module")
+def steered(language_server: Server, language_model: Path) -> SteeredModel:
+    """As serve_steerlm asks the server."""
+    cfg = load_config(
+        SteeredKeys,
+        {
+            "tokenizer": {
+                "_component_": "steerlm2.data.hf_tokenizer",
+                "path": str(language_model),
+            },
+            **{"server": {"url": language_server.url}, "max_seq_len": MAX_SEQ_LEN},
+            **{"device": "cpu", "dtype": "fp32"},
+        },
+    )
+    return load_steered_model(cfg, World(torch.device("cpu")))
+
+
+def test_streams_give_its_chat_endpoints_greedy_answers(
+    language_server: Server, steered: SteeredModel
+) -> None:
+    """Token by token, log-probs too: ids in, pieces out, against messages and the chat template."""
+
+    async def ours(messages: Any, attributes: Any) -> tuple[list[int], list[float], str]:
+        settings = GenerationSettings(48, temperature=0.0, top_log_probs=2)
+        deltas = [each async for each in steered.stream(messages, attributes, settings)]
+        tokens = [token for delta in deltas for token in delta.tokens]
+        assert len(deltas) > 2, "it came in one piece"
+        log_probs = [token.log_prob.log_prob for token in tokens if token.log_prob is not None]
+        assert all(token.log_prob and len(token.log_prob.top) == 2 for token in tokens)
+        text = "".join(delta.text for delta in deltas)
+        return [token.token_id for token in tokens], log_probs, text
+
+    async def all_of_ours() -> list[tuple[list[int], list[float], str]]:
+        asked = [ours(messages, attributes) for messages, attributes in chats]
+        try:
+            return await asyncio.gather(*asked)
+        finally:
+            await steered.engine.close()
+
+    chats: list[tuple[Any, Any]] = []
+    for record in synthetic_records(6, 2, seed=3):
+        assert record.label is not None
+        messages = messages_of(record.system, record.prompt_turns)
+        chats.append((messages, parse_label(record.label)))
+    tokenizer = tiny_tokenizer()
+    for (messages, attributes), (ids, log_probs, text) in zip(
+        chats, asyncio.run(all_of_ours()), strict=True
+    ):
+        body = {
+            **{"messages": messages, "temperature": 0, "max_tokens": 48, "logprobs": True},
+            **{"return_token_ids": True, "chat_template_kwargs": {"attributes": attributes}},
+        }
+        answer = httpx.post(
+            f"{language_server.url}/v1/chat/completions", json=body, timeout=60
+        ).json()
+        (choice,) = answer["choices"]
+        theirs = choice["token_ids"]
+        assert ids == theirs[: len(ids)]
+        # The template's end of turn is no part of the text.
+        assert tokenizer.decode(theirs[len(ids) :]) in ("", "\n", "\n<extra_id_1>")
+        assert choice["message"]["content"].startswith(text)
+        known = [token["logprob"] for token in choice["logprobs"]["content"]]
+        assert log_probs == pytest.approx(known[: len(ids)], abs=1e-3)
 
 
 def test_the_server_ends_with_the_command_beside_it(language_server: Server) -> None:

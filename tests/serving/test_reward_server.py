@@ -76,7 +76,7 @@ def error_of(response: Any, status: int) -> str:
     assert response.headers["content-type"] == "application/json"
     body = response.json()
     assert list(body) == ["error"]
-    assert list(body["error"]) == ["type", "message"]
+    assert list(body["error"]) == ["type", "message", "param", "code"]
     return body["error"]["message"]
 
 
@@ -455,3 +455,13 @@ def test_ranges_that_differ_have_no_common_ends() -> None:
         described = client.get("/v1/model").json()
     assert described["ranges"] == {"humor": [0, 10], "verbosity": [1, 5]}
     assert (described["min_value"], described["max_value"]) == (None, None)
+
+
+def test_an_api_key_is_asked_for() -> None:
+    """But for the health, which whoever starts the server asks for."""
+    with TestClient(create_app(MODEL, "mine", limits=LIMITS, api_key="s3cret")) as client:
+        body = {"texts": ["Good."]}
+        assert "send the header" in error_of(client.post("/v1/attributes", json=body), 401)
+        assert client.get("/health").status_code == 200
+        headers = {"Authorization": "Bearer s3cret"}
+        assert client.post("/v1/attributes", json=body, headers=headers).status_code == 200
