@@ -39,7 +39,7 @@ KEYS = {
     "Home": (36, ""),
 }
 """Key -> its code and the text that it makes."""
-SECONDS = 10.0
+SECONDS = 30.0
 """That a test waits for what it expects."""
 
 
@@ -171,12 +171,19 @@ class Browser:
                 raise AssertionError(f"{len(found)} elements, not {count}: {role} {name!r}")
             time.sleep(0.02)
 
-    def click(self, role: str, name: str, which: int = 0, count: int = 1) -> None:
-        """Press the mouse on an element, which nothing may cover."""
+    def click(
+        self, role: str, name: str, *, which: int = 0, count: int = 1, at: float = 0.5
+    ) -> None:
+        """Press the mouse on an element, which nothing may cover.
+
+        Args:
+            which: of the `count` elements of that role and name.
+            at: where, as a share of its width.
+        """
         node = self.find(role, name, count)[which]
         self.call("DOM.scrollIntoViewIfNeeded", backendNodeId=node)
         quad = self.call("DOM.getContentQuads", backendNodeId=node)["quads"][0]
-        x, y = sum(quad[::2]) / 4, sum(quad[1::2]) / 4
+        x, y = quad[0] + at * (quad[2] - quad[0]), sum(quad[1::2]) / 4
         target = self.call("DOM.resolveNode", backendNodeId=node)["object"]["objectId"]
         covered = self.call(
             "Runtime.callFunctionOn",
@@ -187,9 +194,7 @@ class Browser:
         )
         assert covered["result"]["value"] is False, f"{role} {name!r} is covered"
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str, *, shift: bool = False, times: int = 1) -> None:
         """Press a key of KEYS."""
@@ -211,9 +216,12 @@ class Browser:
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
 
     def prefer(self, scheme: str) -> None:
-        """Have the page "light" or "dark"."""
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.call("Emulation.setEmulatedMedia", features=features)
+        """Have the page "light" or "dark", and without movements."""
+        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": name, "value": value} for name, value in features.items()],
+        )
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

@@ -312,6 +312,7 @@ function sampling() {
     if (input.value !== "") found[id] = Number(input.value);
   }
   if (!model.scores || found.best_of === 1) delete found.best_of;
+  else found.n = found.best_of; // all of them are shown
   return found;
 }
 
@@ -324,11 +325,10 @@ function messagesFor(lane, turn) {
   const system = $("system").value;
   const messages = [{ role: "system", content: system }];
   for (const earlier of turns.slice(0, turns.indexOf(turn))) {
-    const texts = [earlier.answers[lane.index], earlier.answers[0]].map(textOf);
-    const answer = texts.find((text) => text);
-    if (!answer) continue; // it failed: a question without an answer would only confuse
+    const own = [earlier.answers[lane.index], earlier.answers[0]].find(textOf);
+    if (!own) continue; // it failed: a question without an answer would only confuse
     messages.push({ role: "user", content: earlier.question });
-    messages.push({ role: "assistant", content: answer });
+    messages.push({ role: "assistant", content: textOf(own), attributes: own.asked });
   }
   return [...messages, { role: "user", content: turn.question }];
 }
