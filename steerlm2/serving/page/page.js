@@ -192,7 +192,8 @@ function showValues(lane) {
     input.style.setProperty("--share", share(lane.values[name], attribute));
     output.textContent = lane.values[name];
   }
-  lane.gist.textContent = labelOf(lane.values);
+  const moved = model.attributes.filter((each) => lane.values[each.name] !== each.default);
+  lane.gist.textContent = moved.map(({ name }) => `${name} ${lane.values[name]}`).join(" · ") || "as usual";
   showPresets(lane);
 }
 
