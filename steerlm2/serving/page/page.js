@@ -143,11 +143,17 @@ async function* events(response) {
 
 // --- settings: sliders and presets
 
+/** A value of every attribute; without those that have none, which a request then leaves out. */
+const valuesBy = (key) =>
+  Object.fromEntries(
+    model.attributes.filter((each) => Number.isFinite(each[key])).map((each) => [each.name, each[key]]),
+  );
+
 function makeLane(index) {
-  const values = Object.fromEntries(model.attributes.map((each) => [each.name, each.default]));
-  const lane = { index, values, inputs: new Map() };
+  const lane = { index, values: valuesBy("default"), inputs: new Map() };
   const gist = element("span", { class: "gist" });
   const sliders = element("div", { class: "sliders" });
+  const none = element("p", { class: "small" }, "This model was trained without attributes.");
   for (const attribute of model.attributes) sliders.append(slider(lane, attribute));
   lane.gist = gist;
   lane.presets = element("div", { class: "presets", role: "group", "aria-label": "Presets" });
@@ -158,7 +164,7 @@ function makeLane(index) {
     "details",
     { class: `panel lane-${index}` },
     element("summary", {}, heading, " ", gist),
-    element("div", { class: "panel-body" }, lane.presets, sliders),
+    element("div", { class: "panel-body" }, ...(model.attributes.length ? [lane.presets, sliders] : [none])),
   );
   $(`panel-${index}`).replaceChildren(lane.panel);
   showValues(lane);
@@ -169,13 +175,13 @@ function slider(lane, attribute) {
   const { name, min, max, step = 1 } = attribute;
   const id = `slider-${lane.index}-${model.attributes.indexOf(attribute)}`;
   const output = element("output", { for: id });
-  const input = element("input", {
-    ...{ type: "range", id, min, max, step },
-    input: () => {
-      lane.values[name] = Number(input.value);
-      showValues(lane);
-    },
-  });
+  const set = () => {
+    lane.values[name] = Number(input.value);
+    showValues(lane);
+  };
+  // Where a value isn't set, its lowest one is chosen without any input.
+  const keyup = ({ key }) => /^(Arrow|Home|End|Page)/.test(key) && set();
+  const input = element("input", { type: "range", id, min, max, step, input: set, click: set, keyup });
   lane.inputs.set(name, { attribute, input, output });
   const track = element("div", { class: "slider", title: `${min} to ${max}` }, input);
   const steps = Math.round((max - min) / step);
@@ -188,16 +194,19 @@ function slider(lane, attribute) {
 
 function showValues(lane) {
   for (const [name, { attribute, input, output }] of lane.inputs) {
-    input.value = lane.values[name];
-    input.style.setProperty("--share", share(lane.values[name], attribute));
-    output.textContent = lane.values[name];
+    const value = lane.values[name] ?? attribute.min;
+    input.value = value;
+    input.style.setProperty("--share", share(value, attribute));
+    input.classList.toggle("unset", !(name in lane.values));
+    output.textContent = lane.values[name] ?? "–";
   }
-  const moved = model.attributes.filter((each) => lane.values[each.name] !== each.default);
+  const moved = model.attributes.filter((each) => lane.values[each.name] !== (each.default ?? undefined));
   lane.gist.textContent = moved.map(({ name }) => `${name} ${lane.values[name]}`).join(" · ") || "as usual";
   showPresets(lane);
 }
 
 function setValues(lane, values) {
+  lane.values = {};
   for (const [name, { attribute }] of lane.inputs) {
     if (Number.isFinite(values[name])) lane.values[name] = clip(values[name], attribute);
   }
@@ -214,14 +223,13 @@ function savedPresets() {
 }
 
 function presets() {
-  const all = (key) => Object.fromEntries(model.attributes.map((each) => [each.name, each[key]]));
   const own = savedPresets().filter(({ values }) =>
     model.attributes.some(({ name }) => Number.isFinite(values[name])),
   );
   return [
-    { name: "Usual", values: all("default") },
-    { name: "High", values: all("max") },
-    { name: "Low", values: all("min") },
+    { name: "Usual", values: valuesBy("default") },
+    { name: "High", values: valuesBy("max") },
+    { name: "Low", values: valuesBy("min") },
     ...own.map((preset) => ({ ...preset, own: true })),
   ];
 }
@@ -230,7 +238,7 @@ function showPresets(lane) {
   const saving = lane.presets.querySelector("form");
   const focused = lane.presets.contains(document.activeElement) && document.activeElement.dataset.name;
   const chips = presets().map(({ name, values, own }) => {
-    const pressed = Object.entries(lane.values).every(([key, value]) => values[key] === value);
+    const pressed = model.attributes.every((each) => values[each.name] === lane.values[each.name]);
     const chip = button(name, () => setValues(lane, values), {
       "aria-pressed": `${pressed}`,
       "data-name": name,
@@ -461,8 +469,9 @@ function showAnswer(own) {
 }
 
 function noteOf({ state, body }, choice) {
+  if (state === "running") return body.best_of ? `Writing ${body.best_of} answers, to show the nearest.` : "";
   if (state === "stopped") return "Stopped.";
-  if (choice?.finish === "length") return `Cut off at ${body.max_tokens} tokens.`;
+  if (choice?.finish === "length") return "Cut off: it reached the most tokens that it may have.";
   if (state === "done" && !choice?.text) return "The answer is empty.";
   return "";
 }
@@ -488,14 +497,12 @@ function pager(own) {
 function scoreBars(asked, obtained) {
   const list = element("ul", { class: "bars" });
   const distances = [];
-  for (const attribute of model.attributes) {
-    const { name } = attribute;
-    if (!Number.isFinite(obtained[name])) continue;
-    if (name in asked) distances.push(Math.abs(clip(obtained[name], attribute) - asked[name]));
-    list.append(bar(attribute, asked[name], obtained[name]));
+  for (const [name, score] of Object.entries(obtained)) {
+    const attribute = model.attributes.find((each) => each.name === name);
+    list.append(bar(name, attribute, asked[name], score));
+    if (attribute && name in asked) distances.push(Math.abs(score - asked[name]) * errorScale(attribute));
   }
-  const mean = distances.reduce((sum, each) => sum + each, 0) / distances.length;
-  const off = distances.length ? ` ${mean.toFixed(1)} off on average` : "";
+  const off = distances.length ? ` ${mean(distances).toFixed(1)} off on average` : "";
   return element(
     "div",
     { class: "scores" },
@@ -504,19 +511,27 @@ function scoreBars(asked, obtained) {
   );
 }
 
-function bar(attribute, asked, obtained) {
-  const track = element("span", { class: "track", "aria-hidden": "true" });
-  const fill = element("i", { class: "fill" });
-  fill.style.width = `${100 * share(obtained, attribute)}%`;
-  track.append(fill);
+const mean = (numbers) => numbers.reduce((sum, each) => sum + each, 0) / numbers.length;
+
+/** Errors weigh by their share of the range, as the server counts them for best_of. */
+const errorScale = ({ min, max }) => mean(model.attributes.map((each) => each.max - each.min)) / (max - min);
+
+/** A score; without a track where the model has no such attribute, so that its range isn't known. */
+function bar(name, attribute, asked, obtained) {
+  const track = element("span", { class: attribute ? "track" : "", "aria-hidden": "true" });
+  if (attribute) {
+    const fill = element("i", { class: "fill" });
+    fill.style.width = `${100 * share(obtained, attribute)}%`;
+    track.append(fill);
+  }
   const value = element("span", { class: "value" }, element("b", {}, obtained.toFixed(1)));
-  if (asked !== undefined) {
+  if (attribute && asked !== undefined) {
     const mark = element("i", { class: "mark" });
     mark.style.left = `${100 * share(asked, attribute)}%`;
     track.append(mark);
     value.append(element("small", {}, ` asked ${asked}`));
   }
-  return element("li", {}, element("span", { class: "name" }, attribute.name), " ", track, value);
+  return element("li", {}, element("span", { class: "name" }, name), " ", track, value);
 }
 
 function actions(own) {
@@ -731,7 +746,6 @@ async function load() {
   $("model").textContent = model.id;
   $("system").value = model.system ?? "";
   $("max_tokens").max = model.max_model_len;
-  $("max_tokens").value = Math.min(512, Math.floor(model.max_model_len / 2));
   $("best-of-field").hidden = !model.scores;
   lanes = LETTERS.map((_, index) => makeLane(index));
   place();
