@@ -146,7 +146,9 @@ async function* events(response) {
 /** A value of every attribute; without those that have none, which a request then leaves out. */
 const valuesBy = (key) =>
   Object.fromEntries(
-    model.attributes.filter((each) => Number.isFinite(each[key])).map((each) => [each.name, each[key]]),
+    model.attributes
+      .filter((each) => Number.isFinite(each[key]))
+      .map((each) => [each.name, each[key]]),
   );
 
 function makeLane(index) {
@@ -164,7 +166,11 @@ function makeLane(index) {
     "details",
     { class: `panel lane-${index}` },
     element("summary", {}, heading, " ", gist),
-    element("div", { class: "panel-body" }, ...(model.attributes.length ? [lane.presets, sliders] : [none])),
+    element(
+      "div",
+      { class: "panel-body" },
+      ...(model.attributes.length ? [lane.presets, sliders] : [none]),
+    ),
   );
   $(`panel-${index}`).replaceChildren(lane.panel);
   showValues(lane);
@@ -181,7 +187,16 @@ function slider(lane, attribute) {
   };
   // Where a value isn't set, its lowest one is chosen without any input.
   const keyup = ({ key }) => /^(Arrow|Home|End|Page)/.test(key) && set();
-  const input = element("input", { type: "range", id, min, max, step, input: set, click: set, keyup });
+  const input = element("input", {
+    type: "range",
+    id,
+    min,
+    max,
+    step,
+    input: set,
+    click: set,
+    keyup,
+  });
   lane.inputs.set(name, { attribute, input, output });
   const track = element("div", { class: "slider", title: `${min} to ${max}` }, input);
   const steps = Math.round((max - min) / step);
@@ -198,10 +213,14 @@ function showValues(lane) {
     input.value = value;
     input.style.setProperty("--share", share(value, attribute));
     input.classList.toggle("unset", !(name in lane.values));
+    input.ariaValueText = name in lane.values ? null : "not set";
     output.textContent = lane.values[name] ?? "–";
   }
-  const moved = model.attributes.filter((each) => lane.values[each.name] !== (each.default ?? undefined));
-  lane.gist.textContent = moved.map(({ name }) => `${name} ${lane.values[name]}`).join(" · ") || "as usual";
+  const moved = model.attributes.filter(
+    (each) => lane.values[each.name] !== (each.default ?? undefined),
+  );
+  lane.gist.textContent =
+    moved.map(({ name }) => `${name} ${lane.values[name]}`).join(" · ") || "as usual";
   showPresets(lane);
 }
 
@@ -236,7 +255,8 @@ function presets() {
 
 function showPresets(lane) {
   const saving = lane.presets.querySelector("form");
-  const focused = lane.presets.contains(document.activeElement) && document.activeElement.dataset.name;
+  const focused =
+    lane.presets.contains(document.activeElement) && document.activeElement.dataset.name;
   const chips = presets().map(({ name, values, own }) => {
     const pressed = model.attributes.every((each) => values[each.name] === lane.values[each.name]);
     const chip = button(name, () => setValues(lane, values), {
@@ -244,16 +264,24 @@ function showPresets(lane) {
       "data-name": name,
     });
     if (!own) return chip;
-    const remove = button("×", () => removePreset(name), { "aria-label": `Delete preset ${name}` });
+    const label = `Delete preset ${name}`;
+    const remove = button("×", () => removePreset(name), { "aria-label": label });
     return element("span", { class: "own" }, chip, remove);
   });
   lane.presets.replaceChildren(...chips, saving ?? saveForm(lane));
   // The chips are new: whoever pressed one by keyboard stays on it.
-  if (focused) [...lane.presets.querySelectorAll("[data-name]")].find((each) => each.dataset.name === focused)?.focus();
+  const buttons = [...lane.presets.querySelectorAll("[data-name]")];
+  buttons.find((each) => each.dataset.name === focused)?.focus();
 }
 
 function saveForm(lane) {
-  const name = element("input", { "aria-label": "Name of the preset", required: true, maxlength: 40, hidden: true, placeholder: "Name" });
+  const name = element("input", {
+    "aria-label": "Name of the preset",
+    required: true,
+    maxlength: 40,
+    hidden: true,
+    placeholder: "Name",
+  });
   const save = element("button", { type: "submit", class: "quiet", formnovalidate: true }, "Save…");
   const done = () => {
     name.hidden = true;
@@ -287,7 +315,10 @@ function keepPresets(all) {
 }
 
 function savePreset(name, values) {
-  keepPresets([...savedPresets().filter((each) => each.name !== name), { name, values: { ...values } }]);
+  keepPresets([
+    ...savedPresets().filter((each) => each.name !== name),
+    { name, values: { ...values } },
+  ]);
   say(`Saved the preset ${name}.`);
 }
 
@@ -308,7 +339,7 @@ function compare(on) {
 
 // --- what is asked
 
-/** The numbers beside the sliders, by the names that the request has for them; null where one is wrong. */
+/** The numbers of the request by their names in it; null where one of them is wrong. */
 function sampling() {
   const found = {};
   for (const id of ["temperature", "top_p", "max_tokens", "seed", "best_of"]) {
@@ -326,10 +357,11 @@ function sampling() {
 }
 
 function showSampling() {
-  $("shared-gist").textContent = `temperature ${$("temperature").value} · top-p ${$("top_p").value}`;
+  $("shared-gist").textContent =
+    `temperature ${$("temperature").value} · top-p ${$("top_p").value}`;
 }
 
-/** Question and answers up to a turn, as this lane has them: B goes on from A's where it has none. */
+/** The conversation up to a turn as this lane has it: B goes on from A's answers before its own. */
 function messagesFor(lane, turn) {
   const system = $("system").value;
   const messages = [{ role: "system", content: system }];
@@ -421,7 +453,10 @@ function following(change) {
 
 function showTurn(turn) {
   const last = turn === turns.at(-1);
-  const edit = button("Edit", startEditing, { class: "quiet edit", "aria-label": "Edit this question" });
+  const edit = button("Edit", startEditing, {
+    class: "quiet edit",
+    "aria-label": "Edit this question",
+  });
   const question = element("div", { class: "question" }, element("h2", { class: "hidden" }, "You"));
   question.append(element("p", {}, turn.question));
   if (last) question.append(edit);
@@ -459,7 +494,8 @@ function showAnswer(own) {
   if (state === "running") parts.push(element("span", { class: "caret", "aria-hidden": "true" }));
   const note = noteOf(own, choice);
   if (note) parts.push(element("p", { class: "note" }, note));
-  if (state === "failed") parts.push(element("p", { class: "problem", role: "alert" }, own.problem));
+  if (state === "failed")
+    parts.push(element("p", { class: "problem", role: "alert" }, own.problem));
   if (state !== "running") {
     if (own.choices.length > 1) parts.push(pager(own));
     parts.push(choice?.scores ? scoreBars(own.asked, choice.scores) : askedLine(own.asked));
@@ -469,7 +505,8 @@ function showAnswer(own) {
 }
 
 function noteOf({ state, body }, choice) {
-  if (state === "running") return body.best_of ? `Writing ${body.best_of} answers, to show the nearest.` : "";
+  if (state === "running")
+    return body.best_of ? `Writing ${body.best_of} answers, to show the nearest.` : "";
   if (state === "stopped") return "Stopped.";
   if (choice?.finish === "length") return "Cut off: it reached the most tokens that it may have.";
   if (state === "done" && !choice?.text) return "The answer is empty.";
@@ -500,7 +537,8 @@ function scoreBars(asked, obtained) {
   for (const [name, score] of Object.entries(obtained)) {
     const attribute = model.attributes.find((each) => each.name === name);
     list.append(bar(name, attribute, asked[name], score));
-    if (attribute && name in asked) distances.push(Math.abs(score - asked[name]) * errorScale(attribute));
+    if (attribute && name in asked)
+      distances.push(Math.abs(score - asked[name]) * errorScale(attribute));
   }
   const off = distances.length ? ` ${mean(distances).toFixed(1)} off on average` : "";
   return element(
@@ -514,9 +552,10 @@ function scoreBars(asked, obtained) {
 const mean = (numbers) => numbers.reduce((sum, each) => sum + each, 0) / numbers.length;
 
 /** Errors weigh by their share of the range, as the server counts them for best_of. */
-const errorScale = ({ min, max }) => mean(model.attributes.map((each) => each.max - each.min)) / (max - min);
+const errorScale = ({ min, max }) =>
+  mean(model.attributes.map((each) => each.max - each.min)) / (max - min);
 
-/** A score; without a track where the model has no such attribute, so that its range isn't known. */
+/** A score; without a track where the model has no such attribute, and its range isn't known. */
 function bar(name, attribute, asked, obtained) {
   const track = element("span", { class: attribute ? "track" : "", "aria-hidden": "true" });
   if (attribute) {
@@ -538,11 +577,21 @@ function actions(own) {
   const turn = turns.find((each) => each.answers.includes(own));
   const row = element("div", { class: "actions" });
   if (turn === turns.at(-1)) {
-    row.append(button(own.state === "failed" ? "Try again" : "Regenerate", () => answer(turn, own.lane)));
+    row.append(
+      button(own.state === "failed" ? "Try again" : "Regenerate", () => answer(turn, own.lane)),
+    );
   }
   if (textOf(own)) row.append(button("Copy", () => copy(textOf(own), "the answer")));
-  row.append(button("curl", () => copy(asCurl(own.body), "the request as curl"), { "aria-label": "Copy as curl" }));
-  row.append(button("Python", () => copy(asPython(own.body), "the request as Python"), { "aria-label": "Copy as Python" }));
+  row.append(
+    button("curl", () => copy(asCurl(own.body), "the request as curl"), {
+      "aria-label": "Copy as curl",
+    }),
+  );
+  row.append(
+    button("Python", () => copy(asPython(own.body), "the request as Python"), {
+      "aria-label": "Copy as Python",
+    }),
+  );
   return row;
 }
 
@@ -615,7 +664,10 @@ const baseUrl = () => new URL("v1", document.baseURI).href;
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
 function asCurl(body) {
-  const lines = [`curl ${quoted(`${baseUrl()}/chat/completions`)}`, `-H 'Content-Type: application/json'`];
+  const lines = [
+    `curl ${quoted(`${baseUrl()}/chat/completions`)}`,
+    `-H 'Content-Type: application/json'`,
+  ];
   if (readStored(session, API_KEY)) lines.push(`-H "Authorization: Bearer $${KEY_VARIABLE}"`);
   lines.push(`-d ${quoted(JSON.stringify(body, null, 2))}`);
   return `${lines.join(" \\\n  ")}\n`;
@@ -627,7 +679,9 @@ function python(value) {
   if (value === null) return "None";
   if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
   if (typeof value !== "object") return JSON.stringify(value);
-  const pairs = Object.entries(value).map(([key, each]) => `${JSON.stringify(key)}: ${python(each)}`);
+  const pairs = Object.entries(value).map(
+    ([key, each]) => `${JSON.stringify(key)}: ${python(each)}`,
+  );
   return `{${pairs.join(", ")}}`;
 }
 
@@ -730,16 +784,20 @@ function listen() {
   });
   $("new-chat").addEventListener("click", newChat);
   $("compare").addEventListener("click", () => compare(!comparing()));
-  for (const input of $("shared").querySelectorAll("input")) input.addEventListener("input", showSampling);
+  for (const input of $("shared").querySelectorAll("input"))
+    input.addEventListener("input", showSampling);
 }
 
 async function load() {
-  const log = $("examples");
+  const examples = $("examples");
   try {
     [model] = (await (await request("v1/models")).json()).data;
   } catch (error) {
     const again = button("Try again", load);
-    log.replaceChildren(element("p", { class: "problem", role: "alert" }, error.message), again);
+    examples.replaceChildren(
+      element("p", { class: "problem", role: "alert" }, error.message),
+      again,
+    );
     return;
   }
   document.title = `${model.id} · steerlm2`;
@@ -750,7 +808,7 @@ async function load() {
   lanes = LETTERS.map((_, index) => makeLane(index));
   place();
   showSampling();
-  log.replaceChildren(...EXAMPLES.map((text) => button(text, () => ask(text))));
+  examples.replaceChildren(...EXAMPLES.map((text) => button(text, () => ask(text))));
   for (const id of ["compare", "new-chat", "question", "send"]) $(id).disabled = false;
   if (wide.matches) $("question").focus(); // a phone's keyboard would cover half of the page
 }
