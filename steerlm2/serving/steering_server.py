@@ -31,7 +31,6 @@ from steerlm2.serving.chat_route import CHAT, add_chat
 from steerlm2.serving.completion_routes import COMPLETIONS, GENERATE, add_completions, add_generate
 from steerlm2.serving.http import (
     Metrics,
-    RequestError,
     add_components,
     json_response,
     new_app,
