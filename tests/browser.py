@@ -52,7 +52,7 @@ def chromium() -> str:
         pytest.skip("needs Debian's chromium: apt-get install chromium")
     for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
         done = subprocess.run(
-            ["apt-get", "-q", *command],
+            ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=120", *command],
             env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
             capture_output=True,
             text=True,
