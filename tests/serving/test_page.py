@@ -285,10 +285,18 @@ def test_everything_by_keyboard(page: Browser, engine: Echo) -> None:
     ]
 
 
-SIDEWAYS = """[...document.querySelectorAll("*")]
-  .filter((each) => each.scrollWidth > each.clientWidth + 1)
-  .filter((each) => ["auto", "scroll"].includes(getComputedStyle(each).overflowX))
-  .map((each) => each.id || each.className)"""
+SIDEWAYS = """(() => {
+  const scrolls = (each) =>
+    each.scrollWidth > each.clientWidth + 1 &&
+    ["auto", "scroll"].includes(getComputedStyle(each).overflowX);
+  const leaves = (each) => {
+    const { left, right, width } = each.getBoundingClientRect();
+    return width > 1 && (left < -1 || right > innerWidth + 1);
+  };
+  return [...document.body.querySelectorAll("*")]
+    .filter((each) => scrolls(each) || leaves(each))
+    .map((each) => each.id || each.className || each.localName);
+})()"""
 
 
 def test_no_width_scrolls_sideways(page: Browser) -> None:
