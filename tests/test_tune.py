@@ -240,6 +240,12 @@ def test_recipes_come_from_the_package_or_from_the_checkout(installed: Environme
         assert folders == [package / "_recipes", package / "_recipe_configs"]
 
 
+def test_a_wheel_has_the_files_of_the_page(wheel: Environment) -> None:
+    folder = wheel.site_packages / "steerlm2" / "serving" / "page"
+    names = {path.name for path in folder.iterdir()}
+    assert {"index.html", "page.css", "page.js"} <= names
+
+
 def test_the_page_of_a_report_has_its_template(run_script: Run, tmp_path: Path) -> None:
     script = tmp_path / "report.py"
     script.write_text(

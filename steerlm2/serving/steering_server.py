@@ -31,7 +31,6 @@ from steerlm2.serving.chat_route import CHAT, add_chat
 from steerlm2.serving.completion_routes import COMPLETIONS, GENERATE, add_completions, add_generate
 from steerlm2.serving.http import (
     Metrics,
-    RequestError,
     add_components,
     json_response,
     new_app,
@@ -46,6 +45,15 @@ PAGE_FILES = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+"""Nothing of the page comes from elsewhere, and browsers are told so."""
 
 PATHS = (
     *(CHAT, COMPLETIONS, ATTRIBUTES_PATH, GENERATE, "/v1/models", "/v1/model"),
@@ -176,9 +184,8 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_file(app: FastAPI, path: str, file: Path, media_type: str) -> None:
+    content = file.read_bytes()
+
     @app.get(path, include_in_schema=False)
     async def show() -> Response:
-        if not file.is_file():
-            raise RequestError(404, "not_found", f"this server has no {file.name}")
-        headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
-        return Response(file.read_bytes(), media_type=media_type, headers=headers)
+        return Response(content, media_type=media_type, headers=PAGE_HEADERS)
