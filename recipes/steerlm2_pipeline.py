@@ -19,7 +19,7 @@ SIGUSR1 says that the running stage is being stopped (recipes/launch/pipeline.sb
 end is waited for, it isn't taken for complete, and no other stage begins.
 
 At the end output_dir has summary.json (every metric of the evaluation, model by model) and
-report.html.
+report.html, and the commands are printed that chat with the last model, and serve it with a page.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from steerlm2.checkpoint_dirs import newest_export
 from steerlm2.config.loader import REST, as_yaml, config_problems, load_recipe, yaml_key
 from steerlm2.evaluation.model_card import add_evaluation
 from steerlm2.evaluation.report import markdown_table, read_report
+from steerlm2.pipeline.next_steps import next_steps
 from steerlm2.pipeline.page import evaluated_models, pipeline_page
 from steerlm2.pipeline.plan import (
     Stage,
@@ -227,6 +228,8 @@ class PipelineRecipe:
             for model in results
         ]
         print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir / REPORT}")
+        for use, command in next_steps(self.plan, self.values).items():
+            print(f"{use}: {command}")
 
     # Helpers
 

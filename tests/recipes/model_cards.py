@@ -37,7 +37,7 @@ def scorer(folder: Path) -> AttributeModel:
     assert facts.schema is not None
     component = "steerlm2.checkpoints.HFCheckpointer"
     return load_attribute_model(
-        {"_component_": "steerlm2.models.checkpoint_model", "checkpoint_dir": str(folder)},
+        {"_component_": "steerlm2.models.from_checkpoint", "checkpoint_dir": str(folder)},
         {"_component_": component, "checkpoint_dir": str(folder)},
         tiny_tokenizer(),
         extra_id_template(),

@@ -7,9 +7,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from model_cards import card_blocks, scorer
 from transformers import pipeline
 
+from model_cards import card_blocks, scorer
 from steerlm2.data.chat_templates import messages_of
 from steerlm2.data.synthetic import synthetic_records
 
