@@ -213,7 +213,9 @@ class RewardRecipe:
         """The weights as a Hugging Face sequence classifier, and the run's results."""
         template = self.cfg.template
         facts = ModelFacts(kind="attribute model", template=template, schema=self.schema)
-        step = self.run.export(self.model, self.checkpointer, facts)
+        data = "labels" if self.cfg.loss == "regression" else "preferences"
+        method = f"attribute model ({self.cfg.loss} on {data})"
+        step = self.run.export(self.model, self.checkpointer, facts, method=method)
         tables = {entry["step"]: entry["calibration"] for entry in self.calibrations.read()}
         calibration = table_text(tables[step]) if step in tables else ""
         table = ("loss", "grad_norm", "lr")

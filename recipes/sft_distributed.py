@@ -146,7 +146,9 @@ class SFTRecipe:
     def export(self) -> None:
         """The weights as Hugging Face safetensors, and the run's table and plot."""
         text = TrainedText(self.tokenizer, self.template, self.stop_id)
-        step = self.run.export(self.model, self.checkpointer, self.facts, text)
+        is_labelled = self.facts.default_label is not None
+        method = "attribute-conditioned fine-tuning" if is_labelled else "supervised fine-tuning"
+        step = self.run.export(self.model, self.checkpointer, self.facts, text, method=method)
         self.run.report(step, table=("loss", "grad_norm", "lr"), curves=("loss",))
 
     # Helpers

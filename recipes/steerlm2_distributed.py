@@ -232,7 +232,9 @@ class SteerLM2Recipe:
     def export(self) -> None:
         """The trained weights as Hugging Face safetensors, and the run's table and plot."""
         text = TrainedText(self.tokenizer, self.template, self.stop_id)
-        step = self.run.export(self.model, self.checkpointer, self.facts, text)
+        step = self.run.export(
+            self.model, self.checkpointer, self.facts, text, method="SteerLM 2.0"
+        )
         table = ("distance", "loss", *METRIC_NAMES[1:], "grad_norm", "lr")
         self.run.report(step, table=table, curves=("distance", "loss"))
 

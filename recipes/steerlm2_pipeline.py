@@ -19,7 +19,7 @@ SIGUSR1 says that the running stage is being stopped (recipes/launch/pipeline.sb
 end is waited for, it isn't taken for complete, and no other stage begins.
 
 At the end output_dir has summary.json (every metric of the evaluation, model by model) and
-report.html.
+report.html, and the commands are printed that chat with the last model, and serve it with a page.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ from yaml import YAMLError
 
 from steerlm2.checkpoint_dirs import newest_export
 from steerlm2.config.loader import REST, as_yaml, config_problems, load_recipe, yaml_key
+from steerlm2.evaluation.model_card import add_evaluation
 from steerlm2.evaluation.report import markdown_table, read_report
-from steerlm2.pipeline.page import pipeline_page
+from steerlm2.pipeline.next_steps import next_steps
+from steerlm2.pipeline.page import evaluated_models, pipeline_page
 from steerlm2.pipeline.plan import (
     Stage,
     StageOptions,
@@ -200,7 +202,8 @@ class PipelineRecipe:
                 print(f"{self._run_stage(stage, lock):.0f} s", flush=True)
 
     def report(self) -> None:
-        """Write summary.json and report.html, if the evaluation is complete."""
+        """Write summary.json, report.html, and the results into the cards of the pipeline's models,
+        if the evaluation is complete."""
         evaluations = [s for s in self.plan if s.recipe == "evaluate_steering"]
         if not evaluations or not self._is_complete(evaluations[-1]):
             return
@@ -217,12 +220,16 @@ class PipelineRecipe:
         page = pipeline_page(self.output_dir, self.plan, self.values, evaluations[-1])
         (self.output_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         (self.output_dir / REPORT).write_text(page, encoding="utf-8")
+        for folder in evaluated_models(self.plan, self.values, list(results)):
+            add_evaluation(folder, results)
         shown = [metric for metric in ("exact_kl", "steering_mae") if metric in summary]
         rows: list[dict[str, Any]] = [
             {"model": model, **{metric: summary[metric].get(model) for metric in shown}}
             for model in results
         ]
         print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir / REPORT}")
+        for use, command in next_steps(self.plan, self.values).items():
+            print(f"{use}: {command}")
 
     # Helpers
 

@@ -73,6 +73,10 @@ RECIPES: dict[str, list[str]] = {
         "any/serve_steerlm",
         "llama3_1/8B_serve_steerlm",
     ],
+    "chat": [
+        "tiny/chat",
+        "any/chat",
+    ],
     "sample_responses": [
         "tiny/sample_responses",
         "any/sample_responses",
@@ -130,7 +134,7 @@ RECIPES: dict[str, list[str]] = {
 }
 # `tune run` refuses torchrun's arguments for these.
 SINGLE_PROCESS_RECIPES = {
-    *("prepare_data", "serve_reward", "serve_steerlm", "steerlm2_pipeline", "plan_memory")
+    *("prepare_data", "serve_reward", "serve_steerlm", "chat", "steerlm2_pipeline", "plan_memory")
 }
 
 

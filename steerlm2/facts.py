@@ -6,7 +6,8 @@
       "schema": {"names": ["humor", "verbosity"], "min_value": 0, "max_value": 4},
       "default_label": "humor:0,verbosity:2",
       "system": "Answer the question.",
-      "trained": {"from": "Llama-3.2-1B", "data": "train.jsonl", "steps": 800}
+      "trained": {"method": "SteerLM 2.0", "from": "acsft/epoch_1", "base": "Llama-3.2-1B",
+                  "data": "train.jsonl", "records": 500, "steps": 800, "loss": 0.07}
     }
 
 Paths aren't in it: a folder is published as it is.
@@ -51,7 +52,8 @@ class ModelFacts:
     system: str | None = None
     """Of a language model: the most frequent system text in training."""
     trained: Mapping[str, Any] = field(default_factory=dict)
-    """From which model, on which data, for how many steps: for people to read."""
+    """How, from which model, on which data, for how many steps, and what came of it: for people to
+    read, in the model card too."""
 
 
 def read_facts(checkpoint_dir: str | Path) -> ModelFacts | None:

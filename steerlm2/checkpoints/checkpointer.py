@@ -19,6 +19,7 @@ from torchtune.modules import TransformerDecoder
 
 from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
 from steerlm2.checkpoints.hf_names import decoder_name
+from steerlm2.checkpoints.model_card import MODEL_CARD, write_card
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
     read_weights,
@@ -34,6 +35,7 @@ from steerlm2.checkpoints.side_files import (
     token_ids,
     token_names,
     update_json,
+    without_paths,
     write_generation_config,
     write_tokenizer,
 )
@@ -97,26 +99,32 @@ class FolderCheckpointer:
         self.write_side_files(folder)
         return folder
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_side_files(self, folder: Path, *, is_adapter: bool = False) -> None:
         """Write what the export says of itself, the tokenizer's files, and of a language model what
-        ends a text."""
-        (folder / FACTS_FILE).unlink(missing_ok=True)
-        if self.facts is not None:
-            write_facts(folder, self.facts)
+        ends a text.
+
+        Args:
+            is_adapter: the weights are a LoRA adapter in PEFT's format.
+        """
+        for name in (FACTS_FILE, MODEL_CARD):
+            (folder / name).unlink(missing_ok=True)
         if self.text is None:
             remove_side_files(folder)
             self._copy_tokenizer(folder)
-            return
-        write_tokenizer(folder, self.text, self._pad(self.text), self.facts)
-        if self.text.stop_id is not None:
-            write_generation_config(folder, self._generation_config(self.text))
+        else:
+            write_tokenizer(folder, self.text, self._pad(self.text), self.facts)
+            if self.text.stop_id is not None:
+                write_generation_config(folder, self._generation_config(self.text))
+        if self.facts is not None:
+            write_facts(folder, self.facts)
+            write_card(folder, self.facts, is_adapter=is_adapter)
 
     def finish(self, epoch: int, dtype: torch.dtype) -> None:
         """Write the last file: an export with a config.json is complete (`is_complete`)."""
         name = str(dtype).removeprefix("torch.")
         names = dict.fromkeys(("torch_dtype", "dtype"), name)  # transformers prefers the second
         ids = token_ids(self.text, self._pad(self.text)) if self.text else {}
-        config = {key: value for key, value in self.hf_config.items() if key != "auto_map"}
+        config = {k: v for k, v in without_paths(self.hf_config).items() if k != "auto_map"}
         update_json(self.output_dir / f"epoch_{epoch}" / "config.json", config | ids | names)
 
     def _pad(self, text: TrainedText) -> int:

@@ -8,6 +8,7 @@ weights.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from steerlm2.facts import ModelFacts
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 SIDE_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
+
+_PATH = re.compile(r"[/~]|[A-Za-z]:[/\\]|\\\\|file:")
+_PATH_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,16 @@ def check_side_files(folder: Path) -> None:
             read_json(folder / name)
 
 
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config without the folders that its makers' tools have noted in it."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in _PATH_KEYS
+        and (key.endswith("_token") or not (isinstance(value, str) and _PATH.match(value)))
+    }
+
+
 def remove_side_files(folder: Path) -> None:
     """Remove what an earlier export left: links too, which would be written through."""
     for name in SIDE_FILES:
@@ -74,7 +88,7 @@ def write_tokenizer(
     if text.stop_id is not None:
         special["eos_token"] = text.spelled(text.stop_id)
     config_file, template_file = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE
-    config = read_json(config_file) if config_file.exists() else {}
+    config = without_paths(read_json(config_file)) if config_file.exists() else {}
     if config.pop("auto_map", None):  # the code of a tokenizer, which doesn't come along
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("chat_template", None)
@@ -86,7 +100,7 @@ def write_tokenizer(
         else:
             template_file.write_text(chat, encoding="utf-8")
     _add_control_tokens(folder / "tokenizer.json", text)
-    _write_json(config_file, config | special)
+    write_json(config_file, config | special)
     if (map_file := folder / "special_tokens_map.json").exists():  # transformers prefers it
         update_json(map_file, special)
 
@@ -108,7 +122,7 @@ def _add_control_tokens(tokenizer_json: Path, text: TrainedText) -> None:
     ]
     if missing:
         added = sorted([*spec["added_tokens"], *missing], key=lambda token: token["id"])
-        _write_json(tokenizer_json, spec | {"added_tokens": added})
+        write_json(tokenizer_json, spec | {"added_tokens": added})
 
 
 def token_ids(text: TrainedText, pad_id: int) -> dict[str, int]:
@@ -144,7 +158,7 @@ def generation_config(
     ids = token_ids(text, pad_id) | {"eos_token_id": [text.stop_id, *kept]}
     # With `_from_model_config` transformers takes the ends from config.json again.
     rest = {k: v for k, v in known.items() if k not in ids and k != "_from_model_config"}
-    return rest | ids
+    return without_paths(rest) | ids
 
 
 def token_names(folder: Path) -> Callable[[int], str | None]:
@@ -157,13 +171,13 @@ def token_names(folder: Path) -> Callable[[int], str | None]:
 
 
 def write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
-    _write_json(folder / GENERATION_CONFIG, config)
+    write_json(folder / GENERATION_CONFIG, config)
 
 
 def update_json(file: Path, values: Mapping[str, Any]) -> None:
     """Set keys of the JSON object in a file; other keys stay."""
-    _write_json(file, (read_json(file) if file.exists() else {}) | dict(values))
+    write_json(file, (read_json(file) if file.exists() else {}) | dict(values))
 
 
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

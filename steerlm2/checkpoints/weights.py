@@ -32,6 +32,7 @@ from steerlm2.checkpoints.checkpointer import (
     plain_name,
 )
 from steerlm2.checkpoints.hf_names import EMBEDDING, HEAD, peft_name, rows_to_hf
+from steerlm2.checkpoints.model_card import MODEL_CARD, checkpoint_name, write_card
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
     checkpoint_digest,
@@ -47,8 +48,9 @@ from steerlm2.checkpoints.side_files import (
     generation_config,
     token_ids,
     token_names,
-    update_json,
+    without_paths,
     write_generation_config,
+    write_json,
     write_tokenizer,
 )
 from steerlm2.config.loader import instantiate
@@ -56,7 +58,7 @@ from steerlm2.data.jsonl import shortened
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
-from steerlm2.facts import ModelFacts
+from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
 from steerlm2.models.config_json import check_decoder, exported_config
 from steerlm2.models.decoders import HeadShape, context_length, head_shape
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
@@ -373,9 +375,12 @@ def save_weights(
             base = checkpointer.checkpoint_dir if isinstance(checkpointer, HFCheckpointer) else None
             _save_adapter(alone, tensors, lora, head_shape(decoder), head, base)
             if isinstance(checkpointer, FolderCheckpointer):
-                checkpointer.write_side_files(alone)
+                checkpointer.write_side_files(alone, is_adapter=True)
             elif text is not None:
                 write_tokenizer(alone, text, text.tokenizer.pad_id, facts)
+                if facts is not None:
+                    write_facts(alone, facts)
+                    write_card(alone, facts, is_adapter=True)
 
         world.on_main(save_adapter)
         if adapter_only:
@@ -402,21 +407,26 @@ def save_weights(
         theirs = cast(Checkpointer, checkpointer)
         world.on_main(lambda: theirs.save_checkpoint({"model": weights}, epoch=epoch))
         if text is not None:
-            world.on_main(lambda: _rewrite_side_files(folder, text))
+            world.on_main(lambda: _rewrite_side_files(folder, text, facts))
     return folder
 
 
-def _rewrite_side_files(folder: Path, text: TrainedText) -> None:
+def _rewrite_side_files(folder: Path, text: TrainedText, facts: ModelFacts | None) -> None:
     """In an export of torchtune's, which has the side files of the checkpoint it started from."""
     config, generation = read_json(folder / "config.json"), folder / GENERATION_CONFIG
     known = read_json(generation) if generation.is_file() else {}
     pad_id, name_of = text.tokenizer.pad_id, token_names(folder)
-    write_tokenizer(folder, text, pad_id)
+    write_tokenizer(folder, text, pad_id, facts)
     if text.stop_id is not None:
         ends = config.get("eos_token_id")
         new = generation_config(known, ends, text, pad_id, name_of)
         write_generation_config(folder, new)
-    update_json(folder / "config.json", token_ids(text, pad_id))
+    write_json(folder / "config.json", without_paths(config) | token_ids(text, pad_id))
+    for name in (FACTS_FILE, MODEL_CARD):
+        (folder / name).unlink(missing_ok=True)
+    if facts is not None:
+        write_facts(folder, facts)
+        write_card(folder, facts)
 
 
 def _save_adapter(
@@ -432,15 +442,16 @@ def _save_adapter(
     It has its own folder, because transformers adds an adapter beside the merged weights to them.
 
     Args:
-        base: the folder of the model that it is added to; None: unknown.
+        base: the folder of the model that it is added to, which the adapter names, without the
+            path; None: unknown.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {peft_name(name): rows_to_hf(name, tensor, heads) for name, tensor in adapter.items()}
     modules = sorted({name.split(".")[-3] for name in adapter})
     config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules}
     kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
-    base_path = None if base is None else str(base.resolve())
-    config = kind | tune_to_peft_adapter_config(config, base_path)
+    name = None if base is None else checkpoint_name(base.resolve())
+    config = kind | tune_to_peft_adapter_config(config, name)
     if reward_head is not None:
         tensors[f"base_model.model.{HF_HEAD}"] = reward_head
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}

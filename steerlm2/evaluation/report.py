@@ -224,7 +224,7 @@ def html_page(
         results=results,
         colors={name: place % PALETTE for place, name in enumerate(results)},
         headlines=headline_rows(results),
-        columns=_headlines(results),
+        columns=headlines(results),
         perfect=_perfect_error(results),
         examples=[_Example(record, list(results)) for record in examples],
         steering=steering_charts(results),
@@ -234,6 +234,15 @@ def html_page(
         cross_talk_title=CROSS_TALK,
         run=run,
     )
+
+
+def headlines(results: Mapping[str, SteeringResult]) -> list[Headline]:
+    """The columns of the first table: those that any model has a number for."""
+    return [
+        column
+        for column in HEADLINES
+        if any(column.metric in result.metrics for result in results.values())
+    ]
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,7 @@ class Cell:
 def headline_rows(results: Mapping[str, SteeringResult]) -> dict[str, list[Cell]]:
     """Model -> its cell in each column of the first table."""
     rows: dict[str, list[Cell]] = {name: [] for name in results}
-    for column in _headlines(results):
+    for column in headlines(results):
         values = [result.metrics.get(column.metric, math.nan) for result in results.values()]
         known = [value for value in values if math.isfinite(value)]
         best = None
@@ -367,15 +376,6 @@ def _meanings(results: Mapping[str, SteeringResult]) -> dict[str, str]:
         for name, text in GLOSSARY.items()
         if any(name in result.metrics for result in results.values())
     }
-
-
-def _headlines(results: Mapping[str, SteeringResult]) -> list[Headline]:
-    """The columns that any model has a number for."""
-    return [
-        column
-        for column in HEADLINES
-        if any(column.metric in result.metrics for result in results.values())
-    ]
 
 
 def _perfect_error(results: Mapping[str, SteeringResult]) -> float | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steerlm2.checkpoint_dirs import newest_export
 from steerlm2.data.records import read_records
 from steerlm2.evaluation.report import EXAMPLES, Run, StageRun, html_page, read_report
 from steerlm2.pipeline.plan import Stage
@@ -89,6 +90,20 @@ def data_sources(plan: Sequence[Stage], values: Values) -> list[str]:
         if not _is_made_here(source, plan)
     )
     return list(found)
+
+
+def evaluated_models(plan: Sequence[Stage], values: Values, names: Collection[str]) -> list[Path]:
+    """The folders of the stages that trained models of these names, where they left an export.
+
+    An evaluation calls a model what its stage is called; it may know it only by its answers.
+    """
+    return [
+        stage.folder
+        for stage in plan
+        if stage.name in names
+        and "save_every_n_steps" in values[stage.name]
+        and newest_export(stage.folder) is not None
+    ]
 
 
 def _source(source: object, config: str) -> str:

@@ -149,11 +149,15 @@ def inputs_of(config: Any, folder: Path, output_dir: Path) -> list[Path]:
 
 
 def digest(path: Path) -> str:
-    """Of a file, or of all files of a folder; of a training run's folder, its last export's."""
+    """Of a file, or of all files of a folder; of a training run's folder, its last export's.
+
+    A folder's README.md is for people: an evaluation is added to that of its own input.
+    """
     if not path.is_dir():
         return file_digest(path)
     folder = resolve_checkpoint_dir(path, missing_ok=True)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    everything = (file for file in folder.rglob("*") if file.is_file())
+    files = sorted(file for file in everything if file.name != "README.md")
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, files))
     names = [file.relative_to(folder).as_posix() for file in files]

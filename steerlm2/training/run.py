@@ -35,7 +35,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
-from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.checkpoints.model_card import origin, source_name
 from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.checkpoints.training_state import (
     DIGESTS,
@@ -402,6 +402,8 @@ class TrainingRun:
         checkpointer: Checkpointer | None,
         facts: ModelFacts,
         text: TrainedText | None = None,
+        *,
+        method: str,
     ) -> int:
         """Write the weights of the best validation, or the last, as Hugging Face safetensors.
 
@@ -409,6 +411,7 @@ class TrainingRun:
             checkpointer: on rank 0; None on the others.
             facts: what the export says of itself; what it was trained on is added.
             text: of a language model, how its texts are written.
+            method: how it was trained, for its model card.
 
         Returns:
             The step that the weights are of.
@@ -419,6 +422,7 @@ class TrainingRun:
         if cfg.export == "best" and self.best:
             step = self.best["step"]
             load_best_weights(self.checkpoints, model, self.world)
+        trained = self.world.on_main(lambda: self._trained(step, method)) or {}
         folder = save_weights(
             model,
             checkpointer,
@@ -427,7 +431,7 @@ class TrainingRun:
             dtype=DTYPES[cfg.save_dtype] if cfg.save_dtype else self.param_dtype,
             output_dir=self.output_dir,
             text=text,
-            facts=dataclasses.replace(facts, trained=self._trained(step)),
+            facts=dataclasses.replace(facts, trained=trained),
             adapter_only=cfg.save_adapter_weights_only,
         )
         log_path(self._logger, "exported_weights", folder)
@@ -506,15 +510,28 @@ class TrainingRun:
         base = world.from_main(world.on_main(lambda: start_digest(cfg.checkpointer)))
         return named | {"base checkpoint (checkpointer)": str(base)}
 
-    def _trained(self, step: int) -> dict[str, Any]:
+    def _trained(self, step: int, method: str) -> dict[str, Any]:
+        """What an export says of its training; nothing of where that was."""
         cfg = self.cfg
-        start = cfg.checkpointer and cfg.checkpointer.get("checkpoint_dir")
-        data = cfg.dataset.get("source") or cfg.dataset["_component_"]
-        return {
-            "from": start and resolve_checkpoint_dir(start).resolve().name,
-            "data": Path(str(data)).name,
-            "steps": step,
+        entries = [entry for entry in self.metrics.read() if entry["step"] <= step]
+        losses = [entry["loss"] for entry in entries if "loss" in entry]
+        validation = {
+            name.removeprefix("val_"): value
+            for entry in entries
+            if entry["step"] == step
+            for name, value in entry.items()
+            if name.startswith("val_")
         }
+        known = {
+            "method": method,
+            **origin(cfg.checkpointer.get("checkpoint_dir") if cfg.checkpointer else None),
+            "data": source_name(cfg.dataset.get("source") or cfg.dataset["_component_"]),
+            "records": self.num_records,
+            "steps": step,
+            "loss": losses[-1] if losses else None,
+            "validation": validation,
+        }
+        return {key: value for key, value in known.items() if value not in (None, {})}
 
     def _resume(self, lr_scheduler: LambdaLR) -> None:
         found = resume_training(

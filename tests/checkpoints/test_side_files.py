@@ -262,7 +262,7 @@ def test_an_adapter_alone_has_the_runs_files(tmp_path: Path, head: bool) -> None
     assert [path.name for path in exported.iterdir()] == ["adapter"]
     adapter = exported / "adapter"
     config = read(adapter, "adapter_config.json")
-    assert config["base_model_name_or_path"] == str(folder)
+    assert config["base_model_name_or_path"] == "base/epoch_1"
     loaded = AutoTokenizer.from_pretrained(adapter)
     ends = 0 if head else tokenizer.token_id("<extra_id_1>")
     assert (len(loaded), loaded.pad_token_id, loaded.eos_token_id) == (513, 1, ends)

@@ -281,9 +281,9 @@ def test_an_adapter_added_to_its_base_is_the_merged_model(tmp_path: Path) -> Non
     save_weights(decoder, checkpointer, CPU, epoch=1, dtype=torch.float32, output_dir=tmp_path)
     export = tmp_path / "epoch_1"
     config = json.loads((export / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "base" / "epoch_1")
+    assert config["base_model_name_or_path"] == "base/epoch_1"
     assert (config["task_type"], config["r"], config["lora_alpha"]) == ("CAUSAL_LM", 4, 8)
-    base = load_file(Path(config["base_model_name_or_path"]) / "model.safetensors")
+    base = load_file(tmp_path / config["base_model_name_or_path"] / "model.safetensors")
     adapter = load_file(export / "adapter" / "adapter_model.safetensors")
     merged = load_file(export / "model.safetensors")
     for module in ("q_proj", "k_proj"):

@@ -10,7 +10,7 @@ import pytest
 from steerlm2.data.records import Record, Response, Turn
 from steerlm2.evaluation.examples import MODEL
 from steerlm2.evaluation.report import SteeringResult, write_report
-from steerlm2.pipeline.page import base_models, data_sources, pipeline_page
+from steerlm2.pipeline.page import base_models, data_sources, evaluated_models, pipeline_page
 from steerlm2.pipeline.plan import Stage
 from steerlm2.pipeline.state import PipelineState, StageRecord
 
@@ -101,3 +101,19 @@ def test_data_are_what_is_prepared_or_read_from_outside() -> None:
         "evaluate": {"dataset": None},
     }
     assert data_sources(plan, values) == ["a.csv (data/chat)", "data/grammar", "b.jsonl"]
+
+
+def test_evaluated_models_are_trained_stages_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the evaluation reads only their answers."""
+    monkeypatch.chdir(tmp_path)
+    plan = [stage("sft"), stage("acsft"), stage("other"), stage("answers"), stage("stopped")]
+    values: dict[str, Any] = {each.name: TRAINS for each in plan} | {"answers": {}}
+    for each in plan[:-1]:
+        export = each.folder / "epoch_1"
+        export.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (export / name).touch()
+    names = ["acsft", "sft", "answers", "stopped", "elsewhere"]
+    assert evaluated_models(plan, values, names) == [Path("out/sft"), Path("out/acsft")]

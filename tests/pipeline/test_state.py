@@ -61,6 +61,14 @@ def test_digest_of_a_run_is_that_of_its_last_export(tmp_path: Path) -> None:
     assert digest(tmp_path) == digest(tmp_path / "epoch_10")
 
 
+def test_what_a_readme_says_is_no_input(tmp_path: Path) -> None:
+    """The evaluation's results come into those of the models that it read."""
+    (tmp_path / "config.json").write_text("{}")
+    before = digest(tmp_path)
+    (tmp_path / "README.md").write_text("# Results\n")
+    assert digest(tmp_path) == before
+
+
 def test_inputs_are_the_paths_of_the_config_that_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -291,6 +291,9 @@ def test_quickstart_leaves_a_summary_and_a_report(uninterrupted: Path) -> None:
     page = (uninterrupted / "report.html").read_text()
     for text in ("Sampled answers", "steerlm2_iter2: distance", "random weights", "data/grammar"):
         assert text in page
+    for model in models:
+        (card,) = (uninterrupted / model).glob("epoch_*/README.md")
+        assert "| steerlm2_iter2 | " in card.read_text()
     assert runs(uninterrupted) == dict.fromkeys(sorted(WORLD_STAGES), 1)
 
 

@@ -27,6 +27,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from model_cards import card_request, scorer
 from steerlm2.attributes import parse_label
 from steerlm2.config.keys import SteeredKeys
 from steerlm2.config.loader import load_config
@@ -223,6 +224,21 @@ def test_scores_are_ours(
     assert scores_in(there) == pytest.approx(ours, rel=0, abs=1e-3)
 
 
+def test_scores_of_messages_are_ours(server: Server, attribute_model: Path) -> None:
+    """The exported chat template ends at the scored token; and the card's request is answered."""
+    answer = httpx.post(f"{server.url}/classify", json=card_request(attribute_model), timeout=60)
+    assert answer.status_code == 200, answer.text
+    reader = scorer(attribute_model)
+    for record in synthetic_records(4, 2, seed=3):
+        answers = [response.value for response in record.responses]
+        group, _ = reader.encode(record.system, record.prompt_turns, answers)
+        for text, ours in zip(answers, reader.score([group])[0], strict=True):
+            said = {"role": "assistant", "content": text}
+            body = {"messages": [*messages_of(record.system, record.prompt_turns), said]}
+            found = httpx.post(f"{server.url}/classify", json=body, timeout=60).json()
+            assert found["data"][0]["probs"] == pytest.approx(ours, rel=0, abs=1e-3)
+
+
 def test_killed_server_is_named_and_what_was_written_stays(
     tune: Any, conversations: Path, labelled_here: Path, server: Server
 ) -> None:
@@ -333,6 +349,13 @@ def test_its_chat_endpoint_asks_with_our_prompts(language_server: Server) -> Non
         assert answer["tokens"] == encode_prompt(
             template, tokenizer, record.system, record.prompt_turns, record.label
         )
+
+
+def test_the_request_of_a_card_is_answered(language_server: Server, language_model: Path) -> None:
+    request = card_request(language_model) | {"max_tokens": 8}
+    answer = httpx.post(f"{language_server.url}/v1/chat/completions", json=request, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"]
 
 
 def token_ids(record: Record, response: Response) -> tuple[list[int], list[int]]:
