@@ -385,7 +385,7 @@ def test_synthetic_preferences_are_learned(tune_command: TuneProcess, tmp_path: 
         *("reward_distributed", "--config", "tiny/reward", "loss=regular_bt", "max_steps=40"),
         "schema.names=[verbosity]",
         *("dataset.num_records=320", f"output_dir={tmp_path}", "val_every_n_steps=40"),
-        *("dataset_val.num_records=24", "save_every_n_steps=null"),
+        *("dataset_val.num_records=24", "save_every_n_steps=null", "global_batch_size=16"),
     )
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     accuracy = [r["val_pairwise_accuracy"] for r in map(json.loads, lines) if "val_loss" in r]
