@@ -64,6 +64,12 @@ def test_every_check_has_a_place_in_the_order() -> None:
     assert sorted(ORDER) == sorted(CHECKS)
 
 
+def test_what_a_rehearsal_leaves_out_another_check_does() -> None:
+    others = [CHECKS[check.rehearsed_by] for check in CHECKS.values() if check.rehearsed_by]
+    assert len(others) == 3
+    assert not any(check.rehearsed_by for check in others)
+
+
 def test_checks_that_run_alone_leave_the_others_half_of_the_default_budget() -> None:
     reserved = sum(check.least for check in CHECKS.values() if check.alone)
     assert reserved <= 280
