@@ -16,6 +16,8 @@ from fork_server import ForkServer
 
 # There is a worker a core. torch reads it when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels without vector instructions: to find out which there are takes three compilations.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 # A loaded machine is slow, not wrong; and what fails fails again.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)

@@ -546,6 +546,7 @@ def preload() -> None:
     import torch.distributed.run as launcher
 
     launcher.run = torchrun_or_forked_ranks(launcher.run)
+    import scipy.stats  # noqa: F401
     import torchtune._cli.tune  # noqa: F401
     from torchtune._recipe_registry import get_all_recipes
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import pearsonr, rankdata, spearmanr
+import scipy  # which imports scipy.stats when it is used: that takes a second
 
 from steerlm2.attributes import NOT_LABELLED, AttributeSchema
 
@@ -39,8 +39,8 @@ def attribute_metrics(
     for name, scores_N, labels_N in _labelled(scores_NA, labels_NA, schema):
         metrics[f"mse_{name}"] = float(np.mean((scores_N - labels_N) ** 2))
         if np.ptp(scores_N) > 0 and np.ptp(labels_N) > 0:
-            metrics[f"pearson_{name}"] = float(pearsonr(scores_N, labels_N).statistic)
-            metrics[f"spearman_{name}"] = float(spearmanr(scores_N, labels_N).statistic)
+            metrics[f"pearson_{name}"] = float(scipy.stats.pearsonr(scores_N, labels_N).statistic)
+            metrics[f"spearman_{name}"] = float(scipy.stats.spearmanr(scores_N, labels_N).statistic)
         if np.ptp(labels_N) > 0:
             metrics[f"pairwise_accuracy_{name}"] = _concordance(scores_N, labels_N)
     return metrics
@@ -148,7 +148,8 @@ def steering_metrics(
         metrics[f"mae_{name}"] = errors[name]
         metrics[f"exact_match_{name}"] = hits[-1]
         if np.ptp(scores_N) > 0 and np.ptp(requested_N) > 0:
-            metrics[f"pearson_{name}"] = float(pearsonr(scores_N, requested_N).statistic)
+            pearson = scipy.stats.pearsonr(scores_N, requested_N)
+            metrics[f"pearson_{name}"] = float(pearson.statistic)
     if not errors:
         raise ValueError("no label names an attribute of the schema")
     scales = schema.select(errors).error_scales
@@ -273,7 +274,7 @@ def _concordance(scores_N: np.ndarray, labels_N: np.ndarray) -> float:
     groups = [scores_N[labels_N == value] for value in np.unique(labels_N)]
     right, pairs = 0.0, 0
     for lower, higher in itertools.combinations(groups, 2):
-        ranks = rankdata(np.concatenate([higher, lower]))[: len(higher)]
+        ranks = scipy.stats.rankdata(np.concatenate([higher, lower]))[: len(higher)]
         right += ranks.sum() - len(higher) * (len(higher) + 1) / 2
         pairs += len(higher) * len(lower)
     return float(right / pairs)

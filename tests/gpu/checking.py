@@ -40,6 +40,8 @@ class Check:
     """It measures time: nothing else runs then."""
     needs: tuple[str, ...]
     """Checks whose results it reads."""
+    rehearsed_by: str
+    """The check that does the same without a GPU: a rehearsal leaves this one out."""
 
 
 CHECKS: dict[str, Check] = {}
@@ -47,12 +49,17 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    seconds: int, *, least: int = 25, alone: bool = False, needs: Sequence[str] = ()
+    seconds: int,
+    *,
+    least: int = 25,
+    alone: bool = False,
+    needs: Sequence[str] = (),
+    rehearsed_by: str = "",
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Registers a function as a check under its name."""
 
     def add(run: Callable[[], None]) -> Callable[[], None]:
-        CHECKS[run.__name__] = Check(run, seconds, least, alone, tuple(needs))
+        CHECKS[run.__name__] = Check(run, seconds, least, alone, tuple(needs), rehearsed_by)
         return run
 
     return add

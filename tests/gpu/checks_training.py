@@ -140,13 +140,13 @@ def steps_bf16() -> None:
     train_as_cpu(*BF16, tolerance=BF16_TOLERANCE)
 
 
-@check(120, needs=["cpu_reference"])
+@check(120, needs=["cpu_reference"], rehearsed_by="steps_fp32")
 def steps_compile() -> None:
     """Compiled layers in float32."""
     train_as_cpu(*FP32, *compiled(), tolerance=FP32_TOLERANCE)
 
 
-@check(120, needs=["cpu_reference"])
+@check(120, needs=["cpu_reference"], rehearsed_by="steps_selective")
 def steps_selective_compiled() -> None:
     """Compiled layers with selective activation checkpointing."""
     train_as_cpu(*FP32, *SELECTIVE, *compiled(), tolerance=FP32_TOLERANCE)
@@ -179,7 +179,7 @@ def steps_torchrun() -> None:
     train_as_cpu(*FP32, "optimizer.fused=true", tolerance=FP32_TOLERANCE, processes=1)
 
 
-@check(90, needs=["cpu_reference"])
+@check(90, needs=["cpu_reference"], rehearsed_by="steps_like_8b")
 def steps_cpu_offload() -> None:
     """Weights and states on the host, with the fused AdamW that the 8B configs set."""
     offload = ("fsdp_cpu_offload=true",) if on_gpu() else ()
@@ -298,10 +298,12 @@ def qlora() -> None:
 @check(150)
 def float8() -> None:
     """float8=true, plain and compiled, with float32 weights; against bf16. (A rehearsal has
-    bf16 in place of float8, which needs a GPU.)"""
+    bf16 in place of float8, which needs a GPU, and nothing plain.)"""
     base = short("save_every_n_steps=null", *MASTER)
     rounded = ("float8=true",) if on_gpu() else ()
-    ways = {"bf16": (), "plain": rounded, "compiled": (*rounded, *FULL, *compiled())}
+    ways = {"bf16": (), "compiled": (*rounded, *FULL, *compiled())}
+    if on_gpu():
+        ways["plain"] = rounded
     compare_ways(
         {
             name: start_tune(*base, *more, f"output_dir={folder()}/{name}")

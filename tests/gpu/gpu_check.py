@@ -221,7 +221,7 @@ class Driver:
 
 def chosen_checks(args: argparse.Namespace) -> list[str]:
     """Names in order, with what the chosen ones need unless an earlier call left it in --work."""
-    chosen = args.only.split(",") if args.only else list(ORDER)
+    chosen = args.only.split(",") if args.only else every_check(args.device)
     skipped = args.skip.split(",") if args.skip else []
     if unknown := [name for name in [*chosen, *skipped] if name not in CHECKS]:
         raise SystemExit(f"no such check: {', '.join(unknown)}; there are {', '.join(ORDER)}")
@@ -229,6 +229,11 @@ def chosen_checks(args: argparse.Namespace) -> list[str]:
     needed = {need for name in wanted for need in CHECKS[name].needs}
     wanted |= {need for need in needed if not passed_before(args.work / f"{need}.json")}
     return [name for name in ORDER if name in wanted]
+
+
+def every_check(device: str) -> list[str]:
+    """In order; on a CPU without those that would do there what another one does."""
+    return [name for name in ORDER if device == "cuda" or not CHECKS[name].rehearsed_by]
 
 
 def passed_before(result: Path) -> bool:

@@ -38,7 +38,6 @@ from steerlm2.training.step_plan import microbatches_by_rank
 LAYOUTS: dict[str, dict[str, int]] = {
     "plain": {"tp": 1, "size": 1},
     "fsdp2": {"tp": 1, "size": 2},
-    "tp2": {"tp": 2, "size": 2},
     "tp2_fsdp2": {"tp": 2, "size": 4},
 }
 THOROUGH = ("plain", "tp2_fsdp2")

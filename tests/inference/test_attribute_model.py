@@ -167,7 +167,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 # On more ranks: attribute_model_on_ranks.py computes, here is what must be equal
 
-LAYOUTS = ("fsdp2", "tp2", "tp2_fsdp2")
+LAYOUTS = ("fsdp2", "tp2_fsdp2")
 ON_RANKS = Path(__file__).with_name("attribute_model_on_ranks.py")
 LOSSES = ("regression", "regular_bt", "margin_bt", "scaled_bt")
 REWARD = 2

@@ -12,13 +12,15 @@ from statistics import fmean
 import pytest
 
 from steerlm2.data.records import LOG_PROB_KEYS, read_records
+from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.datasets import steerlm2_dataset
 
 EPOCHS = 3
 CONFIG = """\
 dataset:
   _component_: steerlm2.datasets.steerlm2_dataset
   source: {source}
-  max_seq_len: 1024
+  max_seq_len: 512
 tokenizer:
   _component_: steerlm2.data.tiny_tokenizer
 model:
@@ -35,7 +37,7 @@ model:
 optimizer:
   _component_: torch.optim.AdamW
 lr: 1.0e-3
-global_batch_size: 6
+global_batch_size: 4
 epochs: {epochs}
 clip_grad_norm: 1.0
 steerlm2:
@@ -93,7 +95,8 @@ def test_scored_records_are_the_prepared_ones_that_fit(prepared: Path, scored: P
 def test_distance_falls_by_more_than_half(
     tune: Callable[..., object], scored: Path, tmp_path: Path
 ) -> None:
-    """Mean of the last epoch against the first's, on the training groups themselves."""
+    """Mean of the last epoch against the first's, on the training groups themselves, those of up to
+    512 tokens."""
     config = tmp_path / "oasst.yaml"
     config.write_text(CONFIG.format(source=scored, epochs=EPOCHS))
     tune("steerlm2_distributed", "--config", str(config), f"output_dir={tmp_path / 'run'}")
@@ -101,7 +104,9 @@ def test_distance_falls_by_more_than_half(
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         distances[math.ceil(row["epoch"] - 1e-9) - 1].append(row["distance"])
-    assert [len(distances[epoch]) for epoch in range(EPOCHS)] == [math.ceil(53 / 6)] * EPOCHS
+    groups = steerlm2_dataset(tiny_tokenizer(), source=str(scored), max_seq_len=512)
+    steps = math.ceil(len(groups) / 4)
+    assert [len(distances[epoch]) for epoch in range(EPOCHS)] == [steps] * EPOCHS
     means = [fmean(distances[epoch]) for epoch in range(EPOCHS)]
     assert means[-1] < means[0] / 2, means
 

@@ -320,9 +320,11 @@ def test_stdout_says_which_step_was_exported(reference: RunFolder) -> None:
 
 # The layout changes nothing but the order of sums
 
+FEW_LENGTHS = ("max_tokens_per_microbatch=2000",)
+"""A micro-batch a step. Under tensor parallel each new length costs a second on every rank."""
 LAYOUTS = {
     "fsdp4": ((), 4),
-    "tp2_fsdp2": (("tensor_parallel_dim=2",), 4),
+    "tp2_fsdp2": (("tensor_parallel_dim=2", *FEW_LENGTHS), 4),
     "hsdp_checkpointing": (
         ("data_parallel_replicate_dim=2", "enable_activation_checkpointing=true"),
         4,
@@ -383,7 +385,7 @@ def test_synthetic_preferences_are_learned(tune_command: TuneProcess, tmp_path: 
         *("reward_distributed", "--config", "tiny/reward", "loss=regular_bt", "max_steps=40"),
         "schema.names=[verbosity]",
         *("dataset.num_records=320", f"output_dir={tmp_path}", "val_every_n_steps=40"),
-        *("dataset_val.num_records=24", "save_every_n_steps=null"),
+        *("dataset_val.num_records=24", "save_every_n_steps=null", "global_batch_size=16"),
     )
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     accuracy = [r["val_pairwise_accuracy"] for r in map(json.loads, lines) if "val_loss" in r]

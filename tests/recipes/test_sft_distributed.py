@@ -346,9 +346,14 @@ def test_stdout_says_which_step_was_exported(reference: RunFolder) -> None:
 
 # The layout changes nothing but the order of sums
 
+FEW_LENGTHS = ("max_tokens_per_microbatch=2000",)
+"""A micro-batch a step. Under tensor parallel each new length costs a second on every rank."""
 LAYOUTS = {
     "fsdp4": ((), 4),
-    "tp2_fsdp2": (("tensor_parallel_dim=2", "enable_activation_checkpointing=true"), 4),
+    "tp2_fsdp2": (
+        ("tensor_parallel_dim=2", "enable_activation_checkpointing=true", *FEW_LENGTHS),
+        4,
+    ),
     "one_conversation_a_row": (("max_tokens_per_microbatch=1",), None),
 }
 

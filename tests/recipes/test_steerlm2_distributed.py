@@ -303,7 +303,6 @@ LAYOUTS = {
         "data_parallel_replicate_dim=2",
         "enable_activation_checkpointing=true",
     ),
-    "tp4": ("tensor_parallel_dim=4",),
 }
 
 
@@ -335,16 +334,17 @@ def test_four_ranks_give_the_answers_of_one_process(
 # The same for other models and other ways to compute
 
 REPLICAS = ("data_parallel_replicate_dim=2",)
-RESPONSE_A_ROW = ("steerlm2.strategy=two_pass", "steerlm2.micro_batch_size=1")
+FEW_A_ROW = ("steerlm2.strategy=two_pass", "steerlm2.micro_batch_size=2")
 MODES = {
     "lora_tp2_fsdp2": ((*LORA, *ONE_LAYER), ("tensor_parallel_dim=2",), 4),
     "tied_tp2_fsdp2": ((*TIED, *ONE_LAYER), ("tensor_parallel_dim=2",), 4),
-    "two_pass_fsdp4": ((), ("steerlm2.strategy=two_pass", "steerlm2.micro_batch_size=2"), 4),
+    "tp4": ((), ("tensor_parallel_dim=4",), 4),
+    "two_pass_fsdp4": ((), FEW_A_ROW, 4),
     "compile_tp2": (ONE_LAYER, ("tensor_parallel_dim=2", "compile=true"), 2),
-    "hsdp2x2_reduce_every_microbatch": ((), (*REPLICAS, *RESPONSE_A_ROW), 4),
+    "hsdp2x2_reduce_every_microbatch": ((), (*REPLICAS, *FEW_A_ROW), 4),
     "hsdp2x2_reduce_once": (
         (),
-        (*REPLICAS, *RESPONSE_A_ROW, "fsdp_reduce_every_microbatch=false"),
+        (*REPLICAS, *FEW_A_ROW, "fsdp_reduce_every_microbatch=false"),
         4,
     ),
 }

@@ -57,6 +57,9 @@ VLLM_VARIABLES = {
     # One process less, which would import for as long as all tests here take.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).with_name("vllm_site")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
 }
 SECONDS_TO_START = 300
 MAX_SEQ_LEN = 512
