@@ -58,10 +58,12 @@ def complete_model(values: Values, section: Values | None = None, where: str = "
     except (ValueError, OSError) as error:
         yield str(error)
         return
+    for keys in (own, values):
+        if keys.get("template") in (None, {"_component_": None}):  # null in YAML, on a command line
+            keys.pop("template", None)
     given = own.get("template") or values.get("template")
     if facts is None:
         if not given:
-            own.pop("template", None)  # null: as if it were left out
             tokenizer = own.get("tokenizer") or values.get("tokenizer")
             path = _path(tokenizer.get("path")) if isinstance(tokenizer, dict) else None
             fitting = fitting_template(added_tokens(path)) if path else None

@@ -86,7 +86,11 @@ def test_a_checkpoint_of_somebody_else_leaves_the_template_to_the_default(tmp_pa
     ],
     ids=["ChatML", "Llama 3", "published", "no template's"],
 )
-@pytest.mark.parametrize("given", [{}, {"template": None}], ids=["left out", "null"])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"template": None}, {"template": {"_component_": None}}],
+    ids=["left out", "null", "null on the command line"],
+)
 def test_a_folder_of_somebody_else_has_the_template_of_its_tokenizer(
     tmp_path: Path, tokens: list[str], template: str, given: dict[str, Any]
 ) -> None:
