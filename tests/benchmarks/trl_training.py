@@ -49,7 +49,7 @@ def resident_bytes(key: str) -> int:
 
 def shared_arguments(settings: Json, way: str) -> Json:
     """Of TRL's configs. Where TRL has a faster setting than its default, that is taken."""
-    rows = 1 if way == "packed" else int(way)
+    rows = 1 if way == "packed" else min(int(way), settings["global_batch_size"])
     return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": rows,
