@@ -2,7 +2,8 @@
 
 A section with a checkpointer needs no tokenizer (its folder's), no model (what config.json
 describes), no template and no schema where the folder is an export of ours. What is given all the
-same must be what the model was trained with.
+same must be what the model was trained with. Of any other folder the template is the one whose
+control tokens its tokenizer has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from omegaconf import MISSING
 from steerlm2.attributes import as_schema, schema_to_json
 from steerlm2.config.loader import instantiate
 from steerlm2.data.digest import template_digest
+from steerlm2.data.templates import fitting_template
+from steerlm2.data.tokenizers import added_tokens
 from steerlm2.facts import FACTS_FILE, ModelFacts, read_facts
 
 CHECKPOINTER = "steerlm2.checkpoints.HFCheckpointer"
@@ -55,9 +58,18 @@ def complete_model(values: Values, section: Values | None = None, where: str = "
     except (ValueError, OSError) as error:
         yield str(error)
         return
-    if facts is None:
-        return
+    for keys in (own, values):
+        if keys.get("template") in (None, {"_component_": None}):  # null in YAML, on a command line
+            keys.pop("template", None)
     given = own.get("template") or values.get("template")
+    if facts is None:
+        if not given:
+            tokenizer = own.get("tokenizer") or values.get("tokenizer")
+            path = _path(tokenizer.get("path")) if isinstance(tokenizer, dict) else None
+            fitting = fitting_template(added_tokens(path)) if path else None
+            if fitting is not None:
+                own["template"] = {"_component_": fitting}
+        return
     if not given:
         own["template"] = dict(facts.template)
     elif not _same_template(given, facts.template):

@@ -110,7 +110,8 @@ class ModelKeys:
     template: Component = field(default_factory=default_template)
     """How a conversation becomes tokens: steerlm2.data.extra_id_template, llama3_template or
     chatml_template (Qwen, SmolLM2); left out: as the checkpoint was trained, if an export of ours
-    says so. A model is used with the template it was trained with."""
+    says so, or the one whose control tokens the tokenizer has. A model is used with the template
+    it was trained with."""
     checkpointer: Component | None = None
     """Where the weights come from, and where trained ones go; null: fresh weights from `seed`."""
     seed: int = 0

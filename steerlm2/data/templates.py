@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -234,6 +234,23 @@ def chatml_template(default_system: str = "") -> ChatMLTemplate:
             are a helpful assistant."
     """
     return ChatMLTemplate(default_system)
+
+
+def fitting_template(tokens: Container[str]) -> str | None:
+    """The template whose control tokens a tokenizer has, as a `_component_`; None: it has none's.
+
+    Args:
+        tokens: the tokenizer's added tokens.
+    """
+    control_tokens = {
+        "extra_id_template": EXTRA_ID_TOKENS,
+        "llama3_template": Llama3Template.control_tokens,
+        "chatml_template": ChatMLTemplate.control_tokens,
+    }
+    for name, needed in control_tokens.items():
+        if all(token in tokens for token in needed):
+            return f"steerlm2.data.{name}"
+    return None
 
 
 def segments_to_text(segments: Iterable[Segment]) -> str:

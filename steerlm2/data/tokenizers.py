@@ -205,6 +205,19 @@ class HFTokenizer:
         return framed[0] if framed[:1] != plain[:1] else None
 
 
+def added_tokens(path: str | Path) -> set[str]:
+    """The added tokens of the tokenizer in a folder, without loading it; none where there is none.
+
+    Args:
+        path: as of `hf_tokenizer`.
+    """
+    try:
+        spec = read_json(_tokenizer_json(path))
+        return {token["content"] for token in spec["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()  # `hf_tokenizer` says what is wrong
+
+
 def hf_tokenizer(path: str | Path) -> HFTokenizer:
     """The Hugging Face tokenizer in a folder (or of a tokenizer.json), usable as `_component_`.
 
@@ -217,10 +230,7 @@ def hf_tokenizer(path: str | Path) -> HFTokenizer:
         FileNotFoundError: if there is no tokenizer.json.
         ValueError: if a file can't be read as what its name says.
     """
-    path = Path(path).expanduser()
-    if path.is_dir() and not (path / "tokenizer.json").is_file():
-        path = newest_export(path) or path
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = _tokenizer_json(path)
     if not file.is_file():
         raise FileNotFoundError(
             f"{file.absolute()} does not exist; give a folder with the tokenizer.json of a"
@@ -244,6 +254,14 @@ def hf_tokenizer(path: str | Path) -> HFTokenizer:
         return HFTokenizer(tokenizer_json, texts, others)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{file.absolute()} is no usable tokenizer: {error}") from error
+
+
+def _tokenizer_json(path: str | Path) -> Path:
+    """The file that `hf_tokenizer` reads, which may be missing."""
+    path = Path(path).expanduser()
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        path = newest_export(path) or path
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def spare_token_id(tokenizer: Tokenizer, used: Collection[int | None]) -> int:

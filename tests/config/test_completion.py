@@ -73,6 +73,36 @@ def test_a_checkpoint_of_somebody_else_leaves_the_template_to_the_default(tmp_pa
     assert sampling(folder).schema is None
 
 
+@pytest.mark.parametrize(
+    ("tokens", "template"),
+    [
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "chatml_template"),
+        (
+            ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+            "llama3_template",
+        ),
+        (["<extra_id_0>", "<extra_id_1>", "<extra_id_2>", "<pad>"], "extra_id_template"),
+        (["<|im_start|>"], "extra_id_template"),
+    ],
+    ids=["ChatML", "Llama 3", "published", "no template's"],
+)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"template": None}, {"template": {"_component_": None}}],
+    ids=["left out", "null", "null on the command line"],
+)
+def test_a_folder_of_somebody_else_has_the_template_of_its_tokenizer(
+    tmp_path: Path, tokens: list[str], template: str, given: dict[str, Any]
+) -> None:
+    """Those that no template fits are told so when they are loaded."""
+    folder = checkpoint(tmp_path / "base")
+    (tmp_path / "base" / FACTS_FILE).unlink()
+    added = [{"id": i, "content": token} for i, token in enumerate(tokens)]
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert sampling(folder, **given).template == {"_component_": f"steerlm2.data.{template}"}
+    assert sampling(folder, template=EXTRA_ID).template == EXTRA_ID
+
+
 def test_a_checkpoint_that_is_still_to_be_trained_is_taken_as_it_will_be(tmp_path: Path) -> None:
     assert sampling(str(tmp_path / "later")).tokenizer["path"] == str(tmp_path / "later")
 

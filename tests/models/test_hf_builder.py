@@ -262,6 +262,29 @@ def test_adapters_of_every_family_are_merged_and_saved_for_peft(
     assert not adapter
 
 
+@pytest.mark.parametrize("family", ["llama3_2", "mistral", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_peft_computes_from_an_adapter_alone_what_its_decoder_does(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    # It refuses the torchao that torchtune needs, also where nothing is quantized.
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+    folder = make_folder(tmp_path / "base", family)
+    decoder, checkpointer = loaded(folder, tmp_path, **ALL_LORA)
+    start = logps(decoder)
+    torch.manual_seed(0)
+    for parameter in get_adapter_params(decoder).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    options: dict[str, Any] = {"epoch": 1, "dtype": torch.float32, "output_dir": tmp_path}
+    export = save_weights(decoder, checkpointer, CPU, **options, adapter_only=True)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, export / "adapter").eval()
+    theirs = adapted(TOKENS_T[None]).logits[0].log_softmax(dim=1)
+    torch.testing.assert_close(logps(decoder), theirs, rtol=0, atol=1e-4)
+    assert (theirs - start).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_qlora_keeps_biases_and_norms_as_they_are(family: str) -> None:
     """In 4 bits are the matrices of the layers alone; the biases are frozen with them."""

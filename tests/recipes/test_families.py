@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,38 +58,95 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def test_two_tensor_parallel_ranks_times_two_shards_train_as_one_process(
-    tune: TuneProcess, folder: Path, run_folder: type[RunFolder], tmp_path: Path
-) -> None:
-    """Losses and gradient norms of 3 steps, clipped, to 1e-4 and the exported weights to 1e-3: the
-    biases are sharded with their projections, and the norms that all heads share have the sum of
-    the ranks' gradients."""
-    runs = []
-    for name, nproc in (("one", None), ("four", 4)):
-        path = tmp_path / name
+@pytest.fixture
+def train(tune: TuneProcess, folder: Path, run_folder: type[RunFolder]) -> Callable[..., RunFolder]:
+    """`train(path, "key=value", nproc=2)` is a run of 3 steps at a constant rate."""
+
+    def run(path: Path, *overrides: str, nproc: int | None = None) -> RunFolder:
         tune(
             *("sft_distributed", "--config", "tiny/acsft", f"output_dir={path}"),
             *("model=steerlm2.models.from_checkpoint", *(f"~model.{key}" for key in OF_LLAMA)),
             "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
             *(f"checkpointer.checkpoint_dir={folder}", f"checkpointer.output_dir={path}"),
             *("dataset.num_records=40", "dataset_val.num_records=4", "max_steps=3", "lr=1e-2"),
-            *("lr_scheduler.warmup_steps=0", "clip_grad_norm=0.1", "save_every_n_steps=null"),
-            *("val_every_n_steps=3", "generation=null", "export=last"),
+            *("lr_scheduler.warmup_steps=0", "lr_scheduler.min_lr=1e-2", "clip_grad_norm=0.1"),
+            *("save_every_n_steps=null", "val_every_n_steps=3", "generation=null", "export=last"),
             *(("tensor_parallel_dim=2",) if nproc else ()),
+            *overrides,
             nproc=nproc,
         )
-        runs.append(run_folder(path))
-    one, four = runs
+        return run_folder(path)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `one` trains, once a family."""
+    return tmp_path_factory.mktemp("one") / "run"
+
+
+@pytest.fixture
+def one(train: Callable[..., RunFolder], one_path: Path, run_folder: type[RunFolder]) -> RunFolder:
+    """The run of one process."""
+    return run_folder(one_path) if one_path.exists() else train(one_path)
+
+
+def assert_same_run(actual: RunFolder, expected: RunFolder) -> None:
+    """Losses and gradient norms to 1e-4 and the exported weights to 1e-3."""
     for key in ("loss", "grad_norm", "val_loss"):
         numbers = [
-            torch.tensor([row[key] for row in run.entries() if key in row]) for run in (one, four)
+            torch.tensor([row[key] for row in run.entries() if key in row])
+            for run in (expected, actual)
         ]
         assert len(numbers[0]) > 0
         torch.testing.assert_close(numbers[1], numbers[0], rtol=1e-4, atol=0)
-    start, expected, got = load_file(folder / "model.safetensors"), one.weights(), four.weights()
-    assert start.keys() == expected.keys() == got.keys()
-    for name, weight in expected.items():
+    got, wanted = actual.weights(), expected.weights()
+    assert got.keys() == wanted.keys()
+    for name, weight in wanted.items():
         assert (got[name] - weight).norm() < 1e-3 * weight.norm()
+
+
+def test_two_tensor_parallel_ranks_times_two_shards_train_as_one_process(
+    train: Callable[..., RunFolder], one: RunFolder, folder: Path, tmp_path: Path
+) -> None:
+    """The biases are sharded with their projections, and the norms that all heads share have the
+    sum of the ranks' gradients."""
+    assert_same_run(train(tmp_path, nproc=4), one)
+    start, trained = load_file(folder / "model.safetensors"), one.weights()
+    assert start.keys() == trained.keys()
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     moved = f"model.layers.0.{OF_HEADS[model_type]}"
-    assert (expected[moved] - start[moved]).norm() > 1e-2 * start[moved].norm()
+    assert (trained[moved] - start[moved]).norm() > 1e-2 * start[moved].norm()
+
+
+def test_adapters_over_two_tensor_parallel_ranks_train_as_in_one_process(
+    train: Callable[..., RunFolder], folder: Path, tmp_path: Path
+) -> None:
+    """Biases and head norms stay as they are, whoever has them."""
+    lora = (
+        "model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",
+        *("model.apply_lora_to_mlp=true", "model.lora_rank=4", "model.lora_alpha=8"),
+    )
+    alone = train(tmp_path / "alone", *lora)
+    assert_same_run(train(tmp_path / "two", *lora, nproc=2), alone)
+    start, trained = load_file(folder / "model.safetensors"), alone.weights()
+    for name, weight in start.items():
+        adapted = "proj.weight" in name
+        assert trained[name].equal(weight) != adapted
+
+
+def test_a_resumed_run_is_one_that_was_not_stopped_bit_for_bit(
+    train: Callable[..., RunFolder], one: RunFolder, tmp_path: Path
+) -> None:
+    """Stopped after its second step of three."""
+    save = ("save_every_n_steps=1", "resume_from_checkpoint=true")
+    train(tmp_path, *save, "max_steps=2")
+    resumed = train(tmp_path, *save)
+    losses = [
+        [row["loss"] for row in run.entries() if row["step"] == 3 and "loss" in row]
+        for run in (resumed, one)
+    ]
+    assert losses[0] == losses[1] != []
+    got, wanted = resumed.weights("model.safetensors"), one.weights()
+    assert all(got[name].equal(weight) for name, weight in wanted.items())

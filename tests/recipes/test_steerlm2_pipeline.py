@@ -74,10 +74,7 @@ def test_dry_run_of_70b_is_a_complete_plan(tune: Any) -> None:
     assert f"checkpointer.checkpoint_dir={folder_of(first)[: -len('steerlm2_iter1')]}acsft" in first
 
 
-OF_THE_USER = (
-    *("base_model=base", "data=data.csv", "template._component_=steerlm2.data.llama3_template"),
-    "schema={formality: [0, 10]}",
-)
+OF_THE_USER = ("base_model=base", "data=data.csv", "schema={formality: [0, 10]}")
 
 
 @pytest.mark.parametrize("config", RECIPES["steerlm2_pipeline"])
