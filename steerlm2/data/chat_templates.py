@@ -16,12 +16,14 @@ conversations are put together of their turns.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -174,14 +176,19 @@ def render(text: str, messages: Sequence[Mapping[str, Any]], **arguments: Any) -
         jinja2.TemplateError: for what the template refuses.
     """
 
+    return _compiled(text).render(messages=messages, **arguments)
+
+
+@functools.lru_cache(maxsize=8)  # an export renders the same template several times
+def _compiled(text: str) -> jinja2.Template:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    jinja = ImmutableSandboxedEnvironment(
+    environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    jinja.globals["raise_exception"] = refuse
-    return jinja.from_string(text).render(messages=messages, **arguments)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(text)
 
 
 def messages_of(system: str, turns: Sequence[Turn]) -> list[dict[str, str]]:
