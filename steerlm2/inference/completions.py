@@ -21,6 +21,8 @@ NEVER = -100
 
 CLAMPED_LOG_PROB = -9999.0
 """What vLLM gives in place of a log-prob that is lower, -inf among them."""
+ROUNDING = 1e-3
+"""How far above 0 a server's log-prob may be: that of a sure token in bfloat16."""
 
 NO_OTHER_CUTS = {
     "ignore_eos": True,
@@ -107,7 +109,7 @@ class CompletionsEngine(ServerClient):
 
     def _sample_without_ids(self, choice: dict[str, Any], reason: str) -> Sample:
         """`stop_reason` is the id of the token that ended a response, null for an end of text."""
-        stop_id, text = self.settings.stop_id, str(choice["text"])
+        stop_id, text = self.settings.stop_id, _with_whole_characters(str(choice["text"]))
         end_known = reason != STOP or "stop_reason" in choice
         if reason == STOP and choice.get("stop_reason", stop_id) != stop_id:
             reason = OTHER_STOP
@@ -115,8 +117,13 @@ class CompletionsEngine(ServerClient):
         return Sample([*self.encode(text), *stop], reason, None, text, end_known)
 
 
+def _with_whole_characters(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which JSON can hold and UTF-8 can't."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _is_known(logprob: object) -> bool:
-    """Whether a server's log-prob of a token is one: not null, not NaN, infinite or clamped."""
+    """Whether a server's log-prob of a token is one: no NaN, infinite, clamped or positive one."""
     if not isinstance(logprob, int | float) or isinstance(logprob, bool):
         return False
-    return math.isfinite(logprob) and logprob > CLAMPED_LOG_PROB
+    return math.isfinite(logprob) and CLAMPED_LOG_PROB < logprob <= ROUNDING

@@ -459,6 +459,18 @@ def test_answers_without_a_value_have_no_label_of_it_and_are_counted(
     assert "answers with a label: 5 (without a value: formality 4)" in caplog.text
 
 
+def test_labels_of_turns_count_as_values(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = [("User", "Q", None), ("Assistant", "A", "formality:3,length:1")]
+    said += [("User", "Q", None), ("Assistant", "B", "formality:4")]
+    turns = [
+        {"from": role, "value": text} | ({"label": label} if label else {})
+        for role, text, label in said
+    ]
+    path = write(tmp_path / "data.jsonl", [{"system": "S", "conversations": turns}])
+    list(chat_data(path, schema=SCHEMA))
+    assert "answers with a label: 2 (without a value: length 1)" in caplog.text
+
+
 @pytest.mark.parametrize("value", [3.5, "3.5", True, "high", [3], 11, -1, "1e999", "3,5"])
 def test_other_values_are_refused_with_their_row(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path / "data.jsonl", rated(3, value))

@@ -179,6 +179,18 @@ def test_without_token_ids_the_stop_reason_tells_the_end(
     assert all(sample.end_known for sample in samples)
 
 
+def test_half_a_character_of_a_server_without_token_ids_is_broken(server: Server) -> None:
+    """JSON holds half a surrogate pair, no file of ours does; a whole pair is a character."""
+    texts = ["a \ud83d", "\ude00 b", "\ud83d\ude00"]
+    server.choices = lambda body: [
+        choice | {"text": text} for choice, text in zip(texts_alone(body), texts, strict=True)
+    ]
+    engine = connected(server)
+    engine.encode = lambda text: list(text.encode())
+    (samples,) = engine.sample(REQUESTS[:1])
+    assert [sample.text for sample in samples] == ["a \ufffd", "\ufffd b", "\U0001f600"]
+
+
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_other_reasons_stay_with_and_without_token_ids(server: Server, reason: str) -> None:
     for choices in (answer_of, texts_alone):
@@ -190,7 +202,7 @@ def test_other_reasons_stay_with_and_without_token_ids(server: Server, reason: s
 
 
 @pytest.mark.parametrize(
-    "logprob", [None, float("nan"), float("-inf"), -9999.0, "-0.5", True], ids=str
+    "logprob", [None, float("nan"), float("-inf"), -9999.0, 0.7, "-0.5", True], ids=str
 )
 def test_a_log_prob_that_is_none_is_not_known(server: Server, logprob: Any) -> None:
     """Of one token, so of its response; the others' are. vLLM clamps to -9999."""

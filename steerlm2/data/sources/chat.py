@@ -625,7 +625,10 @@ def _conversations(items: Iterable[_Item], reading: _Reading) -> Iterator[Unit]:
         system = _system(sample, options)
         if not sample.answers:
             tally.conversations += 1
-            tally.labelled += sum(bool(turn.label) for turn in sample.turns)
+            labels = [turn.label for turn in sample.turns if turn.label]
+            tally.labelled += len(labels)
+            for label in labels:
+                tally.values.update(parse_label(label).keys())
             yield Unit([Conversation(sample.turns, system, sample.extra)], row.split)
             continue
         if reading.match.layout.name == "preference" and not any(a.values for a in answers):
