@@ -402,7 +402,8 @@ def test_only_single_process_recipes_refuse_torchrun() -> None:
 
     refusing = {entry.name for entry in registry._ALL_RECIPES if not entry.supports_distributed}
     assert refusing == {
-        *("prepare_data", "serve_reward", "serve_steerlm", "steerlm2_pipeline", "plan_memory")
+        *("prepare_data", "serve_reward", "serve_steerlm", "chat"),
+        *("steerlm2_pipeline", "plan_memory"),
     }
 
 

@@ -190,9 +190,9 @@ def test_problems_of_the_config_are_named_at_once() -> None:
         load_config(serve_reward.ServeConfig, values)
     assert str(caught.value).splitlines()[1:] == [
         "  - 'request_timeout' must be above 0, got 0.0",
+        "  - 'port' must be 0 to 65535, got 70000",
         "  - 'max_queue' (5) must be at least 'max_items' (64): the texts of a request wait "
         "together",
-        "  - 'port' must be 0 to 65535, got 70000",
         "  - 'schema': attribute schema: names must be a list of at least one name, got []",
     ]
 
