@@ -102,7 +102,7 @@ from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.logs import progress_bar
 from steerlm2.runs.output import check_shared, make_output_dir
 from steerlm2.runs.processes import join_processes
-from steerlm2.runs.record import open_logger
+from steerlm2.runs.record import check_metric_logger, open_logger
 from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_ANSWERS = (
@@ -274,6 +274,7 @@ class EvaluateRecipe:
         self.watch.at("reading the prompts", patience=LONG)
         world.on_main(lambda: make_output_dir(self.output_dir))
         check_shared(self.output_dir, world)
+        world.on_main(lambda: check_metric_logger(cfg.metric_logger))
         self.logger = world.on_main(lambda: cfg.metric_logger and open_logger(cfg.metric_logger))
         self.files = {
             name: Path(model.answers or self.output_dir / "answers" / f"{name}.jsonl")

@@ -30,10 +30,10 @@ from steerlm2.checkpoints.side_files import (
     GENERATION_CONFIG,
     SIDE_FILES,
     TrainedText,
+    config_of_run,
     generation_config,
     remove_side_files,
-    token_ids,
-    token_names,
+    tokenizer_of,
     update_json,
     without_paths,
     write_generation_config,
@@ -123,15 +123,20 @@ class FolderCheckpointer:
         """Write the last file: an export with a config.json is complete (`is_complete`)."""
         name = str(dtype).removeprefix("torch.")
         names = dict.fromkeys(("torch_dtype", "dtype"), name)  # transformers prefers the second
-        ids = token_ids(self.text, self._pad(self.text)) if self.text else {}
         config = {k: v for k, v in without_paths(self.hf_config).items() if k != "auto_map"}
-        update_json(self.output_dir / f"epoch_{epoch}" / "config.json", config | ids | names)
+        if self.text is not None:
+            config = config_of_run(config, self.text, self._pad(self.text), self._base_tokenizer())
+        update_json(self.output_dir / f"epoch_{epoch}" / "config.json", config | names)
 
     def _pad(self, text: TrainedText) -> int:
         return self._pad_id if self._pad_id is not None else text.tokenizer.pad_id
 
     def _generation_config(self, text: TrainedText) -> dict[str, Any]:
-        return generation_config({}, None, text, self._pad(text), lambda token_id: None)
+        return generation_config({}, None, text, self._pad(text), None)
+
+    def _base_tokenizer(self) -> Tokenizer | None:
+        """That of the checkpoint that the run started from."""
+        return None
 
     def _copy_tokenizer(self, folder: Path) -> None:
         raise NotImplementedError
@@ -202,9 +207,10 @@ class HFCheckpointer(FolderCheckpointer):
 
     def _generation_config(self, text: TrainedText) -> dict[str, Any]:
         ends, pad_id = self.hf_config.get("eos_token_id"), self._pad(text)
-        return generation_config(
-            self._generation, ends, text, pad_id, token_names(self.checkpoint_dir)
-        )
+        return generation_config(self._generation, ends, text, pad_id, self._base_tokenizer())
+
+    def _base_tokenizer(self) -> Tokenizer | None:
+        return tokenizer_of(self.checkpoint_dir)
 
 
 class ScratchCheckpointer(FolderCheckpointer):

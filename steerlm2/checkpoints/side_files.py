@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,19 @@ SIDE_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 
 _PATH = re.compile(r"[/~]|[A-Za-z]:[/\\]|\\\\|file:")
 _PATH_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
+
+_OF_A_TOKENIZER = re.compile(
+    r".*(_token|_token_ids?|_token_index|_words_ids|suppress_tokens)"
+    r"|constraints|forced_decoder_ids|lang_to_id|sequence_bias|stop_strings|task_specific_params"
+    r"|task_to_id|tokenizer_class"
+)
+"""Keys of config.json and generation_config.json that mean something with one tokenizer only."""
+
+_BESIDE_THE_STOP_TOKEN = re.compile(r"forced_eos_token_id|stop_.*")
+"""Keys that end a response elsewhere than at the stop token."""
+
+_OF_SINGLE_TOKENS = re.compile(r".*suppress_tokens|bad_words_ids|forced_.*_ids?|sequence_bias")
+"""Keys that make tokens impossible, certain, or more or less likely."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,66 @@ def _add_control_tokens(tokenizer_json: Path, text: TrainedText) -> None:
         write_json(tokenizer_json, spec | {"added_tokens": added})
 
 
+def without_other_tokens(
+    config: Mapping[str, Any], text: TrainedText, base: Tokenizer | None
+) -> dict[str, Any]:
+    """A checkpoint's config without what doesn't hold for the run's tokenizer and stop token.
+
+    Of another tokenizer no key stays that names tokens. Of the same one those go that contradict
+    the stop token, and those with ids that it doesn't have.
+
+    Args:
+        base: the checkpoint's tokenizer; None: unknown.
+    """
+    is_same = _is_same_tokenizer(text, base)
+
+    def holds(key: str, value: Any) -> bool:
+        if not _OF_A_TOKENIZER.fullmatch(key):
+            return True
+        ids = set(_whole_numbers(value))
+        return (
+            is_same
+            and all(i < text.tokenizer.vocab_size for i in ids)
+            and not (
+                text.stop_id is not None
+                and (
+                    _BESIDE_THE_STOP_TOKEN.fullmatch(key)
+                    or (text.stop_id in ids and _OF_SINGLE_TOKENS.fullmatch(key))
+                )
+            )
+        )
+
+    return {key: value for key, value in config.items() if holds(key, value)}
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """All in a JSON value of lists."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _whole_numbers(item)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
+
+
+def config_of_run(
+    config: Mapping[str, Any], text: TrainedText, pad_id: int, base: Tokenizer | None
+) -> dict[str, Any]:
+    """A config.json with the special tokens of the run.
+
+    Args:
+        config: that of the checkpoint that the run started from.
+        base: its tokenizer; None: unknown.
+    """
+    kept = without_other_tokens(without_paths(config), text, base)
+    if "bos_token_id" in config or not _is_same_tokenizer(text, base):
+        kept.setdefault("bos_token_id", None)  # without the key transformers' Llama says 1
+    return kept | token_ids(text, pad_id)
+
+
+def _is_same_tokenizer(text: TrainedText, base: Tokenizer | None) -> bool:
+    return base is not None and base.digest == text.tokenizer.digest
+
+
 def token_ids(text: TrainedText, pad_id: int) -> dict[str, int]:
     """The special tokens of a config.json."""
     ends = text.stop_id if text.stop_id is not None else text.tokenizer.eos_id
@@ -137,15 +210,15 @@ def generation_config(
     ends: Any,
     text: TrainedText,
     pad_id: int,
-    token_of_start: Callable[[int], str | None],
+    base: Tokenizer | None,
 ) -> dict[str, Any]:
     """A generation_config.json: the first end of a text is the stop token.
 
     Args:
         known: that of the checkpoint that the run started from.
         ends: of its config.json, where `known` has none: an id, several, or None.
-        token_of_start: what its tokenizer calls an id. Its other ends stay ends where the run's
-            tokenizer calls them the same.
+        base: its tokenizer; None: unknown. Its other ends stay ends where the run's tokenizer calls
+            them the same.
     """
     ends = known.get("eos_token_id", ends)
     others = [*(ends if isinstance(ends, list) else [ends]), text.tokenizer.eos_id]
@@ -153,21 +226,24 @@ def generation_config(
         i
         for i in dict.fromkeys(others)
         if i not in (text.stop_id, None)
-        and (i == text.tokenizer.eos_id or token_of_start(i) == text.tokenizer.decode([i]) != "")
+        and (i == text.tokenizer.eos_id or _is_same_token(i, text.tokenizer, base))
     ]
     ids = token_ids(text, pad_id) | {"eos_token_id": [text.stop_id, *kept]}
     # With `_from_model_config` transformers takes the ends from config.json again.
-    rest = {k: v for k, v in known.items() if k not in ids and k != "_from_model_config"}
-    return without_paths(rest) | ids
+    rest = {k: v for k, v in known.items() if k != "_from_model_config"}
+    return without_other_tokens(without_paths(rest), text, base) | ids
 
 
-def token_names(folder: Path) -> Callable[[int], str | None]:
-    """What the tokenizer of a folder calls an id; None where it has no usable tokenizer.json."""
+def _is_same_token(token_id: int, tokenizer: Tokenizer, base: Tokenizer | None) -> bool:
+    return base is not None and base.decode([token_id]) == tokenizer.decode([token_id]) != ""
+
+
+def tokenizer_of(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint; None where it has no usable tokenizer.json."""
     try:
-        tokenizer = hf_tokenizer(folder)
+        return hf_tokenizer(folder)
     except (ValueError, OSError):
-        return lambda token_id: None
-    return lambda token_id: tokenizer.decode([token_id])
+        return None
 
 
 def write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -45,10 +45,9 @@ from steerlm2.checkpoints.side_files import (
     GENERATION_CONFIG,
     TrainedText,
     check_side_files,
+    config_of_run,
     generation_config,
-    token_ids,
-    token_names,
-    without_paths,
+    tokenizer_of,
     write_generation_config,
     write_json,
     write_tokenizer,
@@ -415,13 +414,13 @@ def _rewrite_side_files(folder: Path, text: TrainedText, facts: ModelFacts | Non
     """In an export of torchtune's, which has the side files of the checkpoint it started from."""
     config, generation = read_json(folder / "config.json"), folder / GENERATION_CONFIG
     known = read_json(generation) if generation.is_file() else {}
-    pad_id, name_of = text.tokenizer.pad_id, token_names(folder)
+    pad_id, base = text.tokenizer.pad_id, tokenizer_of(folder)
     write_tokenizer(folder, text, pad_id, facts)
     if text.stop_id is not None:
         ends = config.get("eos_token_id")
-        new = generation_config(known, ends, text, pad_id, name_of)
+        new = generation_config(known, ends, text, pad_id, base)
         write_generation_config(folder, new)
-    write_json(folder / "config.json", without_paths(config) | token_ids(text, pad_id))
+    write_json(folder / "config.json", config_of_run(config, text, pad_id, base))
     for name in (FACTS_FILE, MODEL_CARD):
         (folder / name).unlink(missing_ok=True)
     if facts is not None:

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,20 @@ _OTHER_FORMATS = {
     b"ARROW1": "Arrow: recipe prepare_data reads Parquet, under a name that ends in .parquet",
 }
 """First bytes -> what a file is, and what to do."""
+
+_OBJECT_A_LINE = "write an object a line"
+_KINDS_OF_TEXT = {
+    r"\{": "",  # JSON lines with mistakes in them, which their own messages name
+    r"<": f"XML or HTML: {_OBJECT_A_LINE}",
+    r"---\s*$|- |[\w.\"'-]+\s*:(\s|$)": f"YAML: {_OBJECT_A_LINE} (yq -o json -I 0 '.[]')",
+    r"[^,;\t]{1,60}([,;\t][^,;\t]{0,60})+$": (
+        "CSV: under a name that ends in .csv or .tsv `prepare_data --config data/chat source=...` "
+        "reads it"
+    ),
+    r"": f"plain text: {_OBJECT_A_LINE}",
+}
+"""How the first line of a text begins -> what it seems to be, and what to do; the first that fits.
+A name of a column has at most 60 characters: a choice, so that few sentences seem to be CSV."""
 
 _MAX_REPORTED = 10
 
@@ -129,27 +144,36 @@ def iter_json_lines(path: str | Path, problems: LineProblems) -> Iterator[tuple[
 
     Raises:
         FileNotFoundError: with the absolute path.
-        ValueError: for a file of another format, which it names.
+        ValueError: for a file of another format, which it names; after the last line, if the text
+            shows it.
     """
     path = Path(path)
     line_number = 0
+    is_any_json, first_line, not_utf8 = False, b"", ""
     with open_for_reading(path) as file:
         try:
             _refuse_other_formats(path, file.peek(START))
             for line_number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
+                first_line = first_line or line
                 try:
                     obj = json.loads(
                         line.rstrip(b"\r\n").decode("utf-8-sig" if line_number == 1 else "utf-8"),
                         object_pairs_hook=unique_keys,
                     )
                 except (ValueError, RecursionError) as error:
+                    if isinstance(error, UnicodeDecodeError) and not not_utf8:
+                        not_utf8 = f"line {line_number}, byte {error.start + 1}"
                     problems.add(line_number, f"not valid JSON ({json_hint(error)})")
                 else:
+                    is_any_json = True
                     yield line_number, obj
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             problems.add(line_number + 1, f"the compressed file is damaged or cut off ({error})")
+            return
+    if first_line and not is_any_json:
+        _refuse_other_text(path, first_line, not_utf8)
 
 
 def open_for_reading(
@@ -212,7 +236,7 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     """
     refuse_what_is_no_text(path, start)
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
-    one_a_line = "write an object a line (jq -c"
+    one_a_line = f"{_OBJECT_A_LINE} (jq -c"
     if text.startswith(b"["):
         raise ValueError(
             f"{path} is one JSON array: {one_a_line} '.[]' {path.name}); recipe prepare_data reads "
@@ -221,6 +245,26 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     first_line, line_end, _ = text.partition(b"\n")
     if line_end and first_line.rstrip().endswith((b"{", b"[", b",")):
         raise ValueError(f"{path} is JSON over several lines: {one_a_line} . {path.name})")
+
+
+def _refuse_other_text(path: Path, first_line: bytes, not_utf8: str) -> None:
+    """One message for a text of which no line is JSON.
+
+    Args:
+        not_utf8: where its first bytes are that aren't UTF-8; "": nowhere.
+
+    Raises:
+        ValueError: where it doesn't look like JSON lines, or isn't UTF-8.
+    """
+    text = first_line.removeprefix(codecs.BOM_UTF8).decode("latin-1").strip()
+    kind = next(kind for start, kind in _KINDS_OF_TEXT.items() if re.match(start, text))
+    problems = [f"seems to be {kind}"] if kind else []
+    if not_utf8:
+        problems.append(
+            f"is not UTF-8 ({not_utf8}): convert it, from Latin-1 with iconv -f LATIN1 -t UTF-8"
+        )
+    if problems:
+        raise ValueError(f"{path} {'; it '.join(problems)}")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,6 +33,14 @@ LOG_PROB_KEYS = {
 }
 """Field of Response -> JSON key. All are natural logarithms, summed over the response's tokens."""
 
+HIGHEST_LOG_PROB = 1e-3
+"""Of a text; no probability is above 1, but rounding may add up to this. A choice: sums of float32
+over thousands of near-certain tokens stay below it. Not of P(a|x,y): a density serves as well, as
+only its differences within a group count."""
+
+CLAMPED_LOG_PROB = -9999.0
+"""What vLLM gives in place of a log-prob that is lower, -inf among them."""
+
 STOP, LENGTH = "stop", "length"
 """Finish reasons of sampled responses: at the stop token, or at the largest number of tokens.
 Responses with another one ("other_stop", a server's "abort") were cut off as well."""
@@ -324,6 +332,16 @@ def _response(item: dict[str, Any], require: Collection[str], problems: list[str
         for name, key in LOG_PROB_KEYS.items()
         if key in item
     }
+    for name, log_prob in log_probs.items():
+        if log_prob == CLAMPED_LOG_PROB:
+            problems.append(
+                f"{LOG_PROB_KEYS[name]!r} is {log_prob:g}, which vLLM writes for an unknown one: "
+                "leave out the response, or the key (recipe score_responses adds it)"
+            )
+        elif log_prob is not None and log_prob > HIGHEST_LOG_PROB and name != "log_p_attributes":
+            problems.append(
+                f"{LOG_PROB_KEYS[name]!r} must be a log-probability, 0 or less, got {log_prob:g}"
+            )
     scores = item.get("scores")
     if scores is not None and not isinstance(scores, dict):
         problems.append(f"'scores' must be an object of numbers, got {_kind(scores)}")

@@ -8,21 +8,15 @@ text. The stop token may be that end of text: without ignore_eos its `stop_reaso
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from steerlm2.data.records import STOP
+from steerlm2.data.records import CLAMPED_LOG_PROB, HIGHEST_LOG_PROB, STOP
 from steerlm2.inference.engines import OTHER_STOP, Request, Sample, SamplingSettings
 from steerlm2.inference.server_client import ServerClient
 
 NEVER = -100
 """The logit bias of a token that must not be sampled: the lowest that the API allows."""
-
-CLAMPED_LOG_PROB = -9999.0
-"""What vLLM gives in place of a log-prob that is lower, -inf among them."""
-ROUNDING = 1e-3
-"""How far above 0 a server's log-prob may be: that of a sure token in bfloat16."""
 
 NO_OTHER_CUTS = {
     "ignore_eos": True,
@@ -123,7 +117,7 @@ def _with_whole_characters(text: str) -> str:
 
 
 def _is_known(logprob: object) -> bool:
-    """Whether a server's log-prob of a token is one: no NaN, infinite, clamped or positive one."""
+    """Whether a server's log-prob of a token is one: not null, NaN, infinite, clamped, above 0."""
     if not isinstance(logprob, int | float) or isinstance(logprob, bool):
         return False
-    return math.isfinite(logprob) and CLAMPED_LOG_PROB < logprob <= ROUNDING
+    return CLAMPED_LOG_PROB < logprob <= HIGHEST_LOG_PROB

@@ -24,7 +24,7 @@ from torchtune.training.metric_logging import WandBLogger
 import steerlm2
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.distributed.world import World
-from steerlm2.runs.output import write_durably
+from steerlm2.runs.output import make_output_dir, write_durably
 
 RUN_FILE = "run.json"
 WANDB_ID_FILE = "wandb_run_id"
@@ -34,6 +34,9 @@ PACKAGE_OF_LOGGER = {
     "TensorBoardLogger": "tensorboard",
     "CometLogger": "comet_ml",
 }
+WANDB_MODES_WITH_KEY = ("online", "shared", "run")
+WANDB_MODES = (*WANDB_MODES_WITH_KEY, "offline", "disabled", "dryrun")
+WANDB_MODE = "WANDB_MODE"
 PACKAGES = ("torch", "torchtune", "torchao", "steerlm2")
 SECONDS_FOR_GIT = 10.0
 """Timeout of a git command. A choice: with a slow file system a run starts without its revision
@@ -163,8 +166,8 @@ def check_metric_logger(component: Mapping[str, Any] | None) -> None:
     """Find what keeps a metric logger from opening, before a model is loaded.
 
     Raises:
-        ValueError: where its package isn't installed, or W&B has no key, refuses it, or can't be
-            reached.
+        ValueError: where its package isn't installed, it can't write to its folder, or W&B has no
+            such mode, no key, refuses it, or can't be reached.
     """
     if component is None:
         return
@@ -175,14 +178,39 @@ def check_metric_logger(component: Mapping[str, Any] | None) -> None:
             f"metric_logger: {name} needs the package {package}, which isn't installed: install "
             "it, or set metric_logger=null"
         )
-    mode = str(component.get("mode") or os.environ.get("WANDB_MODE", "online"))
-    if package == "wandb" and mode in ("online", "shared"):
+    if component.get("log_dir"):
+        _check_log_dir(component)
+    if package != "wandb":
+        return
+    modes = {"metric_logger.mode": component.get("mode"), WANDB_MODE: os.environ.get(WANDB_MODE)}
+    for key, mode in modes.items():
+        if mode is not None and mode not in WANDB_MODES:
+            raise ValueError(
+                f"metric_logger: {key} must be one of {', '.join(WANDB_MODES)}, got {mode!r}"
+            )
+    if (component.get("mode") or os.environ.get(WANDB_MODE, "online")) in WANDB_MODES_WITH_KEY:
         import wandb
 
         try:
             wandb.login()
-        except wandb.errors.Error as error:
+        except Exception as error:
+            if not _is_of_wandb(error, component):
+                raise
             raise ValueError(_wandb_problem(error)) from error
+
+
+def _check_log_dir(component: Mapping[str, Any]) -> None:
+    """Check that a metric logger can write its files.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    folder = Path(component["log_dir"])
+    make_output_dir(folder, "metric_logger.log_dir")
+    file = folder / (component.get("filename") or "")
+    if component.get("filename") and (file.is_dir() or not file.parent.is_dir()):
+        problem = "is a folder" if file.is_dir() else f"is in no folder: {file.parent} is missing"
+        raise ValueError(f"metric_logger.filename {file.absolute()} {problem}")
 
 
 def open_metric_logger(
@@ -229,7 +257,7 @@ def open_logger(component: Mapping[str, Any], id_file: Path | None = None) -> An
     try:
         return instantiate(component)
     except Exception as error:
-        if not type(error).__module__.startswith("wandb."):
+        if not _is_of_wandb(error, component):
             raise
         raise ValueError(_wandb_problem(error, id_file)) from error
 
@@ -248,6 +276,14 @@ def _wandb_id(file: Path) -> str:
             return known
         print(f"WARNING: {file} is damaged: a new W&B run begins", file=sys.stderr)
     return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
+def _is_of_wandb(error: Exception, component: Mapping[str, Any]) -> bool:
+    """Whether W&B refuses something; it reads its environment variables with pydantic."""
+    module = type(error).__module__
+    return module.startswith("wandb.") or (
+        module.startswith("pydantic") and component["_component_"].endswith("WandBLogger")
+    )
 
 
 def _wandb_problem(error: Exception, id_file: Path | None = None) -> str:

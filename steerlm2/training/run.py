@@ -485,8 +485,8 @@ class TrainingRun:
         cfg, world = self.cfg, self.world
         world.on_main(lambda: check_not_own_run(self.output_dir, cfg.checkpointer))
         world.on_main(lambda: check_start(cfg.checkpointer))
-        world.on_main(lambda: check_metric_logger(cfg.metric_logger))
         world.on_main(lambda: make_output_dir(self.output_dir))
+        world.on_main(lambda: check_metric_logger(cfg.metric_logger))
         self._lock = world.on_main(lambda: RunLock(self.output_dir))
         check_shared(self.output_dir, world)
         open_rank_log(self.output_dir, world)

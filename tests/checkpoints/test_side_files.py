@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.training import FullModelHFCheckpointer
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from steerlm2.attributes import AttributeSchema
 from steerlm2.checkpoints.checkpointer import HFCheckpointer, ScratchCheckpointer
@@ -119,11 +119,86 @@ def test_other_ends_of_the_same_tokenizer_stay(
     assert read(exported, "generation_config.json")["eos_token_id"] == expected
 
 
+OF_ONE_TOKENIZER = {
+    "bos_token_id": 7,
+    "sep_token_id": 8,
+    "decoder_start_token_id": 9,
+    "forced_bos_token_id": 10,
+    "begin_suppress_tokens": [11],
+    "suppress_tokens": [12],
+    "bad_words_ids": [[13, 14]],
+    "sequence_bias": [[[15], -1.5]],
+    "image_token_index": 16,
+}
+CONTRADICTING = {  # <extra_id_1>, the stop token, is 3
+    "forced_eos_token_id": 1,
+    "forced_bos_token_id": 3,
+    "suppress_tokens": [2, 3],
+    "begin_suppress_tokens": [3],
+    "bad_words_ids": [[4], [5, 3]],
+    "sequence_bias": [[[3], -10.0]],
+    "stop_strings": ["\n"],
+    "stop_words_ids": [[4]],
+    "unk_token_id": 128000,
+}
+KEPT = {"top_p": 0.9, "max_new_tokens": 3, "token_healing": True, "no_repeat_ngram_size": 3}
+NAMES = ("config.json", "generation_config.json")
+
+
+def export_of(
+    tmp_path: Path, base: dict[str, Any], tokenizer: HFTokenizer, theirs: bool = False
+) -> list[dict[str, Any]]:
+    """[file of NAMES] of an export whose base has the keys in both files."""
+    folder = base_folder(tmp_path, generation=base)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | base))
+    checkpointer = FullModelHFCheckpointer(
+        checkpoint_dir=str(folder), checkpoint_files=["model.safetensors"],
+        model_type="LLAMA3", output_dir=str(tmp_path),
+    ) if theirs else None  # fmt: skip
+    exported = export(tmp_path, folder, text_of(tokenizer), checkpointer)
+    return [read(exported, name) for name in NAMES]
+
+
+@pytest.mark.parametrize("theirs", [False, True], ids=["ours", "torchtune's"])
+def test_ids_of_another_tokenizer_do_not_come_along(tmp_path: Path, theirs: bool) -> None:
+    """Nor its texts. The run's tokenizer puts no token first, which transformers' Llama must read:
+    without the key it takes 1."""
+    base = KEPT | OF_ONE_TOKENIZER | CONTRADICTING | {"tokenizer_class": "LlamaTokenizer"}
+    for values in export_of(tmp_path, base, other_tokenizer(tmp_path), theirs):
+        assert KEPT.items() <= values.items()
+        left = {key for key in values if key in base and key not in KEPT}
+        assert left <= {"bos_token_id"}
+        assert values.get("bos_token_id") is None
+    assert AutoConfig.from_pretrained(tmp_path / "epoch_1").bos_token_id is None
+
+
+def test_the_first_token_of_a_text_is_the_runs(tmp_path: Path) -> None:
+    tokenizer = other_tokenizer(tmp_path, bos_token="<more>", add_bos_token=True)
+    for values in export_of(tmp_path, {"bos_token_id": 128000}, tokenizer):
+        assert values["bos_token_id"] == 512
+
+
+def test_ids_of_the_same_tokenizer_stay(tmp_path: Path) -> None:
+    base = KEPT | OF_ONE_TOKENIZER
+    for values in export_of(tmp_path, base, tiny_tokenizer()):
+        assert base.items() <= values.items()
+
+
+def test_what_contradicts_the_stop_token_goes(tmp_path: Path) -> None:
+    """It would suppress it, force another one, or end a response elsewhere; nor do ids stay that
+    the tokenizer lacks."""
+    for values in export_of(tmp_path, KEPT | CONTRADICTING, tiny_tokenizer()):
+        assert KEPT.items() <= values.items()
+        assert not CONTRADICTING.keys() & values.keys()
+
+
 def test_an_export_with_fresh_weights_says_where_its_responses_end(tmp_path: Path) -> None:
     source = ScratchCheckpointer(meta_decoder(), tiny_tokenizer(), seed=0, output_dir=str(tmp_path))
     exported = export(tmp_path, tmp_path, text_of(tiny_tokenizer()), source)
     assert read(exported, "generation_config.json") == {"eos_token_id": [3, 1], "pad_token_id": 0}
-    assert read(exported, "config.json")["eos_token_id"] == 3
+    config = read(exported, "config.json")
+    assert (config["eos_token_id"], config["bos_token_id"]) == (3, None)
 
 
 def test_the_special_tokens_map_agrees(tmp_path: Path) -> None:
@@ -232,8 +307,9 @@ def test_an_attribute_model_has_the_runs_tokenizer_too(tmp_path: Path) -> None:
     exported = save_weights(decoder, checkpointer, CPU, **out)
     loaded = AutoTokenizer.from_pretrained(exported)
     assert (len(loaded), loaded.pad_token_id, loaded.eos_token_id) == (513, 1, 0)
-    assert read(exported, "config.json")["pad_token_id"] == 1
-    assert read(exported, "config.json")["eos_token_id"] == 0
+    config = read(exported, "config.json")
+    assert (config["pad_token_id"], config["eos_token_id"], config["bos_token_id"]) == (1, 0, None)
+    assert "sep_token_id" not in config
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["language model", "attribute model"])

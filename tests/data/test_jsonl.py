@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,44 @@ def test_other_formats_are_one_message(tmp_path: Path, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{path} is {message}") as error:
         read(path)
     assert "\n" not in str(error.value)
+
+
+LATIN_1 = '{"system": "Größe"}\n'.encode("latin-1")
+OTHER_TEXTS = {
+    "seems to be CSV: under a name that ends in .csv": b"prompt,response\nWhy?,So.\nHow?,Thus.\n",
+    "seems to be CSV: under": b'\xef\xbb\xbfprompt;"the response"\r\nWhy?;"So,\r\nit is."\r\n',
+    "seems to be CSV": b"prompt\tresponse\nWhy?\tSo.\n",
+    "seems to be YAML: write an object a line": b"- prompt: Why?\n  response: So.\n",
+    "seems to be YAML: write": b"---\nprompt: Why?\n",
+    "seems to be YAML": b"data:\n  - Why, and how?\n",
+    "seems to be XML or HTML": b"<!DOCTYPE html>\n<html></html>\n",
+    "seems to be plain text": b"Once upon a time.\nThe end.\n",
+    "is not UTF-8 (line 1, byte 15): convert it": LATIN_1 * 12,
+    "is not UTF-8": LATIN_1.rstrip(),
+    "seems to be CSV: under a name that ends in .csv or .tsv `prepare_data --config data/chat "
+    "source=...` reads it; it is not UTF-8 (line 2": "prompt,response\nGröße,3\n".encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("message", OTHER_TEXTS)
+def test_a_text_without_a_line_of_json_is_one_message(
+    tmp_path: Path, message: str, compressed: bool
+) -> None:
+    path = tmp_path / ("d.jsonl.gz" if compressed else "d.jsonl")
+    content = OTHER_TEXTS[message]
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    with pytest.raises(ValueError, match=f"^{path} {re.escape(message)}") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b'{"a": \n{"b"\n', b"{'a': 1}\n{'b': 2}\n"])
+def test_objects_with_mistakes_are_named_by_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: .*\n.*d\.jsonl:2: not valid JSON"):
+        read(path)
 
 
 def test_an_array_in_a_compressed_file_is_one_too(tmp_path: Path) -> None:

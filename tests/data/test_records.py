@@ -149,7 +149,7 @@ def test_unknown_log_probs_are_left_out_of_the_json() -> None:
 
 
 text = st.text(st.characters(codec="utf-8"), max_size=20)
-log_prob = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+log_prob = st.none() | st.floats(max_value=0, allow_infinity=False).filter(lambda x: x != -9999)
 labels = st.none() | st.sampled_from(["quality:4", "humor:0,verbosity:3"])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | text, lambda inner: st.lists(inner, max_size=3)
@@ -259,6 +259,11 @@ TURNS = example()["prompt_turns"]
         (f"responses/0/{P_A}", math.nan, f"'{P_A}' must be finite, got nan"),
         (f"responses/0/{P_A}", -math.inf, f"'{P_A}' must be finite, got -inf"),
         (f"responses/0/{P_A}", -(10**400), f"'{P_A}' must be finite, got huge"),
+        (f"responses/0/{Q}", 3, f"responses[0]: '{Q}' must be a log-probability, 0 or less, got 3"),
+        (f"responses/1/{P_Y}", 0.0011, f"responses[1]: '{P_Y}' must be a log-probability, 0 or"),
+        (f"responses/0/{Q}", -9999, f"responses[0]: '{Q}' is -9999, which vLLM writes for an"),
+        (f"responses/1/{P_Y}", -9999.0, f"responses[1]: '{P_Y}' is -9999, which vLLM writes"),
+        (f"responses/0/{P_A}", -9999.0, f"responses[0]: '{P_A}' is -9999, which vLLM writes"),
         ("responses/1/scores", [1], "'scores' must be an object of numbers, got a list"),
         ("responses/1/scores/quality", None, "the score 'quality' must be a number, got null"),
         ("responses/1/scores/quality", math.nan, "the score 'quality' must be finite, got nan"),
@@ -305,6 +310,16 @@ def test_only_required_log_probs_must_be_there() -> None:
         (-2.5, None),
         (-7.75, None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(Q, 0.0), (P_Y, 0.0009), (P_A, 1.5), (Q, -9998.9), (P_Y, -12000.0)],
+)
+def test_what_may_be_a_log_prob_is_read(path: str, value: float) -> None:
+    """Rounding, a density of the attributes, long responses."""
+    read = parse_record(_with(f"responses/0/{path}", value))
+    assert record_to_json(read)["responses"][0][path] == value
 
 
 def test_a_log_prob_that_is_there_must_be_a_number_even_if_not_required() -> None:

@@ -379,6 +379,34 @@ def test_helpsteer3_pairs_have_all_turns_before_them(tmp_path: Path) -> None:
     assert [unit.split for unit in units] == ["train", "validation"]
 
 
+Q, A, SYSTEM = ("user", "Q"), ("assistant", "A"), ("system", "S")
+
+
+@pytest.mark.parametrize(
+    "context",
+    [(Q, A), (A, Q), (A,), (SYSTEM, A, Q), (SYSTEM, Q, A), (Q, Q), (Q, A, A, Q), (SYSTEM,)],
+    ids=lambda context: "-".join(role for role, _ in context),
+)
+def test_contexts_that_do_not_alternate_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, context: Any
+) -> None:
+    """A response after an assistant's turn answers nobody."""
+    row = {"response1": "1", "response2": "2", "overall_preference": 1}
+    rows = [row | {"context": messages(*chat)} for chat in ((Q,), context, (SYSTEM, Q, A, Q))]
+    assert len(list(helpsteer3_conversations(write(tmp_path / "3.jsonl", *rows)))) == 2
+    assert "left out 1 rows whose turns before the response don't alternate" in caplog.text
+
+
+def test_prompts_in_one_text_that_do_not_alternate_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends_with_an_answer = MANY_TURNS + "\n<extra_id_1>Assistant\nMore."
+    path = write(tmp_path / "rows.jsonl", scored("a"), scored(ends_with_an_answer))
+    assert len(list(helpsteer_conversations(path))) == 1
+    assert "left out 1 rows whose turns" in caplog.text
+    assert len(list(helpsteer_conversations(path, split_turns=False))) == 2
+
+
 @pytest.mark.parametrize(
     ("context", "message"),
     [

@@ -202,7 +202,7 @@ def test_other_reasons_stay_with_and_without_token_ids(server: Server, reason: s
 
 
 @pytest.mark.parametrize(
-    "logprob", [None, float("nan"), float("-inf"), -9999.0, 0.7, "-0.5", True], ids=str
+    "logprob", [None, float("nan"), float("-inf"), -9999.0, 3.0, "-0.5", True], ids=str
 )
 def test_a_log_prob_that_is_none_is_not_known(server: Server, logprob: Any) -> None:
     """Of one token, so of its response; the others' are. vLLM clamps to -9999."""

@@ -207,3 +207,58 @@ def test_wandb_without_a_key_is_found_before_a_run(
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_metric_logger(WANDB)
     check_metric_logger(None)
+
+
+@pytest.mark.parametrize("mode", ["sometimes", "", "OFFLINE"])
+@pytest.mark.parametrize("name", ["WANDB_MODE", "metric_logger.mode"])
+def test_a_mode_that_wandb_lacks_is_one_line(
+    wandb: Any, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if name == "WANDB_MODE":
+        monkeypatch.setenv("WANDB_MODE", mode)
+    component = WANDB | ({"mode": mode} if name == "metric_logger.mode" else {})
+    with pytest.raises(ValueError, match=f"metric_logger: {name} must be one of .* {mode!r}$"):
+        check_metric_logger(component)
+
+
+def test_settings_that_wandb_refuses_are_one_line(
+    tmp_path: Path, wandb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its other environment variables, at the login and when the run opens."""
+
+    class ValidationError(ValueError):
+        __module__ = "pydantic_core._pydantic_core"
+
+    def refuse(**_: Any) -> None:
+        raise ValidationError("1 validation error for Settings\nconsole\n  Input should be 'auto'")
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    wandb.login = wandb.init = refuse
+    for open_it in (check_metric_logger, lambda component: open_metric_logger(component, {})):
+        with pytest.raises(ValueError, match=r"^metric_logger: W&B can't be used") as error:
+            open_it(WANDB)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["DiskLogger", "TensorBoardLogger"])
+@pytest.mark.parametrize("log_dir", ["file", "file/logs"])
+def test_a_log_dir_that_is_no_folder_is_named(tmp_path: Path, name: str, log_dir: str) -> None:
+    (tmp_path / "file").write_text("")
+    component = {
+        "_component_": f"torchtune.training.metric_logging.{name}",
+        "log_dir": str(tmp_path / log_dir),
+    }
+    with pytest.raises(ValueError, match=rf"metric_logger.log_dir {tmp_path / log_dir} can't be"):
+        check_metric_logger(component)
+
+
+@pytest.mark.parametrize("filename", [".", "missing/log.txt"])
+def test_a_log_file_that_can_not_be_is_named(tmp_path: Path, filename: str) -> None:
+    component = {
+        "_component_": "torchtune.training.metric_logging.DiskLogger",
+        "log_dir": str(tmp_path),
+        "filename": filename,
+    }
+    with pytest.raises(ValueError, match=r"metric_logger.filename .* is (a|in no) folder"):
+        check_metric_logger(component)

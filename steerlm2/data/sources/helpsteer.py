@@ -38,7 +38,8 @@ def helpsteer_conversations(
 ) -> Iterator[Unit]:
     """HelpSteer and HelpSteer2: one prompt and one scored response a row.
 
-    Rows with an empty response are left out, and their number is logged.
+    Rows with an empty response, and those whose turns don't alternate between user and assistant,
+    are left out, and their numbers are logged.
 
     Args:
         source: a file, folder or hub id (`iter_rows`).
@@ -93,8 +94,9 @@ def helpsteer3_conversations(
 ) -> Iterator[Unit]:
     """HelpSteer3's preference pairs; their contexts are lists of chat messages.
 
-    Pairs with an empty response, or an empty answer before it, are left out, and their number is
-    logged. Labels and the order of a pair are those of `helpsteer_conversations`.
+    Pairs with an empty response, or an empty answer before it, and those whose context doesn't
+    alternate from a user's turn to a user's, are left out, and their numbers are logged. Labels and
+    the order of a pair are those of `helpsteer_conversations`.
 
     Args:
         source: a file, folder or hub id (`iter_rows`).
@@ -125,7 +127,7 @@ def _units(
     as_published: bool = False,
 ) -> Iterator[Unit]:
     problems = LineProblems(source)
-    num_empty, num_several_turns = 0, 0
+    num_empty, num_out_of_order, num_several_turns = 0, 0, 0
     for row in iter_rows(source, problems, subset):
         try:
             unit = convert(row)
@@ -135,12 +137,22 @@ def _units(
         if any(map(has_empty_answer, unit.conversations)):
             num_empty += 1
             continue
+        if not all(map(_alternates, unit.conversations)):
+            num_out_of_order += 1
+            continue
         unit.as_published = as_published
         num_several_turns += as_published and len(turns_in(_prompt(unit))) > 1
         yield unit
     problems.raise_if_any()
     if num_empty:
         _log.warning("%s: left out %d rows with an empty response", source, num_empty)
+    if num_out_of_order:
+        _log.warning(
+            "%s: left out %d rows whose turns before the response don't alternate between user and "
+            "assistant, from a user's to a user's",
+            source,
+            num_out_of_order,
+        )
     if num_several_turns:
         _log.warning(
             "%s: %d prompts of several turns are one text in the conversation files and turns in "
@@ -149,6 +161,12 @@ def _units(
             source,
             num_several_turns,
         )
+
+
+def _alternates(conversation: Conversation) -> bool:
+    """Whether the turns are the user's and the assistant's in turn, from the user's first."""
+    roles = [turn.role for turn in conversation.turns]
+    return len(roles) % 2 == 0 and roles == [USER, ASSISTANT] * (len(roles) // 2)
 
 
 def strengths_of(schema: AttributeSchema) -> AttributeSchema:
