@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import json
 import re
 import shutil
@@ -590,6 +591,7 @@ def test_tables_go_to_wandb(answers: Path, tmp_path: Path, monkeypatch: pytest.M
     logged: dict[str, Any] = {}
     started: dict[str, Any] = {}
     wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     run = types.SimpleNamespace(_label=lambda **_: None)
 
     def init(**arguments: Any) -> Any:
