@@ -137,9 +137,11 @@ def main(cfg: PrepareDataConfig) -> None:
                     train.extend(split.train)
         for split in splits:
             val.extend(split.val)
-        tallies = _write(output_dir, {"train": train, "val": val}, spool)
+        kind = splits[0].kind
+        counted = "answers" if kind is Record else "labelled"
+        tallies = _write(output_dir, {"train": train, "val": val}, spool, counted)
 
-    if splits[0].kind is Record:
+    if kind is Record:
         train_file = (output_dir / "train.jsonl").absolute()
         recipe = "score_responses" if tallies["train"].answers else "sample_responses"
         print(f"\nNext: run the recipe {recipe} on {train_file}")
@@ -347,8 +349,13 @@ class _Tally:
         self.most = max(self.most, answers)
 
 
-def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> dict[str, _Tally]:
-    """Write the files, rename them when all are complete, and print their counts."""
+def _write(
+    output_dir: Path, splits: dict[str, array[int]], spool: Spool, counted: str
+) -> dict[str, _Tally]:
+    """Write the files, rename them when all are complete, and print their counts.
+
+    `counted` is the word for what is counted of a record: its answers, or those with a label.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     temporaries = {
         name: output_dir / f".{name}.{os.getpid()}.tmp"
@@ -362,7 +369,7 @@ def _write(output_dir: Path, splits: dict[str, array[int]], spool: Spool) -> dic
             )
             for split, offsets in splits.items()
         }
-        print(f"{'file':<15} {'records':>8} {'answers':>8} {'per record':>11}")
+        print(f"{'file':<15} {'records':>8} {counted:>8} {'per record':>11}")
         for split, tally in tallies.items():
             for kind, name in FILES[split].items():
                 if temporaries[name].stat().st_size:

@@ -38,6 +38,11 @@ from steerlm2.data.tokenizers import Tokenizer
 
 MAX_STRENGTH = 3
 """The largest strength of a synthetic preference, as in HelpSteer2."""
+LABELS_FROM = (
+    "prepare_data makes labels of the columns that 'schema' names, and annotate_attributes has "
+    "those of another attribute model"
+)
+PAIRS_FROM = "prepare_data makes pairs of chosen and rejected answers"
 
 
 @dataclass
@@ -170,7 +175,7 @@ def attribute_dataset(
         broken = f"; {dataset.num_broken} left out: an answer with U+FFFD, {BROKEN}"
         raise ValueError(
             f"{source} holds no {'pair' if pairs else 'labelled text'}"
-            f"{broken if dataset.num_broken else ''}"
+            f"{broken if dataset.num_broken else ''}; {PAIRS_FROM if pairs else LABELS_FROM}"
         )
     return dataset
 

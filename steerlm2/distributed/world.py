@@ -245,7 +245,10 @@ def check_gpu(local_rank: int) -> None:
             bfloat16 need, or no Triton to compile for it.
     """
     if not torch.cuda.is_available():
-        raise ValueError("device is cuda, but PyTorch sees no GPU here; set device=cpu")
+        raise ValueError(
+            "device is cuda, but PyTorch sees no GPU here; set device=cpu dtype=fp32 "
+            "(and compile=false, where the config has it)"
+        )
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ValueError(

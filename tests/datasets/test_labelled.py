@@ -99,7 +99,7 @@ def test_turns_without_a_label_are_no_texts(tmp_path: Path, tokenizer: HFTokeniz
     without = labelled("A", "")
     dataset = read(tmp_path, tokenizer, without, labelled("B", "verbosity:1"), schema=SMALL)
     assert [group.labels for group in dataset] == [[[-100, 1]]]
-    with pytest.raises(ValueError, match=r"records\.jsonl holds no labelled text"):
+    with pytest.raises(ValueError, match=r"records\.jsonl holds no labelled text; .*'schema'"):
         read(tmp_path, tokenizer, without, schema=SMALL)
 
 
@@ -253,7 +253,7 @@ def test_all_bad_labelled_texts_are_named_at_once(tmp_path: Path, tokenizer: HFT
 def test_an_empty_file_is_named(
     pairs: bool, what: str, tmp_path: Path, tokenizer: HFTokenizer
 ) -> None:
-    with pytest.raises(ValueError, match=rf"records\.jsonl holds no {what}$"):
+    with pytest.raises(ValueError, match=rf"records\.jsonl holds no {what}; prepare_data"):
         read(tmp_path, tokenizer, pairs=pairs)
 
 

@@ -513,7 +513,7 @@ def test_table_counts_conversations_and_labelled_turns(
 ) -> None:
     _, stdout, _ = prepare(*config("helpsteer"), f"source={scored_folder}", "output_dir=out")
     assert [line.split() for line in stdout.splitlines()] == [
-        ["file", "records", "answers", "per", "record"],
+        ["file", "records", "labelled", "per", "record"],
         ["train.jsonl", "8", "8", "1", "to", "1"],
         ["train_reg.jsonl", "8"],
         ["val.jsonl", "2", "2", "1", "to", "1"],
