@@ -29,6 +29,7 @@ CONFIGS = sorted(
 RECIPE_OF = {config: recipe for recipe, configs in RECIPES.items() for config in configs}
 CONFIG_CLASSES = {
     "annotate_attributes": "AnnotateConfig",
+    "chat": "ChatConfig",
     "evaluate_steering": "EvaluateConfig",
     "plan_memory": "PlanConfig",
     "prepare_data": "PrepareDataConfig",
