@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 import uuid
@@ -12,8 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from steerlm2.inference.steered import Delta, TextToken
-from steerlm2.serving.event_stream import EventStream, while_connected
-from steerlm2.serving.http import body_schema, json_response, parse_body, read_body
+from steerlm2.serving.http import body_schema, parse_body
 from steerlm2.serving.steering_requests import (
     ChatRequest,
     check_at_most,
@@ -26,9 +24,8 @@ from steerlm2.serving.steering_service import (
     REFUSALS,
     Answer,
     Service,
-    in_time,
     reason_word,
-    timed_out,
+    respond,
     token_text,
     usage_of,
 )
@@ -38,21 +35,16 @@ CHAT = "/v1/chat/completions"
 
 def add_chat(app: FastAPI, service: Service) -> dict[str, Any]:
     described, components = body_schema(ChatRequest)
-    limits = service.limits
 
     @app.post(CHAT, openapi_extra=described)
     async def chat(request: Request) -> Response:
         """Answers to a conversation, as in OpenAI's API."""
-        deadline = asyncio.get_running_loop().time() + limits.request_timeout
-        async with in_time(deadline, limits):
-            body = await read_body(request, limits.max_body_bytes, "messages")
-            asked = parse_body(body, ChatRequest, REFUSALS)
-            work = ChatWork(service, asked)
-            if asked.stream:
-                events = work.events()
-                first = await while_connected(request.receive, anext(events))
-                return EventStream(first, events, deadline, timed_out(limits))
-            return json_response(200, await while_connected(request.receive, work.answer()))
+        return await respond(
+            request,
+            service.limits,
+            "messages",
+            lambda body: ChatWork(service, parse_body(body, ChatRequest, REFUSALS)),
+        )
 
     return components
 

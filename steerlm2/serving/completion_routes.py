@@ -21,7 +21,7 @@ from pydantic import Field
 from steerlm2.data.templates import EXTRA_ID_TOKENS, ExtraIdTemplate, Segment, encode_segments
 from steerlm2.inference.steered import Delta, SteeredModel, TextToken
 from steerlm2.inference.streaming import GenerationSettings
-from steerlm2.serving.event_stream import EventStream, while_connected
+from steerlm2.serving.event_stream import while_connected
 from steerlm2.serving.http import body_schema, json_response, parse_body, read_body
 from steerlm2.serving.steering_requests import (
     ANYTHING,
@@ -40,7 +40,7 @@ from steerlm2.serving.steering_service import (
     Service,
     in_time,
     reason_word,
-    timed_out,
+    respond,
     token_text,
     usage_of,
 )
@@ -54,20 +54,16 @@ COMPLETION_TOKENS = 16
 def add_completions(app: FastAPI, service: Service) -> dict[str, Any]:
     """Add POST /v1/completions; returns its components for /openapi.json."""
     described, components = body_schema(CompletionRequest)
-    limits = service.limits
 
     @app.post(COMPLETIONS, openapi_extra=described)
     async def complete(request: Request) -> Response:
         """Continuations of texts or token ids, as in OpenAI's API."""
-        deadline = asyncio.get_running_loop().time() + limits.request_timeout
-        async with in_time(deadline, limits):
-            body = await read_body(request, limits.max_body_bytes, "prompts")
-            work = CompletionWork(service, parse_body(body, CompletionRequest, REFUSALS))
-            if work.asked.stream:
-                events = work.events()
-                first = await while_connected(request.receive, anext(events))
-                return EventStream(first, events, deadline, timed_out(limits))
-            return json_response(200, await while_connected(request.receive, work.answer()))
+        return await respond(
+            request,
+            service.limits,
+            "prompts",
+            lambda body: CompletionWork(service, parse_body(body, CompletionRequest, REFUSALS)),
+        )
 
     return components
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from fastapi import Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from steerlm2.data.records import LENGTH, STOP
 from steerlm2.inference.steered import Delta, Question, SteeredModel, TextToken
 from steerlm2.inference.streaming import GenerationSettings
-from steerlm2.serving.http import Refusals, RequestError, overloaded
+from steerlm2.serving.event_stream import EventStream, while_connected
+from steerlm2.serving.http import (
+    Refusals,
+    RequestError,
+    json_response,
+    overloaded,
+    read_body,
+)
 from steerlm2.serving.reward_server import Limits
 from steerlm2.serving.steering_requests import INVALID, invalid
 
@@ -33,6 +42,16 @@ class SteeringLimits(Limits):
     """Answers to a request: `n` and `best_of`."""
     max_new_tokens: int = 1024
     """Tokens of an answer where the request doesn't say."""
+
+
+class Work(Protocol):
+    """A checked request, which is answered whole or, where `asked.stream` says so, in events."""
+
+    asked: Any
+
+    async def answer(self) -> dict[str, Any]: ...
+
+    def events(self) -> AsyncGenerator[dict[str, Any]]: ...
 
 
 class SteeringMetrics:
@@ -196,3 +215,25 @@ async def in_time(deadline: float, limits: SteeringLimits) -> AsyncIterator[None
             yield
     except TimeoutError:
         raise timed_out(limits) from None
+
+
+async def respond(
+    request: Request, limits: SteeringLimits, what: str, work_of: Callable[[bytes], Work]
+) -> Response:
+    """Read a request and answer it within the server's time, as long as its caller waits.
+
+    Args:
+        what: the body has too much of, for messages.
+        work_of: checks a body.
+
+    Raises:
+        RequestError: for what can't be answered.
+    """
+    deadline = asyncio.get_running_loop().time() + limits.request_timeout
+    async with in_time(deadline, limits):
+        work = work_of(await read_body(request, limits.max_body_bytes, what))
+        if work.asked.stream:
+            events = work.events()
+            first = await while_connected(request.receive, anext(events))
+            return EventStream(first, events, deadline, timed_out(limits))
+        return json_response(200, await while_connected(request.receive, work.answer()))
