@@ -51,6 +51,7 @@ class RunLock:
 
     Raises:
         ValueError: where another run has it; after minutes where that looks dead, on a lost node.
+            Where something else than a file has the lock's name.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -69,12 +70,28 @@ class RunLock:
 
     def release(self) -> None:
         self._released.set()
-        with contextlib.suppress(OSError):
-            self.path.unlink()
+        if self._is_in_place():  # another run has its own, where the folder was removed meanwhile
+            with contextlib.suppress(OSError):
+                self.path.unlink()
         self._file.close()
 
     def _open(self) -> IO[str]:
-        return os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link's target would be written over
+        try:
+            return os.fdopen(os.open(self.path, flags, 0o666), "r+")
+        except OSError as error:
+            if self.path.is_symlink() or self.path.is_dir():
+                raise ValueError(
+                    f"{self.path.absolute()} must be a file that runs lock: remove it"
+                ) from error
+            raise
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file is still the one in the folder."""
+        try:
+            return os.path.samestat(self.path.lstat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def _is_free(self) -> bool:
         try:
@@ -82,9 +99,7 @@ class RunLock:
         except BlockingIOError:
             return self._lease_runs_out() and self._is_free()
         if locked:
-            if not self.path.exists() or not os.path.samestat(
-                self.path.stat(), os.fstat(self._file.fileno())
-            ):
+            if not self._is_in_place():
                 self._file.close()  # of a run that has just ended
                 self._file = self._open()
                 return self._is_free()
@@ -137,8 +152,9 @@ class RunLock:
 
 
 def _holder(path: Path) -> dict[str, Any]:
-    """What the holder wrote; nothing where there is none."""
+    """What the holder wrote; nothing where there is none, or what isn't of a run."""
     try:
-        return json.loads(path.read_text())
+        holder = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return holder if isinstance(holder, dict) else {}

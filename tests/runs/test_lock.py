@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -136,6 +137,41 @@ def test_a_lock_without_a_holder_is_free(tmp_path: Path) -> None:
     """A run that was killed before it wrote its name."""
     (tmp_path / LOCK_FILE).touch()
     RunLock(tmp_path).release()
+
+
+def test_a_lock_that_is_no_runs_is_free(tmp_path: Path) -> None:
+    for text in ("[1, 2]", "3", "null", "{garbage", "\0" * 512):
+        (tmp_path / LOCK_FILE).write_text(text)
+        RunLock(tmp_path).release()
+
+
+def test_a_link_is_refused_and_its_target_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (tmp_path / LOCK_FILE).symlink_to(mine)
+    with pytest.raises(ValueError, match=rf"{LOCK_FILE} must be a file that runs lock: remove it"):
+        RunLock(tmp_path)
+    assert mine.read_text() == "precious"
+
+
+def test_a_folder_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).mkdir()
+    with pytest.raises(ValueError, match=rf"{LOCK_FILE} must be a file that runs lock: remove it"):
+        RunLock(tmp_path)
+
+
+def test_a_run_removes_no_lock_but_its_own(tmp_path: Path) -> None:
+    """Its folder was removed and made again, and another run has begun there."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = RunLock(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    second = RunLock(folder)
+    first.release()
+    with pytest.raises(ValueError, match="another run writes into"):
+        RunLock(folder)
+    second.release()
 
 
 @pytest.fixture
