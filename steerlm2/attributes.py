@@ -22,7 +22,7 @@ Bins = Literal["midpoint", "uniform"]
 NOT_LABELLED = -100.0
 """The value of an attribute without a label, in files and tensors."""
 
-_NAME = re.compile(r"[^\s:,]+")
+_NAME = re.compile(r"\w[\w.-]{0,63}")
 _PIECE = re.compile(r"(?P<name>[^\s:,]+):(?P<value>0|-?[1-9][0-9]*)")
 
 
@@ -58,8 +58,8 @@ class AttributeSchema:
     The default order is the published one: four attributes of Open Assistant, five of HelpSteer.
 
     Raises:
-        ValueError: for names that a label can't hold, and ranges that aren't two whole numbers,
-            the lower one first, without NOT_LABELLED between them.
+        ValueError: for names that a label or a report can't hold, and ranges that aren't two whole
+            numbers, the lower one first, without NOT_LABELLED between them.
     """
 
     names: tuple[str, ...] = (
@@ -85,7 +85,10 @@ class AttributeSchema:
             ranges = tuple(self.ranges) or (DEFAULT_RANGE,) * len(names)
             for name in names:
                 if not isinstance(name, str) or not _NAME.fullmatch(name):
-                    problems.append(f"the name {name!r} must be text without spaces, ':' and ','")
+                    problems.append(
+                        f"the name {name if not isinstance(name, str) else repr(name[:80])} must "
+                        "be text of at most 64 letters, digits, '_', '-' and '.'"
+                    )
             if len(set(names)) < len(names):
                 problems.append(f"names must differ from each other, got {', '.join(names)}")
             if len(ranges) != len(names):

@@ -143,7 +143,14 @@ def test_parse_label_checks_names_and_range_only_with_a_schema() -> None:
         ({"a": [-100, 0]}, "range of a, -100 to 0, holds -100, which stands for 'not labelled'"),
         ({"min_value": -101, "max_value": 9}, "range of all attributes, -101 to 9, holds"),
         ({"a b": [0, 4]}, "'a b'"),
-        ({True: [0, 4]}, "the name True must be text"),
+        ({True: [0, 4]}, "the name True must be text of"),
+        ({'"><script>alert(1)</script>': [0, 4]}, "must be text of at most 64 letters, digits"),
+        ({"a|b": [0, 4]}, r"the name 'a\|b' must be"),
+        ({"a$b$": [0, 4]}, "must be text of"),
+        ({"\x1b[31mred": [0, 4]}, r"the name '\\x1b\[31mred' must be"),
+        ({"%s{}": [0, 4]}, "must be text of"),
+        ({"a" * 65: [0, 4]}, "at most 64"),
+        ({".hidden": [0, 4]}, "must be text of"),
         ({"names": [0, 4], "a": [0, 4]}, "can't be called names, min_value, max_value or ranges"),
         ({"names": ["a", "b"], "ranges": [[0, 1]]}, "2 names need as many ranges, got 1"),
         ({"names": ["a"], "ranges": [[0, 1]], "min_value": 0}, "ranges, or min_value"),
@@ -152,6 +159,11 @@ def test_parse_label_checks_names_and_range_only_with_a_schema() -> None:
 def test_schema_refuses(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_schema(arguments)
+
+
+def test_names_are_words_of_any_script() -> None:
+    names = ("漢字", "überlänge", "follows-3.5_rules", "_x")
+    assert as_schema({name: [0, 4] for name in names}).names == names
 
 
 def test_schema_from_a_config_section() -> None:
