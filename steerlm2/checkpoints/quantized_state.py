@@ -9,16 +9,14 @@ dequantizes the overlapping shards and quantizes its own again.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchao.optim.adam import _AdamBase
@@ -26,6 +24,7 @@ from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
+from steerlm2.checkpoints.state_reader import StateReader, read_state
 from steerlm2.distributed.parallelize import local_part
 
 State = dict[str, dict[str, Any]]
@@ -92,7 +91,7 @@ def read_converted(state: State, checkpoint: Path) -> None:
     """Fill moments from a checkpoint that holds them in other shards, or not quantized."""
     if not state:
         return
-    reader = _Reader(checkpoint)
+    reader = StateReader(checkpoint)
     metadata = reader.read_metadata().state_dict_metadata
     parts: dict[str, list[Part]] = {}
     for part in _parts(metadata):
@@ -108,23 +107,8 @@ def read_converted(state: State, checkpoint: Path) -> None:
                 for part in parts[moment]:
                     _copy_overlap(numbers, offsets, part, reader, signed=name == "exp_avg")
             else:
-                dcp.load(
-                    {moment: _like(value, numbers)},
-                    storage_reader=reader,
-                    no_dist=True,
-                )
+                read_state({moment: _like(value, numbers)}, reader)
             local.copy_(numbers.to(local.device))
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the metadata once, not for every tensor."""
-
-    @functools.cached_property
-    def _metadata(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
 
 
 def _plain(name: str, value: Any) -> dict[str, Any]:
@@ -167,7 +151,7 @@ def _parts(keys: Iterable[str]) -> Iterator[Part]:
 
 
 def _copy_overlap(
-    target: Tensor, offsets: list[int], part: Part, reader: _Reader, *, signed: bool
+    target: Tensor, offsets: list[int], part: Part, reader: StateReader, *, signed: bool
 ) -> None:
     """Copy the overlap of a stored shard with the shard `target`, which begins at `offsets`."""
     starts = [max(ours, theirs) for ours, theirs in zip(offsets, part.offsets, strict=True)]
@@ -186,7 +170,7 @@ def _copy_overlap(
         signs = () if kind is OptimStateFp8 else (signed,)
         stored = kind.zeros(part.shape, *signs, block_size=block_size)
     tensors = {f"{part.name}.{key}": value for key, value in _tensors(part.kind, stored).items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    read_state(tensors, reader)
     source = stored if part.kind == NUMBERS else stored.dequantize()
     to_copy, stored_slices = (
         tuple(

@@ -47,6 +47,7 @@ from steerlm2.checkpoints.quantized_state import (
     read_converted,
     split_by_form,
 )
+from steerlm2.checkpoints.state_reader import StateReader, load_plain, read_state
 from steerlm2.distributed.world import World
 
 STATE_FILE = "state.json"
@@ -290,7 +291,7 @@ def load_best_weights(folder: Path, decoder: nn.Module, world: World) -> None:
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     tensors = {"model": get_model_state_dict(decoder, options=options)}
     with _plain_messages():
-        dcp.load(tensors, checkpoint_id=folder / BEST, no_dist=world.mesh is None)
+        read_state(tensors, StateReader(folder / BEST), no_dist=world.mesh is None)
     set_model_state_dict(decoder, tensors["model"], options=options)
 
 
@@ -401,7 +402,8 @@ def load_training_state(
     """
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     model_state, optimizer_state = get_state_dict(decoder, optimizer, options=options)
-    keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    reader = StateReader(checkpoint)
+    keys = reader.read_metadata().state_dict_metadata
     present, converted = split_by_form(
         cast(State, optimizer_state["state"]), keys, quantized=quantizes(optimizer)
     )
@@ -411,7 +413,7 @@ def load_training_state(
     }
     try:
         with _plain_messages():
-            dcp.load(to_read, checkpoint_id=checkpoint, no_dist=world.mesh is None)
+            read_state(to_read, reader, no_dist=world.mesh is None)
             world.on_all(lambda: read_converted(converted, checkpoint))
     except (ValueError, RuntimeError) as error:
         raise ValueError(
@@ -427,7 +429,7 @@ def load_training_state(
     )
     random_file = checkpoint / f"random_{world.rank}.pt"
     if random_file.exists():  # none for a rank that the saving run didn't have
-        random_state = torch.load(random_file)
+        random_state = load_plain(random_file, random_file.name)
         torch.set_rng_state(random_state["cpu"])
         if "cuda" in random_state and world.device.type == "cuda":
             torch.cuda.set_rng_state(random_state["cuda"], world.device)
@@ -442,7 +444,8 @@ def _damage(checkpoint: Path) -> str | None:
     """Why a state can't be read; None where it is complete."""
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
-        written = dcp.FileSystemReader(checkpoint).read_metadata().storage_data or {}
+        reader = StateReader(checkpoint)
+        written = reader.read_metadata().storage_data or {}
         for part in written.values():
             file = checkpoint / part.relative_path
             if file.stat().st_size < part.offset + part.length:
@@ -450,6 +453,8 @@ def _damage(checkpoint: Path) -> str | None:
         for file in checkpoint.glob("random_*.pt"):
             if not zipfile.is_zipfile(file):  # torch.save's zip has its directory at the end
                 return f"{file.name} is cut off"
+            load_plain(file, file.name)
+        reader.check_plain_values()
     except OSError as error:
         return f"no {Path(error.filename or STATE_FILE).name}"
     except Exception as error:  # unpickling a damaged file raises anything

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import os
+import pickle
 import shutil
 import threading
 import time
@@ -22,6 +25,7 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from steerlm2.attributes import AttributeSchema
 from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
+from steerlm2.checkpoints.state_reader import StateReader
 from steerlm2.checkpoints.training_state import (
     BEST,
     STATE_FILE,
@@ -440,6 +444,62 @@ def test_a_broken_checkpoint_is_passed_over(
     warning = capsys.readouterr().err
     assert warning.startswith(f"WARNING: {tmp_path}/step_000006 is broken ({DAMAGES[how]}")
     assert warning.count("\n") == 1
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def plant(state: Path, where: str, payload: Payload) -> None:
+    """Hide a payload in a state; in its values: behind the last file's end, in place of a value."""
+    file = state / ".metadata"
+    if where == "description":
+        file.write_bytes(pickle.dumps(payload))
+    elif where == "random state":
+        torch.save({"cpu": payload}, state / "random_0.pt")
+    else:
+        description = pickle.loads(file.read_bytes())
+        index = next(i for i in description.storage_data if i.fqn.endswith("param_groups.0.lr"))
+        part = description.storage_data[index]
+        buffer = io.BytesIO()
+        torch.save(payload, buffer)
+        values = state / part.relative_path
+        part.offset, part.length = values.stat().st_size, buffer.tell()
+        values.write_bytes(values.read_bytes() + buffer.getvalue())
+        file.write_bytes(pickle.dumps(description))
+
+
+@pytest.mark.parametrize("where", ["description", "random state", "settings of the optimizer"])
+def test_nothing_in_a_state_is_run(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A state from elsewhere, whose pickles hold a payload, is passed over like a broken one."""
+    ran = tmp_path / "ran"
+    folder = tmp_path / "states"
+    for step in (3, 6):
+        save(folder, step, with_schedule(0.01)[:2])
+    plant(folder / "step_000006", where, Payload(ran))
+    found = resume_training(folder, *with_schedule(0.01), {"seed": 5}, CPU)
+    assert found == (folder / "step_000003", 3)
+    assert f"{folder}/step_000006 is broken (UnpicklingError" in capsys.readouterr().err
+    assert not ran.exists()
+
+
+def test_a_state_reads_no_files_of_other_folders(tmp_path: Path) -> None:
+    save(tmp_path, 3, with_schedule(0.01)[:2])
+    file = tmp_path / "step_000003" / ".metadata"
+    description = pickle.loads(file.read_bytes())
+    for part in description.storage_data.values():
+        part.relative_path = "../../elsewhere"
+    file.write_bytes(pickle.dumps(description))
+    with pytest.raises(ValueError, match="names a file that isn't the state's"):
+        StateReader(file.parent).read_metadata()
 
 
 def test_a_broken_newer_checkpoint_is_not_kept_in_place_of_a_whole_one(tmp_path: Path) -> None:
