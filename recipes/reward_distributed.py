@@ -24,7 +24,11 @@ import torch
 from torch import Tensor
 
 from steerlm2.attributes import as_schema, schema_argument
-from steerlm2.config.completion import complete_model, complete_schema
+from steerlm2.config.completion import (
+    complete_model,
+    complete_schema,
+    complete_schema_from_data,
+)
 from steerlm2.config.keys import TrainingKeys, at_least_one, schema_problems
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.packing import PackedRewardGroups, RewardGroup, pack_for_reward
@@ -79,7 +83,7 @@ class RewardConfig(TrainingKeys):
         found = list(complete_model(values))
         if values.get("load_reward_head"):
             found += complete_schema(values, values, "equal")
-        return found
+        return [*found, *complete_schema_from_data(values)]
 
     def problems(self) -> list[str]:
         found = super().problems()

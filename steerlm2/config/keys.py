@@ -25,12 +25,22 @@ from steerlm2.attributes import (
     parse_label,
     schema_to_json,
 )
-from steerlm2.config.completion import MODEL, SchemaRule, complete_model, complete_schema
+from steerlm2.config.completion import (
+    MODEL,
+    SchemaRule,
+    complete_model,
+    complete_schema,
+    complete_schema_from_data,
+)
 from steerlm2.config.loader import Component, to_plain
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 
 ActivationCheckpointing = Literal["full", "selective"]
 """What of a layer the backward computes again: all, or all but matrix products and attention."""
+
+
+DEFAULT_OUTPUTS = "./steerlm2_outputs/mine"
+"""`outputs` of any/*."""
 
 
 def default_template() -> Component:
@@ -88,6 +98,24 @@ def settings_of(config: Any, keys: Iterable[str]) -> dict[str, Any]:
     return {key: plain[key] for key in keys}
 
 
+def outputs_problems(config: Any) -> Iterator[str]:
+    """Whether `outputs` is given to a config that has no ${outputs}."""
+    given = config.outputs
+    if given is None or Path(given) == Path(DEFAULT_OUTPUTS):
+        return
+    others = {key: value for key, value in to_plain(config).items() if key != "outputs"}
+    if not any(Path(text).is_relative_to(given) for text in _texts(others)):
+        yield f"'outputs' is {given}, but no path of this config is in it: set the paths themselves"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
 def output_problems(source: str, output: str) -> Iterator[str]:
     """Problems of the keys `input` and `output` of a recipe that writes in slices."""
     if Path(source).absolute() == Path(output).absolute():
@@ -100,6 +128,9 @@ def output_problems(source: str, output: str) -> Iterator[str]:
 class ModelKeys:
     """A model with its tokenizer and template, and what it is computed on."""
 
+    outputs: str | None = None
+    """Folder of all that belongs to one model, as ${outputs} in the other keys: what a run of any/*
+    reads and writes where nothing else is said."""
     tokenizer: Component
     """Builder of the tokenizer, e.g. steerlm2.data.hf_tokenizer; left out: the checkpoint's."""
     model: Component
@@ -134,7 +165,7 @@ class ModelKeys:
 
     def problems(self) -> list[str]:
         """Problems between keys that are right by themselves."""
-        return []
+        return list(outputs_problems(self))
 
 
 @dataclass(kw_only=True)
@@ -183,6 +214,9 @@ class DistributedKeys(ModelKeys):
 class DataOptions:
     """The `data:` section."""
 
+    dir: str | None = None
+    """Folder of train.jsonl and val.jsonl, as ${data.dir} in dataset.source and dataset_val.source;
+    null where these name their files."""
     shuffle: bool = True
     """Draw each epoch's order from `seed`; false: the order of the file."""
 
@@ -200,8 +234,8 @@ class TrainingKeys(DistributedKeys):
     dataset_val: Component | None = None
     """Builder of the validation data."""
     schema: dict[str, Any] | None = None
-    """Attributes of the labels, with their ranges; null: the checkpoint's, or those of the default
-    schema that the labels name."""
+    """Attributes of the labels, with their ranges; null: the checkpoint's, or those that the
+    training data were written with, or those of the default schema that the labels name."""
     optimizer: Component
     """E.g. torch.optim.AdamW with its arguments."""
     lr: float | None = None
@@ -266,11 +300,13 @@ class TrainingKeys(DistributedKeys):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> list[str]:
-        return [*super().complete(values), *complete_schema(values, values, "any")]
+        found = [*super().complete(values), *complete_schema(values, values, "any")]
+        return [*found, *complete_schema_from_data(values)]
 
     def problems(self) -> list[str]:
         found = super().problems()
         found += schema_problems(self.schema)
+        found += self._folder_problems()
         if self.epochs is None and self.max_steps is None:
             found.append("set 'epochs' or 'max_steps' (the smaller of the two ends the run)")
         if self.lr is None and "lr" not in self.optimizer:
@@ -308,6 +344,18 @@ class TrainingKeys(DistributedKeys):
         lr = self.optimizer.get("lr", self.lr)
         assert lr is not None  # `problems`
         return float(lr)
+
+    def _folder_problems(self) -> Iterator[str]:
+        """Where `data.dir` and the sources disagree; that of any/* may go unused."""
+        folder, given = self.data.dir, [self.dataset, self.dataset_val]
+        sources = [str(each["source"]) for each in given if each and "source" in each]
+        outside = [source for source in sources if folder and Path(source).parent != Path(folder)]
+        by_default = folder is not None and Path(folder).is_relative_to(DEFAULT_OUTPUTS)
+        if outside and not (by_default and len(outside) == len(sources)):
+            yield (
+                f"'data.dir' is {folder}, but {' and '.join(outside)} isn't in it: set data.dir "
+                "alone; or data.dir=null with dataset.source and dataset_val.source"
+            )
 
     def _float8_problems(self) -> Iterator[str]:
         if not self.float8:
