@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,9 @@ from steerlm2.attributes import (
     parse_label,
     schema_to_json,
 )
+from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
 from steerlm2.config.completion import (
+    CHECKPOINTER,
     MODEL,
     SchemaRule,
     complete_model,
@@ -122,6 +124,35 @@ def output_problems(source: str, output: str) -> Iterator[str]:
         yield "'output' must be another file than 'input'"
     if Path(output).suffix == ".gz":
         yield "'output' can't be compressed: it is appended to; give a .jsonl name"
+
+
+def check_checkpoints(config: Any) -> None:
+    """Check that the folders of a config's checkpoints are there, but for what a server has.
+
+    Where a whole pipeline is checked before it runs, they aren't yet: this isn't one of `problems`.
+
+    Raises:
+        FileNotFoundError: naming all that aren't.
+    """
+    lacking = []
+    for key, folder in _checkpoint_dirs(config, ""):
+        try:
+            resolve_checkpoint_dir(folder, key)
+        except FileNotFoundError as error:
+            lacking.append(str(error))
+    if lacking:
+        raise FileNotFoundError("\n".join(lacking))
+
+
+def _checkpoint_dirs(section: Any, where: str) -> Iterator[tuple[str, str]]:
+    checkpointer = getattr(section, "checkpointer", None)
+    served = getattr(section, "server", None) is not None
+    if checkpointer and checkpointer["_component_"] == CHECKPOINTER and not served:
+        yield f"{where}checkpointer.checkpoint_dir", checkpointer["checkpoint_dir"]
+    own = vars(section) if is_dataclass(section) else section
+    for name, value in own.items():
+        if is_dataclass(value) or name == "models":
+            yield from _checkpoint_dirs(value, f"{where}{name}.")
 
 
 @dataclass(kw_only=True)
@@ -353,7 +384,7 @@ class TrainingKeys(DistributedKeys):
         by_default = folder is not None and Path(folder).is_relative_to(DEFAULT_OUTPUTS)
         if outside and not (by_default and len(outside) == len(sources)):
             yield (
-                f"'data.dir' is {folder}, but {' and '.join(outside)} isn't in it: set data.dir "
+                f"'data.dir' is {folder}, but not the folder of {' and '.join(outside)}: set data.dir "
                 "alone; or data.dir=null with dataset.source and dataset_val.source"
             )
 
