@@ -384,8 +384,8 @@ class TrainingKeys(DistributedKeys):
         by_default = folder is not None and Path(folder).is_relative_to(DEFAULT_OUTPUTS)
         if outside and not (by_default and len(outside) == len(sources)):
             yield (
-                f"'data.dir' is {folder}, but not the folder of {' and '.join(outside)}: set data.dir "
-                "alone; or data.dir=null with dataset.source and dataset_val.source"
+                f"'data.dir' is {folder}, but not the folder of {' and '.join(outside)}: set "
+                "data.dir alone; or data.dir=null with dataset.source and dataset_val.source"
             )
 
     def _float8_problems(self) -> Iterator[str]:
