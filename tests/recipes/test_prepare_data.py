@@ -24,6 +24,7 @@ from steerlm2.attributes import parse_label
 from steerlm2.data.grammar import grammar_pairs
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import Record, read_records
+from steerlm2.data.settings import schema_of_data
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.datasets import attribute_dataset
 
@@ -699,6 +700,19 @@ def test_regression_format_of_an_own_schema(tmp_path: Path, prepare: Prepare) ->
     assert status == 0, stderr
     (line,) = (tmp_path / "out" / "train_reg.jsonl").read_text().splitlines()
     assert json.loads(line)["label"] == [1.0, -100.0, 3.0]
+
+
+def test_an_own_schema_stands_beside_the_files(tmp_path: Path, prepare: Prepare) -> None:
+    """That of the last run: the default one needs nothing."""
+    (tmp_path / "own.csv").write_text("prompt,response,wit,humor\nQ,A,7,3\n")
+    common = ("source=own.csv", "output_dir=out", "train_fraction=null")
+    status, _, stderr = prepare(*config("chat"), *common, "schema={wit: [0, 9], humor: [0, 4]}")
+    assert status == 0, stderr
+    for name in ("train.jsonl", "train_reg.jsonl"):
+        schema = schema_of_data(tmp_path / "out" / name)
+        assert str(schema) == "wit 0 to 9, humor 0 to 4"
+    assert prepare(*config("chat"), *common)[0] == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["train.jsonl", "train_reg.jsonl"]
 
 
 def test_other_kinds_of_output_of_an_earlier_run_are_removed(
