@@ -35,7 +35,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from steerlm2.attributes import AttributeSchema, as_schema, read_label
-from steerlm2.config.keys import at_least_one, outputs_problems, schema_problems, settings_of
+from steerlm2.config.keys import (
+    OutputsKeys,
+    SchemaKeys,
+    at_least_one,
+    outputs_problems,
+    schema_problems,
+    settings_of,
+)
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.conversations import (
     REGRESSION_MARKERS,
@@ -102,23 +109,15 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
-class PrepareDataConfig(SourceConfig):
+class PrepareDataConfig(SchemaKeys, OutputsKeys, SourceConfig):
     """The keys of prepare_data: those of the first source, and those of the output."""
 
-    outputs: str | None = None
-    """Folder of all that belongs to one model, as ${outputs} in the other keys: what a run of any/*
-    reads and writes where nothing else is said."""
     output_dir: str
     """Folder of train.jsonl and val.jsonl."""
     merge: dict[str, SourceConfig] = field(default_factory=dict)
     """More sources, by any name."""
     seed: int = 0
     """Of the order of the records, their split, and what is sampled."""
-    schema: dict[str, Any] | None = None
-    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
-    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
-    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
-    schema.names=[...] changes the second form."""
 
     def problems(self) -> list[str]:
         problems = [*self.source_problems(), *schema_problems(self.schema)]

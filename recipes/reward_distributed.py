@@ -67,8 +67,8 @@ class RewardConfig(TrainingKeys):
     schema: dict[str, Any] | None = None
     """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
     lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
-    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
-    schema.names=[...] changes the second form."""
+    4}; null: those that the training data were written with, or the default nine, from 0 to 4. On
+    the command line schema={...} replaces it, and schema.names=[...] changes the second form."""
     reward_attribute: str = "helpfulness"
     """Attribute whose score is the reward of the Bradley-Terry losses."""
     load_reward_head: bool = False

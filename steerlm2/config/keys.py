@@ -156,12 +156,29 @@ def _checkpoint_dirs(section: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 @dataclass(kw_only=True)
-class ModelKeys:
-    """A model with its tokenizer and template, and what it is computed on."""
+class OutputsKeys:
+    """Where the runs of any/* meet."""
 
     outputs: str | None = None
     """Folder of all that belongs to one model, as ${outputs} in the other keys: what a run of any/*
     reads and writes where nothing else is said."""
+
+
+@dataclass(kw_only=True)
+class SchemaKeys:
+    """Attributes that a run writes, or asks for."""
+
+    schema: dict[str, Any] | None = None
+    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
+    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
+    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
+    schema.names=[...] changes the second form."""
+
+
+@dataclass(kw_only=True)
+class ModelKeys(OutputsKeys):
+    """A model with its tokenizer and template, and what it is computed on."""
+
     tokenizer: Component
     """Builder of the tokenizer, e.g. steerlm2.data.hf_tokenizer; left out: the checkpoint's."""
     model: Component
@@ -494,14 +511,9 @@ class LabelOptions:
 
 
 @dataclass(kw_only=True)
-class InferenceKeys(DistributedKeys):
+class InferenceKeys(SchemaKeys, DistributedKeys):
     """What runs of a model over a file have in common."""
 
-    schema: dict[str, Any] | None = None
-    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
-    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
-    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
-    schema.names=[...] changes the second form."""
     records_per_write: int = 128
     """Records that are written at a time; a stopped run repeats at most so many."""
 
