@@ -774,7 +774,8 @@ def test_the_grammar_gives_conversations_with_labels_and_their_regression_files(
     numbers = ("builder.num=60", "builder.num_val=30")
     status, _, stderr = prepare(*config("grammar"), "output_dir=out", *numbers)
     assert status == 0, stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    settings = [f"{name}.settings.json" for name in FILES]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, *settings])
     for name, split, count in (("train", "train", 60), ("val", "validation", 30)):
         rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").open()]
         pairs = [
