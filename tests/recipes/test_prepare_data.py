@@ -793,7 +793,7 @@ def test_unlabelled_answers_of_the_grammar_have_no_regression_files(
 ) -> None:
     options = ("source=all", "builder.labels=null", "builder.num=20", "builder.num_val=0")
     assert prepare(*config("grammar"), "output_dir=out", *options)[0] == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]
+    assert [path.name for path in (tmp_path / "out").glob("*.jsonl")] == ["train.jsonl"]
 
 
 def test_prompts_of_the_grammar_repeat_pass_after_pass(tmp_path: Path, prepare: Prepare) -> None:
