@@ -5,6 +5,8 @@
     tune run annotate_attributes --config tiny/annotate_attributes \\
         input=groups.jsonl output=scored.jsonl server.url=http://127.0.0.1:8000
 
+Of a folder that prepare_data wrote, both files are labelled.
+
 What the input is, its first line tells:
 
     conversations     every Assistant turn with a "label" gets a new one, of all attributes: the
@@ -27,12 +29,13 @@ A run that was stopped continues where it was; the output is in input order.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -91,15 +94,19 @@ SETTINGS_THAT_CHANGE_SCORES = (
     "schema",
 )
 
+PREPARED = ("train.jsonl", "val.jsonl")
+"""The files of a folder of prepare_data."""
+
 
 @dataclass(kw_only=True)
 class AnnotateConfig(ScoringKeys):
     """The keys of annotate_attributes."""
 
     input: str
-    """Conversations or SteerLM2 records, .jsonl or .jsonl.gz."""
+    """Conversations or SteerLM2 records, .jsonl or .jsonl.gz; or a folder of prepare_data: its
+    train.jsonl and val.jsonl."""
     output: str
-    """The same with labels or scores, to be written, .jsonl."""
+    """The same with labels or scores, to be written, .jsonl; of a folder, a folder."""
     server: ServerOptions | None = None
     """A vLLM server that scores, started with --runner pooling, instead of the checkpoint."""
     turns: Literal["with_label", "all"] = "with_label"
@@ -117,7 +124,23 @@ class AnnotateConfig(ScoringKeys):
         if self.server is not None:
             found += self.server.problems()
         found += output_problems(self.input, self.output)
+        if Path(self.input).is_dir() and Path(self.output).suffix == ".jsonl":
+            found.append("'output' must be a folder, as 'input' is one")
         return found
+
+    def files(self) -> list[tuple[Path, Path]]:
+        """What is read, and where it is written with its labels.
+
+        Raises:
+            FileNotFoundError: for a folder without such files.
+        """
+        folder, output = Path(self.input), Path(self.output)
+        if not folder.is_dir():
+            return [(folder, output)]
+        found = [folder / name for name in PREPARED if (folder / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{folder} has neither {' nor '.join(PREPARED)}: name a file")
+        return [(file, output / file.name) for file in found]
 
 
 class Question(NamedTuple):
@@ -149,6 +172,20 @@ class Format(Protocol):
         """What makes responses of a valid line others than were sampled (`count_flaws`)."""
 
 
+@dataclass
+class Job:
+    """A file with its output."""
+
+    input: Path
+    output: ResumableOutput
+    num_records: int = 0
+    kind: str = ""
+    """Its format (`kind_of`)."""
+    flaws: Counter[str] = field(default_factory=Counter)
+    done: int = 0
+    """Records of an earlier run."""
+
+
 class AnnotateRecipe:
     """The run: setup -> annotate."""
 
@@ -156,8 +193,9 @@ class AnnotateRecipe:
         self.cfg = cfg
         self.schema = as_schema(cfg.schema)
         self.client: ClassifyClient | None = None
+        self.files = cfg.files()
         if cfg.server is None:
-            self.world = join_processes(cfg, Path(cfg.output).parent)
+            self.world = join_processes(cfg, self.files[0][1].parent)
         else:
             self.world = process_beside_server()
             self.client = ClassifyClient(attributes=self.schema.names, **vars(cfg.server))
@@ -166,14 +204,17 @@ class AnnotateRecipe:
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
         self.watch.at("reading the input", patience=LONG)
-        self.output = self._output()
-        world.on_main(self.output.check)
-        self.num_records, kind, self.flaws = world.computed_on_main(self._check_input)
-        self.format = self._format(kind)
+        self.jobs = [Job(source, self._output(source, target)) for source, target in self.files]
+        for job in self.jobs:
+            world.on_main(job.output.check)
+            check = functools.partial(self._check_input, job.input)
+            job.num_records, job.kind, job.flaws = world.computed_on_main(check)
         self.tokenizer = instantiate(cfg.tokenizer)
         self.template = instantiate(cfg.template)
-        self.done = world.computed_on_main(lambda: self.output.begin(self.num_records))
-        if self.done == self.num_records:
+        for job in self.jobs:
+            begin = functools.partial(job.output.begin, job.num_records)
+            job.done = world.computed_on_main(begin)
+        if all(job.done == job.num_records for job in self.jobs):
             return
         if self.client is not None:
             self.client.connect(cfg.max_seq_len)
@@ -197,18 +238,22 @@ class AnnotateRecipe:
         self.watch.follow(self.model.decoder)
 
     def annotate(self) -> None:
-        """Score and append a slice of the lines at a time; rename the file when it is complete."""
-        cfg, world = self.cfg, self.world
+        """Score and append a slice of the lines at a time; rename a file when it is complete."""
+        for job in self.jobs:
+            self._annotate_file(job)
+
+    def _annotate_file(self, job: Job) -> None:
+        cfg, world, labelling = self.cfg, self.world, self._format(job.kind)
         num_texts, num_cut = 0, 0
-        lines = itertools.islice(self._lines(), self.done, None)
-        num_done = self.done
-        bar = progress_bar(world, self.num_records, num_done, unit="record")
+        lines = itertools.islice(_lines(job.input), job.done, None)
+        num_done = job.done
+        bar = progress_bar(world, job.num_records, num_done, unit="record")
         while chosen := list(itertools.islice(lines, cfg.records_per_write)):
-            first = num_done == self.done
+            first = num_done == job.done
             self.watch.at(f"record {num_done + 1}", patience=LONG if first else 1.0)
             groups: list[list[RewardGroup]] = []
             for _, obj in chosen:
-                encoded = [self._encode(question) for question in self.format.questions(obj)]
+                encoded = [self._encode(question) for question in labelling.questions(obj)]
                 groups.append([group for own, _ in encoded for group in own])
                 num_cut += sum(cut for _, cut in encoded)
             scores = iter(self._score([group for own in groups for group in own]))
@@ -217,49 +262,45 @@ class AnnotateRecipe:
                 scores_NA = [row for _ in own for row in next(scores)]
                 if not all(math.isfinite(score) for scores_A in scores_NA for score in scores_A):
                     raise ValueError(
-                        f"{cfg.input}:{line_number}: the model's scores are not finite: {scores_NA}"
+                        f"{job.input}:{line_number}: the model's scores are not finite: {scores_NA}"
                     )
-                self.format.annotate(obj, scores_NA, index)
+                labelling.annotate(obj, scores_NA, index)
                 num_texts += len(scores_NA)
             if world.is_main:
-                self.output.append(json_line(obj) for _, obj in chosen)
+                job.output.append(json_line(obj) for _, obj in chosen)
             num_done += len(chosen)
             bar.update(len(chosen))
         bar.close()
         if world.is_main:
-            self.output.finish()
-            flaws = f"; of the responses: {causes_text(self.flaws)}" if self.flaws else ""
-            earlier = f"; {self.done} records are of an earlier run" if self.done else ""
+            job.output.finish()
+            flaws = f"; of the responses: {causes_text(job.flaws)}" if job.flaws else ""
+            earlier = f"; {job.done} records are of an earlier run" if job.done else ""
             tqdm.write(
-                f"{cfg.output}: {self.num_records} records, {num_texts} texts scored (cut at the "
-                f"beginning, being too long: {num_cut} texts{earlier}){flaws}"
+                f"{job.output.path}: {job.num_records} records, {num_texts} texts scored (cut at "
+                f"the beginning, being too long: {num_cut} texts{earlier}){flaws}"
             )
 
     # Helpers
 
-    def _output(self) -> ResumableOutput:
+    def _output(self, source: Path, target: Path) -> ResumableOutput:
         cfg, settings = self.cfg, settings_of(self.cfg, SETTINGS_THAT_CHANGE_SCORES)
         # A stopped run may continue with the same model at another server.
         settings["server"] = cfg.server and {"model": cfg.server.model}
         return ResumableOutput(
-            cfg.output,
-            input_file=cfg.input,
-            settings=settings,
-            slice_size=cfg.records_per_write,
+            target, input_file=source, settings=settings, slice_size=cfg.records_per_write
         )
 
-    def _check_input(self) -> tuple[int, str, Counter[str]]:
+    def _check_input(self, source: Path) -> tuple[int, str, Counter[str]]:
         """The number of records, their format and flaws of responses, after a check of all of them.
 
         Raises:
             ValueError: naming every bad line (the first 10), or for an input with nothing to score.
         """
-        cfg = self.cfg
-        problems = LineProblems(cfg.input)
         kind = ""
         num_records, num_texts = 0, 0
         flaws: Counter[str] = Counter()
-        for line_number, obj in iter_json_lines(cfg.input, problems):
+        problems = LineProblems(source)
+        for line_number, obj in iter_json_lines(source, problems):
             num_records += 1
             try:
                 kind = kind or kind_of(obj)
@@ -271,10 +312,10 @@ class AnnotateRecipe:
                 flaws.update(self._format(kind).flaws(obj))
         problems.raise_if_any()
         if num_records == 0:
-            raise ValueError(f"{cfg.input} holds no records: the file is empty")
+            raise ValueError(f"{source} holds no records: the file is empty")
         if num_texts == 0:
             raise ValueError(
-                f"{cfg.input}: no Assistant turn of its {num_records} conversations has a 'label' "
+                f"{source}: no Assistant turn of its {num_records} conversations has a 'label' "
                 "to be filled; turns=all labels those without one too"
             )
         return num_records, kind, flaws
@@ -286,11 +327,6 @@ class AnnotateRecipe:
                 self.schema, cfg.turns, cfg.labels, cfg.seed, cfg.concentration, cfg.bins
             )
         return GroupFormat(self.schema, cfg.concentration, cfg.bins)
-
-    def _lines(self) -> Iterator[tuple[int, Any]]:
-        problems = LineProblems(self.cfg.input)
-        yield from iter_json_lines(self.cfg.input, problems)
-        problems.raise_if_any()
 
     def _encode(self, question: Question) -> tuple[list[RewardGroup], int]:
         """The tokenised responses of a question, and how many of them were cut."""
@@ -305,6 +341,12 @@ class AnnotateRecipe:
         texts = [[*group.prompt, *response] for group in groups for response in group.responses]
         scores = iter(self.client.classify(texts))
         return [[next(scores) for _ in group.responses] for group in groups]
+
+
+def _lines(source: Path) -> Iterator[tuple[int, Any]]:
+    problems = LineProblems(source)
+    yield from iter_json_lines(source, problems)
+    problems.raise_if_any()
 
 
 def kind_of(obj: Any) -> str:

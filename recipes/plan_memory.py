@@ -83,7 +83,7 @@ class PlanConfig:
     recipe: str | None = None
     """The recipe whose config this is; null: found out."""
     gpu: str = "H100"
-    """The card."""
+    """The card: A100 and H100 have 80 GB; A100-40GB, H200, B200, L40S, RTX4090."""
     gpu_gib: float | None = None
     """Memory of a GPU, in GiB; null: the card's."""
     gpus_per_node: int = 8

@@ -9,6 +9,9 @@ other function works too. What it yields decides what is written:
     units of conversations  train.jsonl and val.jsonl (conversation format), train_reg.jsonl and
                             val_reg.jsonl (regression format, a line for each labelled turn)
 
+Beside a file whose labels have a `schema` of their own FILE.settings.json says it: whoever trains
+on FILE needn't say it again.
+
 Contents that spell a marker of the regression format are in the conversation files only.
 
 Records are kept in a temporary file until they are written in their order; only their offsets are
@@ -21,6 +24,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import random
 from array import array
@@ -31,7 +35,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from steerlm2.attributes import AttributeSchema, as_schema, read_label
-from steerlm2.config.keys import at_least_one, schema_problems
+from steerlm2.config.keys import (
+    OutputsKeys,
+    SchemaKeys,
+    at_least_one,
+    outputs_problems,
+    schema_problems,
+    settings_of,
+)
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.conversations import (
     REGRESSION_MARKERS,
@@ -43,6 +54,7 @@ from steerlm2.data.conversations import (
 )
 from steerlm2.data.jsonl import LineProblems, json_line, shortened
 from steerlm2.data.records import BROKEN, USER, Record, record_to_json
+from steerlm2.data.settings import settings_file
 from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.sources.helpsteer import strengths_of
 from steerlm2.data.spool import Spool, open_spool
@@ -97,7 +109,7 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
-class PrepareDataConfig(SourceConfig):
+class PrepareDataConfig(SchemaKeys, OutputsKeys, SourceConfig):
     """The keys of prepare_data: those of the first source, and those of the output."""
 
     output_dir: str
@@ -106,14 +118,10 @@ class PrepareDataConfig(SourceConfig):
     """More sources, by any name."""
     seed: int = 0
     """Of the order of the records, their split, and what is sampled."""
-    schema: dict[str, Any] | None = None
-    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
-    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
-    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
-    schema.names=[...] changes the second form."""
 
     def problems(self) -> list[str]:
         problems = [*self.source_problems(), *schema_problems(self.schema)]
+        problems += outputs_problems(self)
         for name, source in self.merge.items():
             problems += source.source_problems(f"merge.{name}.")
         return problems
@@ -139,7 +147,8 @@ def main(cfg: PrepareDataConfig) -> None:
             val.extend(split.val)
         kind = splits[0].kind
         counted = "answers" if kind is Record else "labelled"
-        tallies = _write(output_dir, {"train": train, "val": val}, spool, counted)
+        settings = settings_of(cfg, ["schema"])
+        tallies = _write(output_dir, {"train": train, "val": val}, spool, counted, settings)
 
     if kind is Record:
         train_file = (output_dir / "train.jsonl").absolute()
@@ -350,11 +359,17 @@ class _Tally:
 
 
 def _write(
-    output_dir: Path, splits: dict[str, array[int]], spool: Spool, counted: str
+    output_dir: Path,
+    splits: dict[str, array[int]],
+    spool: Spool,
+    counted: str,
+    settings: dict[str, Any],
 ) -> dict[str, _Tally]:
     """Write the files, rename them when all are complete, and print their counts.
 
-    `counted` is the word for what is counted of a record: its answers, or those with a label.
+    Args:
+        counted: the word for what is counted of a record: its answers, or those with a label.
+        settings: go beside each file, where there are any.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     temporaries = {
@@ -372,7 +387,11 @@ def _write(
         print(f"{'file':<15} {'records':>8} {counted:>8} {'per record':>11}")
         for split, tally in tallies.items():
             for kind, name in FILES[split].items():
+                beside = settings_file(output_dir / name)
+                beside.unlink(missing_ok=True)  # an earlier run's
                 if temporaries[name].stat().st_size:
+                    if any(settings.values()):
+                        beside.write_text(json.dumps(settings, indent=2) + "\n")
                     os.replace(temporaries[name], output_dir / name)
                     print(f"{name:<15} {_table_row(kind, tally)}")
                 elif (output_dir / name).exists():

@@ -24,7 +24,11 @@ import torch
 from torch import Tensor
 
 from steerlm2.attributes import as_schema, schema_argument
-from steerlm2.config.completion import complete_model, complete_schema
+from steerlm2.config.completion import (
+    complete_model,
+    complete_schema,
+    complete_schema_from_data,
+)
 from steerlm2.config.keys import TrainingKeys, at_least_one, schema_problems
 from steerlm2.config.loader import Component, instantiate
 from steerlm2.data.packing import PackedRewardGroups, RewardGroup, pack_for_reward
@@ -63,8 +67,8 @@ class RewardConfig(TrainingKeys):
     schema: dict[str, Any] | None = None
     """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
     lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
-    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
-    schema.names=[...] changes the second form."""
+    4}; null: those that the training data were written with, or the default nine, from 0 to 4. On
+    the command line schema={...} replaces it, and schema.names=[...] changes the second form."""
     reward_attribute: str = "helpfulness"
     """Attribute whose score is the reward of the Bradley-Terry losses."""
     load_reward_head: bool = False
@@ -79,7 +83,7 @@ class RewardConfig(TrainingKeys):
         found = list(complete_model(values))
         if values.get("load_reward_head"):
             found += complete_schema(values, values, "equal")
-        return found
+        return [*found, *complete_schema_from_data(values)]
 
     def problems(self) -> list[str]:
         found = super().problems()

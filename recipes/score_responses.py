@@ -64,6 +64,7 @@ from steerlm2.data.records import (
     read_records,
     record_to_json,
 )
+from steerlm2.data.settings import settings_file
 from steerlm2.data.templates import groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import ResponseEncoder, tokenize_records
@@ -201,7 +202,7 @@ class ScoreRecipe:
             source = target
         if world.is_main:
             for file in handed_on:
-                for path in (Path(file), Path(f"{file}.settings.json")):
+                for path in (Path(file), settings_file(file)):
                     path.unlink(missing_ok=True)
 
     def _score_log_probs(self, stage: Stage, source: str, output: ResumableOutput) -> None:

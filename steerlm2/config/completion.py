@@ -3,7 +3,7 @@
 A section with a checkpointer needs no tokenizer (its folder's), no model (what config.json
 describes), no template and no schema where the folder is an export of ours. What is given all the
 same must be what the model was trained with. Of any other folder the template is the one whose
-control tokens its tokenizer has.
+control tokens its tokenizer has. A schema that no checkpoint says is that of the training data.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from omegaconf import MISSING
 from steerlm2.attributes import as_schema, schema_to_json
 from steerlm2.config.loader import instantiate
 from steerlm2.data.digest import template_digest
+from steerlm2.data.settings import schema_of_data, settings_file
 from steerlm2.data.templates import fitting_template
 from steerlm2.data.tokenizers import added_tokens
 from steerlm2.facts import FACTS_FILE, ModelFacts, read_facts
@@ -113,6 +114,38 @@ def complete_schema(
             f"it has {given}, {FACTS_FILE} of {folder or 'the tokenizer'} has {schema}: "
             "leave 'schema' out, and it is that one"
         )
+
+
+def complete_schema_from_data(values: Values) -> Iterator[str]:
+    """Fill in the `schema` that a training config still leaves out, from what wrote its data.
+
+    Yields:
+        Which attributes have other ranges there.
+    """
+    for key in ("dataset", "dataset_val"):
+        section = values.get(key)
+        source = _path(section.get("source")) if isinstance(section, dict) else None
+        if source is None or values[key].get("use_labels", True) is False:
+            continue
+        try:
+            written = schema_of_data(source)
+        except (ValueError, OSError) as error:
+            yield str(error)
+            continue
+        if written is None:
+            continue
+        if values.get("schema") is None:
+            values["schema"] = schema_to_json(written)
+        try:
+            given = as_schema(values["schema"])
+        except (ValueError, TypeError):
+            continue  # the key's own check names it
+        shared = [name for name in given.names if name in written.names]
+        if not shared or given.select(shared) != written.select(shared):
+            yield (
+                f"'schema' is {given}, but the labels of {source} were written with {written} "
+                f"({settings_file(source)}): give that one, or write the data with this one"
+            )
 
 
 def complete_sections(values: Values, sections: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,12 +25,24 @@ from steerlm2.attributes import (
     parse_label,
     schema_to_json,
 )
-from steerlm2.config.completion import MODEL, SchemaRule, complete_model, complete_schema
+from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.config.completion import (
+    CHECKPOINTER,
+    MODEL,
+    SchemaRule,
+    complete_model,
+    complete_schema,
+    complete_schema_from_data,
+)
 from steerlm2.config.loader import Component, to_plain
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 
 ActivationCheckpointing = Literal["full", "selective"]
 """What of a layer the backward computes again: all, or all but matrix products and attention."""
+
+
+DEFAULT_OUTPUTS = "./steerlm2_outputs/mine"
+"""`outputs` of any/*."""
 
 
 def default_template() -> Component:
@@ -88,6 +100,24 @@ def settings_of(config: Any, keys: Iterable[str]) -> dict[str, Any]:
     return {key: plain[key] for key in keys}
 
 
+def outputs_problems(config: Any) -> Iterator[str]:
+    """Whether `outputs` is given to a config that has no ${outputs}."""
+    given = config.outputs
+    if given is None or Path(given) == Path(DEFAULT_OUTPUTS):
+        return
+    others = {key: value for key, value in to_plain(config).items() if key != "outputs"}
+    if not any(Path(text).is_relative_to(given) for text in _texts(others)):
+        yield f"'outputs' is {given}, but no path of this config is in it: set the paths themselves"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
 def output_problems(source: str, output: str) -> Iterator[str]:
     """Problems of the keys `input` and `output` of a recipe that writes in slices."""
     if Path(source).absolute() == Path(output).absolute():
@@ -96,8 +126,57 @@ def output_problems(source: str, output: str) -> Iterator[str]:
         yield "'output' can't be compressed: it is appended to; give a .jsonl name"
 
 
+def check_checkpoints(config: Any) -> None:
+    """Check that the folders of a config's checkpoints are there, but for what a server has.
+
+    Where a whole pipeline is checked before it runs, they aren't yet: this isn't one of `problems`.
+
+    Raises:
+        FileNotFoundError: naming all that aren't.
+    """
+    lacking = []
+    for key, folder in _checkpoint_dirs(config, ""):
+        try:
+            resolve_checkpoint_dir(folder, key)
+        except FileNotFoundError as error:
+            lacking.append(str(error))
+    if lacking:
+        raise FileNotFoundError("\n".join(lacking))
+
+
+def _checkpoint_dirs(section: Any, where: str) -> Iterator[tuple[str, str]]:
+    checkpointer = getattr(section, "checkpointer", None)
+    served = getattr(section, "server", None) is not None
+    if checkpointer and checkpointer["_component_"] == CHECKPOINTER and not served:
+        yield f"{where}checkpointer.checkpoint_dir", checkpointer["checkpoint_dir"]
+    own = vars(section) if is_dataclass(section) else section
+    for name, value in own.items():
+        if is_dataclass(value) or name == "models":
+            yield from _checkpoint_dirs(value, f"{where}{name}.")
+
+
 @dataclass(kw_only=True)
-class ModelKeys:
+class OutputsKeys:
+    """Where the runs of any/* meet."""
+
+    outputs: str | None = None
+    """Folder of all that belongs to one model, as ${outputs} in the other keys: what a run of any/*
+    reads and writes where nothing else is said."""
+
+
+@dataclass(kw_only=True)
+class SchemaKeys:
+    """Attributes that a run writes, or asks for."""
+
+    schema: dict[str, Any] | None = None
+    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
+    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
+    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
+    schema.names=[...] changes the second form."""
+
+
+@dataclass(kw_only=True)
+class ModelKeys(OutputsKeys):
     """A model with its tokenizer and template, and what it is computed on."""
 
     tokenizer: Component
@@ -134,7 +213,7 @@ class ModelKeys:
 
     def problems(self) -> list[str]:
         """Problems between keys that are right by themselves."""
-        return []
+        return list(outputs_problems(self))
 
 
 @dataclass(kw_only=True)
@@ -183,6 +262,9 @@ class DistributedKeys(ModelKeys):
 class DataOptions:
     """The `data:` section."""
 
+    dir: str | None = None
+    """Folder of train.jsonl and val.jsonl, as ${data.dir} in dataset.source and dataset_val.source;
+    null where these name their files."""
     shuffle: bool = True
     """Draw each epoch's order from `seed`; false: the order of the file."""
 
@@ -200,8 +282,8 @@ class TrainingKeys(DistributedKeys):
     dataset_val: Component | None = None
     """Builder of the validation data."""
     schema: dict[str, Any] | None = None
-    """Attributes of the labels, with their ranges; null: the checkpoint's, or those of the default
-    schema that the labels name."""
+    """Attributes of the labels, with their ranges; null: the checkpoint's, or those that the
+    training data were written with, or those of the default schema that the labels name."""
     optimizer: Component
     """E.g. torch.optim.AdamW with its arguments."""
     lr: float | None = None
@@ -266,11 +348,13 @@ class TrainingKeys(DistributedKeys):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> list[str]:
-        return [*super().complete(values), *complete_schema(values, values, "any")]
+        found = [*super().complete(values), *complete_schema(values, values, "any")]
+        return [*found, *complete_schema_from_data(values)]
 
     def problems(self) -> list[str]:
         found = super().problems()
         found += schema_problems(self.schema)
+        found += self._folder_problems()
         if self.epochs is None and self.max_steps is None:
             found.append("set 'epochs' or 'max_steps' (the smaller of the two ends the run)")
         if self.lr is None and "lr" not in self.optimizer:
@@ -308,6 +392,18 @@ class TrainingKeys(DistributedKeys):
         lr = self.optimizer.get("lr", self.lr)
         assert lr is not None  # `problems`
         return float(lr)
+
+    def _folder_problems(self) -> Iterator[str]:
+        """Where `data.dir` and the sources disagree; that of any/* may go unused."""
+        folder, given = self.data.dir, [self.dataset, self.dataset_val]
+        sources = [str(each["source"]) for each in given if each and "source" in each]
+        outside = [source for source in sources if folder and Path(source).parent != Path(folder)]
+        by_default = folder is not None and Path(folder).is_relative_to(DEFAULT_OUTPUTS)
+        if outside and not (by_default and len(outside) == len(sources)):
+            yield (
+                f"'data.dir' is {folder}, but not the folder of {' and '.join(outside)}: set "
+                "data.dir alone; or data.dir=null with dataset.source and dataset_val.source"
+            )
 
     def _float8_problems(self) -> Iterator[str]:
         if not self.float8:
@@ -415,14 +511,9 @@ class LabelOptions:
 
 
 @dataclass(kw_only=True)
-class InferenceKeys(DistributedKeys):
+class InferenceKeys(SchemaKeys, DistributedKeys):
     """What runs of a model over a file have in common."""
 
-    schema: dict[str, Any] | None = None
-    """The attributes, in the order of labels: {formality: [0, 10], length: [1, 5]}, each with its
-    lowest and highest value, or those that share a range, {names: [...], min_value: 0, max_value:
-    4}; null: the default nine, from 0 to 4. On the command line schema={...} replaces it, and
-    schema.names=[...] changes the second form."""
     records_per_write: int = 128
     """Records that are written at a time; a stopped run repeats at most so many."""
 

@@ -235,7 +235,8 @@ def hf_tokenizer(path: str | Path) -> HFTokenizer:
         raise FileNotFoundError(
             f"{file.absolute()} does not exist; give a folder with the tokenizer.json of a"
             " Hugging Face model (`tune download` fetches it; a SentencePiece or tiktoken"
-            " tokenizer.model alone isn't enough)"
+            " tokenizer.model alone isn't enough), or the output_dir of a run that has a complete"
+            " epoch_N folder"
         )
     texts = {}
     for name in (file.name, *_SIDE_FILES):

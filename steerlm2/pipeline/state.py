@@ -130,7 +130,8 @@ def inputs_of(config: Any, folder: Path, output_dir: Path) -> list[Path]:
 
     Args:
         config: with the command line's values. What has no "/" and no suffix is a word, not a path;
-            `output` and `output_dir` aren't inputs.
+            `output` and `output_dir` aren't inputs, and `outputs` and `data.dir` stand in the paths
+            of those that are.
         folder: the stage's own, which isn't an input.
         output_dir: the pipeline's: no folder around it is one.
     """
@@ -180,13 +181,17 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(target)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any, above: str = "") -> Iterator[str]:
+    """
+    Args:
+        above: the key of the value.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key not in ("output", "output_dir"):
-                yield from _texts(item)
+            if key not in ("output", "output_dir", "outputs") and (key, above) != ("dir", "data"):
+                yield from _texts(item, key)
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -45,16 +46,29 @@ HOST_LINK_BYTES = 25e9
 is shared with other GPUs."""
 
 
+SAME = {"A100-80GB": "A100", "H100-80GB": "H100", "H200-141GB": "H200", "B200-192GB": "B200"}
+SAME |= {"L40S-48GB": "L40S", "RTX4090-24GB": "RTX4090", "4090": "RTX4090"}
+"""Other names that people have for these."""
+
+_NOT_TOLD_APART = re.compile(r"[\s_-]|nvidia|geforce|tesla|hbm2e|hbm3e?|sxm[45]?")
+
+
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name in any case.
+    """The GPU of a name in any case and spelling: A100-80GB, nvidia_h100, RTX 4090.
 
     Raises:
         ValueError: for a GPU that isn't in the list.
     """
-    found = {known.lower(): gpu for known, gpu in GPUS.items()}.get(name.lower())
+    names = {known: known for known in GPUS} | SAME
+    found = {_plain(each): known for each, known in names.items()}.get(_plain(name))
     if found is None:
         raise ValueError(
             f"unknown gpu {name!r}: it can be {', '.join(GPUS)} (gpu_gib=... gives the memory of "
             "one that is like these)"
         )
-    return found
+    return GPUS[found]
+
+
+def _plain(name: str) -> str:
+    text = _NOT_TOLD_APART.sub("", name.lower())
+    return re.sub(r"(?<=\d)(gib|g)$", "gb", text)

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from steerlm2._tune import recipe_directories
 from steerlm2.config.docs import help_text, keys_of
+from steerlm2.config.keys import ModelKeys, check_checkpoints
 from steerlm2.config.loader import CONFIG_CLASS, LOG, ConfigT, load_config
 from steerlm2.distributed.world import end_rank
 from steerlm2.torchtune_private import parse_arguments
@@ -54,7 +55,10 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                     _print_help(config_class, main.__globals__)
                     return
                 values = parse_arguments(sys.argv[1:])
-                main(load_config(config_class, values, main.__globals__))
+                config = load_config(config_class, values, main.__globals__)
+                if isinstance(config, ModelKeys):
+                    check_checkpoints(config)
+                main(config)
                 sys.exit()
             except Exception as error:
                 LOG.error("ended by an error", exc_info=True)

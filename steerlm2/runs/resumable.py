@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from steerlm2.checkpoint_dirs import file_digest, is_checkpoint, weights_digest
+from steerlm2.data.settings import settings_file
 from steerlm2.runs.lock import lock_file
 from steerlm2.runs.output import make_output_dir
 
@@ -41,7 +42,7 @@ class ResumableOutput:
         self.path = Path(path)
         self.input_file = Path(input_file)
         self.partial = self.path.with_name(self.path.name + ".partial")
-        self.settings_file = self.path.with_name(self.path.name + ".settings.json")
+        self.settings_file = settings_file(self.path)
         self.settings = _with_weights_for_folders(settings)
         self.slice_size = slice_size
         self._file: IO[bytes] | None = None

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from steerlm2.attributes import AttributeSchema, as_schema
+from steerlm2.attributes import AttributeSchema, as_schema, schema_to_json
 from steerlm2.config.docs import ready_made_recipes
 from steerlm2.config.loader import load_config
+from steerlm2.data.settings import settings_file
 from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
 
 LLAMA3 = {"_component_": "steerlm2.data.llama3_template"}
@@ -234,3 +235,75 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "acsft" / FACTS_FILE).write_text(text)
     with pytest.raises(ValueError, match=FACTS_FILE):
         sampling(folder)
+
+
+def training(recipe: str, source: Path, **values: Any) -> Any:
+    """Of a model that says nothing of itself."""
+    component = f"steerlm2.datasets.{'attribute' if 'reward' in recipe else 'dialogue'}_dataset"
+    dataset = {"_component_": component, "source": str(source), "max_seq_len": 64}
+    return config(
+        recipe,
+        output_dir="run",
+        optimizer={"_component_": "torch.optim.AdamW", "lr": 0.1},
+        max_steps=1,
+        dataset=dataset | values.pop("dataset", {}),
+        **{"checkpointer": {"checkpoint_dir": "base"}} | values,
+    )
+
+
+def data_with(schema: AttributeSchema | None, folder: Path) -> Path:
+    settings = {"schema": schema and schema_to_json(schema)}
+    settings_file(folder / "train.jsonl").write_text(json.dumps(settings))
+    return folder / "train.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dataset"),
+    [("reward_distributed", {}), ("sft_distributed", {"use_labels": True})],
+)
+def test_training_takes_the_schema_of_its_data(
+    recipe: str, dataset: dict[str, Any], tmp_path: Path
+) -> None:
+    cfg = training(recipe, data_with(SCHEMA, tmp_path), dataset=dataset)
+    assert as_schema(cfg.schema) == SCHEMA
+
+
+def test_without_labels_the_schema_of_the_data_says_nothing(tmp_path: Path) -> None:
+    source = data_with(SCHEMA, tmp_path)
+    assert training("sft_distributed", source, dataset={"use_labels": False}).schema is None
+
+
+def test_data_without_a_schema_of_their_own_say_nothing(tmp_path: Path) -> None:
+    assert training("reward_distributed", data_with(None, tmp_path)).schema is None
+    assert training("reward_distributed", tmp_path / "other.jsonl").schema is None
+
+
+def test_a_checkpoints_schema_comes_before_that_of_the_data(tmp_path: Path) -> None:
+    """Of the same ranges: it may have been trained on fewer attributes."""
+    folder = checkpoint(tmp_path / "acsft", schema=SCHEMA.select(["length"]))
+    cfg = training(
+        "sft_distributed",
+        data_with(SCHEMA, tmp_path),
+        dataset={"use_labels": True},
+        checkpointer={"checkpoint_dir": folder},
+    )
+    assert as_schema(cfg.schema) == SCHEMA.select(["length"])
+
+
+@pytest.mark.parametrize("given", [{"formality": [0, 20]}, {"warmth": [0, 4]}])
+def test_other_ranges_than_the_datas_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    source = data_with(SCHEMA, tmp_path)
+    with pytest.raises(ValueError, match="were written with formality 0 to 10, length 1 to 5"):
+        training("reward_distributed", source, schema=given)
+
+
+def test_some_of_the_datas_attributes_can_be_chosen(tmp_path: Path) -> None:
+    cfg = training("reward_distributed", data_with(SCHEMA, tmp_path), schema={"length": [1, 5]})
+    assert as_schema(cfg.schema).names == ("length",)
+
+
+def test_damaged_settings_of_data_are_named(tmp_path: Path) -> None:
+    source = data_with(SCHEMA, tmp_path)
+    settings_file(source).write_text("{")
+    with pytest.raises(ValueError, match=r"train.jsonl.settings.json is damaged"):
+        training("reward_distributed", source)

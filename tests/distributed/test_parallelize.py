@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.llama3 import llama3
 from torchtune.modules import TransformerDecoder
+from transformers import AutoConfig
 
 from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
 from steerlm2.checkpoints.weights import load_weights
@@ -23,6 +26,8 @@ from steerlm2.distributed.parallelize import (
     parallelize,
 )
 from steerlm2.distributed.world import World, close_world, init_world
+from steerlm2.models import from_checkpoint
+from steerlm2.models.families import FAMILIES
 from steerlm2.training.forward import response_logps
 
 CPU = World(torch.device("cpu"))
@@ -97,6 +102,52 @@ def test_activation_checkpointing_computes_the_layers_again(mode: ActivationChec
         layer.attn.register_forward_hook(lambda *_: calls.append(1))
     log_probs_and_gradients(decoder, CPU)
     assert len(calls) == 4
+
+
+PACKED = [  # of three lengths and numbers of blocks
+    pack([Group([1, 2, 3], [[4, 5, 6, 7], [8], [9, 10]]), Group([11], [[12], [13, 14]])]),
+    pack([Group([1] * 9, [[4, 5] * 7, [8, 9], [9, 8, 9], [8, 8]])]),
+    pack([Group([7] * 30, [[4, 5, 6] * 9, [8] * 4, [9] * 3, [10]])]),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own"),
+    [
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    ],
+)
+def test_compiled_layers_of_other_families_compute_the_same(
+    model_type: str, own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs and gradients of three lengths, of which the third compiles nothing more. Traced
+    with their backward, but not to C++. Llama and Mistral have neither biases nor norms of heads.
+    """
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = AutoConfig.for_model(model_type, **sizes, **heads, **own)
+    config.architectures = [FAMILIES[model_type].language_model]
+    config.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    plain = from_checkpoint(str(tmp_path))
+    for parameter in plain.parameters():
+        torch.nn.init.uniform_(parameter, -0.3, 0.3)
+    compiled = copy.deepcopy(plain)
+    parallelize(plain, CPU, dtype=torch.float32)
+    parallelize(compiled, CPU, dtype=torch.float32, compile=True)
+    for i, batch in enumerate(PACKED):
+        numbers = []
+        for decoder in (plain, compiled):
+            decoder.zero_grad()
+            with torch.compiler.set_stance("fail_on_recompile" if i == 2 else "default"):
+                logps_N = response_logps(decoder, batch, CPU)
+                logps_N.sum().backward()
+            grads = [p.grad.clone() for p in decoder.parameters() if p.grad is not None]
+            numbers.append((logps_N.detach(), grads))
+        assert len(numbers[0][1]) == len(list(plain.parameters()))
+        torch.testing.assert_close(numbers[1], numbers[0], rtol=1e-4, atol=1e-4)
 
 
 class Products(TorchDispatchMode):

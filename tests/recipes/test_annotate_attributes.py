@@ -186,6 +186,32 @@ def test_nothing_but_labels_changes(conversations: Path, labelled: Path) -> None
     assert num_labels > 1000
 
 
+def test_both_files_of_a_folder_are_labelled(
+    groups: Path, scored: Path, attribute_model: Path, tmp_path: Path
+) -> None:
+    """Each as by itself, with its settings beside it; what else is in the folder is left alone."""
+    folder, output = tmp_path / "prepared", tmp_path / "labelled"
+    folder.mkdir()
+    whole = read_jsonl(groups)
+    write_jsonl(folder / "train.jsonl", whole[:8])
+    write_jsonl(folder / "val.jsonl", whole[8:12])
+    write_jsonl(folder / "train_reg.jsonl", [{"text": "not read"}])
+    run_here(folder, output, attribute_model)
+    assert read_jsonl(output / "train.jsonl") == read_jsonl(scored)[:8]
+    assert read_jsonl(output / "val.jsonl") == read_jsonl(scored)[8:12]
+    assert sorted(path.name for path in output.glob("*.json*")) == [
+        *("train.jsonl", "train.jsonl.settings.json"),
+        *("val.jsonl", "val.jsonl.settings.json"),
+    ]
+
+
+def test_a_folder_has_files_to_label_and_is_written_to_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has neither train.jsonl nor val.jsonl"):
+        run_here(tmp_path, tmp_path / "out", None)
+    with pytest.raises(ValueError, match="'output' must be a folder"):
+        run_here(tmp_path, tmp_path / "out.jsonl", None)
+
+
 def whole_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 

@@ -37,7 +37,7 @@ TRAINING = ("reward_distributed", "sft_distributed", "steerlm2_distributed")
 PLACEHOLDER = re.compile(r"[A-Z_]+(\.yaml)?|\$\w+")
 """A word that stands for the reader's own, such as NAME."""
 
-PROGRAMS = {"curl", "echo", "printf", "pytest", ".", "mkdir"}
+PROGRAMS = {"cd", "curl", "echo", "printf", "pytest", ".", "mkdir"}
 """Whose arguments aren't checked."""
 
 

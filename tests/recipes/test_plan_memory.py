@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -130,3 +132,34 @@ def test_hours_of_the_job(plan: Any) -> None:
     assert found["steps"] == 60
     assert found["gpu_hours"] == pytest.approx(60 * found["step_seconds"] * 2 / 3600)
     assert plan(*given[:-1], "max_steps=7")["steps"] == 7
+
+
+CONFIGS = ROOT / "recipe_configs"
+STATED = re.compile(r"(\d+\.\d)\s+(?:# )?GiB\s+(?:# )?with\s+(?:# )?activations")
+CARDS = {"24 GB": "RTX4090", "24\n# GB": "RTX4090", "40 GB": "A100-40GB"}
+EVERY_PLAN = "STEERLM2_EVERY_PLAN"
+"""With it in the environment the large ones are planned too, which takes minutes."""
+
+
+def stating() -> list[Any]:
+    """The configs whose headers say how much memory they take, but not as whole nodes."""
+    texts = {
+        str(file.relative_to(CONFIGS))[:-5]: file.read_text() for file in CONFIGS.rglob("*.yaml")
+    }
+    found = {name: text for name, text in texts.items() if STATED.search(text)}
+    skip = pytest.mark.skipif(EVERY_PLAN not in os.environ, reason=f"{EVERY_PLAN}=1 plans it")
+    return [
+        pytest.param(name, text, marks=() if name == "llama3_2/1B_steerlm2" else skip, id=name)
+        for name, text in sorted(found.items())
+    ]
+
+
+@pytest.mark.parametrize(("name", "text"), stating())
+def test_headers_have_the_planned_memory(name: str, text: str, plan: Any) -> None:
+    """And it fits on the card that they name."""
+    match = STATED.search(text)
+    assert match is not None
+    card = next(card for words, card in CARDS.items() if words in text)
+    planned = plan(name, "world_size=1", f"gpu={card}", "suggest=false")
+    assert planned["per_gpu_gib"]["total"] == pytest.approx(float(match[1]), abs=0.06)
+    assert planned["fits"]

@@ -24,6 +24,7 @@ from steerlm2.attributes import parse_label
 from steerlm2.data.grammar import grammar_pairs
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import Record, read_records
+from steerlm2.data.settings import schema_of_data
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.datasets import attribute_dataset
 
@@ -701,6 +702,19 @@ def test_regression_format_of_an_own_schema(tmp_path: Path, prepare: Prepare) ->
     assert json.loads(line)["label"] == [1.0, -100.0, 3.0]
 
 
+def test_an_own_schema_stands_beside_the_files(tmp_path: Path, prepare: Prepare) -> None:
+    """That of the last run: the default one needs nothing."""
+    (tmp_path / "own.csv").write_text("prompt,response,wit,humor\nQ,A,7,3\n")
+    common = ("source=own.csv", "output_dir=out", "train_fraction=null")
+    status, _, stderr = prepare(*config("chat"), *common, "schema={wit: [0, 9], humor: [0, 4]}")
+    assert status == 0, stderr
+    for name in ("train.jsonl", "train_reg.jsonl"):
+        schema = schema_of_data(tmp_path / "out" / name)
+        assert str(schema) == "wit 0 to 9, humor 0 to 4"
+    assert prepare(*config("chat"), *common)[0] == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["train.jsonl", "train_reg.jsonl"]
+
+
 def test_other_kinds_of_output_of_an_earlier_run_are_removed(
     scored_folder: Path, trees: Path, tmp_path: Path, prepare: Prepare
 ) -> None:
@@ -760,7 +774,8 @@ def test_the_grammar_gives_conversations_with_labels_and_their_regression_files(
     numbers = ("builder.num=60", "builder.num_val=30")
     status, _, stderr = prepare(*config("grammar"), "output_dir=out", *numbers)
     assert status == 0, stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    settings = [f"{name}.settings.json" for name in FILES]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, *settings])
     for name, split, count in (("train", "train", 60), ("val", "validation", 30)):
         rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").open()]
         pairs = [
@@ -778,7 +793,7 @@ def test_unlabelled_answers_of_the_grammar_have_no_regression_files(
 ) -> None:
     options = ("source=all", "builder.labels=null", "builder.num=20", "builder.num_val=0")
     assert prepare(*config("grammar"), "output_dir=out", *options)[0] == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]
+    assert [path.name for path in (tmp_path / "out").glob("*.jsonl")] == ["train.jsonl"]
 
 
 def test_prompts_of_the_grammar_repeat_pass_after_pass(tmp_path: Path, prepare: Prepare) -> None:
