@@ -625,9 +625,7 @@ def bf16(
     )
 
 
-def test_bf16_gives_about_the_loss_of_fp32(
-    bf16: RunFolder, validated_reference: RunFolder
-) -> None:
+def test_bf16_gives_about_the_loss_of_fp32(bf16: RunFolder, validated_reference: RunFolder) -> None:
     """The mean over all steps, to 5%: single steps depart as rounding adds up."""
     runs = (bf16, validated_reference)
     loss, expected = (sum(row["loss"] for row in steps(run, "loss").values()) for run in runs)
