@@ -25,8 +25,8 @@ if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
     for package in ("sympy", "scipy.stats", "pandas", "datasets", "openai", "fastapi"):
         importlib.import_module(package)
 
-# A loaded machine is slow, not wrong; and what fails fails again.
-hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+# A loaded machine is slow, not wrong; and what fails fails again. Half of the usual examples.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("steady")
 
 TESTS = Path(__file__).resolve().parent
