@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import threading
@@ -19,8 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Kernels without vector instructions: to find out which there are takes three compilations.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
-# A loaded machine is slow, not wrong; and what fails fails again.
-hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+# What is imported for the first time is compiled first: not by both workers at once.
+if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
+    for package in ("sympy", "scipy.stats", "pandas", "datasets", "openai", "fastapi"):
+        importlib.import_module(package)
+
+# A loaded machine is slow, not wrong; and what fails fails again. Half of the usual examples.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("steady")
 
 TESTS = Path(__file__).resolve().parent

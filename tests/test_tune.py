@@ -197,17 +197,26 @@ def bare(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-@pytest.mark.parametrize("installed", ["pip", "uv editable"], indirect=True)
-def test_ls_lists_ours_after_torchtunes(installed: Environment, listed_by_torchtune: str) -> None:
+@pytest.fixture(params=["pip", "uv editable"])
+def listed(
+    request: pytest.FixtureRequest, environments: Callable[[str], Environment], tune: Run
+) -> str:
+    """What `tune ls` prints: a wheel's in a fork, a checkout's by the command itself."""
+    if request.param == "pip":
+        return tune("ls").stdout
+    return environments(request.param).output("tune", "ls")
+
+
+def test_ls_lists_ours_after_torchtunes(listed: str, listed_by_torchtune: str) -> None:
     """Ours come last, as the table has them, and torchtune's keep their places."""
-    ours, theirs = installed.output("tune", "ls"), listed_by_torchtune
+    ours, theirs = listed, listed_by_torchtune
 
     assert "full_finetune_distributed" in theirs
     assert not any(name in theirs for name in RECIPE_NAMES + CONFIG_NAMES)
     assert ours.startswith(theirs)
-    listed = ours.removeprefix(theirs).split()
+    names = ours.removeprefix(theirs).split()
     without_configs = ["<>"]  # as torchtune shows it
-    assert listed == [
+    assert names == [
         name
         for recipe in RECIPE_NAMES
         for name in (recipe, *(_tune.RECIPES[recipe] or without_configs))

@@ -184,7 +184,8 @@ def plot_curves(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], path:
             points = [(e["step"], e[name]) for e in entries if name in e]
             if points:
                 panel.plot(*zip(*points, strict=True), marker=marker, label=label)
-        panel.set(xlabel="step", title=key, ylim=(0, None))
+        panel.set(xlabel="step", ylim=(0, None))
+        panel.set_title(key, y=1)  # its place would else be computed from all labels
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()

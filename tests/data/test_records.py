@@ -183,7 +183,7 @@ def records(draw: st.DrawFn) -> Record:
     return Record(draw(text), turns, draw(labels), answers, draw(extras), digest)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.lists(records(), min_size=1, max_size=3), st.sampled_from(["a.jsonl", "a.jsonl.gz"]))
 def test_files_give_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, written: list[Record], name: str

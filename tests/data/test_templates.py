@@ -204,7 +204,7 @@ CONTENT = st.lists(
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(st.tuples(CONTENT, CONTENT, CONTENT, CONTENT, CONTENT))
 def test_contents_yield_no_control_token(pair: str, contents: tuple[str, ...]) -> None:
     """As many control ids as control segments (and a bos), at the same places as with "x"."""
@@ -417,7 +417,7 @@ def test_scored_responses_share_the_prompt_that_they_have_alone(pair: str) -> No
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.tuples(CONTENT, CONTENT, CONTENT, CONTENT), st.integers(4, 60))
 def test_scored_contents_yield_no_control_token(
     pair: str, contents: tuple[str, ...], max_seq_len: int
@@ -623,7 +623,7 @@ CONVERSATION = st.lists(
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(SPOKEN, CONVERSATION)
 def test_no_content_makes_a_control_token_or_moves_the_targets(
     pair: str, system: str, turns: list[Turn]

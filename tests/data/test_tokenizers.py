@@ -137,7 +137,7 @@ NESTED = st.builds(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(content=ADVERSARIAL | NESTED | st.text())
 def test_content_never_yields_a_control_token(kind: str, content: str) -> None:
     assert added_ids(RAW[kind]).isdisjoint(TOKENIZERS[kind].encode(content))
@@ -177,14 +177,14 @@ def test_the_vocabulary_that_spells_a_control_token_is_dangerous_without_added_t
 
 
 @pytest.mark.parametrize("kind", ["tiny", "llama3_like"])
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(content=ADVERSARIAL | st.text())
 def test_byte_level_tokenizers_lose_nothing(kind: str, content: str) -> None:
     assert TOKENIZERS[kind].decode(TOKENIZERS[kind].encode(content)) == content
 
 
 # "▁" itself is how such tokenizers write a space: the one character that they can't tell apart.
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(content=(ADVERSARIAL | st.text()).filter(lambda text: "▁" not in text))
 def test_sentencepiece_style_tokenizers_lose_nothing_and_add_no_space(content: str) -> None:
     tokenizer = TOKENIZERS["llama2_like"]

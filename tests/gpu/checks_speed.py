@@ -99,14 +99,14 @@ def lora_8b() -> None:
     note(adapters=sum(p.numel() for p in trained))
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
-    scale = 10 if on_gpu() else 1
+    scale, n, num_groups = (10, 10, 4) if on_gpu() else (1, 2, 2)
 
     def group(shift: int) -> Group:
         def tokens(count: int) -> list[int]:
             return torch.randint(1000, (count,), generator=generator).tolist()
 
-        responses = [tokens((20 + 3 * i) * scale + shift) for i in range(10)]
-        return Group(tokens(25 * scale), responses, log_q=[0.0] * 10, weights=[0.1] * 10)
+        responses = [tokens((20 + 3 * i) * scale + shift) for i in range(n)]
+        return Group(tokens(25 * scale), responses, log_q=[0.0] * n, weights=[1 / n] * n)
 
     def wait() -> None:
         if on_gpu():
@@ -114,7 +114,7 @@ def lora_8b() -> None:
 
     losses, rates = [], []
     for step in range(5 if on_gpu() else 2):
-        groups = [group(5 * step + i) for i in range(4)]
+        groups = [group(5 * step + i) for i in range(num_groups)]
         packed = [pack(parts) for parts in fill_microbatches(groups, 8192)]
         wait()
         if on_gpu() and step == 2:

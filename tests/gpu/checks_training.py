@@ -66,10 +66,15 @@ def answers() -> str:
     return f"generation.max_new_tokens={8 if on_gpu() else 2}"
 
 
+def short_steps() -> int:
+    return 6 if on_gpu() else 4
+
+
 def short(*overrides: str) -> tuple[str, ...]:
-    """6 steps of tiny/steerlm2 on the same prompts, which it must learn."""
+    """A few steps of tiny/steerlm2 on the same prompts, which it must learn."""
     records = 16 if on_gpu() else 4
-    few = (f"dataset.num_records={records}", "lr_scheduler.warmup_steps=0", "max_steps=6")
+    few = (f"dataset.num_records={records}", "lr_scheduler.warmup_steps=0")
+    few += (f"max_steps={short_steps()}",)
     base = ("steerlm2_distributed", "tiny/steerlm2", *NO_VALIDATION, *few, *rehearsed())
     return (*base, "lr=2e-3", f"device={CONTEXT.device}", *overrides)
 
@@ -158,7 +163,7 @@ def steps_selective() -> None:
     train_as_cpu(*FP32, *SELECTIVE, tolerance=FP32_TOLERANCE)
 
 
-@check(90, needs=["cpu_reference"])
+@check(90, needs=["cpu_reference"], rehearsed_by="steps_like_8b")
 def steps_checkpointing() -> None:
     """Full activation checkpointing, and the allocator's setting of the launch files."""
     env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if on_gpu() else None
@@ -189,7 +194,7 @@ def steps_cpu_offload() -> None:
 @check(150)
 def resume() -> None:
     """Killed between two checkpoints and started again: the same losses as without."""
-    every, killed_from, steps, records = (10, 25, 80, 320) if on_gpu() else (2, 5, 20, 16)
+    every, killed_from, steps, records = (10, 25, 80, 320) if on_gpu() else (2, 3, 14, 16)
     base = (
         *("steerlm2_distributed", "tiny/steerlm2", *NO_VALIDATION, *FP32),
         *(f"max_steps={steps}", f"save_every_n_steps={every}", f"dataset.num_records={records}"),
@@ -258,13 +263,15 @@ def sft() -> None:
 @check(120)
 def adamw8bit() -> None:
     """torchao's 8-bit AdamW, saved, and resumed."""
-    base = short("save_every_n_steps=3", "keep_last_n_checkpoints=2", f"output_dir={folder()}/run")
+    steps = short_steps()
+    saved = (f"save_every_n_steps={steps // 2}", "keep_last_n_checkpoints=2")
+    base = short(*saved, f"output_dir={folder()}/run")
     if on_gpu():  # on a CPU it compiles for minutes
         base += ("optimizer._component_=torchao.optim.AdamW8bit", "dtype=bf16", "param_dtype=fp32")
     tune(*base)
     run = folder() / "run"
     whole = losses(run)
-    shutil.rmtree(run / "checkpoints" / "step_000006")
+    shutil.rmtree(run / "checkpoints" / f"step_{steps:06}")
     tune(*base, "resume_from_checkpoint=true")
     note(losses=f"{whole[0]:.3g} to {whole[-1]:.3g}")
     note(resumed=largest_difference(losses(run), whole))

@@ -17,7 +17,7 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 SCRIPT = Path(__file__).with_name("measured_step.py")
 MODEL = ("model.embed_dim=384", "model.intermediate_dim=1152", "model.num_layers=2")
 STEPS = (
-    *("max_steps=2", "lr_scheduler.warmup_steps=0", "dataset.num_records=32"),
+    *("max_steps=2", "lr_scheduler.warmup_steps=0", "dataset.num_records=16"),
     *("dataset_val=null", "val_every_n_steps=null", "save_every_n_steps=null"),
 )
 STEERLM2 = ("generation=null", "steerlm2.max_tokens_per_microbatch=1500")

@@ -218,7 +218,7 @@ def test_layouts_can_be_tried_in_turn(make_job: MakeJob) -> None:
         "tiny/sft", *selective, "data_parallel_replicate_dim=2", "tensor_parallel_dim=2"
     )
     first = traced(both, 8, num_layers=1)
-    for job in (tp, both, tp, replicas):
+    for job in (tp, both, replicas):
         traced(job, 8, num_layers=1)
     assert traced(both, 8, num_layers=1) == first
 

@@ -24,9 +24,10 @@ FEW_SHAPES = (
 )
 STEERLM2 = (
     *("steerlm2_distributed", "--config", "tiny/steerlm2", "generation=null", "dataset_val=null"),
-    *("val_every_n_steps=null", "dataset.num_records=32", "max_steps=4", "save_every_n_steps=2"),
+    *("val_every_n_steps=null", "max_steps=4", "save_every_n_steps=2"),
     *("keep_last_n_checkpoints=2", "optimizer._component_=torchao.optim.AdamW8bit"),
-    "global_batch_size=8",
+    # All of them in every step: tensor parallel takes a second for each new length.
+    *("dataset.num_records=8", "dataset.responses_per_prompt=4", "global_batch_size=8"),
     *FEW_SHAPES,
 )
 OTHERS = {
@@ -92,7 +93,7 @@ def test_the_other_recipes_train_and_resume(
     """One process, bit for bit; one recipe compiled as it comes."""
     arguments = (
         *(recipe, *OTHERS[recipe], "val_every_n_steps=null", "dataset_val=null", "export=last"),
-        *("dataset.num_records=48", "max_steps=4", "save_every_n_steps=2"),
+        *("dataset.num_records=48", "global_batch_size=12", "max_steps=4", "save_every_n_steps=2"),
         *("keep_last_n_checkpoints=2", "lr_scheduler.warmup_steps=1"),
         *("optimizer._component_=torchao.optim.AdamW8bit", f"output_dir={tmp_path}/run"),
         *FEW_SHAPES,
@@ -115,8 +116,7 @@ def test_bf16_weights_with_stochastic_rounding_train(
             *STEERLM2,
             "optimizer._component_=torchao.optim._AdamW",
             "optimizer.bf16_stochastic_round=true",
-            *("dtype=bf16", "dataset.num_records=16", "max_steps=8", "save_every_n_steps=null"),
-            *("global_batch_size=16", "model.num_layers=2"),
+            *("dtype=bf16", "max_steps=8", "save_every_n_steps=null", "model.num_layers=2"),
             *("lr=1e-3", "lr_scheduler.warmup_steps=0", f"output_dir={tmp_path}/run"),
         )
     loss = [row["loss"] for row in run_folder(tmp_path / "run").entries()]

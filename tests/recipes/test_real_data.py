@@ -16,6 +16,7 @@ from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.datasets import steerlm2_dataset
 
 EPOCHS = 3
+TRAININGS = ("reward", "sft", "acsft", "best_acsft", "steerlm2")
 CONFIG = """\
 dataset:
   _component_: steerlm2.datasets.steerlm2_dataset
@@ -122,7 +123,9 @@ def test_pipeline_goes_through_all_stages(
     tune(
         *("steerlm2_pipeline", "--config", "tiny/oasst_pipeline", f"output_dir={output_dir}"),
         f"names.source={shared_dir / 'data' / 'oasst2_trees.jsonl.gz'}",
-        *("names.sample_fraction=0.4", "names.max_steps=4", "bootstrap=true"),
+        *("names.sample_fraction=0.25", "names.max_steps=4", "bootstrap=true"),
+        *(f"stages.{each}.overrides.global_batch_size=8" for each in TRAININGS),
+        *(f"stages.{each}.overrides.max_seq_len=512" for each in ("annotate", "annotate_val")),
         # Models that draw one byte after the other rarely write valid text of more than a few.
         *(f"stages.best_sample.overrides.{each}" for each in ("max_prompts=12", "n=64")),
         "stages.best_sample.overrides.max_new_tokens=12",

@@ -334,13 +334,16 @@ def test_four_ranks_give_the_answers_of_one_process(
 # The same for other models and other ways to compute
 
 REPLICAS = ("data_parallel_replicate_dim=2",)
+MANY_LENGTHS = ("steerlm2.max_tokens_per_microbatch=300",)
+"""The second packed sequence then differs from the first in all of its sizes, and what is compiled
+for it serves all others. It takes 10 seconds on each rank."""
 FEW_A_ROW = ("steerlm2.strategy=two_pass", "steerlm2.micro_batch_size=2")
 MODES = {
     "lora_tp2_fsdp2": ((*LORA, *ONE_LAYER), ("tensor_parallel_dim=2",), 4),
     "tied_tp2_fsdp2": ((*TIED, *ONE_LAYER), ("tensor_parallel_dim=2",), 4),
     "tp4": ((), ("tensor_parallel_dim=4",), 4),
     "two_pass_fsdp4": ((), FEW_A_ROW, 4),
-    "compile_tp2": (ONE_LAYER, ("tensor_parallel_dim=2", "compile=true"), 2),
+    "compile_tp2": (ONE_LAYER, ("tensor_parallel_dim=2", "compile=true", *MANY_LENGTHS), 2),
     "hsdp2x2_reduce_every_microbatch": ((), (*REPLICAS, *FEW_A_ROW), 4),
     "hsdp2x2_reduce_once": (
         (),
@@ -602,11 +605,17 @@ def test_merged_weights_are_the_base_plus_the_adapters(
 
 
 @pytest.fixture(scope="module")
-def bf16(reference: RunFolder, train: Train, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def bf16(
+    validated_reference: RunFolder,
+    train: Train,
+    few_groups: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunFolder:
     """Computation in bf16, weights in float32; written where the reference's files lie."""
     folder = tmp_path_factory.mktemp("bf16") / "run"
-    shutil.copytree(reference.path, folder)
+    shutil.copytree(validated_reference.path, folder)
     return train(
+        *(*VALIDATED, few_groups),
         "dtype=bf16",
         "param_dtype=fp32",
         "metric_logger._component_=torchtune.training.metric_logging.TensorBoardLogger",
@@ -616,16 +625,15 @@ def bf16(reference: RunFolder, train: Train, tmp_path_factory: pytest.TempPathFa
     )
 
 
-def test_bf16_gives_about_the_loss_of_fp32(bf16: RunFolder, reference: RunFolder) -> None:
+def test_bf16_gives_about_the_loss_of_fp32(bf16: RunFolder, validated_reference: RunFolder) -> None:
     """The mean over all steps, to 5%: single steps depart as rounding adds up."""
-    loss, expected = (
-        sum(row["loss"] for row in steps(run, "loss").values()) for run in (bf16, reference)
-    )
+    runs = (bf16, validated_reference)
+    loss, expected = (sum(row["loss"] for row in steps(run, "loss").values()) for run in runs)
     assert loss == pytest.approx(expected, rel=0.05)
 
 
-def test_earlier_run_is_moved_and_whole(bf16: RunFolder, reference: RunFolder) -> None:
-    assert files(bf16.path / "earlier_runs" / "1") == files(reference.path)
+def test_earlier_run_is_moved_and_whole(bf16: RunFolder, validated_reference: RunFolder) -> None:
+    assert files(bf16.path / "earlier_runs" / "1") == files(validated_reference.path)
 
 
 def test_tensorboard_gets_every_loss(bf16: RunFolder) -> None:

@@ -250,11 +250,12 @@ def test_a_failing_stage_says_where_its_log_is(tune: Any, two_stages: Path, tmp_
 
 def small_world(output_dir: Path) -> list[str]:
     """The quickstart with so few steps that its models learn little more than common tokens."""
+    answers = {"generation.max_new_tokens": 4}
     few = {
         "data": {"builder.num": 64, "builder.num_val": 16},
         "reward": {"max_steps": 6, "val_every_n_steps": 3, "save_every_n_steps": 2},
-        "sft": {"max_steps": 30, "val_every_n_steps": 15, "save_every_n_steps": 10},
-        "acsft": {"max_steps": 6, "val_every_n_steps": 3, "save_every_n_steps": 2},
+        "sft": {"max_steps": 30, "val_every_n_steps": 15, "save_every_n_steps": 10, **answers},
+        "acsft": {"max_steps": 6, "val_every_n_steps": 3, "save_every_n_steps": 2, **answers},
         "prompts": {"sample_fraction": 0.02},
         "sample": {"n": 4, "temperature": 0.7, "max_new_tokens": 12, "keep_truncated": True},
         "steerlm2": {"max_steps": 4, "save_every_n_steps": 2},
@@ -309,7 +310,7 @@ def test_killed_ten_times_equals_uninterrupted(
     for _ in range(10):
         process = tune.start(*command)
         try:
-            process.wait(rng.uniform(1, 4))
+            process.wait(rng.uniform(0.5, 2))
         except subprocess.TimeoutExpired:
             kill_all = rng.random() < 0.5
             (os.killpg if kill_all else os.kill)(process.pid, signal.SIGKILL)
