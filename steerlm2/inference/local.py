@@ -279,7 +279,7 @@ class Decoding:
         settings = [answer.generation.settings for answer in answers]
         most_L = logits_LV.amax(dim=-1)
         asking = [row for row, each in enumerate(settings) if each.top_log_probs is not None]
-        normalizer_L = logits_LV.logsumexp(dim=-1) if asking else None
+        normalizer_L = _log_sum_exp(logits_LV, most_L) if asking else None
         top_log_prob_AN = top_token_AN = None
         if num_top := max((each.top_log_probs or 0 for each in settings), default=0):
             assert normalizer_L is not None
@@ -349,6 +349,11 @@ class Decoding:
             answer.uniform[answer.num_tokens : answer.num_tokens + steps] for answer in answers
         ]
         return torch.from_numpy(np.stack(numbers, axis=1)).to(self.decoder.device)
+
+
+def _log_sum_exp(logits_LV: Tensor, most_L: Tensor) -> Tensor:
+    """`logits_LV.logsumexp`, whose highest ones are known, with fewer passes over a vocabulary."""
+    return (logits_LV - most_L[:, None]).exp_().sum(dim=-1).log_().add_(most_L)
 
 
 def _live(slots: Sequence[Answer | None]) -> list[Answer]:

@@ -98,7 +98,10 @@ def choose_tokens(
     logits_PV = logits_PV.float()
     divisor_P1 = temperature_P.where(~greedy_P, 1)[:, None].to(logits_PV)
     # Relative to the likeliest, whose weight is then exact, as most of the sum may be.
-    weights_PV = (logits_PV - logits_PV.amax(dim=-1, keepdim=True)).div_(divisor_P1).exp_()
+    weights_PV = logits_PV - logits_PV.amax(dim=-1, keepdim=True)
+    if ((temperature_P != 1) & ~greedy_P).any():
+        weights_PV.div_(divisor_P1)
+    weights_PV.exp_()
     if (top_k_P > 0).any():
         weights_PV = keep_likeliest(
             weights_PV, top_k_P.where(top_k_P > 0, torch.inf), by_count=True
@@ -192,18 +195,18 @@ def _sum(numbers_PV: Tensor) -> Tensor:
 def _invert(weights_PV: Tensor, uniform_P: Tensor) -> Tensor:
     """[P] ids where the cumulative weight passes a share `uniform_P` (float64) of the whole.
 
-    It is summed in float64: by blocks of ids, and then inside one block. An id of weight 0 is never
-    found.
+    Blocks of ids are summed in float32, whose error is that of one weight; then the blocks, and the
+    ids inside one of them, in float64. An id of weight 0 is never found.
     """
     vocabulary = weights_PV.shape[1]
     whole = vocabulary - vocabulary % BLOCK
     blocks_PB = torch.cat(
         [
-            weights_PV[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1, dtype=torch.float64),
-            weights_PV[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64),
+            weights_PV[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1),
+            weights_PV[:, whole:].sum(dim=-1, keepdim=True),
         ],
         dim=1,
-    )
+    ).double()
     block_P1, share_P1 = _passed(blocks_PB, uniform_P[:, None])
     ids_PI = block_P1 * BLOCK + torch.arange(BLOCK, device=weights_PV.device)
     inside_PI = weights_PV.gather(1, ids_PI.clamp(max=vocabulary - 1)).double()
