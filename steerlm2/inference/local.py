@@ -33,6 +33,10 @@ STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16}
 computed further, at most so many steps."""
 
 
+LEAST_LEFT = 1e-6
+"""Of the likeliest token's probability, that the likeliest allowed one has in nearly all draws."""
+
+
 class LocalEngine:
     """Samples with a decoder on one device. It changes the decoder, which can't be used otherwise.
 
@@ -279,7 +283,11 @@ class Decoding:
         settings = [answer.generation.settings for answer in answers]
         most_L = logits_LV.amax(dim=-1)
         asking = [row for row, each in enumerate(settings) if each.top_log_probs is not None]
-        normalizer_L = logits_LV.logsumexp(dim=-1) if asking else None
+        logits_LV.sub_(most_L[:, None])
+        weights_LV = normalizer_L = None
+        if asking:
+            weights_LV = logits_LV.exp()
+            normalizer_L = weights_LV.sum(dim=-1).log_()
         top_log_prob_AN = top_token_AN = None
         if num_top := max((each.top_log_probs or 0 for each in settings), default=0):
             assert normalizer_L is not None
@@ -292,11 +300,25 @@ class Decoding:
             torch.tensor([each.top_p for each in settings], dtype=torch.float64),
             uniform_L,
             torch.tensor([each.top_k for each in settings]),
+            self._allowed(weights_LV),
         )
         log_prob_L = None
         if normalizer_L is not None:
             log_prob_L = logits_LV.gather(1, token_L[:, None]).squeeze(1) - normalizer_L
         return Drawn(token_L, most_L, log_prob_L, top_log_prob_AN, top_token_AN)
+
+    def _allowed(self, weights_LV: Tensor | None) -> Tensor | None:
+        """Weights without those of forbidden tokens, where they can be drawn from.
+
+        Not on a GPU, which must not be waited for, nor where so little is left that it is rounded.
+        """
+        if weights_LV is None or weights_LV.device.type != "cpu":
+            return None
+        if len(self._forbidden):
+            weights_LV.index_fill_(-1, self._forbidden, 0)
+            if not (weights_LV.amax(dim=-1) > LEAST_LEFT).all():
+                return None
+        return weights_LV
 
     def _pieces(
         self, answers: Sequence[Answer], drawn: Sequence[Drawn]

@@ -72,6 +72,7 @@ def choose_tokens(
     top_p: float | Tensor,
     uniform_P: Tensor,
     top_k: int | Tensor = 0,
+    weights_PV: Tensor | None = None,
 ) -> Tensor:
     """[P] token ids drawn from the tempered distribution, cut to its `top_k` most likely tokens and
     then to the `top_p` nucleus of these.
@@ -86,6 +87,8 @@ def choose_tokens(
         top_p: probability of the nucleus, above 0; 1 keeps all tokens.
         uniform_P: [P] numbers from [0, 1), float64: float32 is too coarse for unlikely tokens.
         top_k: 0 keeps all tokens.
+        weights_PV: [P, V] the untempered probabilities up to a factor of each row, where they are
+            known; they are changed.
 
     `temperature`, `top_p` and `top_k` hold for all rows, or are tensors [P] with one for each, on
     the CPU: they decide what is computed, which must not wait for a GPU.
@@ -96,9 +99,9 @@ def choose_tokens(
     if greedy_P.all():
         return logits_PV.argmax(dim=-1)
     logits_PV = logits_PV.float()
-    divisor_P1 = temperature_P.where(~greedy_P, 1)[:, None].to(logits_PV)
-    # Relative to the likeliest, whose weight is then exact, as most of the sum may be.
-    weights_PV = (logits_PV - logits_PV.amax(dim=-1, keepdim=True)).div_(divisor_P1).exp_()
+    is_tempered = bool(((temperature_P != 1) & ~greedy_P).any())
+    if weights_PV is None or is_tempered:
+        weights_PV = _weights(logits_PV, temperature_P.where(~greedy_P, 1) if is_tempered else None)
     if (top_k_P > 0).any():
         weights_PV = keep_likeliest(
             weights_PV, top_k_P.where(top_k_P > 0, torch.inf), by_count=True
@@ -110,6 +113,14 @@ def choose_tokens(
     if greedy_P.any():
         drawn_P = logits_PV.argmax(dim=-1).where(greedy_P.to(drawn_P.device), drawn_P)
     return drawn_P
+
+
+def _weights(logits_PV: Tensor, temperature_P: Tensor | None) -> Tensor:
+    """[P, V] relative to the likeliest, whose weight is then exact, as most of the sum may be."""
+    weights_PV = logits_PV - logits_PV.amax(dim=-1, keepdim=True)
+    if temperature_P is not None:
+        weights_PV.div_(temperature_P[:, None].to(weights_PV))
+    return weights_PV.exp_()
 
 
 def keep_likeliest(weights_PV: Tensor, wanted_P: Tensor, *, by_count: bool) -> Tensor:
@@ -192,18 +203,18 @@ def _sum(numbers_PV: Tensor) -> Tensor:
 def _invert(weights_PV: Tensor, uniform_P: Tensor) -> Tensor:
     """[P] ids where the cumulative weight passes a share `uniform_P` (float64) of the whole.
 
-    It is summed in float64: by blocks of ids, and then inside one block. An id of weight 0 is never
-    found.
+    Blocks of ids are summed in float32, whose error is that of one weight; then the blocks, and the
+    ids inside one of them, in float64. An id of weight 0 is never found.
     """
     vocabulary = weights_PV.shape[1]
     whole = vocabulary - vocabulary % BLOCK
     blocks_PB = torch.cat(
         [
-            weights_PV[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1, dtype=torch.float64),
-            weights_PV[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64),
+            weights_PV[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1),
+            weights_PV[:, whole:].sum(dim=-1, keepdim=True),
         ],
         dim=1,
-    )
+    ).double()
     block_P1, share_P1 = _passed(blocks_PB, uniform_P[:, None])
     ids_PI = block_P1 * BLOCK + torch.arange(BLOCK, device=weights_PV.device)
     inside_PI = weights_PV.gather(1, ids_PI.clamp(max=vocabulary - 1)).double()

@@ -13,13 +13,13 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from steerlm2.data.templates import EXTRA_ID_TOKENS, ExtraIdTemplate, Segment, encode_segments
-from steerlm2.inference.steered import Delta, SteeredModel, TextToken
+from steerlm2.inference.steered import SteeredModel, TextToken
 from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.serving.event_stream import while_connected
 from steerlm2.serving.http import body_schema, json_response, parse_body, read_body
@@ -46,6 +46,8 @@ from steerlm2.serving.steering_service import (
 )
 
 COMPLETIONS, GENERATE = "/v1/completions", "/generate"
+
+ItemT = TypeVar("ItemT")
 
 COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens here."""
@@ -118,30 +120,24 @@ class CompletionWork:
         }
 
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
-        """The answer in chunks, one prompt after the other."""
+        """The answer in chunks, those of all prompts as they come."""
         num_tokens = 0
-        async with self.service.place():
-            for number, prompt in enumerate(self.prompts):
-                starts = [0] * self.n
-                async with contextlib.aclosing(self._deltas(prompt)) as deltas:
-                    async for delta in deltas:
-                        num_tokens += delta.num_tokens
-                        if not (delta.text or delta.tokens or delta.finish_reason):
-                            continue
-                        choice = self._choice(
-                            number * self.n + delta.answer,
-                            delta.text,
-                            delta.tokens,
-                            delta.finish_reason,
-                            starts[delta.answer],
-                        )
-                        starts[delta.answer] += len(delta.text)
-                        yield self.head | {"choices": [choice]}
+        starts = [0] * len(self.prompts) * self.n
+        streams = [
+            self.service.deltas(prompt, self.settings, self.asked.stop_texts)
+            for prompt in self.prompts
+        ]
+        async with self.service.place(), contextlib.aclosing(side_by_side(streams)) as deltas:
+            async for number, delta in deltas:
+                num_tokens += delta.num_tokens
+                if not (delta.text or delta.tokens or delta.finish_reason):
+                    continue
+                i = number * self.n + delta.answer
+                choice = self._choice(i, delta.text, delta.tokens, delta.finish_reason, starts[i])
+                starts[i] += len(delta.text)
+                yield self.head | {"choices": [choice]}
         if self.asked.wants_usage:
             yield self.head | {"choices": [], "usage": self._usage(num_tokens)}
-
-    def _deltas(self, prompt: Sequence[int]) -> AsyncGenerator[Delta]:
-        return self.service.deltas(prompt, self.settings, self.asked.stop_texts)
 
     def _choice(
         self,
@@ -214,6 +210,42 @@ async def together(works: Iterable[Awaitable[list[Answer]]]) -> list[list[Answer
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def side_by_side(
+    streams: Sequence[AsyncGenerator[ItemT]],
+) -> AsyncGenerator[tuple[int, ItemT]]:
+    """What several streams give, as it comes, each with its stream's number.
+
+    A failure of one ends the others, and so does whoever closes the iterator.
+    """
+    news: asyncio.Queue[tuple[int, ItemT] | Exception | None] = asyncio.Queue(len(streams))
+
+    async def read(number: int, stream: AsyncGenerator[ItemT]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for item in stream:
+                    await news.put((number, item))
+        except Exception as error:
+            await news.put(error)
+        else:
+            await news.put(None)
+
+    readers = [asyncio.create_task(read(*each)) for each in enumerate(streams)]
+    unfinished = len(streams)
+    try:
+        while unfinished:
+            new = await news.get()
+            if isinstance(new, Exception):
+                raise new
+            if new is None:
+                unfinished -= 1
+            else:
+                yield new
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
 
 
 # NeMo's interface

@@ -19,13 +19,13 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from server_process import Server, serving
 
 WORDS = ("a", "the", "of", "and", "is", "to", "it", "has", "you", "for", "this", "capital", "good")
 """Each is one token of the tiny tokenizer."""
@@ -60,39 +60,9 @@ def words(rng: random.Random, fewest: int, most: int) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(fewest, most)))
 
 
-@dataclass
-class Server:
-    """A running server."""
-
-    process: subprocess.Popen[str]
-    port: int
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@contextmanager
-def serving(threads: int, *overrides: str) -> Iterator[Server]:
-    tune = Path(sys.executable).with_name("tune")
-    process = subprocess.Popen(
-        [tune, "run", "serve_reward", "--config", "tiny/serve_reward", "port=0", *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        port = None
-        while port is None:
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit("the server didn't start")
-            port = re.search(r"serving .* on http://127\.0\.0\.1:(\d+)", line)
-        yield Server(process, int(port[1]))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+def cpu_seconds(server: Server) -> float:
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Client:
@@ -148,7 +118,7 @@ async def load(
     """Each client asks as soon as it has its answer, for so many seconds."""
     found = Load(0, 0, 0, 0.0, 0.0, [])
     rng = random.Random(clients)
-    cpu, started = server.cpu_seconds(), time.perf_counter()
+    cpu, started = cpu_seconds(server), time.perf_counter()
 
     async def one_client() -> None:
         client = Client()
@@ -168,7 +138,7 @@ async def load(
 
     await asyncio.gather(*(one_client() for _ in range(clients)))
     found.seconds = time.perf_counter() - started
-    found.cpu_seconds = server.cpu_seconds() - cpu
+    found.cpu_seconds = cpu_seconds(server) - cpu
     return found
 
 
@@ -229,8 +199,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the servers too
     asked = requests(args.kind, 128)
     with (
-        serving(args.threads, *overrides) as batching,
-        serving(args.threads, *overrides, "max_tokens_per_microbatch=1") as single,
+        serving("serve_reward", args.threads, *overrides) as batching,
+        serving("serve_reward", args.threads, *overrides, "max_tokens_per_microbatch=1") as single,
     ):
         report(asyncio.run(measure(batching, single, asked, args)))
 

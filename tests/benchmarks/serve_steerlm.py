@@ -1,6 +1,7 @@
 """Soak of the steering server: many clients, half of them streaming, some dropping in mid-stream.
 
     python tests/benchmarks/serve_steerlm.py                       # what tiny/quickstart has left
+    python tests/benchmarks/serve_steerlm.py --engine vllm
     python tests/benchmarks/serve_steerlm.py --seconds 10 checkpointer.checkpoint_dir=DIR
 
 Starts a server on 127.0.0.1, asks every question alone, then loads the server for `--seconds` and
@@ -15,11 +16,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -30,59 +29,51 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from server_process import Server, serving, serving_vllm
+
+from steerlm2.checkpoint_dirs import newest_export
 
 QUESTIONS = [
     f"What is the capital of {country}?"
     for country in ("France", "Spain", "Italy", "Norway", "Egypt", "Peru", "Japan", "Kenya")
 ]
+MODEL = Path("steerlm2_outputs/quickstart/steerlm2_iter2")
+MAX_SEQ_LEN = 512
 PATH = "/v1/chat/completions"
 DROPPED = 0.2
 """Share of the streams that are left, which are half of the requests."""
 
 
-@dataclass
-class Server:
-    """A running server."""
-
-    process: subprocess.Popen[str]
-    url: str
-
-    def held(self) -> dict[str, float]:
-        """Megabytes of memory, descriptors, and requests that are answered."""
-        folder = Path(f"/proc/{self.process.pid}")
-        kib = re.search(r"VmRSS:\s+(\d+)", (folder / "status").read_text())
-        metrics = httpx.get(f"{self.url}/metrics", trust_env=False).text
-        running = re.search(r"^steerlm2_running_requests (\S+)$", metrics, re.MULTILINE)
-        assert kib is not None
-        assert running is not None
-        return {
-            "MB": round(int(kib[1]) / 1024),
-            "descriptors": len(list((folder / "fd").iterdir())),
-            "requests": float(running[1]),
-        }
+def held(server: Server) -> dict[str, float]:
+    """Megabytes of memory, descriptors, and requests that are answered."""
+    folder = Path(f"/proc/{server.process.pid}")
+    kib = re.search(r"VmRSS:\s+(\d+)", (folder / "status").read_text())
+    metrics = httpx.get(f"{server.url}/metrics", trust_env=False).text
+    running = re.search(r"^steerlm2_running_requests (\S+)$", metrics, re.MULTILINE)
+    assert kib is not None
+    assert running is not None
+    return {
+        "MB": round(int(kib[1]) / 1024),
+        "descriptors": len(list((folder / "fd").iterdir())),
+        "requests": float(running[1]),
+    }
 
 
 @contextmanager
-def serving(threads: int, *overrides: str) -> Iterator[Server]:
-    tune = Path(sys.executable).with_name("tune")
-    process = subprocess.Popen(
-        [tune, "run", "serve_steerlm", "--config", "tiny/serve_steerlm", "port=0", *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        url = None
-        while url is None:
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit("the server didn't start")
-            url = re.search(r"serving .* on (http://127\.0\.0\.1:\d+)", line)
-        yield Server(process, url[1])
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+def engine(args: argparse.Namespace) -> Iterator[list[str]]:
+    """Overrides that make the server use the engine, which runs as long."""
+    if args.engine == "local":
+        yield []
+        return
+    model = newest_export(args.model) or args.model
+    with serving_vllm(model, args.threads, MAX_SEQ_LEN) as url:
+        yield [
+            "checkpointer=null",
+            "tokenizer._component_=steerlm2.data.hf_tokenizer",
+            f"tokenizer.path={model}",
+            f"server.url={url}",
+            f"max_seq_len={MAX_SEQ_LEN}",
+        ]
 
 
 @dataclass
@@ -211,17 +202,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="of the model")
+    parser.add_argument("--engine", choices=["local", "vllm"], default="local")
+    parser.add_argument("--model", type=Path, default=MODEL, help="that a vLLM server serves")
     args, overrides = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the server too
     asked = bodies(64)
-    with serving(args.threads, *overrides) as server:
+    with (
+        engine(args) as of_engine,
+        serving("serve_steerlm", args.threads, *of_engine, *overrides) as server,
+    ):
         expected = asyncio.run(alone(server, asked))
         # A first load, so that what is held afterwards is a leak and not a warm-up.
         asyncio.run(load(server, asked, expected, args.clients, min(5.0, args.seconds)))
-        before = server.held()
+        before = held(server)
         found = asyncio.run(load(server, asked, expected, args.clients, args.seconds))
         time.sleep(1.0)
-        after = server.held()
+        after = held(server)
         print(f"{args.clients} clients, {args.seconds:g} s: {dict(found.counts)}")
         print(f"answers per second {found.counts['answers'] / args.seconds:.1f}")
         for name, values in (("answer", found.seconds), ("first piece", found.first_seconds)):

@@ -22,10 +22,13 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import RMSNorm, TransformerDecoder
 
+from steerlm2.inference import shared_prompts
 from steerlm2.inference.engines import Request, Sample, SamplingSettings, request_seed
-from steerlm2.inference.local import STEPS_BETWEEN_CHECKS, LocalEngine
+from steerlm2.inference.local import STEPS_BETWEEN_CHECKS, Answer, Generation, LocalEngine
 from steerlm2.inference.shared_prompts import EMPTY, SharedPromptDecoder
+from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.models.attention import HeadNormAttention
+from steerlm2.models.decoders import output_weight
 
 VOCABULARY = 48
 STOP = 5
@@ -327,6 +330,32 @@ def test_forbidden_tokens_are_never_sampled(decoder: TransformerDecoder) -> None
         for samples in sampler.sample(REQUESTS):
             for sample in samples:
                 assert set(sample.tokens) & set(forbidden) == set()
+
+
+def test_a_forbidden_token_with_nearly_all_probability_leaves_the_others_theirs() -> None:
+    """The others' weights beside it, exp(-200), are 0 in float32."""
+    decoding = engine(build()).decoding
+    decoding._forbidden = torch.tensor([0])
+    logits_LV = torch.zeros(1, VOCABULARY)
+    logits_LV[0, 0] = 200.0
+    settings = GenerationSettings(max_new_tokens=1, top_log_probs=0)
+    answer = Answer(Generation([1], settings), 0)
+    drawn = decoding._draw(logits_LV, [answer], torch.tensor([0.5], dtype=torch.float64))
+    assert drawn.token_L.tolist() == [24]
+    assert drawn.log_prob_L is not None
+    assert drawn.log_prob_L.tolist() == pytest.approx([-200.0])
+
+
+def test_a_packed_output_matrix_gives_the_same_logits(
+    decoder: TransformerDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prompts, "PACKED_FROM", 0)
+    packed = SharedPromptDecoder(copy.deepcopy(decoder))
+    assert packed._packed_output is not None, "PyTorch's packed product isn't where it was"
+    hidden_LD = torch.randn(7, 32)
+    torch.testing.assert_close(
+        packed.logits(hidden_LD), hidden_LD @ output_weight(decoder).t(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_damaged_weights_are_noticed(decoder: TransformerDecoder) -> None:

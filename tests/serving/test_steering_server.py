@@ -489,6 +489,8 @@ def test_texts_are_continued_without_control_tokens(client: TestClient) -> None:
         for choice in event["choices"]:
             streamed[choice["index"]] += choice["text"]
     assert streamed == texts
+    order = [event["choices"][0]["index"] // 2 for event in events if event["choices"]]
+    assert order != sorted(order), "one prompt's answers were held back until the other's ended"
 
 
 def test_token_ids_are_taken_as_they_are(client: TestClient) -> None:
