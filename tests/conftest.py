@@ -22,6 +22,8 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 # A loaded machine is slow, not wrong; and what fails fails again.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
+# Other examples each time, and 1,000 of them where a test names their number by `EXAMPLES`.
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1_000)
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
