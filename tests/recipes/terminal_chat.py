@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import select
 import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -30,8 +31,11 @@ STEPS = (
     ('"""two\n', GOES_ON),
     ('lines"""\n', "echo: two\r\nlines" + PROMPT),
     ("\\033[2J\n", "echo: \ufffd[2J" + PROMPT),
-    ("/set humour=4\n", "trained without attributes" + PROMPT),
-    ("/compare\n", "/compare needs two settings"),
+    ("/set humour=4\n", "the model was trained without labels" + PROMPT),
+    (
+        "/compare\n",
+        "/compare needs two settings: /compare verbosity=0 verbosity=4,humor=1" + PROMPT,
+    ),
     ("/comapre\n", "did you mean /compare?" + PROMPT),
     (CTRL_D, "\r\n"),
 )
@@ -74,14 +78,14 @@ def chat() -> None:
 
 def type_and_look(terminal: int) -> None:
     """Go through STEPS in a terminal, after its first prompt."""
-    seen, end = "", time.monotonic() + SECONDS
     received = b""
     for typed, expected in (("", PROMPT), *STEPS):
         os.write(terminal, typed.encode())
-        seen = ""
+        seen, end = "", time.monotonic() + SECONDS
         while expected not in seen:
             assert time.monotonic() < end, f"typed {typed!r}: {expected!r} is not in {seen!r}"
-            received += os.read(terminal, 1 << 16)
+            if select.select([terminal], [], [], 1.0)[0]:
+                received += os.read(terminal, 1 << 16)
             text = received.decode("utf-8", "ignore")
             seen, received = seen + text, received[len(text.encode()) :]
 
