@@ -1,4 +1,4 @@
-"""The texts that the package writes by Jinja templates which lie beside the modules that use them."""
+"""Texts that are written by Jinja templates, which lie beside the modules that use them."""
 
 from __future__ import annotations
 
