@@ -20,6 +20,7 @@ The model is a checkpoint, in this process, or a vLLM server.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from steerlm2.attributes import parse_label
 from steerlm2.config.keys import SteeredKeys
 from steerlm2.distributed.world import init_world
-from steerlm2.inference.chat import Chat, whole_lines
+from steerlm2.inference.chat import Chat, InputDroppedError, whole_lines
 from steerlm2.inference.load_steered import load_steered_model
 from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.runs.entry import recipe_main
@@ -100,16 +101,27 @@ class ChatRecipe:
     def _lines(self) -> Iterator[str]:
         if not self.chat.by_person:
             return whole_lines(lambda goes_on: input())
-        importlib.import_module("readline")  # gives input() arrow keys and the lines before
+        with contextlib.suppress(ImportError):  # Windows has none
+            importlib.import_module("readline")  # gives input() arrow keys and the lines before
+        # Where answers go into a file, what is only for the person doesn't.
+        aside = sys.stdout if sys.stdout.isatty() else sys.stderr
 
         def typed(goes_on: bool) -> str:
-            while True:
-                try:
-                    return input("... " if goes_on else "> ")
-                except KeyboardInterrupt:  # drops what is typed
-                    print()
+            prompt = "... " if goes_on else "> "
+            try:
+                if aside is sys.stdout:
+                    return input(prompt)
+                print(prompt, end="", file=aside, flush=True)
+                return input()
+            except KeyboardInterrupt:
+                print(file=aside)
+                raise InputDroppedError from None
+            except EOFError:
+                print(file=aside)
+                raise
 
-        print(f"{self.chat.model.label(self.chat.attributes) or 'no attributes'}; /help")
+        label = self.chat.model.label(self.chat.attributes) or "no attributes"
+        print(f"{label}; /help lists the commands", file=aside)
         return whole_lines(typed)
 
 

@@ -28,6 +28,8 @@ if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
 # A loaded machine is slow, not wrong; and what fails fails again. Half of the usual examples.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("steady")
+# Other examples each time, and 1,000 of them where a test names their number by `EXAMPLES`.
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1_000)
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent

@@ -15,7 +15,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "steerlm2"
 
 FROM_THE_GROUND_UP = (
-    ("_tune", "torchtune_private", "attributes", "losses", "checkpoint_dirs", "facts"),
+    (
+        "_tune",
+        "torchtune_private",
+        "attributes",
+        "losses",
+        "checkpoint_dirs",
+        "facts",
+        "page_templates",
+    ),
     ("models",),
     ("data",),
     ("datasets",),

@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from steerlm2.attributes import AttributeSchema, parse_label
 from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
 from steerlm2.checkpoints.side_files import CHAT_TEMPLATE
 from steerlm2.facts import ModelFacts, read_facts
+from steerlm2.page_templates import page_template
 
 MODEL_CARD = "README.md"
 EVALUATION_START, EVALUATION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -49,18 +49,11 @@ def write_card(folder: Path, facts: ModelFacts, *, is_adapter: bool = False) -> 
     Args:
         is_adapter: the weights are a LoRA adapter in PEFT's format.
     """
-    environment = Environment(
-        loader=PackageLoader("steerlm2.checkpoints", ""),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = table_cell
+    template = page_template("steerlm2.checkpoints", "model_card.md.jinja", table_cell)
     trained = dict(facts.trained)
     base = trained.get("base")
     title = str(trained.get("method") or facts.kind) + (f" of {base}" if base else "")
-    text = environment.get_template("model_card.md.jinja").render(
+    text = template.render(
         front_matter=_front_matter(facts, is_adapter),
         title=title[0].upper() + title[1:],
         facts=facts,

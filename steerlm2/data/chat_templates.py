@@ -7,8 +7,9 @@
 gives the token ids of `templates.encode_prompt`. `attributes` is a mapping or a label; attributes
 that it leaves out have the default label's values, and without it all have; "" asks for no label.
 A message of the role `attributes` says the same for tools that pass no arguments, and a message of
-the assistant may have `attributes` of its own. Without a system message the system text is that of
-the training; an empty one means none.
+the assistant may have `attributes` of its own. Where no prompt for an answer is asked for, the
+argument is of the answer that the messages end with. Without a system message the system text is
+that of the training; an empty one means none.
 
 The text is made of what the template writes of a few probes, so that it fits any template whose
 conversations are put together of their turns.
@@ -40,11 +41,15 @@ _LABEL_OF = """\
 {{%- set defaults = {defaults} -%}}
 {{%- set ranges = {ranges} -%}}
 {{%- macro label_of(given) -%}}
+{{%- set seen = namespace(names=[]) -%}}
 {{%- for part in (given.split(",") if given is string else given) -%}}
 {{%- set name = part.split(":")[0] if given is string else part -%}}
 {{%- if name not in ranges -%}}
-{{{{- raise_exception("unknown attribute " ~ name ~ ", known: {known}") -}}}}
+{{{{- raise_exception("unknown attribute " ~ name ~ ", known: " ~ {known}) -}}}}
+{{%- elif name in seen.names -%}}
+{{{{- raise_exception(name ~ " is given twice") -}}}}
 {{%- endif -%}}
+{{%- set seen.names = seen.names + [name] -%}}
 {{%- endfor -%}}
 {{%- set label = namespace(parts=[]) -%}}
 {{%- for name in ranges -%}}
@@ -71,9 +76,19 @@ _LABEL_OF = """\
 {{%- endfor -%}}
 {{{{- label.parts | join(",") -}}}}
 {{%- endmacro -%}}
+{{%- set asked = none -%}}
+{{%- if attributes is defined and attributes is not none -%}}
+{{%- set asked = label_of(attributes) if attributes is mapping or attributes else "" -%}}
+{{%- endif -%}}
 """
 
 _TURNS = """\
+{{%- for message in messages -%}}
+{{%- if message.role != "attributes" and message.content is not string -%}}
+{{{{- raise_exception("the content of a message of the role " ~ message.role ~
+    " is no text") -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
 {{%- set ns = namespace(label=none, system={system}, first=0) -%}}
 {{%- if messages and messages[0].role in ["system", "developer"] -%}}
 {{%- set ns.system = messages[0].content -%}}
@@ -104,6 +119,8 @@ _SET_LABEL = """\
 _ASSISTANT = """\
 {{%- if message.attributes is defined and message.attributes is not none -%}}
 {{%- set ns.label = label_of(message.attributes) if message.attributes else "" -%}}
+{{%- elif asked is not none and loop.last and not add_generation_prompt -%}}
+{{%- set ns.label = asked -%}}
 {{%- endif -%}}
 {{%- if loop.last and not add_generation_prompt -%}}
 {{%- if ns.label -%}}{{{{- {open_labelled} -}}}}{{%- else -%}}{{{{- {open} -}}}}{{%- endif -%}}
@@ -117,8 +134,8 @@ _ASSISTANT = """\
 
 _PROMPT = """\
 {{%- if add_generation_prompt -%}}
-{{%- if attributes is defined and attributes is not none -%}}
-{{%- set ns.label = label_of(attributes) if attributes is mapping or attributes else "" -%}}
+{{%- if asked is not none -%}}
+{{%- set ns.label = asked -%}}
 {{%- elif ns.label is none and defaults -%}}
 {{%- set ns.label = label_of({{}}) -%}}
 {{%- endif -%}}
@@ -208,7 +225,7 @@ def _label_of(schema: AttributeSchema | None, default_label: str | None) -> str:
     return _LABEL_OF.format(
         defaults=json.dumps(defaults, ensure_ascii=False),
         ranges=json.dumps(ranges, ensure_ascii=False),
-        known=", ".join(ranges) or "none, it was trained without labels",
+        known=_literal(", ".join(ranges) or "none, it was trained without labels"),
     )
 
 

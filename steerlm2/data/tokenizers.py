@@ -311,8 +311,11 @@ def train_byte_level_bpe(
 
 
 def _is_control(added_token: dict[str, Any]) -> bool:
-    """Whether an added token is no text; some tokenizers (GPT-NeoX, Gemma) add runs of spaces."""
-    return added_token["special"] or bool(added_token["content"].strip())
+    """Whether an added token is no text.
+
+    Some tokenizers (GPT-NeoX, Gemma) add runs of spaces, as SentencePiece spells them, too.
+    """
+    return added_token["special"] or bool(added_token["content"].replace("\u2581", " ").strip())
 
 
 def _content_spec(spec: dict[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,14 @@ def add_evaluation(checkpoint_dir: str | Path, results: Mapping[str, SteeringRes
 
     Args:
         checkpoint_dir: its folder, or the output_dir of a run.
-        results: by model, as `read_report` gives them.
+        results: by model, as `read_report` gives them. The one that is called as the folder of the
+            export's run is said to be the card's.
 
     Returns:
         False where there is no card, or one without a place for it: it isn't ours to change.
     """
-    card = resolve_checkpoint_dir(checkpoint_dir) / MODEL_CARD
+    folder = resolve_checkpoint_dir(checkpoint_dir).resolve()
+    card = folder / MODEL_CARD
     if not card.is_file():
         return False
     text = card.read_text(encoding="utf-8")
@@ -37,18 +39,20 @@ def add_evaluation(checkpoint_dir: str | Path, results: Mapping[str, SteeringRes
     _, end, after = rest.partition(EVALUATION_END)
     if not (start and end):
         return False
-    table = _evaluation(results)
+    own = next((name for name in (folder.name, folder.parent.name) if name in results), None)
+    table = _evaluation(results, own)
     card.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
     return True
 
 
-def _evaluation(results: Mapping[str, SteeringResult]) -> str:
+def _evaluation(results: Mapping[str, SteeringResult], own: str | None) -> str:
     columns = headlines(results)
     lines = [["", *(column.title for column in columns)], ["---"] * (len(columns) + 1)]
     for model, cells in headline_rows(results).items():
         texts = [f"**{cell.text}**" if cell.is_best else cell.text for cell in cells]
         texts = [f"{text} {cell.error}".strip() for text, cell in zip(texts, cells, strict=True)]
-        lines.append([table_cell(model), *texts])
+        name = f"{model} (this model)" if model == own and len(results) > 1 else model
+        lines.append([table_cell(name), *texts])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     meanings = "\n".join(
         f"- {column.title}: {column.meaning}" + (f"; {column.better}" if column.better else "")

@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-
 from steerlm2.attributes import parse_label
 from steerlm2.data.records import Record, write_records
 from steerlm2.evaluation.agreement import Table
 from steerlm2.evaluation.charts import Chart, Point, Series, line_chart, thinned
 from steerlm2.evaluation.examples import MODEL
+from steerlm2.page_templates import page_template
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 """By column, numbers and text; None is what a row doesn't have."""
@@ -220,7 +219,7 @@ def html_page(
         examples: of `choose_examples`.
         run: the pipeline's that trained the models.
     """
-    return _template().render(
+    return page_template("steerlm2.evaluation", "report.html.jinja", _cell).render(
         results=results,
         colors={name: place % PALETTE for place, name in enumerate(results)},
         headlines=headline_rows(results),
@@ -407,19 +406,6 @@ class _Example:
             for name, asked in self.asked.items()
             if name in scores
         ]
-
-
-def _template() -> Template:
-    """The page's template; a name that it lacks is an error."""
-    environment = Environment(
-        loader=PackageLoader("steerlm2.evaluation", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template("report.html.jinja")
 
 
 def _cell(value: Any) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
+import textwrap
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -36,13 +37,16 @@ COMMANDS = {
 """Command -> an example of what follows it, and what it does."""
 
 HELP = """\
-A line is a question. One that ends with a backslash goes on in the next line; three quotes, \"\"\",
-begin and end a text of several lines. Ctrl-C stops an answer. A question that begins with / is
-written with //.
+A line is a question. One that ends with a backslash goes on in the next line;
+three quotes, \"\"\", begin and end a text of several lines. Ctrl-C stops an answer
+and drops what is typed. A question that begins with / is written with //.
 """
+GAP = " " * 44
 QUOTES = '"""'
 BAR = 20
 """Characters of a full bar. A choice: bar and numbers fit 80 columns."""
+_SHOWN = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
+"""Instead of characters that would move a terminal's cursor, or do more."""
 
 
 @dataclass
@@ -126,7 +130,8 @@ class Chat:
     def _help(self) -> None:
         self._print(HELP)
         for name, (example, meaning) in COMMANDS.items():
-            self._print(f"  {f'{name} {example}':<42}{meaning}")
+            command = f"  {f'{name} {example}':<42}"
+            self._print(textwrap.fill(meaning, 80, initial_indent=command, subsequent_indent=GAP))
 
     def _set(self, text: str) -> None:
         wanted = self.attributes | _values(text.replace(",", " ").split())
@@ -151,7 +156,8 @@ class Chat:
             self.model.label(wanted)
         for wanted in settings:
             self._print(f"--- {self._shown(wanted)}")
-            self._ask(question, wanted, run, keep=False)
+            if not self._ask(question, wanted, run, keep=False):
+                break
 
     def _scores(self, text: str, run: Callable[[Any], Any]) -> None:
         self._check_scorer("/scores")
@@ -202,8 +208,12 @@ class Chat:
         run: Callable[[Any], Any],
         *,
         keep: bool = True,
-    ) -> None:
-        """Print the answer to a conversation; Ctrl-C ends it, and what is there counts."""
+    ) -> bool:
+        """Print the answer to a conversation; Ctrl-C ends it, and what is there counts.
+
+        Returns:
+            Whether it came to its own end.
+        """
         question = self._question(messages, wanted)
         settings = self._next_settings(question)
         answers, stopped = [""], False
@@ -220,6 +230,7 @@ class Chat:
             self._keep(messages, question, answers[0])
         if self.scores_each and not stopped:
             self._print_scores(question, run(self.model.scores(question, answers))[0])
+        return not stopped
 
     def _question(
         self,
@@ -282,7 +293,7 @@ class Chat:
             )
 
     def _write(self, text: str) -> None:
-        self.output.write(text)
+        self.output.write(text.translate(_SHOWN) if self.output.isatty() else text)
         self.output.flush()
 
     def _print(self, text: str) -> None:
@@ -319,23 +330,30 @@ def _values(parts: Sequence[str]) -> dict[str, int]:
     return values
 
 
+class InputDroppedError(Exception):
+    """Whoever types has dropped the text that they were typing."""
+
+
 def whole_lines(read: Callable[[bool], str]) -> Iterator[str]:
     """The lines that `read` gives until it raises EOFError, put together where one goes on.
 
     Args:
         read: gives the next line, without its end; told whether it goes on from the one before.
+            It may raise InputDroppedError, which drops the line and those that it goes on from.
     """
     while True:
         try:
             line = read(False)
+            quoted = line.lstrip().startswith(QUOTES)
+            if quoted:
+                line = line.lstrip().removeprefix(QUOTES)
+            with contextlib.suppress(EOFError):  # in the middle of a text: that is all of it
+                while quoted and not line.rstrip().endswith(QUOTES):
+                    line += "\n" + read(True)
+                while not quoted and line.endswith("\\"):
+                    line = line.removesuffix("\\") + "\n" + read(True)
         except EOFError:
             return
-        quoted = line.lstrip().startswith(QUOTES)
-        if quoted:
-            line = line.lstrip().removeprefix(QUOTES)
-        with contextlib.suppress(EOFError):  # in the middle of a text: that is all of it
-            while quoted and not line.rstrip().endswith(QUOTES):
-                line += "\n" + read(True)
-            while not quoted and line.endswith("\\"):
-                line = line.removesuffix("\\") + "\n" + read(True)
+        except InputDroppedError:
+            continue
         yield line.rstrip().removesuffix(QUOTES) if quoted else line

@@ -167,6 +167,7 @@ def _described(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "steerlm2",
         "max_model_len": model.engine.max_seq_len,
+        "max_n": service.limits.max_n,
         "attributes": [
             {"name": name, "min": low, "max": high, "default": usual.get(name)}
             for name, (low, high) in (

@@ -24,8 +24,8 @@ def results(error: float) -> dict[str, SteeringResult]:
 def test_an_evaluation_takes_the_place_of_an_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a pipeline or by hand; what people wrote around it stays."""
-    folder = tmp_path / "run" / "epoch_1"
+    """By a pipeline or by hand; what people wrote around it stays; the own row is marked."""
+    folder = tmp_path / "steerlm2" / "epoch_1"
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (folder / name).touch()
@@ -35,12 +35,12 @@ def test_an_evaluation_takes_the_place_of_an_earlier_one(
     before = card.read_text()
     assert add_evaluation(folder, results(0.7))
     write_report(results(0.5), tmp_path)
-    command = ["model_card", str(tmp_path / "run"), str(tmp_path / "steering.json")]
+    command = ["model_card", str(tmp_path / "steerlm2"), str(tmp_path / "steering.json")]
     monkeypatch.setattr(sys, "argv", command)
     model_card.main()
     text = card.read_text()
     assert "| acsft | 0.900 ± 0.010 |" in text
-    assert "| steerlm2 | **0.500** ± 0.020 |" in text
+    assert "| steerlm2 (this model) | **0.500** ± 0.020 |" in text
     assert "0.700" not in text
     start, end = EVALUATION_START, EVALUATION_END
     assert text.partition(start)[0] == before.partition(start)[0]

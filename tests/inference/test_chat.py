@@ -12,7 +12,7 @@ import pytest
 from steerlm2.attributes import AttributeSchema
 from steerlm2.data.templates import extra_id_template, response_end
 from steerlm2.data.tokenizers import tiny_tokenizer
-from steerlm2.inference.chat import COMMANDS, Chat, whole_lines
+from steerlm2.inference.chat import COMMANDS, Chat, InputDroppedError, whole_lines
 from steerlm2.inference.steered import SteeredModel
 from steerlm2.inference.streaming import GenerationSettings, Piece
 
@@ -185,6 +185,45 @@ def test_help_names_every_command(chat: Chat, loop: asyncio.Runner) -> None:
     text = "\n".join(said(chat, loop, "/help"))
     assert all(f"  {name} " in text for name in COMMANDS)
     assert not chat.take("/quit", loop.run)
+
+
+def test_an_interrupted_comparison_ends(chat: Chat, loop: asyncio.Runner) -> None:
+    """Not only the answer that is just written."""
+    said(chat, loop, "stop?")
+    assert len(said(chat, loop, "/compare humor=0 humor=1 humor=2")) == 2
+
+
+def test_dropped_lines_take_those_before_with_them() -> None:
+    given: Iterator[str | type[Exception]] = iter(
+        ['"""a', InputDroppedError, "b\\", InputDroppedError, InputDroppedError, "c", EOFError]
+    )
+
+    def read(goes_on: bool) -> str:
+        line = next(given)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    assert [*whole_lines(read)] == ["c"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_answer_cannot_command_a_terminal(chat: Chat, loop: asyncio.Runner) -> None:
+    """A file has the characters as they are."""
+    said(chat, loop, "Why?")
+    chat.messages[-1]["content"] = "a\x1b[2J\x9b1m\r\tb"
+    chat.output = Terminal()
+    chat.take("/history", loop.run)
+    assert chat.output.getvalue().endswith("a\ufffd[2J\ufffd1m\ufffd\tb\n")
+    assert said(chat, loop, "/history")[-1].endswith("a\x1b[2J\x9b1m\r\tb".splitlines()[-1])
+
+
+def test_help_fits_a_terminal(chat: Chat, loop: asyncio.Runner) -> None:
+    assert max(map(len, said(chat, loop, "/help"))) <= 80
 
 
 def test_lines_that_go_on_are_put_together() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import chat
+from tests.conftest import RunScript
 from tests.recipes.ready_made import recipe_config
 
 
@@ -60,3 +61,8 @@ def test_all_problems_of_the_config_are_named(acsft_model: Path) -> None:
     keys = ("attribute_model=null", "temperature=-1", "top_p=0")
     with pytest.raises(ValueError, match=r"(?s)'temperature'.*'top_p'.*'show_scores'"):
         recipe_config("chat", "tiny/chat", f"checkpointer.checkpoint_dir={acsft_model}", *keys)
+
+
+def test_in_a_terminal(run_script: RunScript) -> None:
+    """Editing, earlier lines, several lines, Ctrl-C in an answer and at the prompt, Ctrl-D."""
+    run_script(Path(__file__).with_name("terminal_chat.py"))

@@ -29,6 +29,7 @@ from steerlm2.inference.attribute_model import AttributeModel
 from steerlm2.inference.steered import SteeredModel
 from steerlm2.inference.streaming import GenerationSettings, Piece
 from steerlm2.serving.steering_server import PAGE, PAGE_FILES, create_app
+from steerlm2.serving.steering_service import SteeringLimits
 
 Json = dict[str, Any]
 
@@ -95,11 +96,13 @@ class Echo:
         pass
 
 
-def app_of(engine: Echo, api_key: str | None = None) -> FastAPI:
+def app_of(
+    engine: Echo, api_key: str | None = None, limits: SteeringLimits | None = None
+) -> FastAPI:
     cpu = World(torch.device("cpu"))
     scores = Scores(torch.nn.Identity(), TOKENIZER, TEMPLATE, SCHEMA, cpu, 512, 1024)
     model = SteeredModel(TEMPLATE, TOKENIZER, SCHEMA, USUAL, "Answer.", engine, scores)
-    return create_app(model, "mine", api_key=api_key)
+    return create_app(model, "mine", limits=limits, api_key=api_key)
 
 
 @contextlib.contextmanager
@@ -416,6 +419,42 @@ def test_presets_are_kept_and_can_be_deleted(page: Browser) -> None:
     assert page.evaluate(values) == {"humor": "2", "verbosity": "2", "wit": UNSET}
     page.click("button", "Delete preset <b>dry</b>")
     page.find("button", "<b>dry</b>", count=0)
+
+
+def test_presets_without_a_storage_last_as_long_as_the_page(page: Browser) -> None:
+    """The browser may forbid it; names of presets that are always there are refused."""
+    forbid = "Object.defineProperty(window, 'localStorage', { get() { throw Error('no'); } })"
+    script = page.call("Page.addScriptToEvaluateOnNewDocument", source=forbid)["identifier"]
+    page.call("Page.reload")
+    page.wait("window.send && !send.disabled")
+    page.click("slider", "humor", at=0.5)
+    page.click("button", "Save…")
+    page.write("High")
+    page.press("Enter")
+    assert page.evaluate("document.querySelector('.presets input').matches(':invalid')")
+    page.write(" 'ish\" 😀")
+    page.press("Enter")
+    assert "until this page is closed" in page.evaluate("document.all.status.textContent")
+    page.click("button", "Low")
+    page.click("button", "High 'ish\" 😀")
+    assert page.evaluate("document.querySelector('.lane-0 output').textContent") == "2"
+    page.click("button", "Delete preset High 'ish\" 😀")
+    page.find("button", "High 'ish\" 😀", count=0)
+    page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+    page.call("Page.reload")
+    page.wait("window.send && !send.disabled")
+
+
+def test_the_most_answers_are_the_servers(page: Browser, engine: Echo) -> None:
+    with serving(app_of(engine, limits=SteeringLimits(max_n=3))) as address:
+        page.open(address)
+        page.wait("window.send && !send.disabled")
+        page.evaluate("best_of.value = 4; shared.open = true")
+        page.click(*QUESTION)
+        page.write("Hello")
+        page.press("Enter")
+        assert page.evaluate("best_of.matches(':invalid')")
+        assert page.evaluate("document.querySelectorAll('.answer').length") == 0
 
 
 def test_candidates_of_best_of_can_be_looked_at_and_chosen(page: Browser, engine: Echo) -> None:

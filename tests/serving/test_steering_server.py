@@ -619,6 +619,7 @@ def test_the_model_is_described(client: TestClient) -> None:
         "object": "model",
         "owned_by": "steerlm2",
         "max_model_len": 512,
+        "max_n": 4,
         "attributes": [
             {"name": "humor", "min": 0, "max": 4, "default": 0},
             {"name": "verbosity", "min": 0, "max": 4, "default": 2},

@@ -47,19 +47,24 @@ const labelOf = (values) =>
     .map(([name, value]) => `${name} ${value}`)
     .join(" · ");
 
+const unkept = new Map(); // what the browser doesn't keep, by key: it lasts as long as the page
+
 function readStored(storage, key) {
   try {
-    return storage().getItem(key); // asking for the storage itself fails where it's forbidden
+    return unkept.get(key) ?? storage().getItem(key); // asking for the storage fails if forbidden
   } catch {
     return null;
   }
 }
 
+/** Whether the browser keeps it. */
 function store(storage, key, value) {
   try {
     storage().setItem(key, value);
+    return unkept.delete(key) || true;
   } catch {
-    say("This browser keeps nothing for this page.");
+    unkept.set(key, value);
+    return false;
   }
 }
 
@@ -241,14 +246,14 @@ function savedPresets() {
   }
 }
 
+const BUILT_IN = { Usual: "default", High: "max", Low: "min" }; // which values each has
+
 function presets() {
   const own = savedPresets().filter(({ values }) =>
     model.attributes.some(({ name }) => Number.isFinite(values[name])),
   );
   return [
-    { name: "Usual", values: valuesBy("default") },
-    { name: "High", values: valuesBy("max") },
-    { name: "Low", values: valuesBy("min") },
+    ...Object.entries(BUILT_IN).map(([name, key]) => ({ name, values: valuesBy(key) })),
     ...own.map((preset) => ({ ...preset, own: true })),
   ];
 }
@@ -281,6 +286,7 @@ function saveForm(lane) {
     maxlength: 40,
     hidden: true,
     placeholder: "Name",
+    input: () => name.setCustomValidity(""),
   });
   const save = element("button", { type: "submit", class: "quiet", formnovalidate: true }, "Save…");
   const done = () => {
@@ -295,6 +301,9 @@ function saveForm(lane) {
       name.hidden = false;
       save.textContent = "Save";
       name.focus();
+    } else if (Object.hasOwn(BUILT_IN, name.value.trim())) {
+      name.setCustomValidity("This preset is always there. Choose another name.");
+      name.reportValidity();
     } else if (name.value.trim()) {
       savePreset(name.value.trim(), lane.values);
       done();
@@ -309,22 +318,22 @@ function saveForm(lane) {
   return element("form", { submit, keydown }, name, save);
 }
 
-function keepPresets(all) {
-  store(local, PRESETS_KEY, JSON.stringify(all));
+function keepPresets(all, done) {
+  const kept = store(local, PRESETS_KEY, JSON.stringify(all));
   lanes.forEach(showPresets);
+  toast(kept ? `${done}.` : `${done} until this page is closed: the browser keeps nothing for it.`);
 }
 
 function savePreset(name, values) {
-  keepPresets([
-    ...savedPresets().filter((each) => each.name !== name),
-    { name, values: { ...values } },
-  ]);
-  say(`Saved the preset ${name}.`);
+  const others = savedPresets().filter((each) => each.name !== name);
+  keepPresets([...others, { name, values: { ...values } }], `Saved the preset ${name}`);
 }
 
 function removePreset(name) {
-  keepPresets(savedPresets().filter((each) => each.name !== name));
-  say(`Deleted the preset ${name}.`);
+  keepPresets(
+    savedPresets().filter((each) => each.name !== name),
+    `Deleted the preset ${name}`,
+  );
 }
 
 function compare(on) {
@@ -805,6 +814,7 @@ async function load() {
   $("system").value = model.system ?? "";
   $("max_tokens").max = model.max_model_len;
   $("best-of-field").hidden = !model.scores;
+  $("best_of").max = model.max_n;
   lanes = LETTERS.map((_, index) => makeLane(index));
   place();
   showSampling();
