@@ -317,7 +317,7 @@ class SteerLM2Recipe:
             use_sampler_log_probs=options.use_sampler_log_probs,
             assume_samples_of_q=options.assume_samples_of_q,
         )
-        where = f"`{key}` ({getattr(self.cfg, key).get('source', 'no file')})"
+        where = f"`{key}` ({getattr(self.cfg, key).get('source', 'without a file')})"
         sampled, warnings = as_sampled(groups, dataset.records, rules, where)
         for warning in warnings:
             self.run.say(warning)

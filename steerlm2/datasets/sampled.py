@@ -78,8 +78,8 @@ def as_sampled(
         if duplicates:
             drawn = sum(each.drawn for each in sampling)
             warnings.append(
-                f"WARNING: {where}: {duplicates} duplicates of {drawn} draws were left out, so that "
-                "rare answers count too much: loss.samples_per_prompt=recorded corrects for it"
+                f"WARNING: {where}: {duplicates} duplicates of {drawn} draws were left out: rare "
+                "answers count too much, for which loss.samples_per_prompt=recorded corrects"
             )
     return groups, warnings
 

@@ -50,9 +50,9 @@ class RatioWatch:
         assert self._first is not None
         if not LOWEST <= self._first <= HIGHEST:
             return (
-                "It was not near 1 at the first logged step either: the samples aren't from Q', the "
-                "start weights, or their log-probs are another model's, or sampled at another "
-                "temperature or top_p than 1."
+                "It was not near 1 at the first logged step either: the samples aren't from Q' "
+                "(the start weights at temperature 1 and top_p 1), or their log-probs are "
+                "another's, or lr is far too high."
             )
         if typical < LOWEST:
             remedy = "lower loss.baseline" if self.baseline > 0 else "lower lr"
@@ -64,8 +64,8 @@ class RatioWatch:
             )
         if self._validation <= HIGHEST:
             return (
-                f"On validation groups it is {self._validation:.2g}: the training samples are being "
-                "memorised. Raise loss.baseline, train for fewer steps, or sample again."
+                f"On validation groups it is {self._validation:.2g}: the training samples are "
+                "being memorised. Raise loss.baseline, train for fewer steps, or sample again."
             )
         return (
             "So it is on validation groups: the samples lack much of what Q' gives (answers that "
