@@ -102,6 +102,12 @@ class SteerLM2Config(TrainingKeys):
     export: Literal["best", "last"] = "last"
     """Weights to export: the last, or those of the lowest validation loss, where there is one."""
 
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        if isinstance(values.get("loss"), dict):
+            values["loss"].setdefault("_component_", "steerlm2.losses.SteerLM2Loss")
+        return super().complete(values)
+
     def problems(self) -> list[str]:
         found = super().problems()
         if "normalize" in self.loss:
