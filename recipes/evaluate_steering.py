@@ -34,7 +34,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 from torchtune.modules import TransformerDecoder
 from torchtune.training.metric_logging import WandBLogger
@@ -83,6 +82,7 @@ from steerlm2.evaluation.report import (
     metric_rows,
     write_report,
 )
+from steerlm2.evaluation.texts import text_metrics
 from steerlm2.inference.answers import (
     Item,
     answer_of,
@@ -631,7 +631,6 @@ class EvaluateRecipe:
 
     def _result(self, name: str, records: list[Record]) -> SteeringResult:
         answers = [answer for record in records for answer in record.responses]
-        words = [len(answer.value.split()) for answer in answers]
         scores_NA, requested_NA, _ = self._scores_and_requests(records)
         metrics = steering_metrics(scores_NA, requested_NA, self.schema)
         errors = list(self._errors(records).values())
@@ -639,12 +638,8 @@ class EvaluateRecipe:
             error = {"steering_mae": metrics.pop("steering_mae")}
             metrics = error | {STANDARD_ERROR: standard_error(errors)} | metrics
         metrics |= self.exact_metrics.get(name, {})
-        metrics |= {
-            "words_mean": float(np.mean(words)),
-            "words_median": float(np.median(words)),
-            "words_p90": float(np.percentile(words, 90)),
-            "answers": len(answers),
-        }
+        metrics |= text_metrics([answer.value for answer in answers])
+        metrics["answers"] = len(answers)
         ended = [answer for answer in answers if answer.finish_reason is not None]
         if ended:
             empty = sum(record.extra.get(EMPTY, 0) for record in records)

@@ -15,8 +15,9 @@ The paper's gradient, -sum_i (w'_i - b'_i) grad log Q_theta(y_i|a,x), is the gra
 KL(w' || b'): a softmax cross-entropy over the responses of a prompt. One forward and one backward
 therefore suffice, without a separate pass for b'.
 
-Departure from the paper: by default a group's KL is divided by its mean response length, as
-NeMo-Aligner does; `normalize="none"` is the paper's form.
+Departures from the paper: by default a group's KL is divided by its mean response length, as
+NeMo-Aligner does; `normalize="none"` is the paper's form. `baseline`, the share of the baseline
+weights in the gradient, is 1 in the paper; `SteerLM2Loss` says what less of it is for.
 """
 
 from __future__ import annotations
@@ -86,9 +87,47 @@ def effective_sample_size(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> T
 
 def max_weight(w_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
     """[G] the largest weight of each group."""
-    index_N = group_index(group_sizes, w_N)
-    max_G = w_N.new_zeros(len(group_sizes))
-    return max_G.scatter_reduce(0, index_N, w_N, "amax")
+    return _group_max(w_N, group_sizes)
+
+
+RARE = -20.0
+"""log q below which a response is taken as never drawn twice: c = q / (1 - (1 - q)^n) is 1/n up to
+a relative n q / 2, 1e-9 n."""
+
+
+def log_shares(
+    log_q_N: Tensor, group_sizes: Sequence[int] | Tensor, drawn: int | Tensor | None = None
+) -> Tensor:
+    """[N] log c: what each response stands for in an average over samples, at a sum of 1 or near.
+
+    Of k independent draws each counts 1/k. Of n draws from which duplicates were taken out, the
+    response y_i is there with probability pi_i = 1 - (1 - q_i)^n, so that
+
+        E sum_i c_i f(y_i) = sum_y pi(y) c(y) f(y) = sum_y q(y) f(y)    with c_i = q_i / pi_i
+
+    for every f: unbiased as the average over all draws is (Horvitz and Thompson 1952, equation 2).
+    c_i is between 1/n (rare responses) and 1, and needs no number of times that y_i was drawn.
+
+    Args:
+        log_q_N: log-probs under what was sampled from, nats.
+        group_sizes: [G] number of responses of each group; sums to N.
+        drawn: n, of all groups or [G]; None: the responses are independent draws.
+    """
+    index_N = group_index(group_sizes, log_q_N)
+    if drawn is None:
+        sizes_G = torch.as_tensor(group_sizes, device=log_q_N.device)
+        return -sizes_G.to(log_q_N.dtype).log()[index_N]
+    drawn_G = torch.as_tensor(drawn, device=log_q_N.device).to(log_q_N.dtype)
+    drawn_N = drawn_G.expand(len(group_sizes))[index_N]
+    log_q_N = log_q_N.detach().clamp(max=0)  # rounding may give more
+    log_pi_N = (-torch.expm1(drawn_N * torch.log1p(-log_q_N.exp()))).log()
+    return torch.where(log_q_N < RARE, -drawn_N.log(), log_q_N - log_pi_N)
+
+
+def shared_weights(w_N: Tensor, log_c_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    """[N] weights times c, summing to 1 in each group again."""
+    w_N = w_N * log_c_N.exp()
+    return w_N / sum_by_group(w_N, group_sizes)[group_index(group_sizes, w_N)]
 
 
 class GroupLoss(Protocol):
@@ -108,29 +147,68 @@ class GroupLoss(Protocol):
         response_lengths: Tensor,
         /,
     ) -> Tensor:
-        """The loss, a scalar. The arguments are those of `SteerLM2Loss`, given by position."""
+        """The loss, a scalar. The arguments are those of `SteerLM2Loss`, given by position.
+
+        Where the loss has an attribute `samples_per_prompt` that isn't None, it is called with
+        `drawn_G=` too: [G] draws of each group, duplicates included.
+        """
 
 
 class SteerLM2Loss:
-    """Mean over groups of KL(w' || b') / mean response length of the group.
+    """Mean over groups of KL(w' || b') / mean response length of the group, and beyond the paper.
 
-    Its gradient is d loss / d log Q_theta(y_i) = -(w'_i - b'_i) / mean length / number of groups.
+    Its gradient is d loss / d log Q_theta(y_i) = -(w'_i - baseline * b'_i) / mean length / number
+    of groups: between -1 and `baseline` before the normalisation. With r = Q_theta / Q', c =
+    `log_shares` and m = sum_i c_i r_i, a group's loss before it is
+
+        sum_i w'_i log w'_i - sum_i w'_i (log c_i + log r_i) + baseline * log m
+            = KL(w' || b') - (1 - baseline) log m        b'_i = c_i r_i / m
+
+    **What the baseline does.** b' is the same for any multiple of Q_theta: the paper's loss
+    (`baseline=1`, section 4.5) knows the samples' probabilities only relative to each other. Up to
+    a constant, -E sum_i w'_i log r_i is KL(P || Q_theta), as sum_i w'_i f(y_i) estimates E_P f, so
+    that the expected loss is KL(P || Q_theta) + baseline * E log m. E m = 1 for every Q_theta when
+    samples are from Q', but E log m <= 0 falls as r varies (Jensen): the second term rewards moving
+    probability from the samples to strings that nobody sampled. Where P's weights are noisy
+    (few samples) the baseline also takes noise out of the gradient, so that less of it is a
+    compromise: `baseline=0` is fine-tuning on weighted samples, which memorises them.
+
+    Below 1 the term is right only for samples from Q' itself (temperature 1, top_p 1), or with the
+    sampler's own log-probs in the place of log Q'; at 1 w' = b' holds for Q_theta = P under any.
 
     Args:
         normalize: "mean_response_length" (NeMo-Aligner) or "none" (the paper's form).
+        baseline: share of the baseline weights, from 0 to 1; 1 is the paper.
+        samples_per_prompt: how many responses were drawn for each prompt, before duplicates were
+            taken out: a number, or "recorded" for each group's own (`drawn_G`). It turns on the
+            correction of `log_shares`, in m, b' and w'. None: the responses count alike, as in the
+            paper, which is right where no draws were taken out.
 
     Raises:
-        ValueError: for another `normalize`.
+        ValueError: for other arguments.
     """
 
     def __init__(
-        self, normalize: Literal["mean_response_length", "none"] = "mean_response_length"
+        self,
+        normalize: Literal["mean_response_length", "none"] = "mean_response_length",
+        baseline: float = 1.0,
+        samples_per_prompt: int | Literal["recorded"] | None = None,
     ) -> None:
         if normalize not in ("mean_response_length", "none"):
             raise ValueError(
                 f"normalize must be 'mean_response_length' or 'none', got {normalize!r}"
             )
+        if not (type(baseline) in (int, float) and 0 <= baseline <= 1):
+            raise ValueError(f"baseline must be a number from 0 to 1, got {baseline!r}")
+        number = type(samples_per_prompt) is int and samples_per_prompt >= 2
+        if not (number or samples_per_prompt in (None, "recorded")):
+            raise ValueError(
+                "samples_per_prompt must be a number of draws from 2, 'recorded' or null, got "
+                f"{samples_per_prompt!r}"
+            )
         self.normalize = normalize
+        self.baseline = baseline
+        self.samples_per_prompt = samples_per_prompt
 
     def __call__(
         self,
@@ -139,6 +217,7 @@ class SteerLM2Loss:
         w_N: Tensor,
         group_sizes: Sequence[int] | Tensor,
         response_lengths: Sequence[int] | Tensor,
+        drawn_G: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar; 0 (with a gradient of 0) for no groups.
 
@@ -148,14 +227,40 @@ class SteerLM2Loss:
             w_N: target weights.
             group_sizes: [G] number of responses of each group; sums to N.
             response_lengths: [N] tokens of each response, its stop token included.
+            drawn_G: responses drawn for each group, duplicates included; used only where
+                `samples_per_prompt` is "recorded".
+
+        Raises:
+            ValueError: where `drawn_G` is wanted and isn't given.
         """
-        log_b_N = group_log_softmax(logps_N - log_q_N, group_sizes)
-        kl_G = sum_by_group(torch.xlogy(w_N, w_N) - w_N * log_b_N, group_sizes)
+        drawn = self._drawn(drawn_G)
+        log_r_N = logps_N - log_q_N
+        if drawn is not None:
+            log_c_N = log_shares(log_q_N, group_sizes, drawn)
+            w_N = shared_weights(w_N, log_c_N, group_sizes)
+            log_r_N = log_r_N + log_c_N
+        if self.baseline == 1:
+            log_b_N = group_log_softmax(log_r_N, group_sizes)
+            loss_G = sum_by_group(torch.xlogy(w_N, w_N) - w_N * log_b_N, group_sizes)
+        else:
+            # c belongs inside the logarithms, as m is an average; of independent draws it is 1/n,
+            # which cancels above.
+            if drawn is None:
+                log_r_N = log_r_N + log_shares(log_q_N, group_sizes)
+            loss_G = sum_by_group(torch.xlogy(w_N, w_N) - w_N * log_r_N, group_sizes)
+            loss_G = loss_G + self.baseline * group_logsumexp(log_r_N, group_sizes)
         if self.normalize == "mean_response_length":
-            lengths_N = torch.as_tensor(response_lengths, device=kl_G.device).to(kl_G.dtype)
-            sizes_G = torch.as_tensor(group_sizes, device=kl_G.device)
-            kl_G = kl_G * sizes_G / sum_by_group(lengths_N, group_sizes)
-        return mean_over_groups(kl_G)
+            lengths_N = torch.as_tensor(response_lengths, device=loss_G.device).to(loss_G.dtype)
+            sizes_G = torch.as_tensor(group_sizes, device=loss_G.device)
+            loss_G = loss_G * sizes_G / sum_by_group(lengths_N, group_sizes)
+        return mean_over_groups(loss_G)
+
+    def _drawn(self, drawn_G: Sequence[int] | Tensor | None) -> int | Tensor | None:
+        if self.samples_per_prompt != "recorded":
+            return self.samples_per_prompt
+        if drawn_G is None:
+            raise ValueError("samples_per_prompt is 'recorded': give drawn_G, each group's number")
+        return torch.as_tensor(drawn_G)
 
 
 METRIC_NAMES = (
@@ -164,6 +269,8 @@ METRIC_NAMES = (
     "ess_baseline",
     "share_one_hot_target",
     "mean_log_ratio",
+    "mean_ratio",
+    "log_mean_ratio",
 )
 """The metrics of `metric_sums`, in order."""
 
@@ -172,18 +279,37 @@ ONE_HOT = 0.99
 is then below 1.03 responses."""
 
 
+HIGHEST_LOG_RATIO = 80.0
+"""Of the metric `mean_ratio`: e^80 and above are reported as e^80, a float32 that can be added."""
+
+
 def metric_sums(
-    logps_N: Tensor, log_q_N: Tensor, w_N: Tensor, group_sizes: Sequence[int] | Tensor
+    logps_N: Tensor,
+    log_q_N: Tensor,
+    w_N: Tensor,
+    group_sizes: Sequence[int] | Tensor,
+    drawn: int | Tensor | None = None,
 ) -> Tensor:
     """Sums over groups of the reported metrics, [len(METRIC_NAMES)].
 
     Divided by the number of groups of all micro-batches and ranks they are the step's distance,
-    effective sample sizes of w' and b' (as shares of n), share of groups with max w' > 0.99, and
-    mean of log Q_theta - log Q'.
+    effective sample sizes of w' and b' (as shares of n), share of groups with max w' > 0.99, means
+    of log Q_theta - log Q', of m and of log m, with m = sum_i c_i r_i / sum_i c_i the mean of
+    Q_theta / Q' over a group's responses. It starts at 1.
+
+    Args:
+        drawn: as in `log_shares`, whose correction then is in w', b' and m.
     """
-    b_N = baseline_weights(logps_N, log_q_N, group_sizes)
-    num_groups = len(group_sizes)
     sizes_G = torch.as_tensor(group_sizes, device=w_N.device)
+    num_groups = len(group_sizes)
+    log_c_N = log_shares(log_q_N, group_sizes, drawn)
+    if drawn is not None:
+        w_N = shared_weights(w_N, log_c_N, group_sizes)
+        b_N = group_log_softmax(logps_N - log_q_N + log_c_N, group_sizes).exp()
+    else:
+        b_N = baseline_weights(logps_N, log_q_N, group_sizes)
+    log_m_G = group_logsumexp(logps_N - log_q_N + log_c_N, group_sizes)
+    log_m_G = log_m_G - group_logsumexp(log_c_N, group_sizes)
     return torch.stack(
         [
             kl_distance(w_N, b_N, group_sizes) * num_groups,
@@ -191,6 +317,8 @@ def metric_sums(
             effective_sample_size(b_N, group_sizes).sum(),
             (max_weight(w_N, group_sizes) > ONE_HOT).sum(),
             (sum_by_group(logps_N - log_q_N, group_sizes) / sizes_G).sum(),
+            log_m_G.clamp(max=HIGHEST_LOG_RATIO).exp().sum(),
+            log_m_G.sum(),
         ]
     )
 
@@ -284,7 +412,18 @@ def mean_over_groups(values_G: Tensor) -> Tensor:
 def group_log_softmax(logits_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
     """[N] the logarithm of the softmax of each response among those of its group."""
     index_N = group_index(group_sizes, logits_N)
-    floor_G = logits_N.new_full((len(group_sizes),), -torch.inf)
-    max_G = floor_G.scatter_reduce(0, index_N, logits_N.detach(), "amax")
-    shifted_N = logits_N - max_G[index_N]
+    shifted_N = logits_N - _group_max(logits_N.detach(), group_sizes)[index_N]
     return shifted_N - sum_by_group(shifted_N.exp(), group_sizes).log()[index_N]
+
+
+def group_logsumexp(logits_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    """[G] log sum exp of each group's responses, without overflow."""
+    max_G = _group_max(logits_N.detach(), group_sizes)
+    shifted_N = logits_N - max_G[group_index(group_sizes, logits_N)]
+    return max_G + sum_by_group(shifted_N.exp(), group_sizes).log()
+
+
+def _group_max(values_N: Tensor, group_sizes: Sequence[int] | Tensor) -> Tensor:
+    """[G] the largest value of each group."""
+    floor_G = values_N.new_full((len(group_sizes),), -torch.inf)
+    return floor_G.scatter_reduce(0, group_index(group_sizes, values_N), values_N, "amax")

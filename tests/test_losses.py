@@ -298,7 +298,8 @@ def test_metric_sums_by_hand() -> None:
     (1/2, 1/2); w' = (1/4, 3/4) and (1, 0).
 
     distance: 1/2 ln 3, and ln 2 + 1e-8-terms. ESS of w': 1 / (1/16 + 9/16) / 2 = 4/5, and 1/2.
-    ESS of b': 4/5, and 1. One-hot: the second. Mean log ratio: ln 3 / 2, and 1.
+    ESS of b': 4/5, and 1. One-hot: the second. Mean log ratio: ln 3 / 2, and 1. Mean ratio:
+    (3 + 1) / 2 and e.
     """
     w_N = f64([0.25, 0.75, 1, 0])
     logps_N = f64([math.log(3) - 7, -7, -4, -2])
@@ -309,6 +310,8 @@ def test_metric_sums_by_hand() -> None:
         "ess_baseline": 4 / 5 + 1,
         "share_one_hot_target": 1,
         "mean_log_ratio": math.log(3) / 2 + 1,
+        "mean_ratio": 2 + math.e,
+        "log_mean_ratio": math.log(2) + 1,
     }
     assert tuple(expected) == METRIC_NAMES
     assert_equal(sums, list(expected.values()), 1e-6)

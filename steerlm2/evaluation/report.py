@@ -38,6 +38,7 @@ GLOSSARY = {
     "steering_mae_se": "standard error over requests; of a change, of the paired differences",
     "steering_exact_match": "share of scores that round to the requested value, averaged likewise",
     "words_mean": "length of an answer; words_p90 is its 90th percentile",
+    "distinct_1": "share of different words; distinct_2 of pairs of words: low: repetition",
     "exact_kl": "KL(P(y|a,x) || Q(y|a,x)) in nats over all answers there are: not sampled",
     "exact_kl_weighted": "the same with requests weighted by P(a|x)",
     "exact_mass": "the model's probability of all answers there are together",

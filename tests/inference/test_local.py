@@ -222,6 +222,26 @@ def next_token_probs(logits_V: Tensor, temperature: float, top_p: float) -> list
     return [kept.get(token, 0.0) / sum(kept.values()) for token in range(len(probs))]
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.4, 1.0), (0.7, 0.9)])
+def test_the_samplers_log_probs_are_of_what_it_drew_from(
+    decoder: TransformerDecoder, temperature: float, top_p: float
+) -> None:
+    """Token by token: without the forbidden ones, tempered, cut and renormalised."""
+    settings = {"temperature": temperature, "top_p": top_p, "forbidden_ids": (1, 2)}
+    sampler = engine(decoder, **settings)
+    for request, samples in zip(REQUESTS, sampler.sample(REQUESTS), strict=True):
+        for sample in samples:
+            with torch.no_grad():
+                logits_TV = decoder(torch.tensor([[*request.prompt, *sample.tokens]]))[0]
+            logits_TV[:, [1, 2]] = -torch.inf
+            start = len(request.prompt) - 1
+            expected = sum(
+                math.log(next_token_probs(logits_TV[start + i], temperature, top_p)[token])
+                for i, token in enumerate(sample.tokens)
+            )
+            assert sample.sampler_log_prob == pytest.approx(expected, abs=1e-4)
+
+
 def draw(decoder: TransformerDecoder, prompt: list[int], **settings: Any) -> list[list[int]]:
     """20,000 responses to one prompt, asked for 200 times."""
     sampler = engine(decoder, n=100, stop_id=-1, **settings)

@@ -112,12 +112,25 @@ def test_records_are_the_prompts_with_new_responses(records: Path, sampled: Path
     by_prompt = {(row["prompt_turns"][0]["value"], row["label"]): row for row in before}
     for row in after:
         old = by_prompt[row["prompt_turns"][0]["value"], row["label"]]
-        sampled_keys = {"responses": [], "token_ids_digest": DIGEST}
+        sampled_keys = {"responses": [], "token_ids_digest": DIGEST, "sampling": row["sampling"]}
         assert row | {"responses": []} == old | sampled_keys
         texts = [response["value"] for response in row["responses"]]
         assert len(set(texts)) == len(texts) >= 2
         assert {response["finish_reason"] for response in row["responses"]} == {"stop"}
     read_records(sampled, require=())
+
+
+def test_records_say_how_they_were_sampled(sampled: Path) -> None:
+    """And what isn't there of what was drawn."""
+    left_out = 0
+    for record in read_records(sampled, require=()):
+        sampling = record.sampling
+        assert sampling is not None
+        assert (sampling.temperature, sampling.top_p, sampling.distinct) == (0.7, 0.9, True)
+        assert sampling.drawn == len(record.responses) + sum(sampling.left_out.values())
+        assert all(response.sampler_log_prob is not None for response in record.responses)
+        left_out += sum(sampling.left_out.values())
+    assert left_out > 0
 
 
 def test_engine_log_q_is_the_models(sampled: Path, model: Path) -> None:
@@ -309,6 +322,8 @@ def test_two_ranks_sample_the_same(
         for response, same in zip(row["responses"], other["responses"], strict=True):
             log_q = response.pop("engine_log_q", 0.0)
             assert same.pop("engine_log_q", 0.0) == pytest.approx(log_q, abs=1e-3)
+            log_s = response.pop("sampler_log_prob")
+            assert same.pop("sampler_log_prob") == pytest.approx(log_s, abs=1e-3)
     assert two == one
 
 
