@@ -134,6 +134,7 @@ VARIANTS = {
 }
 MAIN = list(VARIANTS)[:4]
 ABLATIONS = list(VARIANTS)[4:]
+FIRST = ["0.5", "0.5, lr 1.4e-3"]
 
 
 @dataclass(frozen=True)
@@ -153,16 +154,21 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """All of the study, in the order in which it is done; some more than once."""
-    quickstart = STRENGTHS[0]
-    yield from (Cell(seed, start) for seed in SEEDS[:2] for start in STARTS if "250" in start)
-    for seeds, iteration in itertools.product([SEEDS[:2], SEEDS[2:]], (1, 2)):
-        yield from (Cell(s, quickstart, v, iteration) for s in seeds for v in MAIN)
-    yield from (Cell(seed, "400", v, 1) for seed in SEEDS for v in MAIN)
-    yield from (Cell(seed, quickstart, v, i) for v in ABLATIONS for i in (1, 2) for seed in (0, 1))
-    for iteration, strength in itertools.product(range(1, ITERATIONS + 1), STRENGTHS):
-        yield from (Cell(seed, strength, v, iteration) for seed in SEEDS for v in MAIN)
+    own, two = STRENGTHS[0], SEEDS[:2]
+    yield from (Cell(seed, start) for seed in two for start in STARTS if own in start)
+    for variants, iteration in ((FIRST, 1), (FIRST, 2), (MAIN, 1), (MAIN, 2)):
+        yield from (Cell(seed, own, v, iteration) for v in variants for seed in two)
+    yield from (Cell(2, own, v, iteration) for v in MAIN for iteration in (1, 2))
+    yield from (Cell(seed, "400", v, 1) for v in MAIN for seed in SEEDS)
+    yield from (Cell(seed, own, v, 1) for v in ABLATIONS for seed in two)
+    yield from (Cell(seed, own, v, i) for v in MAIN for i in (3, 4, 5) for seed in SEEDS)
+    for iteration, strength in itertools.product((1, 2), STRENGTHS[1:]):
+        yield from (Cell(seed, strength, v, iteration) for v in MAIN for seed in SEEDS)
+    yield from (Cell(seed, own, v, 2) for v in ABLATIONS for seed in two)
     yield from (Cell(2, start) for start in STARTS)
-    yield from (Cell(2, quickstart, v, i) for v in ABLATIONS for i in (1, 2))
+    for iteration, strength in itertools.product((3, 4, 5), STRENGTHS[1:]):
+        yield from (Cell(seed, strength, v, iteration) for v in MAIN for seed in SEEDS)
+    yield from (Cell(2, own, v, iteration) for v in ABLATIONS for iteration in (1, 2))
 
 
 # What is done for a cell
