@@ -11,9 +11,9 @@ and dropped with the correction (samples_per_prompt). The model is Q' itself at 
 each of those that are given as trained from it. The seed of the draws is n.
 
 Of each: |E g - exact|^2 and E |g - E g|^2 as shares of |exact|^2, and the cosine of E g with the
-exact gradient; medians over --pairs pairs. Where P(a|x,y) P(y|x) is a model's it has errors of its
-own, which aren't in here. Strings that are no answers of the world count as one, whose gradient
-follows from those of all others, as sum_y Q(y) grad log Q(y) = 0.
+exact gradient; medians over the pairs. Where P(a|x,y) P(y|x) is a model's it has errors of its own,
+which aren't in here. What Q' gives to strings that are no answers is represented by those among
+--others samples of it.
 """
 
 from __future__ import annotations
@@ -24,28 +24,32 @@ import itertools
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from torchtune.modules import TransformerDecoder
 
 from steerlm2.config.loader import instantiate
 from steerlm2.data.grammar import LABELS, SYSTEM_PROMPT, Pair, answers, grammar_pairs
 from steerlm2.data.packing import Group, pack
-from steerlm2.data.records import USER, Turn
+from steerlm2.data.records import STOP, USER, Turn, is_blank
 from steerlm2.data.templates import encode_prompt, encode_response
 from steerlm2.distributed.world import World
-from steerlm2.inference.answers import load_whole_decoder
-from steerlm2.losses import RARE, SteerLM2Loss, target_weights
+from steerlm2.inference.answers import answer_of, load_whole_decoder, sampling_settings
+from steerlm2.inference.engines import Request, Sample
+from steerlm2.inference.local import LocalEngine
+from steerlm2.losses import SteerLM2Loss, target_weights
 from steerlm2.pipeline.plan import config_file
 from steerlm2.training.forward import response_logps
 
-# Dimension letters: Y strings: the world's answers and, last, all others. R draws of a group,
-# n answers of a group, N answers of all groups, W parameters.
+# Dimension letters: Y strings: the world's answers, then the others that were sampled. R draws of a
+# group, n answers of a group, N answers of all groups, W parameters.
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIZES = (4, 16)
@@ -55,12 +59,24 @@ WORLD = World(torch.device("cpu"))
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model's probabilities of the strings, for a pair."""
+class Strings:
+    """What a pair can be answered with, and how likely it is sampled."""
 
-    log_q_Y: Tensor
-    gram_YY: Tensor | None
-    """Products of the gradients of log Q(y) with respect to the parameters."""
+    prompt: list[int]
+    responses: list[list[int]]
+    p_Y: Tensor
+    """P(y|a,x), 0 for what is no answer."""
+    drawn_Y: Tensor
+    """The probability of a sample of Q', in which other strings are those that were sampled."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's log-probs of a pair's strings."""
+
+    logps_Y: Tensor
+    gram_YY: Tensor
+    """Products of their gradients with respect to the parameters."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ class Listing:
         self.tokenizer = instantiate(self.settings.tokenizer)
         self.template = instantiate(self.settings.template)
 
-    def load(self, folder: Path) -> torch.nn.Module:
+    def load(self, folder: Path) -> TransformerDecoder:
         return load_whole_decoder(
             self.settings.model,
             {"_component_": "steerlm2.checkpoints.HFCheckpointer", "checkpoint_dir": str(folder)},
@@ -96,42 +112,52 @@ class Listing:
             compile=False,
         )
 
-    def model(self, decoder: Any, pair: Pair, *, gradients: bool) -> Model:
-        """The pair's strings; the last of Y stands for all that are no answers."""
+    def engine(self, folder: Path, n: int) -> LocalEngine:
+        """Samples n strings at temperature 1."""
+        settings = sampling_settings(
+            self.template, self.tokenizer, n=n, temperature=1, top_p=1, max_new_tokens=64
+        )
+        return LocalEngine(self.load(folder), settings, max_cache_tokens=1 << 16)
+
+    def strings(self, decoder: TransformerDecoder, engine: LocalEngine, pair: Pair) -> Strings:
+        """The answers, and what else is among the engine's samples of Q'."""
         turns = [Turn(USER, pair.prompt)]
         prompt = encode_prompt(self.template, self.tokenizer, SYSTEM_PROMPT, turns, pair.label)
-        texts = answers(pair.prompt).texts
-        responses = [encode_response(self.template, self.tokenizer, text) for text in texts]
-        if not gradients:
-            with torch.no_grad():
-                batch = pack([Group(prompt, responses, 0)])
-                return Model(with_others(response_logps(decoder, batch, WORLD)), None)
+        table = answers(pair.prompt)
+        responses = [encode_response(self.template, self.tokenizer, text) for text in table.texts]
+        with torch.no_grad():
+            logps_N = response_logps(decoder, pack([Group(prompt, responses, 0)]), WORLD)
+            [samples] = engine.sample([Request(prompt, seed=0)])
+        known = {tuple(response) for response in responses}
+        counts: Counter[tuple[int, ...]] = Counter()
+        for sample in samples:
+            whole = sample.finish_reason == STOP and tuple(sample.tokens) not in known
+            if whole and not self._is_left_out(sample):
+                counts[tuple(sample.tokens)] += 1
+        log_p_N = table.log_posterior_NL[:, LABELS.index(pair.label)]
+        shares = torch.tensor(list(counts.values()), dtype=torch.float64) / len(samples)
+        return Strings(
+            prompt,
+            responses + [list(tokens) for tokens in counts],
+            torch.cat([log_p_N.exp(), torch.zeros_like(shares)]),
+            torch.cat([logps_N.double().exp(), shares]),
+        )
+
+    def _is_left_out(self, sample: Sample) -> bool:
+        answer = answer_of(sample, self.template, self.tokenizer)
+        return answer.encodes_otherwise or answer.is_broken or is_blank(answer.value)
+
+    def model(self, decoder: TransformerDecoder, strings: Strings) -> Model:
+        """Log-probs of the strings one after the other, and their gradients' products."""
         parameters = list(decoder.parameters())
         logps, rows = [], []
-        for response in responses:
-            logp_1 = response_logps(decoder, pack([Group(prompt, [response], 0)]), WORLD)
+        for response in strings.responses:
+            logp_1 = response_logps(decoder, pack([Group(strings.prompt, [response], 0)]), WORLD)
             found = torch.autograd.grad(logp_1.sum(), parameters)
             rows.append(torch.cat([own.flatten() for own in found]))
-            logps.append(logp_1.detach())
-        log_q_Y = with_others(torch.cat(logps))
+            logps.append(logp_1.detach().double())
         jacobian_YW = torch.stack(rows)
-        q_Y = log_q_Y.exp()
-        others_W = -(q_Y[:-1].float() @ jacobian_YW) / q_Y[-1].float()
-        jacobian_YW = torch.cat([jacobian_YW, others_W[None]])
-        return Model(log_q_Y, (jacobian_YW @ jacobian_YW.T).double())
-
-
-def with_others(logps_Y: Tensor) -> Tensor:
-    """With the log-prob of all strings that aren't listed, float64."""
-    logps_Y = logps_Y.double()
-    others = (1 - logps_Y.exp().sum()).clamp(min=1e-12)
-    return torch.cat([logps_Y, others.log()[None]])
-
-
-def exact_target(pair: Pair) -> Tensor:
-    """[Y] P(y|a,x), 0 for what is no answer."""
-    log_p_N = answers(pair.prompt).log_posterior_NL[:, LABELS.index(pair.label)]
-    return torch.cat([log_p_N.exp(), log_p_N.new_zeros(1)])
+        return Model(torch.cat(logps), (jacobian_YW @ jacobian_YW.T).double())
 
 
 def estimates(
@@ -143,22 +169,16 @@ def estimates(
         log_q_Y: of Q', which was sampled from.
         logps_Y: of the model.
         draws_Rn: the strings that were drawn.
-        drop: keep an answer only the first time; draws with one answer are left out, as in
-            sampling.
+        drop: keep a string only the first time; draws of a single one are left out, as in sampling.
     """
-    others = len(p_Y) - 1
     draws_Rn = draws_Rn.sort(dim=1).values
-    first_Rn = torch.ones_like(draws_Rn, dtype=torch.bool)
-    if drop:  # no two of the other strings are the same one
-        first_Rn[:, 1:] = (draws_Rn[:, 1:] != draws_Rn[:, :-1]) | (draws_Rn[:, 1:] == others)
-    kept_R = first_Rn.sum(dim=1) >= 2
-    draws_Rn, first_Rn = draws_Rn[kept_R], first_Rn[kept_R]
-    strings_N, sizes_R = draws_Rn[first_Rn], first_Rn.sum(dim=1)
-
-    # One of the other strings is rare by itself; what they have in common is the ratio.
-    rare_N = torch.where(strings_N == others, 2 * RARE - log_q_Y[others], 0)
-    log_q_N = log_q_Y[strings_N] + rare_N
-    logps_N = (logps_Y[strings_N] + rare_N).requires_grad_()
+    kept_Rn = torch.ones_like(draws_Rn, dtype=torch.bool)
+    if drop:
+        kept_Rn[:, 1:] = draws_Rn[:, 1:] != draws_Rn[:, :-1]
+        several_R = kept_Rn.sum(dim=1) >= 2
+        draws_Rn, kept_Rn = draws_Rn[several_R], kept_Rn[several_R]
+    strings_N, sizes_R = draws_Rn[kept_Rn], kept_Rn.sum(dim=1)
+    log_q_N, logps_N = log_q_Y[strings_N], logps_Y[strings_N].requires_grad_()
     log_p_N = p_Y.log().clamp(min=-700)[strings_N]
     w_N = target_weights(torch.zeros_like(log_p_N), log_p_N, log_q_N, sizes_R)
     value = loss(logps_N, log_q_N, w_N, sizes_R, torch.ones_like(strings_N))
@@ -184,32 +204,39 @@ def quality(gradient_RY: Tensor, p_Y: Tensor, gram_YY: Tensor) -> tuple[float, f
 
 
 def measure(
-    name: str, proposal: list[Model], models: list[Model], pairs: list[Pair], num_draws: int
+    name: str, proposal: list[Model], models: list[Model], listed: list[Strings], num_draws: int
 ) -> Iterator[Result]:
     """All rows of one model."""
     for n, drawing in itertools.product(SIZES, DRAWINGS):
         generator = torch.Generator().manual_seed(n)
         draws = [
-            torch.multinomial(q.log_q_Y.exp(), num_draws * n, True, generator=generator)
-            for q in proposal
+            torch.multinomial(own.drawn_Y, num_draws * n, True, generator=generator)
+            for own in listed
         ]
         for share in SHARES:
             loss = SteerLM2Loss("none", share, n if drawing == "corrected" else None)
             rows = []
-            for pair, q, model, drawn in zip(pairs, proposal, models, draws, strict=True):
-                assert model.gram_YY is not None
-                p_Y, drawn_Rn = exact_target(pair), drawn.view(num_draws, n)
+            for own, q, model, drawn in zip(listed, proposal, models, draws, strict=True):
                 gradient_RY = estimates(
-                    q.log_q_Y, model.log_q_Y, p_Y, loss, drawn_Rn, drawing != "iid"
+                    q.logps_Y,
+                    model.logps_Y,
+                    own.p_Y,
+                    loss,
+                    drawn.view(num_draws, n),
+                    drop=drawing != "iid",
                 )
-                rows.append(quality(gradient_RY, p_Y, model.gram_YY))
-            yield Result(
-                name,
-                n,
-                drawing,
-                share,
-                *(statistics.median(each) for each in zip(*rows, strict=True)),
-            )
+                rows.append(quality(gradient_RY, own.p_Y, model.gram_YY))
+            medians = [statistics.median(values) for values in zip(*rows, strict=True)]
+            yield Result(name, n, drawing, share, *medians)
+
+
+def summary(listed: list[Strings], models: list[Model]) -> str:
+    """Means over the pairs."""
+    kl, mass = [], []
+    for own, model in zip(listed, models, strict=True):
+        kl.append((torch.xlogy(own.p_Y, own.p_Y) - own.p_Y * model.logps_Y).sum().item())
+        mass.append(model.logps_Y[own.p_Y > 0].exp().sum().item())
+    return f"KL {statistics.mean(kl):.3f}, mass of the answers {statistics.mean(mass):.3f}"
 
 
 def table(results: list[Result]) -> str:
@@ -258,6 +285,7 @@ def main() -> None:
     parser.add_argument("--proposal", type=Path, required=True, help="Q', of a quickstart")
     parser.add_argument("--trained", nargs="*", default=[], metavar="[NAME=]DIR")
     parser.add_argument("--pairs", type=int, default=20, help="at most 20: one of each question")
+    parser.add_argument("--others", type=int, default=500, help="samples to find strings in")
     parser.add_argument("--draws", type=int, default=2000, help="of n answers, for each pair")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -277,18 +305,17 @@ def main() -> None:
         folders[name or Path(folder).name] = Path(folder)
     results: list[Result] = []
     proposal: list[Model] = []
+    listed: list[Strings] = []
     for name, folder in folders.items():
         decoder = listing.load(folder)
-        models = [listing.model(decoder, pair, gradients=True) for pair in pairs]
+        if not listed:
+            engine = listing.engine(folder, args.others)
+            listed = [listing.strings(decoder, engine, pair) for pair in pairs]
+        models = [listing.model(decoder, own) for own in listed]
         proposal = proposal or models
-        results += measure(name, proposal, models, pairs, args.draws)
+        results += measure(name, proposal, models, listed, args.draws)
         seconds = time.process_time() - started
-        kl = statistics.mean(
-            torch.xlogy(p_Y, p_Y).sum().item() - (p_Y @ model.log_q_Y).item()
-            for pair, model in zip(pairs, models, strict=True)
-            for p_Y in [exact_target(pair)]
-        )
-        print(f"{name}: KL {kl:.3f} over the pairs, {seconds:.0f} s of CPU time so far", flush=True)
+        print(f"{name}: {summary(listed, models)}; {seconds:.0f} s of CPU time so far", flush=True)
     print("\nbias^2, variance, cosine, by the share of the baseline:\n")
     print(table(results))
     if args.json:
