@@ -96,20 +96,29 @@ class Variant:
     """The share of the baseline in each iteration; the last goes on."""
 
 
-def share(baseline: float, n: int = 16, train: dict[str, Any] | None = None) -> Variant:
-    """Samples of temperature 1, n a prompt, and a share of the baseline."""
-    loss = {
+def share(
+    baseline: float,
+    n: int = 16,
+    temperature: float = 1.0,
+    train: dict[str, Any] | None = None,
+    corrected: bool = True,
+) -> Variant:
+    """A share of the baseline, with what is the study's own: whatever the quickstart says."""
+    settings = {
         "loss._component_": "steerlm2.losses.SteerLM2Loss",
         "loss.baseline": baseline,
-        "loss.samples_per_prompt": n,
+        "loss.samples_per_prompt": n if corrected else None,
+        "lr": 7e-4,
+        "lr_scheduler.warmup_steps": 10,
+        "max_steps": 200,
     }
-    return Variant({"temperature": 1.0, "n": n}, loss | (train or {}))
+    return Variant({"temperature": temperature, "n": n}, settings | (train or {}))
 
 
 VARIANTS = {
     # The study's own.
-    "paper, T=1.3": Variant({"temperature": 1.3}),
-    "paper, T=1": Variant({"temperature": 1.0}),
+    "paper, T=1.3": share(1.0, temperature=1.3, corrected=False),
+    "paper, T=1": share(1.0, corrected=False),
     "0.5": share(0.5),
     "0": share(0.0),
     # What holds it back?
@@ -127,7 +136,7 @@ VARIANTS = {
     # What else could help?
     "0.75": share(0.75),
     "0.25": share(0.25),
-    "0.5, not corrected": share(0.5, train={"loss.samples_per_prompt": None}),
+    "0.5, not corrected": share(0.5, corrected=False),
     "0.5, 4 rounds": dataclasses.replace(share(0.5), rounds=4),
     "1 to 0": dataclasses.replace(share(0.5), baselines=(1.0, 0.5, 0.25, 0.0)),
     "0 to 1": dataclasses.replace(share(0.5), baselines=(0.0, 0.25, 0.5, 1.0)),
@@ -269,7 +278,11 @@ class Study:
         found: dict[str, str] = {}
         for name, task in tasks.items():
             own = [
-                (stage.recipe, read_text(config_file(stage.recipe, stage.config)), stage.arguments)
+                (
+                    stage.recipe,
+                    read_text(config_file(stage.recipe, stage.config)),
+                    *sorted(stage.arguments),
+                )
                 for stage in task.stages
             ]
             text = json.dumps([own, [found[each] for each in task.needs]])
