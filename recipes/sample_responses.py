@@ -14,7 +14,10 @@ them. Every response has a "finish_reason": "stop", or "length" where it was cut
 max_new_tokens. It has the sampled tokens as "token_ids", the stop token included, which are what is
 scored and trained on ("encodes_otherwise": its text encodes to others); the record's
 "token_ids_digest" tells their template and tokenizer. A complete one has the engine's own log Q' as
-"engine_log_q", untempered. A text that isn't valid UTF-8 (half an emoji) is left out.
+"engine_log_q", untempered, and every one the log-prob that it was drawn with as "sampler_log_prob"
+(a vLLM server's is known at temperature 1 and top_p 1 only). A text that isn't valid UTF-8 (half an
+emoji) is left out. The record's "sampling" has temperature, top_p, how many responses were drawn,
+and what was left out of them.
 
 What is sampled for a prompt follows from the seed, the index of the prompt in the input, and the
 number of the response: not from what is sampled beside it, nor from the number of processes. A run
@@ -51,6 +54,7 @@ from steerlm2.data.records import (
     UNKNOWN_TOKENS,
     Record,
     Response,
+    Sampling,
     flaw_of,
     is_blank,
     record_to_json,
@@ -95,6 +99,10 @@ SETTINGS_THAT_CHANGE_RESPONSES = (
     "seed",
     "dtype",
 )
+
+
+LEFT_OUT = ("cut_off", BROKEN, "empty", "too_short", "duplicates")
+"""Why a response isn't in its record, by the names of the counts."""
 
 
 @dataclass(kw_only=True)
@@ -241,15 +249,28 @@ class SampleRecipe:
         if samples is None:
             counts["too_long"] += 1
         else:
-            responses = self._responses(samples, counts)
+            own: collections.Counter[str] = collections.Counter()
+            responses = self._responses(samples, own)
+            counts.update(own)
             if len({response.value for response in responses}) < self.cfg.min_responses:
                 counts["too_few"] += 1
             else:
                 prompt = item.prompt
                 known = any(response.token_ids is not None for response in responses)
                 digest = self.digest if known else None
+                sampling = Sampling(
+                    len(samples),
+                    self.cfg.temperature,
+                    self.cfg.top_p,
+                    distinct=self.cfg.distinct,
+                    left_out={cause: own[cause] for cause in LEFT_OUT if own[cause]},
+                )
                 record = record_to_json(
-                    Record(prompt.system, prompt.turns, item.label, responses, prompt.extra, digest)
+                    Record(
+                        *(prompt.system, prompt.turns, item.label, responses, prompt.extra),
+                        token_ids_digest=digest,
+                        sampling=sampling,
+                    )
                 )
                 counts.update(records=1, responses=len(responses))
         return json_line({"record": record, "counts": dict(counts)})
@@ -265,6 +286,7 @@ class SampleRecipe:
             counts["sampled"] += 1
             counts["truncated"] += response.is_cut_off
             if response.is_cut_off and not cfg.keep_truncated:
+                counts["cut_off"] += 1
                 continue
             if response.is_broken:
                 counts[BROKEN] += 1

@@ -508,7 +508,12 @@ def scored_record(
         for name, log_probs in new_values.items():
             setattr(response, name, log_probs[i])
         responses.append(response)
-    return dataclasses.replace(record, responses=responses)
+    sampling = record.sampling
+    if sampling is not None and (lost := len(record.responses) - len(responses)):
+        left_out = dict(sampling.left_out)
+        left_out["not_scored"] = left_out.get("not_scored", 0) + lost
+        sampling = dataclasses.replace(sampling, left_out=left_out)
+    return dataclasses.replace(record, responses=responses, sampling=sampling)
 
 
 @recipe_main(ScoreConfig)

@@ -6,7 +6,8 @@ For every prompt x with a wanted label a and n sampled answers y_i,
     b'_i = softmax_i(log Q_theta(y_i|a,x) - log Q'(y_i|a,x))             the model being trained
 
 and the loss is the mean over prompts of KL(w' || b') / mean answer length (HelpSteer2 paper,
-section 4.5, and NeMo-Aligner; `steerlm2/losses.py` has the arithmetic).
+section 4.5, and NeMo-Aligner; `steerlm2/losses.py` has the arithmetic, and what `loss.baseline`
+below 1 is for).
 
     tune run steerlm2_distributed --config tiny/steerlm2
     tune run --nproc_per_node 8 steerlm2_distributed --config llama3_1/8B_steerlm2 lr=2e-7
@@ -31,11 +32,13 @@ from steerlm2.config.loader import Component, instantiate, takes
 from steerlm2.data.packing import Group, PackedGroups, Targets, targets_of
 from steerlm2.data.templates import response_end
 from steerlm2.datasets import SteerLM2Dataset, language_model_facts, with_log_probs
+from steerlm2.datasets.sampled import SamplingRules, as_sampled
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
 from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.runs.entry import recipe_main
 from steerlm2.training.forward import response_logps, score_groups
+from steerlm2.training.ratio_watch import RatioWatch
 from steerlm2.training.run import TrainingRun
 from steerlm2.training.setup import build_loss, build_model, build_optimizer, lay_out_model
 from steerlm2.training.step_plan import GroupBatches, Strategy, pack_step, plan_step
@@ -64,6 +67,13 @@ class SteerLM2Options:
     checkpoint or sampler far above."""
     score_with_start_model: bool = False
     """Take log P(y|x) and log Q' from the start weights instead of the data."""
+    use_sampler_log_probs: bool = False
+    """Put the log-probs that the sampler drew with, which the records have, in the place of log Q'
+    in w' and b': answers sampled at another temperature are then right for loss.baseline below 1.
+    It needs top_p 1, and that the sampler recorded them (the local one does)."""
+    assume_samples_of_q: bool = False
+    """Take the answers for samples of Q' at temperature 1 and top_p 1, which loss.baseline below 1
+    needs, whatever their records say or don't say of it."""
 
 
 @dataclass(kw_only=True)
@@ -139,6 +149,7 @@ class SteerLM2Recipe:
         self.model = build_model(cfg, longest=max([*longest, self.answers.longest]))
         self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world)
         self.loss_fn = build_loss(cfg.loss, cfg.steerlm2.normalize)
+        self.ratios = RatioWatch(getattr(self.loss_fn, "baseline", 1.0))
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)
 
         # Q_theta is Q' only now: after a training state is loaded it has moved on.
@@ -202,6 +213,8 @@ class SteerLM2Recipe:
                     metrics = dict(zip(LOGGED, means, strict=True))
                     metrics["rank_imbalance"] = work.imbalance
                     run.log(step, metrics, shown=("loss", "distance"))
+                    if warning := self.ratios.trained(metrics["mean_ratio"]):
+                        run.say(warning)
                 if due.save:
                     run.save(step)
                 if due.validate:
@@ -225,6 +238,7 @@ class SteerLM2Recipe:
                 logps_N = torch.tensor(logps, dtype=torch.float64, device=world.device)
                 means = (self._metric_sums(logps_N, groups) / len(groups)).tolist()
                 metrics |= zip(LOGGED, world.from_main(means), strict=True)
+                self.ratios.validated(metrics["mean_ratio"])
             metrics |= self.answers.sample(self.model, world, step=step, seed=cfg.seed)
         if metrics:
             run.log_validation(step, metrics)
@@ -281,29 +295,47 @@ class SteerLM2Recipe:
         if self.cfg.steerlm2.score_with_start_model:
             self.run.at("scoring with the start weights", patience=math.inf)
             log_p, log_q = self._score(dataset.without_label()), self._score(dataset.groups)
-            return [
+            groups = [
                 with_log_probs(group, log_p_response=p, log_q=q)
                 for group, p, q in zip(dataset.groups, log_p, log_q, strict=True)
             ]
+            return self._as_sampled(groups, dataset, key)
         if any(group.weights is None for group in dataset.groups):
             raise ValueError(
                 f"`{key}` has no log P(y|x) and log Q'(y|a,x): run score_responses on it, or set "
                 "steerlm2.score_with_start_model=true if the start weights are both the P and the "
                 "Q' of this run"
             )
-        return dataset.groups
+        return self._as_sampled(dataset.groups, dataset, key)
+
+    def _as_sampled(self, groups: list[Group], dataset: SteerLM2Dataset, key: str) -> list[Group]:
+        """The groups with what the loss needs to know of how they were sampled."""
+        options = self.cfg.steerlm2
+        rules = SamplingRules(
+            baseline=getattr(self.loss_fn, "baseline", 1.0),
+            samples_per_prompt=getattr(self.loss_fn, "samples_per_prompt", None),
+            use_sampler_log_probs=options.use_sampler_log_probs,
+            assume_samples_of_q=options.assume_samples_of_q,
+        )
+        where = f"`{key}` ({getattr(self.cfg, key).get('source', 'without a file')})"
+        sampled, warnings = as_sampled(groups, dataset.records, rules, where)
+        for warning in warnings:
+            self.run.say(warning)
+        return sampled
 
     def _loss(self, logps_N: Tensor, targets: Targets) -> Tensor:
         if not len(targets.sizes_G):  # of a rank without a group: a mean of nothing may be nan
             return logps_N.sum()
         assert targets.log_q_N is not None
         assert targets.w_N is not None
+        drawn = {} if targets.drawn_G is None else {"drawn_G": targets.drawn_G}
         return self.loss_fn(
             logps_N,
             targets.log_q_N,
             targets.w_N,
             targets.sizes_G,
             targets.response_lengths_N,
+            **drawn,
         )
 
     def _metric_sums(self, logps_N: Tensor, groups: list[Group]) -> Tensor:
@@ -312,7 +344,7 @@ class SteerLM2Recipe:
         loss_sum = self._loss(logps_N, targets) * len(groups)
         assert targets.log_q_N is not None
         assert targets.w_N is not None
-        sums = metric_sums(logps_N, targets.log_q_N, targets.w_N, targets.sizes_G)
+        sums = metric_sums(logps_N, targets.log_q_N, targets.w_N, targets.sizes_G, targets.drawn_G)
         return torch.cat([loss_sum[None], sums])
 
     def _check_drift(self) -> None:

@@ -105,13 +105,17 @@ GroupT = TypeVar("GroupT", bound=PromptGroup)
 class Group(PromptGroup):
     """A prompt with its responses for SteerLM 2.0: each response ends in the stop token.
 
-    `log_q` and `weights` (w') are None until they are known.
+    `log_q` and `weights` (w') are None until they are known. `log_proposal` are the log-probs that
+    ratios are taken against where that isn't log Q', `drawn` is the number of responses that were
+    drawn where the loss corrects for duplicates that were left out; both are None otherwise.
     """
 
     log_p_attributes: Sequence[float] | None = None
     log_p_response: Sequence[float] | None = None
     log_q: Sequence[float] | None = None
     weights: Sequence[float] | None = None
+    log_proposal: Sequence[float] | None = None
+    drawn: int | None = None
 
     @property
     def input_lengths(self) -> list[int]:
@@ -191,9 +195,12 @@ class Targets:
     response_lengths_N: Tensor
     """[N] tokens of each response, its stop token included, int64."""
     log_q_N: Tensor | None
-    """[N] log-probs in nats, float64; None where a group doesn't have them yet."""
+    """[N] log-probs of the proposal, log Q' as a rule, in nats, float64; None where a group doesn't
+    have them yet."""
     w_N: Tensor | None
     """[N] weights w', float64; None where a group doesn't have them yet."""
+    drawn_G: Tensor | None
+    """[G] responses drawn for each group, float64; None where a group doesn't need it."""
 
     @property
     def num_responses(self) -> int:
@@ -244,8 +251,9 @@ def targets_of(groups: Sequence[Group]) -> Targets:
     return Targets(
         sizes_G=torch.tensor([len(group.responses) for group in groups], dtype=torch.long),
         response_lengths_N=torch.tensor(lengths, dtype=torch.long),
-        log_q_N=_join([group.log_q for group in groups]),
+        log_q_N=_join([group.log_proposal or group.log_q for group in groups]),
         w_N=_join([group.weights for group in groups]),
+        drawn_G=_join([None if group.drawn is None else [group.drawn] for group in groups]),
     )
 
 

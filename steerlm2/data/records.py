@@ -7,6 +7,7 @@ everything has Python names. Unknown keys are kept and written back.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import unicodedata
@@ -49,6 +50,11 @@ TOKEN_IDS, OTHERWISE, FINISH_REASON = "token_ids", "encodes_otherwise", "finish_
 """JSON keys of a response about its sampling."""
 TOKEN_IDS_DIGEST = "token_ids_digest"
 """JSON key of a record: the template and tokenizer of its responses' token ids."""
+SAMPLING = "sampling"
+"""JSON key of a record: how its responses were drawn (`Sampling`)."""
+SAMPLER_LOG_PROB = "sampler_log_prob"
+"""JSON key of a response: log-prob of its tokens in what was drawn from, at the sampler's
+temperature and top_p, nats."""
 
 CUT_OFF = "cut off"
 BROKEN = "not valid UTF-8"
@@ -102,6 +108,14 @@ class Response:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def sampler_log_prob(self) -> float | None:
+        """Log-prob of the tokens in the distribution that they were drawn from; None: not known."""
+        value = self.extra.get(SAMPLER_LOG_PROB)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return float(value) if -math.inf < value <= HIGHEST_LOG_PROB else None
+
+    @property
     def is_cut_off(self) -> bool:
         """Whether the sampling is known not to have come to the stop token."""
         return self.finish_reason not in (None, STOP)
@@ -153,6 +167,36 @@ def causes_text(counts: Mapping[str, int]) -> str:
     return ", ".join(found) or "none"
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the responses of a record were drawn."""
+
+    drawn: int
+    """Responses drawn, those that were left out included."""
+    temperature: float
+    top_p: float
+    top_k: int = 0
+    """0: all tokens."""
+    distinct: bool = True
+    """Whether duplicates were left out."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """[cause] -> responses that were drawn and aren't there."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether top_p or top_k made answers impossible that the model can give."""
+        return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the responses are samples of the model itself."""
+        return self.temperature == 1 and not self.is_cut
+
+    def __str__(self) -> str:
+        top_k = f", top_k {self.top_k}" if self.top_k else ""
+        return f"temperature {self.temperature:g}, top_p {self.top_p:g}{top_k}"
+
+
 @dataclass
 class Record:
     """A group: one prompt, one attribute label, and the responses that share them."""
@@ -164,6 +208,8 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
     token_ids_digest: str | None = None
     """The template and tokenizer of the responses' `token_ids` (`templates.token_ids_digest`)."""
+    sampling: Sampling | None = None
+    """None: not sampled, or not known."""
 
 
 def parse_record(
@@ -194,7 +240,9 @@ def parse_record(
     if problems:
         raise ValueError("; ".join(problems))
     known = {"system", "prompt_turns", "label", "responses", TOKEN_IDS_DIGEST}
-    return Record(system, turns, label, responses, _rest(obj, known), digest)
+    if (sampling := _sampling(obj.get(SAMPLING))) is not None:
+        known.add(SAMPLING)
+    return Record(system, turns, label, responses, _rest(obj, known), digest, sampling)
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -215,6 +263,7 @@ def record_to_json(record: Record) -> dict[str, Any]:
         }
         | ({} if digest is None else {TOKEN_IDS_DIGEST: digest})
         | record.extra
+        | ({} if record.sampling is None else {SAMPLING: dataclasses.asdict(record.sampling)})
     )
 
 
@@ -415,6 +464,22 @@ def _token_ids(item: dict[str, Any], problems: list[str]) -> array[int] | None:
         return array("i", ids)
     problems.append(f"{TOKEN_IDS!r} must be a list of token ids, whole numbers from 0")
     return None
+
+
+def _sampling(value: object) -> Sampling | None:
+    """The object of that key; None where it isn't ours: other programs may use the name too."""
+    names = {each.name for each in dataclasses.fields(Sampling)}
+    if (
+        not isinstance(value, dict)
+        or not {"drawn", "temperature", "top_p"} <= value.keys() <= names
+    ):
+        return None
+    found = Sampling(**value)
+    counts = found.left_out.values() if isinstance(found.left_out, dict) else [None]
+    whole = all(type(each) is int and each >= 0 for each in (found.drawn, found.top_k, *counts))
+    settings = (found.temperature, found.top_p)
+    real = all(type(each) in (int, float) and each >= 0 for each in settings)
+    return found if whole and real and type(found.distinct) is bool else None
 
 
 def _label(

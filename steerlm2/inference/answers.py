@@ -28,7 +28,7 @@ from steerlm2.data.prompts import (
     labels_like,
     uniform_labels,
 )
-from steerlm2.data.records import STOP, Response
+from steerlm2.data.records import SAMPLER_LOG_PROB, STOP, Response
 from steerlm2.data.templates import (
     Template,
     encode_prompt,
@@ -251,10 +251,10 @@ def sample_everywhere(
 def answer_of(sample: Sample, template: Template, tokenizer: Tokenizer) -> Response:
     """A sample as a response, its text without the template's end of turn if it is complete.
 
-    The response has the sampled tokens, unless a server didn't give them. If it is complete, it has
-    the engine's log-prob of them, where it is known, as "engine_log_q". A token that no response
-    has (a control token that a server sampled although it was forbidden) cuts it off, and it has
-    neither.
+    The response has the sampled tokens, unless a server didn't give them, and "sampler_log_prob",
+    where it is known. If it is complete, it has the engine's untempered log-prob of them, where it
+    is known, as "engine_log_q". A token that no response has (a control token that a server sampled
+    although it was forbidden) cuts it off, and it has none of them.
     """
     complete = sample.finish_reason == STOP
     if sample.text is not None:
@@ -271,4 +271,6 @@ def answer_of(sample: Sample, template: Template, tokenizer: Tokenizer) -> Respo
     )
     if complete and sample.log_prob is not None:
         response.extra["engine_log_q"] = sample.log_prob
+    if sample.sampler_log_prob is not None:
+        response.extra[SAMPLER_LOG_PROB] = sample.sampler_log_prob
     return response

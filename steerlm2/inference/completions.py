@@ -99,7 +99,10 @@ class CompletionsEngine(ServerClient):
             reason = OTHER_STOP
         logprobs: list[Any] = (choice.get("logprobs") or {}).get("token_logprobs") or []
         known = [float(logprob) for logprob in logprobs if _is_known(logprob)]
-        return Sample(tokens, reason, sum(known) if len(known) == len(tokens) else None)
+        log_prob = sum(known) if len(known) == len(tokens) else None
+        # vLLM's are raw unless it is started otherwise; forbidden tokens have next to no share.
+        plain = self.settings.temperature == 1 and self.settings.top_p == 1
+        return Sample(tokens, reason, log_prob, sampler_log_prob=log_prob if plain else None)
 
     def _sample_without_ids(self, choice: dict[str, Any], reason: str) -> Sample:
         """`stop_reason` is the id of the token that ended a response, null for an end of text."""

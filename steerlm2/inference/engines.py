@@ -51,6 +51,8 @@ class Sample(NamedTuple):
     """What a server gave instead of its tokens; `tokens` are then only what the text encodes to."""
     end_known: bool = True
     """Whether the finish reason was checked: a server's "stop" may be its own end of text."""
+    sampler_log_prob: float | None = None
+    """Of the tokens in what they were drawn from, after temperature and top-p; None: not known."""
 
 
 class Engine(Protocol):

@@ -20,7 +20,7 @@ from torchtune.modules import TransformerDecoder
 
 from steerlm2.data.records import LENGTH, STOP
 from steerlm2.inference.engines import Request, Sample, SamplingSettings
-from steerlm2.inference.sampling import choose_tokens
+from steerlm2.inference.sampling import draw_tokens
 from steerlm2.inference.shared_prompts import (
     EMPTY,
     STEPS_BETWEEN_COMPACTIONS,
@@ -109,8 +109,9 @@ def _sample_of(pieces: Sequence[Piece]) -> Sample:
     """A whole answer, of pieces with log-probs."""
     tokens = [token for piece in pieces for token in piece.tokens]
     log_prob = sum(one.log_prob for piece in pieces for one in piece.log_probs or ())
+    drawn_with = sum(one.sampler_log_prob or 0 for piece in pieces for one in piece.log_probs or ())
     assert pieces[-1].finish_reason is not None
-    return Sample(tokens, pieces[-1].finish_reason, log_prob)
+    return Sample(tokens, pieces[-1].finish_reason, log_prob, sampler_log_prob=drawn_with)
 
 
 @dataclass(eq=False)
@@ -162,6 +163,7 @@ class Drawn(NamedTuple):
     most_L: Tensor
     """The highest logit, which is not finite where any isn't, or all are -inf."""
     log_prob_L: Tensor | None
+    sampler_log_prob_L: Tensor | None
     top_log_prob_AN: Tensor | None
     top_token_AN: Tensor | None
 
@@ -286,17 +288,18 @@ class Decoding:
             asking_A = torch.tensor(asking).to(logits_LV.device, non_blocking=True)
             top_log_prob_AN, top_token_AN = logits_LV[asking_A].topk(num_top)
             top_log_prob_AN = top_log_prob_AN - normalizer_L[asking_A, None]
-        token_L = choose_tokens(
+        token_L, sampler_log_prob_L = draw_tokens(
             logits_LV.index_fill_(-1, self._forbidden, -torch.inf),
             torch.tensor([each.temperature for each in settings]),
             torch.tensor([each.top_p for each in settings], dtype=torch.float64),
             uniform_L,
             torch.tensor([each.top_k for each in settings]),
+            with_log_probs=bool(asking),
         )
         log_prob_L = None
         if normalizer_L is not None:
             log_prob_L = logits_LV.gather(1, token_L[:, None]).squeeze(1) - normalizer_L
-        return Drawn(token_L, most_L, log_prob_L, top_log_prob_AN, top_token_AN)
+        return Drawn(token_L, most_L, log_prob_L, sampler_log_prob_L, top_log_prob_AN, top_token_AN)
 
     def _pieces(
         self, answers: Sequence[Answer], drawn: Sequence[Drawn]
@@ -360,6 +363,7 @@ def _log_probs(
 ) -> Iterator[list[TokenLogProb] | None]:
     """Those of each answer, where it asks for them."""
     log_prob_TL = _on_host([each.log_prob_L for each in drawn])
+    sampler_log_prob_TL = _on_host([each.sampler_log_prob_L for each in drawn])
     top_log_prob_TAN = _on_host([each.top_log_prob_AN for each in drawn])
     top_token_TAN = _on_host([each.top_token_AN for each in drawn])
     place = 0
@@ -374,7 +378,7 @@ def _log_probs(
             if num_top:
                 pairs = zip(top_token_TAN[step][place], top_log_prob_TAN[step][place], strict=True)
                 top = tuple(pairs)[:num_top]
-            found.append(TokenLogProb(log_prob_L[row], top))
+            found.append(TokenLogProb(log_prob_L[row], top, sampler_log_prob_TL[step][row]))
         yield found
         place += 1
 

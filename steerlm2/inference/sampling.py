@@ -90,11 +90,30 @@ def choose_tokens(
     `temperature`, `top_p` and `top_k` hold for all rows, or are tensors [P] with one for each, on
     the CPU: they decide what is computed, which must not wait for a GPU.
     """
+    return draw_tokens(logits_PV, temperature, top_p, uniform_P, top_k)[0]
+
+
+@torch.no_grad()
+def draw_tokens(
+    logits_PV: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    uniform_P: Tensor,
+    top_k: int | Tensor = 0,
+    *,
+    with_log_probs: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """[P] token ids as of `choose_tokens`, and the log-probs [P], float64, they were drawn with.
+
+    Args:
+        with_log_probs: False: None in their place. They are 0 at a temperature of 0.
+    """
     temperature_P, top_p_P = (_of_rows(each, logits_PV) for each in (temperature, top_p))
     top_k_P = _of_rows(top_k, logits_PV)
     greedy_P = temperature_P == 0
     if greedy_P.all():
-        return logits_PV.argmax(dim=-1)
+        likeliest_P = logits_PV.argmax(dim=-1)
+        return likeliest_P, torch.zeros_like(likeliest_P).double() if with_log_probs else None
     logits_PV = logits_PV.float()
     divisor_P1 = temperature_P.where(~greedy_P, 1)[:, None].to(logits_PV)
     # Relative to the likeliest, whose weight is then exact, as most of the sum may be.
@@ -107,9 +126,15 @@ def choose_tokens(
         share_P = top_p_P.where(top_p_P < 1, torch.inf)
         weights_PV = keep_likeliest(weights_PV, share_P, by_count=False)
     drawn_P = _invert(weights_PV, uniform_P.to(logits_PV.device, torch.float64))
+    log_prob_P = None
+    if with_log_probs:
+        share_P1 = weights_PV.gather(1, drawn_P[:, None]).double() / _sum(weights_PV)
+        log_prob_P = share_P1.squeeze(1).log()
     if greedy_P.any():
-        drawn_P = logits_PV.argmax(dim=-1).where(greedy_P.to(drawn_P.device), drawn_P)
-    return drawn_P
+        is_greedy_P = greedy_P.to(drawn_P.device)
+        drawn_P = logits_PV.argmax(dim=-1).where(is_greedy_P, drawn_P)
+        log_prob_P = None if log_prob_P is None else log_prob_P.where(~is_greedy_P, 0)
+    return drawn_P, log_prob_P
 
 
 def keep_likeliest(weights_PV: Tensor, wanted_P: Tensor, *, by_count: bool) -> Tensor:

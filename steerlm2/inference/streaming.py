@@ -38,6 +38,8 @@ class TokenLogProb(NamedTuple):
     log_prob: float
     top: tuple[tuple[int, float], ...]
     """The most likely tokens in this position with their log-probs, the highest first."""
+    sampler_log_prob: float | None = None
+    """The token's log-prob in what it was drawn from, after all of these; None: not known."""
 
 
 class Piece(NamedTuple):

@@ -160,7 +160,8 @@ def _check_loss(loss: GroupLoss, name: str) -> None:
 
     def of(part: slice, *sizes: int) -> Tensor:
         sizes_G = torch.tensor(sizes)
-        return loss(logps_N[part], log_q_N[part], w_N[part], sizes_G, lengths_N[part])
+        drawn = {} if getattr(loss, "samples_per_prompt", None) is None else {"drawn_G": sizes_G}
+        return loss(logps_N[part], log_q_N[part], w_N[part], sizes_G, lengths_N[part], **drawn)
 
     try:
         both = of(slice(5), 2, 3)

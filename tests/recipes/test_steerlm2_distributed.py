@@ -61,7 +61,12 @@ TRAIN = ("loss", "distance", "grad_norm")
 VALIDATION = ("val_loss", "val_distance")
 FEW_GROUPS = 6
 SHORT = ("max_steps=3", "val_every_n_steps=null", "save_every_n_steps=null")
-VALIDATED = (*SHORT, "val_every_n_steps=3")
+SHARED_BASELINE = (
+    "loss.baseline=0.5",
+    "loss.samples_per_prompt=8",
+    "steerlm2.assume_samples_of_q=true",
+)
+VALIDATED = (*SHORT, "val_every_n_steps=3", *SHARED_BASELINE)
 """Of few groups: the second step is the one of a single group."""
 LORA = (
     "model=torchtune.models.llama3.lora_llama3",
@@ -224,6 +229,8 @@ def test_metrics_of_a_training_step(reference: RunFolder) -> None:
         "ess_baseline",
         "share_one_hot_target",
         "mean_log_ratio",
+        "mean_ratio",
+        "log_mean_ratio",
         "lr",
         "grad_norm",
         "rank_imbalance",
@@ -241,6 +248,8 @@ def test_metrics_of_a_validation(reference: RunFolder) -> None:
         "val_ess_baseline",
         "val_share_one_hot_target",
         "val_mean_log_ratio",
+        "val_mean_ratio",
+        "val_log_mean_ratio",
     }
 
 
@@ -271,6 +280,8 @@ def test_stdout_ends_with_the_table_and_where_the_files_are(reference: RunFolder
         "ess_baseline",
         "share_one_hot_target",
         "mean_log_ratio",
+        "mean_ratio",
+        "log_mean_ratio",
         "grad_norm",
         "lr",
     ]
@@ -336,7 +347,7 @@ def test_four_ranks_give_the_answers_of_one_process(
 REPLICAS = ("data_parallel_replicate_dim=2",)
 FEW_A_ROW = ("steerlm2.strategy=two_pass", "steerlm2.micro_batch_size=2")
 MODES = {
-    "lora_tp2_fsdp2": ((*LORA, *ONE_LAYER), ("tensor_parallel_dim=2",), 4),
+    "lora_tp2_fsdp2": ((*LORA, *ONE_LAYER, *SHARED_BASELINE), ("tensor_parallel_dim=2",), 4),
     "tied_tp2_fsdp2": ((*TIED, *ONE_LAYER), ("tensor_parallel_dim=2",), 4),
     "tp4": ((), ("tensor_parallel_dim=4",), 4),
     "two_pass_fsdp4": ((), FEW_A_ROW, 4),

@@ -1,0 +1,57 @@
+"""The warning about m, the mean of Q_theta / Q' over the samples."""
+
+from __future__ import annotations
+
+import pytest
+
+from steerlm2.training.ratio_watch import STEPS, RatioWatch
+
+
+def warnings(
+    ratios: list[float], baseline: float = 0.5, validation: float | None = None
+) -> list[str]:
+    watch = RatioWatch(baseline)
+    found = []
+    for ratio in ratios:
+        if validation is not None:
+            watch.validated(validation)
+        if (warning := watch.trained(ratio)) is not None:
+            found.append(warning)
+    return found
+
+
+@pytest.mark.parametrize("ratio", [0.72, 1.0, 1.38])
+def test_a_ratio_near_one_is_no_news(ratio: float) -> None:
+    assert warnings([ratio] * 100) == []
+
+
+def test_single_steps_far_off_are_no_news() -> None:
+    assert warnings([1.0, 30.0, 1.0, 0.01, 1.0] * 20) == []
+
+
+def test_a_few_steps_are_no_news() -> None:
+    assert warnings([0.3] * (STEPS - 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("later", "baseline", "validation", "cause"),
+    [
+        (0.5, 1.0, None, "leaks to strings that nobody sampled: lower loss.baseline"),
+        (0.5, 0.0, None, "leaks to strings that nobody sampled: lower lr"),
+        (1.8, 0.0, 1.1, "being memorised. Raise loss.baseline"),
+        (1.8, 0.0, None, "dataset_val would tell"),
+        (1.8, 0.5, 1.7, "So it is on validation groups"),
+    ],
+)
+def test_the_cause_is_named(
+    later: float, baseline: float, validation: float | None, cause: str
+) -> None:
+    (warning,) = warnings([1.0] + [later] * 60, baseline, validation)
+    assert cause in warning
+    assert f"is {later:.2g}" in warning
+
+
+@pytest.mark.parametrize("ratio", [0.3, 5.0])
+def test_a_ratio_that_was_off_from_the_first_step_is_another_samplers(ratio: float) -> None:
+    (warning,) = warnings([ratio] * 60)
+    assert "aren't from Q'" in warning
