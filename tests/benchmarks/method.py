@@ -272,7 +272,7 @@ def plot(results: list[Result], file: Path) -> None:
         panel.set_xticks(SHARES)
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("of the exact gradient's square")
-    panels[0][0].set_ylim(bottom=0)
+    panels[0][0].set_yscale("log")
     panels[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
