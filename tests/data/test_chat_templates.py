@@ -341,7 +341,7 @@ def test_contents_that_are_no_text_are_refused(role: str, content: Any) -> None:
 
 
 def test_names_of_attributes_may_be_awkward() -> None:
-    names = ('a"b', "{{x}}", "items", "it's", "\\n", "größe", "%}")
+    names = ("items", "größe", "漢字", "none", "a.b-c", "2nd", "_", "true")
     schema = AttributeSchema(names)
     values = {name: i % 5 for i, name in enumerate(names)}
     default = ",".join(f"{name}:0" for name in names)
@@ -350,7 +350,7 @@ def test_names_of_attributes_may_be_awkward() -> None:
     expected = ours("llama3", SYSTEM, QUESTION, label)
     assert ids("llama3", MESSAGES, tokenizer=tokenizer, attributes=values) == expected
     assert ids("llama3", MESSAGES, tokenizer=tokenizer, attributes=label) == expected
-    with pytest.raises(Exception, match=r'unknown attribute x, known: a"b, \{\{x\}\}, it'):
+    with pytest.raises(Exception, match="unknown attribute x, known: items, größe, 漢字, none"):
         ids("llama3", MESSAGES, tokenizer=tokenizer, attributes={"x": 1})
 
 
