@@ -27,19 +27,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from torchtune.modules import TransformerDecoder
 from torchtune.training.metric_logging import WandBLogger
 from tqdm import tqdm
 
-from steerlm2.attributes import NOT_LABELLED, as_schema, parse_label
+from steerlm2.attributes import as_schema, parse_label
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
 from steerlm2.config.completion import MODEL, TOKENIZER, complete_schema, complete_sections
 from steerlm2.config.keys import (
@@ -53,36 +52,37 @@ from steerlm2.config.loader import Component, instantiate, to_plain
 from steerlm2.data.jsonl import LineProblems, json_line
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
-    BROKEN,
-    OTHER_TOKENS,
-    UNKNOWN_TOKENS,
     Record,
-    count_flaws,
     is_blank,
     read_records,
     record_to_json,
     write_records,
 )
-from steerlm2.data.templates import Template, groups_for_scoring, token_ids_digest
+from steerlm2.data.templates import Template, token_ids_digest
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import DTYPES, free_memory
-from steerlm2.evaluation.agreement import (
-    cross_talk,
-    errors_by_request,
-    standard_error,
-    steering_curve,
-    steering_metrics,
-)
 from steerlm2.evaluation.exact_kl import model_scorer
-from steerlm2.evaluation.examples import choose_examples, request_of
+from steerlm2.evaluation.examples import choose_examples
 from steerlm2.evaluation.report import (
-    SteeringResult,
     log_to_wandb,
     markdown_table,
     metric_rows,
     write_report,
 )
-from steerlm2.evaluation.texts import text_metrics
+from steerlm2.evaluation.steering import (
+    EMPTY,
+    TOO_LONG,
+    compare,
+    independent_metrics,
+    reference_metrics,
+    steering_result,
+)
+from steerlm2.inference.answer_scores import (
+    check_scores,
+    with_attribute_scores,
+    with_reference_log_probs,
+    with_scores,
+)
 from steerlm2.inference.answers import (
     Item,
     answer_of,
@@ -95,6 +95,7 @@ from steerlm2.inference.answers import (
 )
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.inference.engines import Engine, Sample
+from steerlm2.inference.language_model import LanguageModel, load_language_model
 from steerlm2.inference.local import LocalEngine
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
@@ -110,18 +111,10 @@ SETTINGS_THAT_CHANGE_ANSWERS = (
     *("schema", "seed", "dtype"),
 )
 SETTINGS_THAT_CHANGE_SCORES = ("schema", "max_seq_len", "dtype")
+ATTRIBUTE_MODELS = ("attribute_model", "independent_attribute_model")
+"""Sections."""
 
-STANDARD_ERROR = "steering_mae_se"
-FLAWS = {
-    "not_utf8": BROKEN,
-    "encoded_otherwise": OTHER_TOKENS,
-    "unknown_tokens": UNKNOWN_TOKENS,
-}
-"""Metric -> what makes an answer another one than was sampled; the metric counts them."""
-NOT_COMPARED = {STANDARD_ERROR, "answers", "left_out", "exact_least_steering_mae", *FLAWS}
-
-EMPTY, TOO_LONG = "empty_answers", "prompt_too_long"
-"""Keys of a record in answers/: its number of empty answers, and whether its prompt is too long."""
+M = TypeVar("M")
 
 
 @dataclass(kw_only=True)
@@ -163,6 +156,12 @@ class EvaluateConfig(SamplingKeys):
     """Function that gives a text's scores by attribute."""
     attribute_model: AttributeModelOptions | None = None
     """What scores where there is no `exact_scorer`; without either the answers have `scores`."""
+    independent_attribute_model: AttributeModelOptions | None = None
+    """Another attribute model of the same schema, trained on other labels: whether the answers
+    please it as well, as `independent_mae`."""
+    reference_model: ModelOptions | None = None
+    """A language model P(y|x), such as the SFT model: how far the answers are from its own, without
+    a label, as `kl_reference`; of answers whose sampler's log-probs are known."""
     exact_kl: Component | None = None
     """Compares checkpoints with the true P(y|a,x), e.g. steerlm2.evaluation.grammar_metrics."""
     metric_logger: Component | None = None
@@ -175,11 +174,13 @@ class EvaluateConfig(SamplingKeys):
         models = values.get("models")
         named = models.items() if isinstance(models, dict) else ()
         sections = {f"models.{name}": section for name, section in named}
-        scorer = values.get("attribute_model")
-        found = list(complete_sections(values, sections | {"attribute_model": scorer}))
-        if isinstance(scorer, dict):
-            found += complete_schema(values, scorer, "equal", "attribute_model.")
-        if not any(_is_loaded(section) for section in (*sections.values(), scorer)):
+        scorers = {key: values.get(key) for key in ATTRIBUTE_MODELS}
+        others = scorers | {"reference_model": values.get("reference_model")}
+        found = list(complete_sections(values, sections | others))
+        for key, scorer in scorers.items():
+            if isinstance(scorer, dict):
+                found += complete_schema(values, scorer, "equal", f"{key}.")
+        if not any(_is_loaded(section) for section in (*sections.values(), *others.values())):
             # Nothing is built of them.
             values.setdefault("tokenizer", {"_component_": TOKENIZER, "path": ""})
             values.setdefault("model", {"_component_": MODEL})
@@ -219,14 +220,17 @@ class EvaluateConfig(SamplingKeys):
                 yield from options.server.problems(f"models.{name}.server")
 
     def _scorer_problems(self) -> Iterator[str]:
-        scorer = self.attribute_model
-        if scorer is not None and self.exact_scorer is not None:
+        if self.attribute_model is not None and self.exact_scorer is not None:
             yield "'exact_scorer' and 'attribute_model' are both given: set one of them to null"
-        if scorer is not None and (one := _not_one_of(scorer, "checkpointer", "server")):
-            yield f"'attribute_model' {one}"
-        if scorer is not None and scorer.server is not None:
-            yield from scorer.server.problems("attribute_model.server")
-        if scorer is None and self.exact_scorer is None and self.sampled():
+        for key in ATTRIBUTE_MODELS:
+            scorer = getattr(self, key)
+            if scorer is not None and (one := _not_one_of(scorer, "checkpointer", "server")):
+                yield f"'{key}' {one}"
+            if scorer is not None and scorer.server is not None:
+                yield from scorer.server.problems(f"{key}.server")
+        if self.reference_model is not None and self.reference_model.checkpointer is None:
+            yield "'reference_model' needs a 'checkpointer': the SFT model's"
+        if self.attribute_model is None and self.exact_scorer is None and self.sampled():
             yield (
                 f"nothing scores the answers of {', '.join(self.sampled())}: add "
                 "'attribute_model' or 'exact_scorer'"
@@ -259,14 +263,15 @@ class EvaluateRecipe:
         self.cfg = cfg
         self.schema = as_schema(cfg.schema)
         self.output_dir = Path(cfg.output_dir)
-        checkpointers = [model.checkpointer for model in cfg.models.values()]
-        if cfg.attribute_model is not None:
-            checkpointers.append(cfg.attribute_model.checkpointer)
+        others = (cfg.attribute_model, cfg.independent_attribute_model, cfg.reference_model)
+        checkpointers = [
+            section.checkpointer for section in (*cfg.models.values(), *others) if section
+        ]
         # Where servers compute there need be no GPU.
         device = cfg.device if any(checkpointers) else "cpu"
         self.world = join_processes(cfg, self.output_dir, device=device)
         self.watch = HangWatch(self.world, cfg.hang_timeout_seconds)
-        self.exact_metrics: dict[str, dict[str, float]] = {}
+        self.further: dict[str, dict[str, float]] = {name: {} for name in cfg.models}
 
     def setup(self) -> None:
         """Check the inputs and the models before the sampling begins."""
@@ -302,7 +307,7 @@ class EvaluateRecipe:
             decoder = self._decoder(name, options, tokenizer)
             if cfg.exact_kl:
                 self.watch.at(f"{name}, exact_kl", patience=LONG)
-                self.exact_metrics[name] = instantiate(
+                self.further[name] |= instantiate(
                     cfg.exact_kl,
                     model_scorer(
                         decoder, world, max_tokens_per_microbatch=cfg.max_tokens_per_microbatch
@@ -340,43 +345,121 @@ class EvaluateRecipe:
         world.on_main(output.finish)
 
     def score(self) -> None:
-        """Add `scores` to the answers of all models, unless they have stored ones."""
+        """Add `scores` to the answers of all models, unless they have stored ones; then see, where
+        there are models for it, at what cost the answers came to their scores."""
         cfg, world = self.cfg, self.world
         world.barrier()  # the files of answers are there
-        for name, file in self.files.items():
-            self.watch.at(f"{name}, scores", patience=LONG)
-            if cfg.exact_scorer is not None:
-                # Scored again in every run, because the function may have been edited.
+        answers = dict(self.files)
+        if cfg.exact_scorer is not None:
+            # Scored again in every run, because the function may have been edited.
+            for name, file in answers.items():
                 self.files[name] = self.output_dir / "scored_exactly" / f"{name}.jsonl"
                 world.on_main(functools.partial(self._count, file, self.files[name]))
-            elif cfg.attribute_model is not None:
-                self.files[name] = self.output_dir / "scored" / f"{name}.jsonl"
-                self._score(name, file, cfg.attribute_model)
+        elif cfg.attribute_model is not None:
+            self.files = self._scored_by("attribute_model", cfg.attribute_model, "scored", answers)
+        if (other := cfg.independent_attribute_model) is not None:
+            section, folder = "independent_attribute_model", "scored_independently"
+            for name, file in self._scored_by(section, other, folder, answers).items():
+                if world.is_main:
+                    self.further[name] |= independent_metrics(self._records(file), self.schema)
+        if cfg.reference_model is not None:
+            for name, file in self._compared_with(cfg.reference_model, answers).items():
+                if world.is_main:
+                    self.further[name] |= reference_metrics(self._records(file))
 
-    def _score(self, name: str, file: Path, options: AttributeModelOptions) -> None:
-        cfg, world = self.cfg, self.world
-        output = self._scores_output(name, file, options)
-        world.on_main(output.check)
-        records = self._records(file)
-        done = world.computed_on_main(lambda: output.begin(len(records)))
+    def _scored_by(
+        self, section: str, options: AttributeModelOptions, folder: str, answers: dict[str, Path]
+    ) -> dict[str, Path]:
+        """By model, its answers with `scores` of the attribute model in a section of the config."""
+
+        def scored(
+            model: AttributeModel | ClassifyClient, records: Sequence[Record]
+        ) -> list[Record]:
+            return with_attribute_scores(
+                records,
+                model,
+                *self._tokens_of(options),
+                self.schema,
+                self.world,
+                max_seq_len=self.cfg.max_seq_len,
+            )
+
+        load = functools.partial(self._attribute_model, section, options)
         waiting = LONG if options.server is not None else 1.0
-        bar = progress_bar(world, len(records), done, unit="group", text=f"{name} scores")
-        for start in range(done, len(records), cfg.records_per_write):
-            chosen = records[start : start + cfg.records_per_write]
-            patience = LONG if start == done else waiting
-            self.watch.at(f"{name}, scores of group {start + 1}", patience=patience)
-            scored = self._scored(chosen)
-            if world.is_main:
-                output.append(json_line(record_to_json(record)) for record in scored)
-            bar.update(len(chosen))
-        bar.close()
-        world.on_main(output.finish)
+        return self._pass(section, options, folder, answers, load, scored, waiting)
+
+    def _compared_with(self, options: ModelOptions, answers: dict[str, Path]) -> dict[str, Path]:
+        """By model, its answers with log P(y|x) of the reference model."""
+        load = functools.partial(self._reference_model, options)
+        scored = functools.partial(with_reference_log_probs, max_seq_len=self.cfg.max_seq_len)
+        return self._pass(
+            "reference_model",
+            options,
+            "reference",
+            answers,
+            load,
+            lambda model, records: scored(records, model),
+        )
+
+    def _pass(
+        self,
+        section: str,
+        options: ModelOptions,
+        folder: str,
+        answers: dict[str, Path],
+        load: Callable[[], M],
+        scored: Callable[[M, Sequence[Record]], list[Record]],
+        waiting: float = 1.0,
+    ) -> dict[str, Path]:
+        """Pass over the answers of all models with one that is loaded where there is work left."""
+        cfg, world = self.cfg, self.world
+        loaded = functools.cache(load)
+        files = {}
+        for name, file in answers.items():
+            self.watch.at(f"{name}, {section}", patience=LONG)
+            files[name] = self.output_dir / folder / f"{name}.jsonl"
+            output = ResumableOutput(
+                files[name],
+                input_file=file,
+                settings=settings_of(cfg, SETTINGS_THAT_CHANGE_SCORES)
+                | self._model_settings(section, options),
+                slice_size=cfg.records_per_write,
+            )
+            world.on_main(output.check)
+            records = self._records(file)
+            done = world.computed_on_main(functools.partial(output.begin, len(records)))
+            bar = progress_bar(world, len(records), done, unit="group", text=f"{name} {folder}")
+            for start in range(done, len(records), cfg.records_per_write):
+                model = loaded()
+                chosen = records[start : start + cfg.records_per_write]
+                patience = LONG if start == done else waiting
+                self.watch.at(f"{name}, {section}, group {start + 1}", patience=patience)
+                found = scored(model, chosen)
+                if world.is_main:
+                    output.append(json_line(record_to_json(record)) for record in found)
+                bar.update(len(chosen))
+            bar.close()
+            world.on_main(output.finish)
+        loaded.cache_clear()
+        free_memory()
+        world.barrier()  # the files are there
+        return files
 
     def report(self) -> None:
         """Write the report; print its first table."""
         if self.world.is_main:
             records = {name: self._records(file) for name, file in self.files.items()}
-            results = self._results(records)
+            results = {
+                name: steering_result(
+                    own,
+                    self.schema,
+                    further=self.further[name],
+                    sees_labels=self.cfg.models[name].use_labels,
+                )
+                for name, own in records.items()
+            }
+            if self.cfg.baseline is not None:
+                compare(results, records, self.cfg.baseline, self.schema)
             write_report(results, self.output_dir, choose_examples(records))
             tqdm.write(f"{markdown_table(metric_rows(results))}\n")
             tqdm.write(f"report: {self.output_dir}/steering.html")
@@ -414,20 +497,7 @@ class EvaluateRecipe:
             slice_size=cfg.records_per_write,
         )
 
-    def _scores_output(
-        self, name: str, answers: Path, options: AttributeModelOptions
-    ) -> ResumableOutput:
-        settings = settings_of(self.cfg, SETTINGS_THAT_CHANGE_SCORES)
-        return ResumableOutput(
-            self.files[name],
-            input_file=answers,
-            settings=settings | self._model_settings("attribute_model", options),
-            slice_size=self.cfg.records_per_write,
-        )
-
-    def _model_settings(
-        self, where: str, options: AnsweringOptions | AttributeModelOptions
-    ) -> dict[str, Any]:
+    def _model_settings(self, where: str, options: ModelOptions) -> dict[str, Any]:
         """The settings that identify a model, so that lines of two models aren't mixed in one file.
 
         A stopped run may continue with the same model at another server.
@@ -435,7 +505,7 @@ class EvaluateRecipe:
         Raises:
             FileNotFoundError: where there is no checkpoint.
         """
-        cfg = self.cfg
+        cfg, server = self.cfg, getattr(options, "server", None)
         if options.checkpointer is not None and "checkpoint_dir" in options.checkpointer:
             with error_context(where):
                 resolve_checkpoint_dir(options.checkpointer["checkpoint_dir"])
@@ -443,7 +513,7 @@ class EvaluateRecipe:
             "model": options.model or cfg.model,
             "tokenizer": options.tokenizer or cfg.tokenizer,
             "template": options.template or cfg.template,
-            "server": options.server and {"model": options.server.model},
+            "server": server and {"model": server.model},
             "checkpointer": options.checkpointer,
         }
 
@@ -508,22 +578,13 @@ class EvaluateRecipe:
             try:
                 parse_label(record.label or "", self.schema)
                 for response in record.responses if stored else []:
-                    self._check_scores(response.scores or {})
+                    check_scores(response.scores or {}, self.schema)
             except ValueError as error:
                 problems.add(number, error)
         problems.raise_if_any()
         if not any(record.responses for record in records):
             raise ValueError(f"{file} has no answers")
         return records
-
-    def _check_scores(self, scores: dict[str, float]) -> None:
-        if lacking := [name for name in self.schema.names if name not in scores]:
-            raise ValueError(
-                f"a response has no score for {', '.join(lacking)}: give an attribute_model or an "
-                "exact_scorer, or set schema.names"
-            )
-        if not all(math.isfinite(scores[name]) for name in self.schema.names):
-            raise ValueError(f"the scores of a response are not finite: {scores}")
 
     def _count(self, answers: Path, scored: Path) -> None:
         """A file of answers with the exact scorer's `scores`."""
@@ -532,67 +593,28 @@ class EvaluateRecipe:
         for record in self._records(answers):
             scores = [instantiate(scorer, answer.value) for answer in record.responses]
             for own in scores:
-                self._check_scores(own)
+                check_scores(own, self.schema)
             found.append(with_scores(record, scores))
         write_records(scored, found)
 
-    def _scored(self, records: Sequence[Record]) -> list[Record]:
-        """The records with scores of the attribute model."""
-        tokenizer, template = self._attribute_tokens
-        texts = [[answer.value for answer in record.responses] for record in records]
-        groups = [
-            group
-            for record, own in zip(records, texts, strict=True)
-            if own
-            for group in groups_for_scoring(
-                template,
-                tokenizer,
-                record.system,
-                record.prompt_turns,
-                own,
-                max_seq_len=self.cfg.max_seq_len,
-            )[0]
-        ]
-        model = self._attribute_model
-        if isinstance(model, ClassifyClient):
-            tokens = [[*group.prompt, *text] for group in groups for text in group.responses]
-            rows = iter(self.world.on_main(lambda: model.classify(tokens)) or [])
-            if not self.world.is_main:
-                return []
-        else:
-            rows = (row for group in model.score(groups) for row in group)
-        scored = []
-        for record, own in zip(records, texts, strict=True):
-            scores = [dict(zip(self.schema.names, next(rows), strict=True)) for _ in own]
-            for each in scores:
-                self._check_scores(each)
-            scored.append(with_scores(record, scores))
-        return scored
+    def _tokens_of(self, options: ModelOptions) -> tuple[Tokenizer, Template]:
+        tokenizer = instantiate(options.tokenizer or self.cfg.tokenizer)
+        return tokenizer, instantiate(options.template or self.cfg.template)
 
-    @functools.cached_property
-    def _attribute_tokens(self) -> tuple[Tokenizer, Template]:
-        cfg, options = self.cfg, self.cfg.attribute_model
-        assert options is not None
-        tokenizer = instantiate(options.tokenizer or cfg.tokenizer)
-        return tokenizer, instantiate(options.template or cfg.template)
-
-    @functools.cached_property
-    def _attribute_model(self) -> AttributeModel | ClassifyClient:
-        """The attribute model, loaded or connected at the first use."""
-        cfg, options = self.cfg, self.cfg.attribute_model
-        assert options is not None
-        tokenizer, template = self._attribute_tokens
-        with error_context("attribute_model"):
+    def _attribute_model(
+        self, section: str, options: AttributeModelOptions
+    ) -> AttributeModel | ClassifyClient:
+        cfg = self.cfg
+        self.watch.at(f"loading the model of {section}", patience=LONG)
+        with error_context(section):
             if options.server is not None:
                 client = ClassifyClient(attributes=self.schema.names, **vars(options.server))
                 self.world.on_main(lambda: client.connect(cfg.max_seq_len))
                 return client
-            self.watch.at("loading the attribute model", patience=LONG)
             model = load_attribute_model(
                 options.model or cfg.model,
                 options.checkpointer,
-                tokenizer,
-                template,
+                *self._tokens_of(options),
                 self.schema,
                 self.world,
                 max_seq_len=cfg.max_seq_len,
@@ -604,75 +626,21 @@ class EvaluateRecipe:
             self.watch.follow(model.decoder)
             return model
 
-    def _results(self, records: dict[str, list[Record]]) -> dict[str, SteeringResult]:
-        """The results of every model, in the order of the config, compared with the baseline."""
+    def _reference_model(self, options: ModelOptions) -> LanguageModel:
         cfg = self.cfg
-        results = {name: self._result(name, own) for name, own in records.items()}
-        if cfg.baseline is None:
-            return results
-        theirs = results[cfg.baseline].metrics
-        for name, result in results.items():
-            if name == cfg.baseline:
-                continue
-            result.baseline = cfg.baseline
-            result.change = {
-                key: value - theirs[key]
-                for key, value in result.metrics.items()
-                if key in theirs and key not in NOT_COMPARED
-            }
-            # Paired differences over the same requests vary less than either error.
-            if [*map(request_of, records[name])] == [*map(request_of, records[cfg.baseline])]:
-                ours, base = self._errors(records[name]), self._errors(records[cfg.baseline])
-                both = [ours[i] - base[i] for i in ours.keys() & base.keys()]
-                if len(both) > 1:
-                    change = {"steering_mae": result.change.pop("steering_mae")}
-                    result.change = change | {STANDARD_ERROR: standard_error(both)} | result.change
-        return results
-
-    def _result(self, name: str, records: list[Record]) -> SteeringResult:
-        answers = [answer for record in records for answer in record.responses]
-        scores_NA, requested_NA, _ = self._scores_and_requests(records)
-        metrics = steering_metrics(scores_NA, requested_NA, self.schema)
-        errors = list(self._errors(records).values())
-        if len(errors) > 1:
-            error = {"steering_mae": metrics.pop("steering_mae")}
-            metrics = error | {STANDARD_ERROR: standard_error(errors)} | metrics
-        metrics |= self.exact_metrics.get(name, {})
-        metrics |= text_metrics([answer.value for answer in answers])
-        metrics["answers"] = len(answers)
-        ended = [answer for answer in answers if answer.finish_reason is not None]
-        if ended:
-            empty = sum(record.extra.get(EMPTY, 0) for record in records)
-            metrics["truncated"] = sum(answer.is_cut_off for answer in ended) / len(ended)
-            metrics["empty"] = empty / (len(answers) + empty)
-        flaws = count_flaws(answers)
-        metrics |= {name: flaws[cause] for name, cause in FLAWS.items() if flaws[cause]}
-        if left_out := sum(record.extra.get(TOO_LONG, False) for record in records):
-            metrics["left_out"] = left_out
-        return SteeringResult(
-            metrics,
-            steering_curve(scores_NA, requested_NA, self.schema),
-            cross_talk(scores_NA, requested_NA, self.schema),
-            sees_labels=self.cfg.models[name].use_labels,
-        )
-
-    def _errors(self, records: list[Record]) -> dict[int, float]:
-        return errors_by_request(*self._scores_and_requests(records), self.schema)
-
-    def _scores_and_requests(
-        self, records: list[Record]
-    ) -> tuple[list[list[float]], list[list[float]], list[int]]:
-        """Each answer's scores [N, A], requested values [N, A] and index of its record [N]."""
-        names = self.schema.names
-        scores_NA, requested_NA, index_N = [], [], []
-        for index, record in enumerate(records):
-            wanted = parse_label(str(record.label), self.schema)
-            for answer in record.responses:
-                scores = answer.scores or {}
-                scores_NA.append([float(scores[name]) for name in names])
-                requested_NA.append([float(wanted.get(name, NOT_LABELLED)) for name in names])
-                index_N.append(index)
-        return scores_NA, requested_NA, index_N
+        self.watch.at("loading the reference model", patience=LONG)
+        with error_context("reference_model"):
+            model = load_language_model(
+                options.model or cfg.model,
+                options.checkpointer,
+                *self._tokens_of(options),
+                self.world,
+                cfg,
+                max_seq_len=cfg.max_seq_len,
+                max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
+            )
+            self.watch.follow(model.decoder)
+            return model
 
 
 def answered(
@@ -688,14 +656,6 @@ def answered(
     kept = [answer for answer in answers if not is_blank(answer.value)]
     digest = token_ids_digest(template, tokenizer) if any(a.token_ids for a in kept) else None
     return Record(item.prompt.system, item.prompt.turns, item.label, kept, extra, digest)
-
-
-def with_scores(record: Record, scores: Sequence[dict[str, float]]) -> Record:
-    answers = [
-        dataclasses.replace(answer, scores=own)
-        for answer, own in zip(record.responses, scores, strict=True)
-    ]
-    return dataclasses.replace(record, responses=answers)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from steerlm2.attributes import (
@@ -42,8 +41,6 @@ from steerlm2.attributes import (
     label_log_probs,
     parse_label,
 )
-from steerlm2.checkpoints.decoder import build_decoder, lay_out
-from steerlm2.checkpoints.weights import check_context, open_checkpointer
 from steerlm2.config.completion import complete_model, complete_schema, complete_sections
 from steerlm2.config.keys import (
     ModelOptions,
@@ -65,17 +62,17 @@ from steerlm2.data.records import (
     record_to_json,
 )
 from steerlm2.data.settings import settings_file
-from steerlm2.data.templates import groups_for_scoring
+from steerlm2.data.templates import Template, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import ResponseEncoder, tokenize_records
 from steerlm2.distributed.parallelize import DTYPES, free_memory
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
+from steerlm2.inference.language_model import LanguageModel, load_language_model
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.logs import progress_bar
 from steerlm2.runs.processes import join_processes
 from steerlm2.runs.resumable import ResumableOutput
-from steerlm2.training.forward import score_groups
 
 Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
 QUANTITIES: tuple[Quantity, ...] = typing.get_args(Quantity)
@@ -225,19 +222,14 @@ class ScoreRecipe:
             inputs["log_q"] = groups
         model = None
         if done < len(groups) and inputs:
-            model = self._language_model(stage.scorer, tokenizer, data.longest())
+            model = self._language_model(stage.scorer, tokenizer, template, data.longest())
 
         bar = progress_bar(world, len(groups), done, unit="group", text=", ".join(stage.quantities))
         for start in range(done, len(groups), cfg.records_per_write):
             chosen = slice(start, start + cfg.records_per_write)
             self.watch.at(f"group {start + 1}", patience=LONG if start == done else 1.0)
             scores = {
-                name: score_groups(
-                    model,
-                    prompts_and_responses[chosen],
-                    world,
-                    max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
-                )
+                name: model.score(prompts_and_responses[chosen])
                 for name, prompts_and_responses in inputs.items()
                 if model is not None
             }
@@ -367,25 +359,22 @@ class ScoreRecipe:
         )
 
     def _language_model(
-        self, scorer: ModelOptions, tokenizer: Tokenizer, longest: int
-    ) -> TransformerDecoder:
-        cfg, world = self.cfg, self.world
+        self, scorer: ModelOptions, tokenizer: Tokenizer, template: Template, longest: int
+    ) -> LanguageModel:
+        cfg = self.cfg
         self.watch.at("loading the model", patience=LONG)
-        component = scorer.checkpointer or cfg.checkpointer
-        model = build_decoder(scorer.model or cfg.model, DTYPES[cfg.dtype], checkpointer=component)
-        check_context(model, longest)
-        checkpointer = world.on_main(
-            lambda: open_checkpointer(
-                component,
-                model,
-                tokenizer,
-                seed=cfg.seed,
-                output_dir="",
-            )
+        model = load_language_model(
+            scorer.model or cfg.model,
+            scorer.checkpointer or cfg.checkpointer,
+            tokenizer,
+            template,
+            self.world,
+            cfg,
+            max_seq_len=longest,
+            max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
         )
-        lay_out(model, checkpointer, world, cfg)
-        self.watch.follow(model)
-        return model.eval()
+        self.watch.follow(model.decoder)
+        return model
 
     def _attribute_model(self, scorer: ModelOptions) -> AttributeModel:
         cfg = self.cfg

@@ -39,6 +39,13 @@ GLOSSARY = {
     "steering_exact_match": "share of scores that round to the requested value, averaged likewise",
     "words_mean": "length of an answer; words_p90 is its 90th percentile",
     "distinct_1": "share of different words; distinct_2 of pairs of words: low: repetition",
+    "independent_mae": "steering_mae by an attribute model that was trained on other labels; it "
+    "should fall along",
+    "independent_mae_se": "its standard error over requests",
+    "kl_reference": "KL in nats of what was sampled from the reference model P(y|x), an answer: "
+    "mean log-prob that it was drawn with, less log P(y|x)",
+    "kl_reference_se": "its standard error over requests",
+    "kl_reference_answers": "answers whose log-probs are known",
     "exact_kl": "KL(P(y|a,x) || Q(y|a,x)) in nats over all answers there are: not sampled",
     "exact_kl_weighted": "the same with requests weighted by P(a|x)",
     "exact_mass": "the model's probability of all answers there are together",
@@ -76,6 +83,19 @@ HEADLINES = (
         HIGHER,
         "share of scores that are the value that was asked for, once rounded",
         ".1%",
+    ),
+    Headline(
+        "independent_mae",
+        "By another model",
+        LOWER,
+        "the steering error by an attribute model that was trained on other labels",
+    ),
+    Headline(
+        "kl_reference",
+        "KL from reference",
+        "",
+        "how far the answers are from the reference model's own, in nats an answer",
+        ".1f",
     ),
     Headline(
         "exact_kl",

@@ -27,8 +27,8 @@ SECRET = "hf_planted"
 FACTS = ModelFacts(
     kind="language model",
     template={"_component_": "steerlm2.data.extra_id_template"},
-    schema=AttributeSchema(("verbosity", "len|gth"), ((0, 4), (-1, 9))),
-    default_label="verbosity:2,len|gth:0",
+    schema=AttributeSchema(("verbosity", "length"), ((0, 4), (-1, 9))),
+    default_label="verbosity:2,length:0",
     system="Answer.",
     trained={"method": "SteerLM 2.0", "steps": 8},
 )
@@ -116,7 +116,7 @@ def test_a_card_says_what_the_hub_shows(tmp_path: Path) -> None:
     for line in (
         "# SteerLM 2.0 of base/epoch_1",
         "| verbosity | 0 to 4 | 2 | how much it says, measured by what was asked |",
-        "| len\\|gth | -1 to 9 | 0 | as in the training data |",
+        "| length | -1 to 9 | 0 | as in the training data |",
         "    Answer.",
         "| Data | train.jsonl |",
         "| Steps | 8 |",

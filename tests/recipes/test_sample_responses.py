@@ -443,7 +443,10 @@ def test_truncated_responses_are_marked(records: Path, tmp_path: Path, model: Pa
     assert min(reasons["length"], reasons["stop"]) > 5
     assert {r["finish_reason"] for row in without for r in row["responses"]} == {"stop"}
     for row in with_them:
-        row["responses"] = [r for r in row["responses"] if r["finish_reason"] == "stop"]
+        complete = [r for r in row["responses"] if r["finish_reason"] == "stop"]
+        if cut_off := len(row["responses"]) - len(complete):
+            row["sampling"]["left_out"]["cut_off"] = cut_off
+        row["responses"] = complete
     assert with_them == without
 
 

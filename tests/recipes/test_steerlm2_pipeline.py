@@ -291,7 +291,7 @@ def test_quickstart_leaves_a_summary_and_a_report(uninterrupted: Path) -> None:
         assert text in page
     for model in models:
         (card,) = (uninterrupted / model).glob("epoch_*/README.md")
-        assert "| steerlm2_iter2 | " in card.read_text()
+        assert f"| {model} (this model) | " in card.read_text()
     assert runs(uninterrupted) == dict.fromkeys(sorted(WORLD_STAGES), 1)
 
 
