@@ -513,8 +513,8 @@ def test_an_attribute_model_scores(answers: Path, reward_model: Path, tmp_path: 
 def test_what_the_scores_cost_is_measured(
     model: Path, reward_model: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    """The same attribute model a second time finds the same. A model that is asked without labels is
-    away from itself, as the reference, by what it gives to control tokens, which aren't drawn:
+    """The same attribute model a second time finds the same. A model that is asked without labels
+    is away from itself, as the reference, by what it gives to control tokens, which aren't drawn:
     about 9 of 512 in each of the 12 tokens of an untrained one's answer."""
     found = run_here(
         tmp_path / "out",
