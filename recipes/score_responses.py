@@ -96,6 +96,7 @@ SETTINGS_THAT_CHANGE_SCORES = (
     "seed",
     "dtype",
     "max_seq_len",
+    "min_responses",
     "concentration",
     "bins",
     "schema",
@@ -119,6 +120,8 @@ class ScoreConfig(ScoringKeys):
     """The attribute-conditioned model that sampled the responses; null: `checkpointer` is its."""
     log_p_attributes: ModelOptions | None = None
     """The attribute model; null: the responses have `scores`."""
+    min_responses: int = 2
+    """Of a group; one with fewer is left out. Training needs two; 1: to score single answers."""
     max_seq_len: int = 4096
     """Tokens of a prompt with one response; longer responses are left out. A text that an attribute
     model scores loses its beginning."""
@@ -136,7 +139,7 @@ class ScoreConfig(ScoringKeys):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        found += at_least_one(self, "max_seq_len")
+        found += at_least_one(self, "max_seq_len", "min_responses")
         if not self.quantities:
             found.append("'quantities' is empty: name at least one of log_p_attributes, "
                          "log_p_response, log_q")  # fmt: skip
@@ -205,14 +208,21 @@ class ScoreRecipe:
     def _score_log_probs(self, stage: Stage, source: str, output: ResumableOutput) -> None:
         """log P(y|x) and log Q'(y|a,x) of a model, and log P(a|x,y) from stored scores."""
         cfg, world = self.cfg, self.world
-        records = read_records(source, require=())
+        records = read_records(source, require=(), min_responses=cfg.min_responses)
         if "log_p_attributes" in stage.quantities:
             records = with_log_p_attributes(
                 records, source, cfg.concentration, cfg.bins, self.schema
             )
         tokenizer = instantiate(stage.scorer.tokenizer or cfg.tokenizer)
         template = instantiate(stage.scorer.template or cfg.template)
-        data = tokenize_records(records, tokenizer, template, cfg.max_seq_len, source)
+        data = tokenize_records(
+            records,
+            tokenizer,
+            template,
+            cfg.max_seq_len,
+            source,
+            min_responses=cfg.min_responses,
+        )
         groups = data.groups
         done = world.computed_on_main(lambda: output.begin(len(groups)))
         inputs: dict[str, list[Group]] = {}
@@ -248,7 +258,7 @@ class ScoreRecipe:
     def _score_attributes(self, stage: Stage, source: str, output: ResumableOutput) -> None:
         """`scores` of an attribute model, and log P(a|x,y) from them."""
         cfg, world = self.cfg, self.world
-        records = read_records(source, require=())
+        records = read_records(source, require=(), min_responses=cfg.min_responses)
         check_labels(records, source, self.schema)
         done = world.computed_on_main(lambda: output.begin(len(records)))
         num_cut = 0

@@ -98,7 +98,7 @@ class SteerLM2Dataset(Sequence[Group]):
         unchecked = f", {causes_text(self.unchecked)}" if self.unchecked else ""
         return (
             f"{len(self.groups)} groups with {responses} responses{unchecked} "
-            f"(responses left out: {causes_text(self.left_out)}; groups with fewer than two left: "
+            f"(responses left out: {causes_text(self.left_out)}; groups with too few left: "
             f"{self.dropped_groups})"
         )
 
@@ -161,8 +161,13 @@ def tokenize_records(
     template: Template | None,
     max_seq_len: int,
     source: str,
+    *,
+    min_responses: int = 2,
 ) -> SteerLM2Dataset:
     """Records as groups; see `SteerLM2Dataset` for what is left out.
+
+    Args:
+        min_responses: of a group; training needs two.
 
     Raises:
         ValueError: where no group is left.
@@ -183,7 +188,7 @@ def tokenize_records(
                 responses[i] = _compact(tokens)
             else:
                 left_out[cause] += 1
-        if len(responses) >= 2:
+        if len(responses) >= min_responses:
             group = Group(prompt, [*responses.values()], index, [*responses])
             groups.append(_with_stored_log_probs(group, record))
             for i, tokens in responses.items():
@@ -193,9 +198,9 @@ def tokenize_records(
                     unchecked[OTHER_TOKENIZER] += 1
     if not groups:
         raise ValueError(
-            f"{source}: none of its {len(records)} records has two responses that fit into "
-            f"max_seq_len={max_seq_len} tokens together with their prompt and are what was sampled"
-            f" (left out: {causes_text(left_out)}){_remedy(left_out)}"
+            f"{source}: none of its {len(records)} records has {_number(min_responses)} that fit "
+            f"into max_seq_len={max_seq_len} tokens together with their prompt and are what was "
+            f"sampled (left out: {causes_text(left_out)}){_remedy(left_out)}"
         )
     dropped_groups = len(records) - len(groups)
     return SteerLM2Dataset(
@@ -256,6 +261,11 @@ def with_log_probs(
     return dataclasses.replace(
         group, log_p_response=log_p_response, log_q=log_q, weights=weights.tolist()
     )
+
+
+def _number(min_responses: int) -> str:
+    words = {1: "a response", 2: "two responses"}
+    return words.get(min_responses, f"{min_responses} responses")
 
 
 def _remedy(left_out: Mapping[str, int]) -> str:

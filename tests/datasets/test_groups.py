@@ -138,8 +138,7 @@ def test_dropped_responses_and_groups_are_counted(tmp_path: Path, tokenizer: HFT
     dataset = of_two_records(tmp_path, tokenizer)
     assert (dataset.left_out, dataset.dropped_groups) == ({"too long": 2}, 1)
     assert dataset.summary() == (
-        "1 groups with 2 responses "
-        "(responses left out: 2 too long; groups with fewer than two left: 1)"
+        "1 groups with 2 responses (responses left out: 2 too long; groups with too few left: 1)"
     )
 
 

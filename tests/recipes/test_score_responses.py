@@ -133,11 +133,23 @@ def test_adds_log_probs_and_changes_nothing_else(groups: Path, scored: Path) -> 
     assert (len(written), sum(len(r.responses) for r in written)) == (GROUPS_KEPT, RESPONSES_KEPT)
 
 
+def test_single_answers_can_be_scored(tmp_path: Path, scored_run: tuple[Path, str]) -> None:
+    """Each group's first response alone, as it is among the others."""
+    scored = read_records(scored_run[0])[:3]
+    alone = tmp_path / "alone.jsonl"
+    write_records(alone, [dataclasses.replace(r, responses=r.responses[:1]) for r in scored])
+    run_here(alone, tmp_path / "out.jsonl", "min_responses=1")
+    again = read_records(tmp_path / "out.jsonl", min_responses=1)
+    assert [r.responses[0].log_q for r in again] == pytest.approx(
+        [r.responses[0].log_q for r in scored], abs=1e-4
+    )
+
+
 def test_says_how_much_was_left_out(scored_run: tuple[Path, str]) -> None:
     """One response too long in each of the 30 even groups; 10 of those had only one other."""
     assert (
         f"{GROUPS_KEPT} groups with {RESPONSES_KEPT} responses "
-        "(responses left out: 30 too long; groups with fewer than two left: 10)"
+        "(responses left out: 30 too long; groups with too few left: 10)"
     ) in scored_run[1]
 
 
