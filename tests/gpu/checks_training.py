@@ -220,7 +220,7 @@ def kill_after(child: Child, run: Path, steps: int) -> None:
     metrics, checkpoints = run / "metrics.jsonl", run / "checkpoints"
     while child.poll() is None:
         logged = metrics.read_text().count("\n") if metrics.exists() else 0
-        if logged >= steps and any(checkpoints.glob("step_*")):
+        if logged >= steps and any(checkpoints.glob("step_*[0-9]")):
             break
         time.sleep(0.01)
     child.kill()
