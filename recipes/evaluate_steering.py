@@ -371,6 +371,7 @@ class EvaluateRecipe:
         self, section: str, options: AttributeModelOptions, folder: str, answers: dict[str, Path]
     ) -> dict[str, Path]:
         """By model, its answers with `scores` of the attribute model in a section of the config."""
+        tokenizer, template = self._tokens_of(options)
 
         def scored(
             model: AttributeModel | ClassifyClient, records: Sequence[Record]
@@ -378,7 +379,8 @@ class EvaluateRecipe:
             return with_attribute_scores(
                 records,
                 model,
-                *self._tokens_of(options),
+                tokenizer,
+                template,
                 self.schema,
                 self.world,
                 max_seq_len=self.cfg.max_seq_len,

@@ -66,6 +66,7 @@ from steerlm2.data.templates import Template, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import ResponseEncoder, tokenize_records
 from steerlm2.distributed.parallelize import DTYPES, free_memory
+from steerlm2.inference.answer_scores import with_scores
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.inference.language_model import LanguageModel, load_language_model
 from steerlm2.runs.entry import recipe_main
@@ -284,16 +285,10 @@ class ScoreRecipe:
             num_cut += sum(cut for _, cut in encoded)
             scores = model.score([group for groups, _ in encoded for group in groups])
             rows = (row for group in scores for row in group)
+            names = self.schema.names
             scored = [
-                dataclasses.replace(
-                    record,
-                    responses=[
-                        dataclasses.replace(
-                            response,
-                            scores=dict(zip(self.schema.names, next(rows), strict=True)),
-                        )
-                        for response in record.responses
-                    ],
+                with_scores(
+                    record, [dict(zip(names, next(rows), strict=True)) for _ in record.responses]
                 )
                 for record in chosen
             ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -87,11 +86,10 @@ def split_by_form(state: State, stored: Iterable[str], *, quantized: bool) -> tu
 
 
 @torch.no_grad()
-def read_converted(state: State, checkpoint: Path) -> None:
+def read_converted(state: State, reader: StateReader) -> None:
     """Fill moments from a checkpoint that holds them in other shards, or not quantized."""
     if not state:
         return
-    reader = StateReader(checkpoint)
     metadata = reader.read_metadata().state_dict_metadata
     parts: dict[str, list[Part]] = {}
     for part in _parts(metadata):

@@ -414,7 +414,7 @@ def load_training_state(
     try:
         with _plain_messages():
             read_state(to_read, reader, no_dist=world.mesh is None)
-            world.on_all(lambda: read_converted(converted, checkpoint))
+            world.on_all(lambda: read_converted(converted, reader))
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"{checkpoint} can't be resumed with this config's `model` ({error}): use the model it "

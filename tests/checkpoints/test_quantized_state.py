@@ -18,6 +18,7 @@ from steerlm2.checkpoints.quantized_state import (
     read_converted,
     split_by_form,
 )
+from steerlm2.checkpoints.state_reader import StateReader
 
 SHAPE = (64, 128)
 BLOCK = 256
@@ -76,7 +77,7 @@ def test_another_layout_puts_parts_together(tmp_path: Path) -> None:
     keys = write(tmp_path, halves())
     present, converted = split_by_form({"w": {"exp_avg": target}}, keys, quantized=True)
     assert present == {}
-    read_converted(converted, tmp_path)
+    read_converted(converted, StateReader(tmp_path))
     got, expected = target.dequantize(), numbers()
     assert (got - expected).abs().max() < expected.abs().max() / 60
 
@@ -86,7 +87,7 @@ def test_moments_that_were_not_quantized_are_quantized(tmp_path: Path) -> None:
     target = moment(torch.zeros(SHAPE))
     keys = write(tmp_path, {"exp_avg": numbers()})
     _, converted = split_by_form({"w": {"exp_avg": target}}, keys, quantized=True)
-    read_converted(converted, tmp_path)
+    read_converted(converted, StateReader(tmp_path))
     assert torch.equal(target.codes, moment(numbers()).codes)
 
 
@@ -96,7 +97,7 @@ def test_quantized_moments_become_numbers_for_another_optimizer(tmp_path: Path) 
     keys = write(tmp_path, halves())
     present, converted = split_by_form({"w": {"exp_avg": target}}, keys, quantized=False)
     assert present == {}
-    read_converted(converted, tmp_path)
+    read_converted(converted, StateReader(tmp_path))
     expected = torch.cat([moment(half).dequantize() for half in numbers().chunk(2)])
     assert torch.equal(target, expected)
 
