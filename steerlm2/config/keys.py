@@ -657,7 +657,8 @@ class SteeredKeys(ModelKeys):
     attribute_model: ModelOptions | None = None
     """What scores answers; null: nothing does."""
     schema: dict[str, Any] | None = None
-    """Attributes of the labels, with their ranges; null: the checkpoint's."""
+    """Attributes of the labels, with their ranges; null: the checkpoint's, which are none where its
+    folder has no steerlm2.json."""
     default_label: str | None = None
     """Values of attributes that a request leaves out; null: the most frequent ones of the
     checkpoint's training."""

@@ -32,7 +32,6 @@ def load_steered_model(cfg: SteeredKeys, world: World) -> SteeredModel:
     """
     facts = facts_of(cfg)
     tokenizer, template = instantiate(cfg.tokenizer), instantiate(cfg.template)
-    without_labels = facts is not None and facts.schema is None and cfg.schema is None
     scorer = None if cfg.attribute_model is None else _attribute_model(cfg, world)
     stop_id = response_end(template, tokenizer)[1]
     engine: StreamingEngine
@@ -68,7 +67,7 @@ def load_steered_model(cfg: SteeredKeys, world: World) -> SteeredModel:
     return SteeredModel(
         template,
         tokenizer,
-        None if without_labels else as_schema(cfg.schema),
+        None if cfg.schema is None else as_schema(cfg.schema),
         usual_label,
         DEFAULT_SYSTEM_PROMPT if system is None else system,
         engine,

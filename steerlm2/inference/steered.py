@@ -86,7 +86,7 @@ class SteeredModel:
     template: Template
     tokenizer: Tokenizer
     schema: AttributeSchema | None
-    """Of its labels; None: it was trained without labels."""
+    """Of its labels; None: it was trained without labels, or nothing says with which."""
     usual_label: str | None
     """Has the values of attributes that a request leaves out (`ModelFacts.default_label`)."""
     system: str
@@ -136,7 +136,7 @@ class SteeredModel:
             if given:
                 raise ValueError(
                     f"attributes: unknown attribute {', '.join(given)}; the model was trained "
-                    "without labels"
+                    "without labels, as far as its folder and the config say (schema)"
                 )
             return None
         usual = parse_label(self.usual_label) if self.usual_label else {}

@@ -83,6 +83,8 @@ class EventStream(Response):
                 await send(_event(self.first))
                 async for event in self.events:
                     await send(_event(event))
+                    # Events that came together would all be sent before a lost connection is seen.
+                    await asyncio.sleep(0)
         except TimeoutError:
             await _say_last(send, _event(self.late.body())["body"])
         except RequestError as error:

@@ -33,7 +33,7 @@ STEPS = (
     ('"""two\n', GOES_ON),
     ('lines"""\n', "echo: two\r\nlines" + PROMPT),
     ("\\033[2J\n", "echo: \ufffd[2J" + PROMPT),
-    ("/set humour=4\n", "the model was trained without labels" + PROMPT),
+    ("/set humour=4\n", "as far as its folder and the config say (schema)" + PROMPT),
     (
         "/compare\n",
         "/compare needs two settings: /compare verbosity=0 verbosity=4,humor=1" + PROMPT,
