@@ -129,11 +129,11 @@ def draw_tokens(
     if (top_p_P < 1).any():
         share_P = top_p_P.where(top_p_P < 1, torch.inf)
         weights_PV = keep_likeliest(weights_PV, share_P, by_count=False)
-    drawn_P = _invert(weights_PV, uniform_P.to(logits_PV.device, torch.float64))
+    drawn_P, total_P = _invert(weights_PV, uniform_P.to(logits_PV.device, torch.float64))
     log_prob_P = None
     if with_log_probs:
-        share_P1 = weights_PV.gather(1, drawn_P[:, None]).double() / _sum(weights_PV)
-        log_prob_P = share_P1.squeeze(1).log()
+        drawn_weight_P = weights_PV.gather(1, drawn_P[:, None]).squeeze(1).double()
+        log_prob_P = (drawn_weight_P / total_P).log()
     if greedy_P.any():
         is_greedy_P = greedy_P.to(drawn_P.device)
         drawn_P = logits_PV.argmax(dim=-1).where(is_greedy_P, drawn_P)
@@ -226,8 +226,9 @@ def _sum(numbers_PV: Tensor) -> Tensor:
     return numbers_PV.sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
-def _invert(weights_PV: Tensor, uniform_P: Tensor) -> Tensor:
-    """[P] ids where the cumulative weight passes a share `uniform_P` (float64) of the whole.
+def _invert(weights_PV: Tensor, uniform_P: Tensor) -> tuple[Tensor, Tensor]:
+    """[P] ids where the cumulative weight passes a share `uniform_P` (float64) of the whole, and
+    [P] the whole, float64.
 
     Blocks of ids are summed in float32, whose error is that of one weight; then the blocks, and the
     ids inside one of them, in float64. An id of weight 0 is never found.
@@ -245,7 +246,8 @@ def _invert(weights_PV: Tensor, uniform_P: Tensor) -> Tensor:
     ids_PI = block_P1 * BLOCK + torch.arange(BLOCK, device=weights_PV.device)
     inside_PI = weights_PV.gather(1, ids_PI.clamp(max=vocabulary - 1)).double()
     place_P1, _ = _passed(inside_PI.where(ids_PI < vocabulary, 0), share_P1)
-    return ids_PI.gather(1, place_P1).squeeze(1).clamp(max=vocabulary - 1)
+    drawn_P = ids_PI.gather(1, place_P1).squeeze(1).clamp(max=vocabulary - 1)
+    return drawn_P, blocks_PB.sum(dim=-1)
 
 
 def _passed(weights_PB: Tensor, share_P1: Tensor) -> tuple[Tensor, Tensor]:

@@ -165,9 +165,11 @@ def cells() -> Iterator[Cell]:
     """All of the study, in the order in which it is done; some more than once."""
     own, two = STRENGTHS[0], SEEDS[:2]
     yield from (Cell(seed, start) for seed in two for start in STARTS if own in start)
-    for variants, iteration in ((FIRST, 1), (FIRST, 2), (MAIN, 1), (MAIN, 2)):
+    for variants, iteration in ((FIRST, 1), (FIRST, 2), (MAIN[:1], 2)):
         yield from (Cell(seed, own, v, iteration) for v in variants for seed in two)
-    yield from (Cell(2, own, v, iteration) for v in MAIN for iteration in (1, 2))
+    yield from (Cell(seed, "400", v, 1) for v in (FIRST[-1], MAIN[0]) for seed in SEEDS)
+    yield from (Cell(2, own, v, iteration) for v in FIRST + MAIN for iteration in (1, 2))
+    yield from (Cell(seed, own, v, iteration) for iteration in (1, 2) for v in MAIN for seed in two)
     yield from (Cell(seed, "400", v, 1) for v in MAIN for seed in SEEDS)
     yield from (Cell(seed, own, v, 1) for v in ABLATIONS for seed in two)
     yield from (Cell(seed, own, v, i) for v in MAIN for i in (3, 4, 5) for seed in SEEDS)

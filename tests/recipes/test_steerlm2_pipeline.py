@@ -257,7 +257,7 @@ def small_world(output_dir: Path) -> list[str]:
         "sft": {"max_steps": 30, "val_every_n_steps": 15, "save_every_n_steps": 10, **answers},
         "acsft": {"max_steps": 6, "val_every_n_steps": 3, "save_every_n_steps": 2, **answers},
         "prompts": {"sample_fraction": 0.02},
-        "sample": {"n": 4, "temperature": 0.7, "max_new_tokens": 12, "keep_truncated": True},
+        "sample": {"n": 4, "max_new_tokens": 12, "keep_truncated": True},
         "steerlm2": {"max_steps": 4, "save_every_n_steps": 2},
         "evaluate": {"n": 1, "max_new_tokens": 12, "exact_kl.max_pairs": 2},
     }
