@@ -58,6 +58,7 @@ from steerlm2.data.settings import settings_file
 from steerlm2.data.sources.base import SplitRecord, Unit
 from steerlm2.data.sources.helpsteer import strengths_of
 from steerlm2.data.spool import Spool, open_spool
+from steerlm2.files import replace_durably, write_durably
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.logs import show_warnings
 
@@ -391,8 +392,8 @@ def _write(
                 beside.unlink(missing_ok=True)  # an earlier run's
                 if temporaries[name].stat().st_size:
                     if any(settings.values()):
-                        beside.write_text(json.dumps(settings, indent=2) + "\n")
-                    os.replace(temporaries[name], output_dir / name)
+                        write_durably(beside, json.dumps(settings, indent=2) + "\n")
+                    replace_durably(temporaries[name], output_dir / name)
                     print(f"{name:<15} {_table_row(kind, tally)}")
                 elif (output_dir / name).exists():
                     # An earlier run's validation records may be training records now.

@@ -66,6 +66,7 @@ from steerlm2.data.templates import Template, groups_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.datasets import ResponseEncoder, tokenize_records
 from steerlm2.distributed.parallelize import DTYPES, free_memory
+from steerlm2.files import write_durably
 from steerlm2.inference.answer_scores import with_scores
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.inference.language_model import LanguageModel, load_language_model
@@ -336,7 +337,7 @@ class ScoreRecipe:
             return
         summary = summary_of(gaps)
         file = Path(f"{cfg.output}.engine_log_q.json")
-        file.write_text(json.dumps(summary, indent=2) + "\n")
+        write_durably(file, json.dumps(summary, indent=2) + "\n")
         tqdm.write(
             f"the engine's log Q' differs from ours, over {len(gaps)} responses, by "
             + "; ".join(

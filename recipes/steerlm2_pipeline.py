@@ -43,6 +43,7 @@ from steerlm2.checkpoint_dirs import newest_export
 from steerlm2.config.loader import REST, as_yaml, config_problems, load_recipe, yaml_key
 from steerlm2.evaluation.model_card import add_evaluation
 from steerlm2.evaluation.report import markdown_table, read_report
+from steerlm2.files import sync_all
 from steerlm2.pipeline.next_steps import next_steps
 from steerlm2.pipeline.page import evaluated_models, pipeline_page
 from steerlm2.pipeline.plan import (
@@ -297,6 +298,7 @@ class PipelineRecipe:
         stopped = self.stopping or unfinished  # whatever its status: it may save and end well
         if status == 0 and not stopped:
             record.complete, record.files = True, files_in(stage.folder)
+            sync_all(stage.folder, record.files)
         self.state.write(stage.name, record)
         if stopped:
             raise ValueError(

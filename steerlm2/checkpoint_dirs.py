@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from steerlm2.files import has_changed, read_sums
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -29,17 +31,49 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint.
 
     Raises:
-        ValueError: where it is damaged, naming it.
+        ValueError: where it is damaged, naming it; as `read_own`.
     """
+    content = read_own(file)
     try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file.absolute()} is damaged or cut off ({error}): download it again"
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{file.absolute()} must hold a JSON object: download it again")
     return values
+
+
+def read_own(file: Path) -> bytes:
+    """The content of one of a checkpoint's small files, which an export may repeat.
+
+    Raises:
+        ValueError: where it is a link that leads out of the checkpoint, to what its owner may not
+            want to publish; or not what SHA256SUMS beside it says.
+    """
+    if not _is_within(file):
+        raise ValueError(
+            f"{file.absolute()} is a link to {file.resolve()}, which isn't of that folder: exports "
+            "repeat such files. Copy it into the folder if it is meant"
+        )
+    content = file.read_bytes()
+    expected = read_sums(file.parent).get(file.name)
+    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        raise ValueError(has_changed(file.parent, [file.name]))
+    return content
+
+
+def _is_within(file: Path) -> bool:
+    """Whether a file is in its folder, all links followed, or in the blobs of the folder's
+    repository: in the Hub's cache `snapshots/REVISION` consists of links to `blobs`."""
+    folder, target = file.parent.resolve(), file.resolve()
+    if target.is_relative_to(folder):
+        return True
+    return any(
+        snapshots.name == "snapshots" and target.parent == snapshots.parent / "blobs"
+        for snapshots in folder.parents
+    )
 
 
 def resolve_checkpoint_dir(
@@ -106,9 +140,10 @@ def weight_files(folder: Path) -> list[str]:
     index = folder / INDEX_FILE
     if not index.is_file():
         return []
+    content = read_own(index)
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = set(json.loads(content)["weight_map"].values())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{index.absolute()} is damaged or cut off ({error!r}): download it again"
         ) from error

@@ -20,6 +20,7 @@ FROM_THE_GROUND_UP = (
         "torchtune_private",
         "attributes",
         "losses",
+        "files",
         "checkpoint_dirs",
         "facts",
         "page_templates",
@@ -39,13 +40,14 @@ FROM_THE_GROUND_UP = (
     ("pipeline",),
 )
 """A module imports from its own part of the package and from parts that stand above it here; losses
-and facts import attributes, facts checkpoint_dirs."""
+and facts import attributes, facts checkpoint_dirs, and that one files."""
 
 LEVELS = {part: level for level, parts in enumerate(FROM_THE_GROUND_UP) for part in parts}
 WITHIN_A_LEVEL = {
     ("losses", "attributes"),
     ("facts", "attributes"),
     ("facts", "checkpoint_dirs"),
+    ("checkpoint_dirs", "files"),
 }
 
 

@@ -7,9 +7,9 @@ in the folder Hugging Face's.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import (
+    read_json,
+    read_own,
+    resolve_checkpoint_dir,
+    weight_files,
+)
 from steerlm2.checkpoints.hf_names import decoder_name
-from steerlm2.checkpoints.model_card import MODEL_CARD, write_card
+from steerlm2.checkpoints.model_card import write_card
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
     read_weights,
@@ -28,13 +33,15 @@ from steerlm2.checkpoints.safetensors_io import (
 )
 from steerlm2.checkpoints.side_files import (
     GENERATION_CONFIG,
+    MODEL_CARD,
     SIDE_FILES,
     TrainedText,
     config_of_run,
     generation_config,
+    json_text,
     remove_side_files,
+    seal,
     tokenizer_of,
-    update_json,
     without_paths,
     write_generation_config,
     write_tokenizer,
@@ -43,6 +50,7 @@ from steerlm2.data.jsonl import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
+from steerlm2.files import check_unchanged, write_durably
 from steerlm2.models.config_json import decoder_config, hf_config
 from steerlm2.models.decoders import HeadShape, head_shape
 from steerlm2.models.reward_head import attribute_names
@@ -73,7 +81,7 @@ class FolderCheckpointer:
     def save_checkpoint(self, state_dict: dict[str, Any], epoch: int) -> None:
         weights = state_dict["model"]
         dtype = next(iter(weights.values())).dtype
-        write_weights(
+        sums = write_weights(
             self.begin(epoch),
             {name: tensor.shape for name, tensor in weights.items()},
             weights.__getitem__,
@@ -82,7 +90,7 @@ class FolderCheckpointer:
             heads=self.heads,
             is_classifier=attribute_names(self.hf_config) is not None,
         )
-        self.finish(epoch, dtype)
+        self.finish(epoch, dtype, sums)
 
     def set_pad_token(self, token_id: int, text: TrainedText) -> None:
         """Set the token that the texts are padded with.
@@ -119,14 +127,20 @@ class FolderCheckpointer:
             write_facts(folder, self.facts)
             write_card(folder, self.facts, is_adapter=is_adapter)
 
-    def finish(self, epoch: int, dtype: torch.dtype) -> None:
-        """Write the last file: an export with a config.json is complete (`is_complete`)."""
+    def finish(self, epoch: int, dtype: torch.dtype, sums: Mapping[str, str]) -> None:
+        """Write the last file: an export with a config.json is complete (`is_complete`).
+
+        Args:
+            sums: SHA-256 of the files of weights.
+        """
         name = str(dtype).removeprefix("torch.")
         names = dict.fromkeys(("torch_dtype", "dtype"), name)  # transformers prefers the second
         config = {k: v for k, v in without_paths(self.hf_config).items() if k != "auto_map"}
         if self.text is not None:
             config = config_of_run(config, self.text, self._pad(self.text), self._base_tokenizer())
-        update_json(self.output_dir / f"epoch_{epoch}" / "config.json", config | names)
+        text, folder = json_text(config | names), self.output_dir / f"epoch_{epoch}"
+        seal(folder, {**sums, "config.json": hashlib.sha256(text.encode()).hexdigest()})
+        write_durably(folder / "config.json", text)
 
     def _pad(self, text: TrainedText) -> int:
         return self._pad_id if self._pad_id is not None else text.tokenizer.pad_id
@@ -189,6 +203,7 @@ class HFCheckpointer(FolderCheckpointer):
             ValueError: for a damaged file and for tensors that no supported family has.
             FileNotFoundError: naming the files that are missing.
         """
+        check_unchanged(self.checkpoint_dir, weight_files(self.checkpoint_dir))
         stored = self.stored_tensors()
         names = [tensor.hf_name for tensor in stored.values()]
         if unknown := [name for name in names if decoder_name(name) is None]:
@@ -203,7 +218,7 @@ class HFCheckpointer(FolderCheckpointer):
     def _copy_tokenizer(self, folder: Path) -> None:
         for file in map(self.checkpoint_dir.joinpath, SIDE_FILES):
             if file.is_file():
-                shutil.copyfile(file, folder / file.name)  # also of what a link leads to
+                (folder / file.name).write_bytes(read_own(file))
 
     def _generation_config(self, text: TrainedText) -> dict[str, Any]:
         ends, pad_id = self.hf_config.get("eos_token_id"), self._pad(text)

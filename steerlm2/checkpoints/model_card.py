@@ -16,11 +16,10 @@ import yaml
 
 from steerlm2.attributes import AttributeSchema, parse_label
 from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
-from steerlm2.checkpoints.side_files import CHAT_TEMPLATE
+from steerlm2.checkpoints.side_files import CHAT_TEMPLATE, MODEL_CARD
 from steerlm2.facts import ModelFacts, read_facts
 from steerlm2.page_templates import page_template
 
-MODEL_CARD = "README.md"
 EVALUATION_START, EVALUATION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 MEANINGS = {

@@ -8,7 +8,7 @@ Beside its shards a rank holds at most one shard more, to convert its row order 
 quantize a shard, a rank reads the full tensor once.
 
 Writing: tensors are gathered one at a time, file by file. One rank keeps the tensors of a file and
-writes it; the ranks take turns.
+writes and hashes it in the background; the ranks take turns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from steerlm2.checkpoint_dirs import (
 from steerlm2.checkpoints.hf_names import decoder_name, row_order, to_hf
 from steerlm2.distributed.parallelize import local_part
 from steerlm2.distributed.world import World
+from steerlm2.files import sha256, sync
 from steerlm2.models.decoders import HeadShape
 from steerlm2.models.nf4 import fill_nf4, is_nf4, mean_scale
 from steerlm2.models.reward_head import HF_HEAD
@@ -197,7 +199,7 @@ def write_weights(
     dtype: torch.dtype,
     heads: HeadShape,
     is_classifier: bool,
-) -> None:
+) -> dict[str, str]:
     """Write the safetensors of a folder, and an index if there are several files.
 
     Args:
@@ -206,6 +208,9 @@ def write_weights(
         dtype: of the files.
         heads: of the whole model, from `head_shape`.
         is_classifier: whether the decoder's output layer is a reward head.
+
+    Returns:
+        The SHA-256 of each file of weights, on every rank.
 
     Raises:
         ValueError: on every rank, where a rank couldn't write.
@@ -225,8 +230,7 @@ def write_weights(
                 file.unlink()
     world.barrier()
 
-    writing: Future[None] | None = None
-    failed: BaseException | None = None
+    writing: dict[str, Future[str]] = {}
     with ThreadPoolExecutor(1) as background:
         for i, (file_name, hf_names) in enumerate(split.filename_to_tensors.items()):
             kept: dict[str, Tensor] = {}
@@ -236,18 +240,14 @@ def write_weights(
                     _, value = to_hf(names[hf_name], tensor, heads, is_classifier=is_classifier)
                     kept[hf_name] = _to_write(value, dtype)
             if kept:
-                failed = failed or _error_of(writing)
-                writing = background.submit(write_safetensors, kept, folder / file_name)
-        failed = failed or _error_of(writing)
+                futures.wait(writing.values())  # no more than two files in memory
+                writing[file_name] = background.submit(write_safetensors, kept, folder / file_name)
 
-    def finish() -> None:
-        if failed is not None:
-            raise failed
-
-    world.on_all(finish)
+    own = world.on_all(lambda: {name: written.result() for name, written in writing.items()})
     if world.is_main and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return {name: digest for sums in world.gather(own) for name, digest in sums.items()}
 
 
 def _writer(number: int, world_size: int) -> int:
@@ -258,18 +258,15 @@ def _writer(number: int, world_size: int) -> int:
     return (node * per_node + turn % per_node) % world_size
 
 
-def _error_of(writing: Future[None] | None) -> BaseException | None:
-    return None if writing is None else writing.exception()
-
-
 def _to_write(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy on the host with its own storage; a tensor gathered from uneven shards is a view."""
     tensor = tensor.detach().to("cpu", dtype).contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write one safetensors file, with the permissions of any new file (the umask).
+def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> str:
+    """Write one safetensors file, with the permissions of any new file (the umask), and wait until
+    it is on the disk; returns its SHA-256, which is computed while the system writes.
 
     safetensors makes files that only their owner can read, but a server often runs as another user.
 
@@ -283,3 +280,6 @@ def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
+    digest = sha256(file)  # from the page cache
+    sync(file)
+    return digest

@@ -19,8 +19,10 @@ from steerlm2.data.chat_templates import chat_template
 from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import TOKENIZER_FILES, Tokenizer, hf_tokenizer
 from steerlm2.facts import ModelFacts
+from steerlm2.files import SUMS_FILE, sha256, sync, write_sums
 
 GENERATION_CONFIG = "generation_config.json"
+MODEL_CARD = "README.md"
 CHAT_TEMPLATE = "chat_template.jinja"
 SIDE_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 
@@ -81,7 +83,7 @@ def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def remove_side_files(folder: Path) -> None:
     """Remove what an earlier export left: links too, which would be written through."""
-    for name in SIDE_FILES:
+    for name in (*SIDE_FILES, SUMS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -116,6 +118,22 @@ def write_tokenizer(
     write_json(config_file, config | special)
     if (map_file := folder / "special_tokens_map.json").exists():  # transformers prefers it
         update_json(map_file, special)
+
+
+def seal(folder: Path, sums: Mapping[str, str] | None = None) -> None:
+    """Wait until the files of an export are on the disk, and write their digests.
+
+    README.md isn't among them: an evaluation and people write into it.
+
+    Args:
+        sums: digests that are known, by name, of files that are on the disk.
+    """
+    known = dict(sums or {})
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in (*known, SUMS_FILE, MODEL_CARD):
+            sync(file)
+            known[file.name] = sha256(file)
+    write_sums(folder, known)
 
 
 def _add_control_tokens(tokenizer_json: Path, text: TrainedText) -> None:
@@ -256,4 +274,8 @@ def update_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json_text(values), encoding="utf-8")
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

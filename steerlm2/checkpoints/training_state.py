@@ -3,16 +3,17 @@
 A state is a torch.distributed.checkpoint directory `step_000100`, each rank writing its own shards.
 The run pauses only while they are copied to the host's memory. A thread writes the copy to a
 directory of another name and renames that when it is complete, so a directory named `step_...` is
-always complete.
+always complete. Its SHA256SUMS shows damage of its files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
-import os
+import re
 import shutil
 import sys
 import time
@@ -48,7 +49,9 @@ from steerlm2.checkpoints.quantized_state import (
     split_by_form,
 )
 from steerlm2.checkpoints.state_reader import StateReader, load_plain, read_state
+from steerlm2.checkpoints.state_writer import HashingWriter
 from steerlm2.distributed.world import World
+from steerlm2.files import changed, read_sums, sync, write_durably, write_sums
 
 STATE_FILE = "state.json"
 DIGESTS = "digests"
@@ -231,17 +234,21 @@ class StateWriter:
     def _write(self, final: Path, staged: Any, state_text: str, random: bytes) -> None:
         """Write a state; an earlier directory of the same name stays until it is complete."""
         world, partial = self.world, final.with_suffix(".partial")
+        writer = HashingWriter(partial)
+        random_file = f"random_{world.rank}.pt"
 
         def make_room() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-        def complete() -> None:
-            _write_durably(partial / STATE_FILE, state_text.encode())
+        def complete(sums: dict[str, str]) -> None:
+            write_durably(partial / STATE_FILE, state_text)
+            write_sums(partial, sums | {STATE_FILE: _sha256(state_text.encode())})
             earlier = final.with_suffix(".earlier")
             if final.exists():
                 final.rename(earlier)
             partial.rename(final)
+            sync(self.folder)
             shutil.rmtree(earlier, ignore_errors=True)
             if self.keep_last_n is not None and final.name != BEST:
                 # States of later steps were broken when the run resumed, so they don't count.
@@ -253,15 +260,17 @@ class StateWriter:
 
         try:
             world.on_main(make_room)
-            world.on_all(lambda: _write_durably(partial / f"random_{world.rank}.pt", random))
+            world.on_all(lambda: write_durably(partial / random_file, random))
             with _plain_messages():
                 dcp.save(
                     staged,
-                    checkpoint_id=partial,
+                    storage_writer=writer,
                     process_group=world.group,
                     no_dist=world.mesh is None,
                 )
-            world.on_main(complete)
+            of_ranks = world.gather(writer.sums | {random_file: _sha256(random)})
+            sums = {name: digest for own in of_ranks for name, digest in own.items()}
+            world.on_main(lambda: complete(sums))
         except (OSError, ValueError, RuntimeError) as error:
             if world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -270,24 +279,36 @@ class StateWriter:
             self.on_complete(final)
 
 
-def best_state(folder: Path) -> dict[str, Any] | None:
+def best_state(folder: Path, world: World) -> dict[str, Any] | None:
     """The `state` that was saved with the best weights, and its step; None where there are none.
 
-    Damaged ones are reported, and count as none.
+    Damaged ones are reported, and count as none. Called by all ranks.
     """
-    if not (folder / BEST / STATE_FILE).exists():
+    state_file = folder / BEST / STATE_FILE
+    if not world.computed_on_main(state_file.exists):
         return None
-    if (problem := _damage(folder / BEST)) is not None:
-        print(
-            f"WARNING: {folder / BEST} is broken ({problem}): the best weights from here on count",
-            file=sys.stderr,
-        )
+    if (problem := _damage(folder / BEST, world)) is not None:
+        if world.is_main:
+            print(
+                f"WARNING: {folder / BEST} is broken ({problem}): the best weights from here on "
+                "count",
+                file=sys.stderr,
+            )
         return None
-    return json.loads((folder / BEST / STATE_FILE).read_text())
+    return world.computed_on_main(lambda: json.loads(state_file.read_bytes()))
 
 
 def load_best_weights(folder: Path, decoder: nn.Module, world: World) -> None:
-    """Load the weights of `folder/best` into the decoder."""
+    """Load the weights of `folder/best` into the decoder. Called by all ranks.
+
+    Raises:
+        ValueError: where they were damaged since they were written.
+    """
+    if (problem := _damage(folder / BEST, world)) is not None:
+        raise ValueError(
+            f"{folder / BEST} is broken ({problem}): the best weights can't be exported. The last "
+            "ones can, by resume_from_checkpoint=true export=last"
+        )
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     tensors = {"model": get_model_state_dict(decoder, options=options)}
     with _plain_messages():
@@ -301,12 +322,20 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest readable state of a folder (None: there is none), and problems of newer ones."""
+def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest undamaged state of a folder (None: there is none), and problems of newer ones.
+
+    Called by all ranks.
+    """
     problems: list[str] = []
-    steps = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
-    for path in sorted(steps, key=_step, reverse=True):
-        if (problem := _damage(path)) is None:
+
+    def find() -> list[Path]:
+        named = folder.glob("step_*")
+        steps = [path for path in named if path.name.removeprefix("step_").isdecimal()]
+        return sorted(steps, key=_step, reverse=True)
+
+    for path in world.computed_on_main(find):
+        if (problem := _damage(path, world)) is None:
             return path, problems
         problems.append(f"{path} is broken ({problem})")
     return None, problems
@@ -336,9 +365,7 @@ def resume_training(
     Raises:
         ValueError: where the checkpoint is of another model, or has another `data_state`.
     """
-    found = world.from_main(world.on_main(lambda: newest_whole(folder)))
-    assert found is not None
-    newest, broken = found
+    newest, broken = newest_whole(folder, world)
     if world.is_main:
         for problem in broken:
             print(f"WARNING: {problem}: ignored", file=sys.stderr)
@@ -440,10 +467,41 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """Why a state can't be read; None where it is complete."""
+def _damage(checkpoint: Path, world: World) -> str | None:
+    """What is wrong with a state, on every rank; None where it is as it was written.
+
+    Each rank reads a part of the files: its own, which it then loads from the page cache.
+    """
+    if (problem := world.computed_on_main(lambda: _unreadable(checkpoint))) is not None:
+        return problem
+    return next(filter(None, world.gather(_changed(checkpoint, world))), None)
+
+
+def _changed(checkpoint: Path, world: World) -> str | None:
+    """Which of this rank's part of the files that SHA256SUMS names aren't what it says."""
+
+    def is_ours(name: str) -> bool:
+        number = re.search(r"\d+", name)  # of the rank that wrote it
+        return int(number[0] if number else 0) % world.size == world.rank
+
     try:
-        json.loads((checkpoint / STATE_FILE).read_text())
+        names = list(filter(is_ours, read_sums(checkpoint)))
+        if missing := [name for name in names if not (checkpoint / name).is_file()]:
+            return f"no {', '.join(missing)}"
+        found = changed(checkpoint, names)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return f"{', '.join(sorted(found))} changed since it was written" if found else None
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    """Why a state can't be read; None where it can."""
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_bytes())
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            return f"{STATE_FILE} has no step"
+        if checkpoint.name != BEST and not isinstance(state.get("data"), dict):
+            return f"{STATE_FILE} doesn't say what was trained on"
         reader = StateReader(checkpoint)
         written = reader.read_metadata().storage_data or {}
         for part in written.values():
@@ -462,12 +520,8 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _write_durably(file: Path, content: bytes) -> None:
-    """Write a file, and wait until it is on the disk (fsync)."""
-    with file.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _recover(folder: Path) -> None:

@@ -7,6 +7,8 @@ from a seed, and writes the same format.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -32,7 +34,7 @@ from steerlm2.checkpoints.checkpointer import (
     plain_name,
 )
 from steerlm2.checkpoints.hf_names import EMBEDDING, HEAD, peft_name, rows_to_hf
-from steerlm2.checkpoints.model_card import MODEL_CARD, checkpoint_name, write_card
+from steerlm2.checkpoints.model_card import checkpoint_name, write_card
 from steerlm2.checkpoints.safetensors_io import (
     StoredTensor,
     checkpoint_digest,
@@ -43,10 +45,13 @@ from steerlm2.checkpoints.safetensors_io import (
 )
 from steerlm2.checkpoints.side_files import (
     GENERATION_CONFIG,
+    MODEL_CARD,
+    SIDE_FILES,
     TrainedText,
     check_side_files,
     config_of_run,
     generation_config,
+    seal,
     tokenizer_of,
     write_generation_config,
     write_json,
@@ -58,6 +63,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
 from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
+from steerlm2.files import SUMS_FILE, check_unchanged
 from steerlm2.models.config_json import check_decoder, exported_config
 from steerlm2.models.decoders import HeadShape, context_length, head_shape
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
@@ -67,6 +73,15 @@ from steerlm2.models.reward_head import (
     attribute_names,
     classification_config,
 )
+
+ADAPTER = "adapter"
+"""In an export: a folder with a LoRA adapter alone."""
+
+_OF_AN_EXPORT = re.compile(
+    r"(model(-\d+-of-\d+)?|pytorch_model|adapter_model)(\.(safetensors|bin|pt|pth))?(\.index\.json)?"
+    r"|adapter_config\.json|config\.json|" + "|".join(map(re.escape, SIDE_FILES))
+)
+"""Files that torchtune's checkpointers write, and that are written again after them."""
 
 
 class Checkpointer(Protocol):
@@ -260,6 +275,10 @@ def load_weights(
         fresh[HEAD] = decoder.output.weight
     is_fresh = {plain_name(name) for name in fresh}
 
+    def check_files() -> None:  # each rank some of them; what it reads stays in the page cache
+        if folder is not None:
+            check_unchanged(folder, weight_files(folder)[world.rank :: world.size])
+
     def find() -> dict[str, StoredTensor] | None:
         if not isinstance(checkpointer, HFCheckpointer):
             return None
@@ -276,6 +295,9 @@ def load_weights(
         _check_shapes(expected, {name: tensor.shape for name, tensor in weights.items()})
         return weights
 
+    ours = checkpointer.checkpoint_dir if isinstance(checkpointer, HFCheckpointer) else None
+    folder = world.from_main(ours)
+    world.on_all(check_files)
     stored = world.from_main(world.on_main(find))
     whole = world.on_main(read_whole) if stored is None else None
     device = torch.device("cpu") if cpu_offload else world.device
@@ -370,7 +392,7 @@ def save_weights(
         head = whole(HEAD).to("cpu", dtype) if is_reward_model else None
 
         def save_adapter() -> None:
-            alone = folder / "adapter"
+            alone = folder / ADAPTER
             base = checkpointer.checkpoint_dir if isinstance(checkpointer, HFCheckpointer) else None
             _save_adapter(alone, tensors, lora, head_shape(decoder), head, base)
             if isinstance(checkpointer, FolderCheckpointer):
@@ -380,6 +402,7 @@ def save_weights(
                 if facts is not None:
                     write_facts(alone, facts)
                     write_card(alone, facts, is_adapter=True)
+            seal(alone)
 
         world.on_main(save_adapter)
         if adapter_only:
@@ -387,7 +410,7 @@ def save_weights(
     shapes = {name: p.shape for name, p in parameters.items() if name not in adapters}
     if world.from_main(isinstance(checkpointer, FolderCheckpointer)):
         ours = cast(FolderCheckpointer, checkpointer)
-        write_weights(
+        sums = write_weights(
             cast(Path, world.from_main(world.on_main(lambda: ours.begin(epoch)))),
             shapes,
             merged,
@@ -396,7 +419,7 @@ def save_weights(
             heads=head_shape(decoder),
             is_classifier=isinstance(decoder.output, RewardHead),
         )
-        world.on_main(lambda: ours.finish(epoch, dtype))
+        world.on_main(lambda: ours.finish(epoch, dtype, sums))
     else:
         weights = {}
         for name in shapes:
@@ -405,13 +428,29 @@ def save_weights(
                 weights[name] = tensor.to("cpu", dtype)
         theirs = cast(Checkpointer, checkpointer)
         world.on_main(lambda: theirs.save_checkpoint({"model": weights}, epoch=epoch))
-        if text is not None:
-            world.on_main(lambda: _rewrite_side_files(folder, text, facts))
+        world.on_main(lambda: _rewrite_side_files(folder, text, facts))
     return folder
 
 
-def _rewrite_side_files(folder: Path, text: TrainedText, facts: ModelFacts | None) -> None:
-    """In an export of torchtune's, which has the side files of the checkpoint it started from."""
+def _rewrite_side_files(folder: Path, text: TrainedText | None, facts: ModelFacts | None) -> None:
+    """In an export of torchtune's, which has all files of the checkpoint that it started from."""
+    (folder / SUMS_FILE).unlink(missing_ok=True)
+    if text is not None:
+        _remove_other_files(folder)
+        _write_side_files(folder, text, facts)
+    seal(folder)
+
+
+def _remove_other_files(folder: Path) -> None:
+    """Remove what torchtune has copied: the checkpoint's code, and what its links lead to."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != ADAPTER:
+            shutil.rmtree(path)
+        elif path.is_file() and not _OF_AN_EXPORT.fullmatch(path.name):
+            path.unlink()
+
+
+def _write_side_files(folder: Path, text: TrainedText, facts: ModelFacts | None) -> None:
     config, generation = read_json(folder / "config.json"), folder / GENERATION_CONFIG
     known = read_json(generation) if generation.is_file() else {}
     pad_id, base = text.tokenizer.pad_id, tokenizer_of(folder)

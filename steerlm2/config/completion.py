@@ -3,7 +3,8 @@
 A section with a checkpointer needs no tokenizer (its folder's), no model (what config.json
 describes), no template and no schema where the folder is an export of ours. What is given all the
 same must be what the model was trained with. Of any other folder the template is the one whose
-control tokens its tokenizer has. A schema that no checkpoint says is that of the training data.
+control tokens its tokenizer has. A checkpoint is data: of the code that it names only our own
+templates are run. A schema that no checkpoint says is that of the training data.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from steerlm2.attributes import as_schema, schema_to_json
 from steerlm2.config.loader import instantiate
 from steerlm2.data.digest import template_digest
 from steerlm2.data.settings import schema_of_data, settings_file
-from steerlm2.data.templates import fitting_template
+from steerlm2.data.templates import fitting_template, is_ours
 from steerlm2.data.tokenizers import added_tokens
 from steerlm2.facts import FACTS_FILE, ModelFacts, read_facts
 
@@ -71,7 +72,14 @@ def complete_model(values: Values, section: Values | None = None, where: str = "
             if fitting is not None:
                 own["template"] = {"_component_": fitting}
         return
-    if not given:
+    if not given and not is_ours(facts.template["_component_"]):
+        key = f"{where}template" if section is not None else "template"
+        yield (
+            f"{folder or 'the tokenizer'} was trained with a template that isn't steerlm2's, "
+            f"{_shown(facts.template)}, and what a checkpoint names isn't run: set '{key}' to it, "
+            "if you know its code"
+        )
+    elif not given:
         own["template"] = dict(facts.template)
     elif not _same_template(given, facts.template):
         key = f"{where}template" if own.get("template") else "template"
@@ -176,6 +184,8 @@ def _path(value: Any) -> str | None:
 
 def _same_template(given: Any, own: Mapping[str, Any]) -> bool:
     component = {"_component_": given} if isinstance(given, str) else given
+    if not is_ours(own["_component_"]):
+        return bool(component == own)
     try:
         return template_digest(instantiate(component)) == template_digest(instantiate(own))
     except (ValueError, TypeError, KeyError, AttributeError):

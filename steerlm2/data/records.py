@@ -26,6 +26,7 @@ from steerlm2.data.jsonl import (
     json_line,
     open_for_writing,
 )
+from steerlm2.files import replace_durably
 
 LOG_PROB_KEYS = {
     "log_p_attributes": "log(P(a|x,y))",
@@ -320,7 +321,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
             for record in records:
                 file.write(json_line(record_to_json(record)))
                 count += 1
-        os.replace(temporary, path)
+        replace_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return count

@@ -242,15 +242,23 @@ def fitting_template(tokens: Container[str]) -> str | None:
     Args:
         tokens: the tokenizer's added tokens.
     """
-    control_tokens = {
-        "extra_id_template": EXTRA_ID_TOKENS,
-        "llama3_template": Llama3Template.control_tokens,
-        "chatml_template": ChatMLTemplate.control_tokens,
-    }
-    for name, needed in control_tokens.items():
+    for component, needed in _TOKENS_OF_OURS.items():
         if all(token in tokens for token in needed):
-            return f"steerlm2.data.{name}"
+            return component
     return None
+
+
+_TOKENS_OF_OURS = {
+    "steerlm2.data.extra_id_template": EXTRA_ID_TOKENS,
+    "steerlm2.data.llama3_template": Llama3Template.control_tokens,
+    "steerlm2.data.chatml_template": ChatMLTemplate.control_tokens,
+}
+
+
+def is_ours(component: str) -> bool:
+    """Whether a `_component_` is a template of this package, which a checkpoint may name: calling
+    it does nothing else."""
+    return component in _TOKENS_OF_OURS
 
 
 def segments_to_text(segments: Iterable[Segment]) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from steerlm2.checkpoint_dirs import newest_export, read_json
+from steerlm2.checkpoint_dirs import newest_export, read_json, read_own
 
 TINY_TOKENIZER_DIR = Path(__file__).parent / "tiny_tokenizer"
 TINY_SPECIAL_TOKENS = ("<pad>", "<|endoftext|>", *(f"<extra_id_{i}>" for i in range(8)))
@@ -244,10 +244,13 @@ def hf_tokenizer(path: str | Path) -> HFTokenizer:
         if beside.is_file():
             if name != file.name and beside.suffix == ".json":
                 read_json(beside)  # so that an error names it
-            texts[name] = beside.read_text(encoding="utf-8")
+            try:
+                texts[name] = read_own(beside).decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{beside.absolute()} is damaged ({error})") from error
     tokenizer_json = texts.pop(file.name)
     others = {
-        beside.name: beside.read_bytes()
+        beside.name: read_own(beside)
         for beside in map(file.with_name, _OTHER_FORMS)
         if beside.is_file()
     }

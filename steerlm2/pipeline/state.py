@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
+from steerlm2.files import write_durably
 from steerlm2.runs.lock import lock_file
 
 RESUME_FILES = {"checkpoints", "earlier_runs"}
@@ -52,30 +53,33 @@ class PipelineState:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "state"
+        self._damaged: set[str] = set()
 
     def read(self, stage: str) -> StageRecord | None:
-        """Raises:
-        ValueError: where the record is damaged.
-        """
+        """None where there is none. A damaged one is none, with a warning."""
         file = self.folder / f"{stage}.json"
         if not file.exists():
             return None
         try:
-            return StageRecord(**json.loads(file.read_text()))
+            record = StageRecord(**json.loads(file.read_bytes()))
+            if not all(isinstance(name, str) for name in record.files):
+                raise TypeError("files must be names")
+            return record
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{file} is damaged ({error}): remove it, and stage {stage} is done again"
-            ) from error
+            if stage not in self._damaged:
+                self._damaged.add(stage)
+                print(
+                    f"WARNING: {file} is damaged ({error}): whether stage {stage} is complete "
+                    "isn't known, and it is done again (with adopt=true its files count as "
+                    "complete)",
+                    file=sys.stderr,
+                )
+            return None
 
     def write(self, stage: str, record: StageRecord) -> None:
         """Whole or not at all, whenever the process is killed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{stage}.tmp"
-        with temporary.open("w") as file:
-            json.dump(asdict(record), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self.folder / f"{stage}.json")
+        write_durably(self.folder / f"{stage}.json", json.dumps(asdict(record), indent=2))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[int]:

@@ -19,7 +19,7 @@ import torch
 
 from steerlm2.config.loader import instantiate
 from steerlm2.distributed.world import World
-from steerlm2.runs.output import write_durably
+from steerlm2.files import write_durably
 
 
 class JsonLines:

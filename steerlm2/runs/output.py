@@ -49,16 +49,6 @@ def make_output_dir(output_dir: Path, key: str = "output_dir") -> None:
         ) from error
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and wait until it is on the disk (fsync)."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def check_not_own_run(output_dir: Path, checkpointer: Mapping[str, Any] | None) -> None:
     """Check that a run doesn't start from a checkpoint in its own output_dir.
 

@@ -24,7 +24,8 @@ from torchtune.training.metric_logging import WandBLogger
 import steerlm2
 from steerlm2.config.loader import instantiate, to_plain
 from steerlm2.distributed.world import World
-from steerlm2.runs.output import make_output_dir, write_durably
+from steerlm2.files import write_durably
+from steerlm2.runs.output import make_output_dir
 
 RUN_FILE = "run.json"
 WANDB_ID_FILE = "wandb_run_id"

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from steerlm2.checkpoint_dirs import file_digest, is_checkpoint, weights_digest
 from steerlm2.data.settings import settings_file
+from steerlm2.files import replace_durably, write_durably
 from steerlm2.runs.lock import lock_file
 from steerlm2.runs.output import make_output_dir
 
@@ -98,7 +99,7 @@ class ResumableOutput:
                 f"another run writes to {self.partial}: wait for it, or end it"
             ) from error
         if self.partial.stat().st_size == 0:
-            self.settings_file.write_text(json.dumps(self.settings, indent=2) + "\n")
+            write_durably(self.settings_file, json.dumps(self.settings, indent=2) + "\n")
         done, size = self._whole_slices(self._file, num_lines)
         self._file.truncate(size)
         return done
@@ -123,19 +124,22 @@ class ResumableOutput:
             final = self.path.with_name(self.path.name + ".final")
             with self.partial.open("rb") as lines, final.open("wb") as file:
                 file.writelines(map(final_line, lines))
-                file.flush()
-                os.fsync(file.fileno())
-            final.rename(self.path)
+            replace_durably(final, self.path)
             self.partial.unlink()
         else:
-            self.partial.rename(self.path)
+            replace_durably(self.partial, self.path)
 
     def _whole_slices(self, file: IO[bytes], num_lines: int) -> tuple[int, int]:
-        """Lines and bytes of the complete slices of an earlier run."""
+        """Lines and bytes of the complete slices of an earlier run.
+
+        A power cut can leave NULs in place of the last slice, or of a part of it.
+        """
         done, size, offset = 0, 0, 0
         file.seek(0)
         for number, line in enumerate(file, start=1):
             offset += len(line)
+            if b"\0" in line:
+                break
             whole = line.endswith(b"\n")  # a kill may have cut the last line off
             if whole and (number % self.slice_size == 0 or number == num_lines):
                 done, size = number, offset

@@ -53,6 +53,7 @@ from steerlm2.data.digest import ORDER, PARTS, data_digests, template_digest
 from steerlm2.data.packing import Dialogue, Group, RewardGroup
 from steerlm2.distributed.parallelize import DTYPES, check_finite
 from steerlm2.facts import ModelFacts
+from steerlm2.files import write_durably
 from steerlm2.models.config_json import computation
 from steerlm2.models.decoders import pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
@@ -224,12 +225,12 @@ class TrainingRun:
         if world.is_main:
             if self.first_step == 0:
                 set_aside_earlier_run(self.output_dir)
-            (self.output_dir / "config.yaml").write_text(as_yaml(cfg))
+            write_durably(self.output_dir / "config.yaml", as_yaml(cfg))
             write_run(self.output_dir, run)
             self._logger = open_metric_logger(cfg.metric_logger, run, self.output_dir)
         world.barrier()
         # Also of a step that a killed run reached and this one hasn't yet.
-        self.best = world.from_main(world.on_main(lambda: best_state(self.checkpoints)))
+        self.best = best_state(self.checkpoints, world)
         self._save_lost_best()
         self._last_checked = self.first_step
         self._tokens, self._seconds = 0, 0.0

@@ -258,7 +258,7 @@ def test_a_full_disk_harms_no_earlier_checkpoint(
     with pytest.raises(ValueError, match=r"step_000002 could not be written \(.*No space left"):
         save(tmp_path, 2, run, keep_last_n=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
-    assert newest_whole(tmp_path) == (tmp_path / "step_000001", [])
+    assert newest_whole(tmp_path, CPU) == (tmp_path / "step_000001", [])
 
 
 def test_a_failed_save_does_not_prevent_the_next(
@@ -298,7 +298,7 @@ def test_lost_best_weights_end_the_run_once_it_is_saved(
     writer.save_best(1, run[0], {})
     with pytest.raises(ValueError, match="best could not be written"):
         writer.save(2, *run, {"data": {}})
-    assert newest_whole(tmp_path) == (tmp_path / "step_000002", [])
+    assert newest_whole(tmp_path, CPU) == (tmp_path / "step_000002", [])
 
 
 def test_what_is_saved_is_the_run_at_that_moment(tmp_path: Path) -> None:
@@ -510,7 +510,7 @@ def test_a_broken_newer_checkpoint_is_not_kept_in_place_of_a_whole_one(tmp_path:
         save(tmp_path, step, run)
     break_state(tmp_path / "step_000317", "short shard")
     save(tmp_path, 310, run, keep_last_n=1)
-    assert newest_whole(tmp_path)[0] == tmp_path / "step_000310"
+    assert newest_whole(tmp_path, CPU)[0] == tmp_path / "step_000310"
     assert not (tmp_path / "step_000300").exists()
     save(tmp_path, 320, run, keep_last_n=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000320"]
@@ -538,7 +538,7 @@ def test_a_kill_between_the_renames_loses_nothing(moment: str, tmp_path: Path) -
         shutil.copytree(folder / BEST, folder / "best.earlier")
     StateWriter(folder, CPU)
     assert [path.name for path in folder.iterdir()] == [BEST]
-    assert best_state(folder) == {"step": 4}
+    assert best_state(folder, CPU) == {"step": 4}
 
 
 # Other layouts
@@ -703,15 +703,15 @@ def test_better_weights_replace_the_best(tmp_path: Path) -> None:
     changed(decoder)
     load_best_weights(tmp_path, decoder, CPU)
     assert same_state(dict(decoder.state_dict()), better)
-    assert best_state(tmp_path) == {"step": 6, "val_loss": 0.25}
+    assert best_state(tmp_path, CPU) == {"step": 6, "val_loss": 0.25}
     assert [path.name for path in tmp_path.iterdir()] == [BEST]
 
 
 def test_without_best_weights_there_is_no_state(tmp_path: Path) -> None:
-    assert best_state(tmp_path) is None
+    assert best_state(tmp_path, CPU) is None
     (tmp_path / "best.partial").mkdir()
     (tmp_path / "best.partial" / STATE_FILE).write_text("{}")
-    assert best_state(tmp_path) is None
+    assert best_state(tmp_path, CPU) is None
 
 
 def test_the_best_weights_are_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
@@ -730,7 +730,7 @@ def test_a_failed_save_leaves_the_earlier_best(tmp_path: Path) -> None:
     save_best(tmp_path, 4, decoder, {"val_loss": 0.5})
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_best(tmp_path, 6, decoder, {"val_loss": object()})
-    assert best_state(tmp_path) == {"step": 4, "val_loss": 0.5}
+    assert best_state(tmp_path, CPU) == {"step": 4, "val_loss": 0.5}
 
 
 def test_saving_the_best_weights_leaves_the_random_state(tmp_path: Path) -> None:

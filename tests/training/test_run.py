@@ -409,10 +409,11 @@ def test_best_weights_that_a_kill_prevented_are_those_of_the_resumed_step(
     before = entries(run)
     resumed = Training(config(run, resume_from_checkpoint=True, **keys))
     assert resumed().best == {"step": 6, "val_loss": 0.5}
-    assert best_state(run / "checkpoints") == {"step": 6, "val_loss": 0.5}
+    cpu = World(torch.device("cpu"))
+    assert best_state(run / "checkpoints", cpu) == {"step": 6, "val_loss": 0.5}
     assert (resumed.validated, entries(run)) == ([], before)
     exported = tiny_decoder()
-    load_best_weights(run / "checkpoints", exported, World(torch.device("cpu")))
+    load_best_weights(run / "checkpoints", exported, cpu)
     torch.testing.assert_close(exported.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
 
 
