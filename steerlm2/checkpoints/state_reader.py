@@ -42,6 +42,10 @@ _PATH_MODULES = ("pathlib", "pathlib._local")
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
 
 
+class DamagedError(ValueError):
+    """A file of a state isn't what a run wrote."""
+
+
 class StateReader(dcp.FileSystemReader):
     """Reads the files of one training state, and its description once, not for every tensor.
 
@@ -68,7 +72,7 @@ class StateReader(dcp.FileSystemReader):
         """Read all that is no tensor.
 
         Raises:
-            pickle.UnpicklingError: where one of the values isn't plain.
+            DamagedError: where one of the values isn't plain, naming the file.
         """
         description = self.read_metadata()
         for index, part in (description.storage_data or {}).items():
@@ -76,7 +80,12 @@ class StateReader(dcp.FileSystemReader):
             if isinstance(kind, BytesStorageMetadata):
                 with (Path(self.path) / part.relative_path).open("rb") as file:
                     file.seek(part.offset)
-                    load_plain(io.BytesIO(file.read(part.length)), index.fqn)
+                    content = io.BytesIO(file.read(part.length))
+                try:
+                    load_plain(content, index.fqn)
+                except Exception as error:  # unpickling damage raises anything
+                    problem = f"{part.relative_path}: {type(error).__name__}: {error}"
+                    raise DamagedError(problem) from error
 
 
 class _DescriptionUnpickler(pickle.Unpickler):

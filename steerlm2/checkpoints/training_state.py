@@ -48,7 +48,13 @@ from steerlm2.checkpoints.quantized_state import (
     read_converted,
     split_by_form,
 )
-from steerlm2.checkpoints.state_reader import StateReader, load_plain, read_state
+from steerlm2.checkpoints.state_reader import (
+    METADATA,
+    DamagedError,
+    StateReader,
+    load_plain,
+    read_state,
+)
 from steerlm2.checkpoints.state_writer import HashingWriter
 from steerlm2.distributed.world import World
 from steerlm2.files import changed, read_sums, sync, write_durably, write_sums
@@ -496,12 +502,14 @@ def _changed(checkpoint: Path, world: World) -> str | None:
 
 def _unreadable(checkpoint: Path) -> str | None:
     """Why a state can't be read; None where it can."""
+    looked_at = STATE_FILE
     try:
         state = json.loads((checkpoint / STATE_FILE).read_bytes())
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             return f"{STATE_FILE} has no step"
         if checkpoint.name != BEST and not isinstance(state.get("data"), dict):
             return f"{STATE_FILE} doesn't say what was trained on"
+        looked_at = METADATA
         reader = StateReader(checkpoint)
         written = reader.read_metadata().storage_data or {}
         for part in written.values():
@@ -509,14 +517,17 @@ def _unreadable(checkpoint: Path) -> str | None:
             if file.stat().st_size < part.offset + part.length:
                 return f"{file.name} is cut off"
         for file in checkpoint.glob("random_*.pt"):
+            looked_at = file.name
             if not zipfile.is_zipfile(file):  # torch.save's zip has its directory at the end
                 return f"{file.name} is cut off"
             load_plain(file, file.name)
         reader.check_plain_values()
     except OSError as error:
-        return f"no {Path(error.filename or STATE_FILE).name}"
+        return f"no {Path(error.filename or looked_at).name}"
+    except DamagedError as error:
+        return str(error)
     except Exception as error:  # unpickling a damaged file raises anything
-        return f"{type(error).__name__}: {error}"
+        return f"{looked_at}: {type(error).__name__}: {error}"
     return None
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -42,6 +43,7 @@ from steerlm2.checkpoints.weights import load_weights, open_reward_checkpointer
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.world import World
+from steerlm2.files import SUMS_FILE, read_sums, sha256
 from steerlm2.models.reward_head import add_reward_head
 
 CPU = World(torch.device("cpu"))
@@ -423,11 +425,11 @@ DAMAGES = {
     "no shard": "no __0_0.distcp",
     "short shard": "__0_0.distcp is cut off",
     "no metadata": "no .metadata",
-    "damaged metadata": "UnpicklingError",
+    "damaged metadata": ".metadata: UnpicklingError",
     "no state": "no state.json",
     "empty random state": "random_0.pt is cut off",
     "short random state": "random_0.pt is cut off",
-    "damaged state": "JSONDecodeError",
+    "damaged state": "state.json: JSONDecodeError",
 }
 
 
@@ -444,6 +446,88 @@ def test_a_broken_checkpoint_is_passed_over(
     warning = capsys.readouterr().err
     assert warning.startswith(f"WARNING: {tmp_path}/step_000006 is broken ({DAMAGES[how]}")
     assert warning.count("\n") == 1
+
+
+def damage(file: Path, how: str) -> None:
+    """What a disk, or a power cut, does to a file; its size stays, or becomes 0."""
+    content = bytearray(file.read_bytes())
+    if how == "NULs":
+        content = bytearray(len(content))
+    elif how == "empty":
+        content = bytearray()
+    else:  # of a shard in the middle of the weights, not in a header of them
+        content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["bit flip", "NULs", "empty"])
+@pytest.mark.parametrize(
+    "name", ["__0_0.distcp", ".metadata", "random_0.pt", STATE_FILE, SUMS_FILE]
+)
+def test_a_damaged_state_is_passed_over(
+    how: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever of its files is damaged, and whether or not it can still be read. The warning names
+    the file."""
+    for step in (3, 6):
+        save(tmp_path, step, with_schedule(0.01)[:2])
+    damage(tmp_path / "step_000006" / name, how)
+    found = resume_training(tmp_path, *with_schedule(0.01), {"seed": 5}, CPU)
+    assert found == (tmp_path / "step_000003", 3)
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"WARNING: {tmp_path}/step_000006 is broken (")
+    assert name in warning.removeprefix(f"WARNING: {tmp_path}")
+
+
+def test_a_state_without_digests_is_resumed(tmp_path: Path) -> None:
+    """Those of earlier versions have none."""
+    save(tmp_path, 3, with_schedule(0.01)[:2])
+    (tmp_path / "step_000003" / SUMS_FILE).unlink()
+    found = resume_training(tmp_path, *with_schedule(0.01), {"seed": 5}, CPU)
+    assert found == (tmp_path / "step_000003", 3)
+
+
+def test_a_state_has_the_digests_of_all_its_files(tmp_path: Path) -> None:
+    """As `sha256sum` computes them, though they were computed while the files were written."""
+    save(tmp_path, 3, new_run())
+    state = tmp_path / "step_000003"
+    expected = {file.name: sha256(file) for file in state.iterdir() if file.name != SUMS_FILE}
+    assert read_sums(state) == expected
+    assert expected.keys() == {"__0_0.distcp", ".metadata", "random_0.pt", STATE_FILE}
+
+
+def test_a_state_is_on_the_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file, and the names in the folder: after that it gets its name, which is waited for."""
+    waited: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        waited.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", note)
+    save(tmp_path / "states", 3, new_run())
+    *files, folder, last = waited
+    files_of_state = {file.name for file in (tmp_path / "states" / "step_000003").iterdir()}
+    on_disk = {name.removesuffix(".partial").removesuffix(".tmp") for name in files}
+    assert files_of_state <= on_disk
+    assert (folder, last) == ("step_000003.partial", "states")
+
+
+@pytest.mark.parametrize("how", ["bit flip", "NULs", "empty"])
+def test_damaged_best_weights_are_none(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that goes on finds other best ones; one that has come to its end says what to do."""
+    decoder, _ = attribute_model(tmp_path)
+    save_best(tmp_path, 4, decoder, {"val_loss": 0.5})
+    damage(tmp_path / BEST / "__0_0.distcp", how)
+    assert best_state(tmp_path, CPU) is None
+    assert "the best weights from here on count" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"best is broken \(__0_0.distcp .* export=last"):
+        load_best_weights(tmp_path, decoder, CPU)
 
 
 class Payload:
@@ -487,7 +571,10 @@ def test_nothing_in_a_state_is_run(
     plant(folder / "step_000006", where, Payload(ran))
     found = resume_training(folder, *with_schedule(0.01), {"seed": 5}, CPU)
     assert found == (folder / "step_000003", 3)
-    assert f"{folder}/step_000006 is broken (UnpicklingError" in capsys.readouterr().err
+    assert re.match(
+        rf"WARNING: {folder}/step_000006 is broken \([^:]+: UnpicklingError",
+        capsys.readouterr().err,
+    )
     assert not ran.exists()
 
 
@@ -551,7 +638,16 @@ def on_ranks(
     """What states_on_ranks.py found, by layout."""
     folder = tmp_path_factory.mktemp("states")
     run_script(Path(__file__).with_name("states_on_ranks.py"), folder)
-    return {file.stem: torch.load(file) for file in folder.glob("*.pt")}
+    found = {file.stem: torch.load(file) for file in folder.glob("*.pt")}
+    return {"folder": folder, **found}
+
+
+def test_each_ranks_files_have_their_digests(on_ranks: dict[str, Any]) -> None:
+    """Computed by the rank that wrote the file; the states of other layouts were checked too."""
+    state = on_ranks["folder"] / "checkpoints" / "step_000003"
+    expected = {file.name: sha256(file) for file in state.iterdir() if file.name != SUMS_FILE}
+    assert read_sums(state) == expected
+    assert {f"__{rank}_0.distcp" for rank in range(4)} < expected.keys()
 
 
 def test_resumed_on_the_same_layout_the_run_is_the_same(on_ranks: dict[str, Any]) -> None:
