@@ -3,9 +3,11 @@ its digest."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +51,40 @@ def read_own(file: Path) -> bytes:
     """The content of one of a checkpoint's small files, which an export may repeat.
 
     Raises:
-        ValueError: where it is a link that leads out of the checkpoint, to what its owner may not
-            want to publish; or not what SHA256SUMS beside it says.
+        ValueError: where it is a link to something else, which its owner may not want to publish.
     """
-    if not _is_within(file):
+    if not _is_own(file):
         raise ValueError(
-            f"{file.absolute()} is a link to {file.resolve()}, which isn't of that folder: exports "
-            "repeat such files. Copy it into the folder if it is meant"
+            f"{file.absolute()} is a link to {file.resolve()}, which is another file of another "
+            "folder: an export would publish it. Remove the link, or copy the file if it is meant"
         )
     content = file.read_bytes()
     expected = read_sums(file.parent).get(file.name)
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
-        raise ValueError(has_changed(file.parent, [file.name]))
+        _warn(f"WARNING: {has_changed(file.parent, [file.name])}")
     return content
 
 
-def _is_within(file: Path) -> bool:
-    """Whether a file is in its folder, all links followed, or in the blobs of the folder's
-    repository: in the Hub's cache `snapshots/REVISION` consists of links to `blobs`."""
+def _is_own(file: Path) -> bool:
+    """Whether what a link leads to is a file of the folder, or one of the same name elsewhere.
+
+    In the Hub's cache `snapshots/REVISION` consists of links to `blobs` beside `snapshots`.
+    """
     folder, target = file.parent.resolve(), file.resolve()
-    if target.is_relative_to(folder):
-        return True
-    return any(
-        snapshots.name == "snapshots" and target.parent == snapshots.parent / "blobs"
-        for snapshots in folder.parents
+    return (
+        target.is_relative_to(folder)
+        or target.name == file.name
+        or any(
+            snapshots.name == "snapshots" and target.parent == snapshots.parent / "blobs"
+            for snapshots in folder.parents
+        )
     )
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once."""
+    print(text, file=sys.stderr)
 
 
 def resolve_checkpoint_dir(

@@ -119,6 +119,6 @@ def has_changed(folder: Path, names: Collection[str]) -> str:
     """The message about files that aren't what SHA256SUMS says."""
     return (
         f"{folder.absolute()}: {', '.join(names)} changed since {SUMS_FILE} was written beside it. "
-        "Copy or download the folder again; or, if you changed it yourself, remove its line from "
-        f"{SUMS_FILE}"
+        "If that was a change of your own, remove the file's line there; if not, the file is "
+        "damaged: copy or download it again"
     )

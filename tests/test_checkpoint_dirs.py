@@ -14,9 +14,13 @@ from steerlm2.checkpoint_dirs import (
     INDEX_FILE,
     file_digest,
     newest_export,
+    read_json,
+    read_own,
     resolve_checkpoint_dir,
+    weight_files,
     weights_digest,
 )
+from steerlm2.files import sha256, write_sums
 
 
 def export(folder: Path, *files: str) -> Path:
@@ -116,3 +120,73 @@ def test_of_large_weights_only_pieces_are_read(
         assert (file_digest(file) != first) == differ
         file.write_bytes(b"1" * 2**20)
         assert file_digest(file) != first
+
+
+@pytest.mark.parametrize("target", ["../secret", "../elsewhere/secret", "/etc/hostname", "first"])
+def test_a_link_to_another_file_is_refused(target: str, tmp_path: Path) -> None:
+    """A repository of somebody else may have them; an export would publish what they lead to. Also
+    one by way of a link in the folder."""
+    folder = export(tmp_path / "model", "config.json")
+    (tmp_path / "elsewhere").mkdir()
+    for secret in (tmp_path / "secret", tmp_path / "elsewhere" / "secret"):
+        secret.write_text("a private key")
+    (folder / "first").symlink_to(tmp_path / "secret")
+    (folder / "merges.txt").symlink_to(target)
+    with pytest.raises(ValueError, match=r"merges\.txt is a link to .* an export would publish it"):
+        read_own(folder / "merges.txt")
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    """snapshots/REVISION/NAME leads to blobs/HASH of the same repository, of no other."""
+    repository, other = tmp_path / "models--a--b", tmp_path / "models--c--d"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for folder in (repository, other):
+        (folder / "blobs").mkdir(parents=True)
+        (folder / "blobs" / "4567").write_text('{"a": 1}')
+    (snapshot / "config.json").symlink_to("../../blobs/4567")
+    (snapshot / "merges.txt").symlink_to(other / "blobs" / "4567")
+    assert read_json(snapshot / "config.json") == {"a": 1}
+    (tmp_path / "model").symlink_to(snapshot)  # the folder itself may be one
+    assert read_json(tmp_path / "model" / "config.json") == {"a": 1}
+    with pytest.raises(ValueError, match="is a link to"):
+        read_own(snapshot / "merges.txt")
+    (repository / "blobs" / "89").symlink_to(other / "blobs" / "4567")
+    (snapshot / "vocab.json").symlink_to("../../blobs/89")
+    with pytest.raises(ValueError, match="is a link to"):
+        read_own(snapshot / "vocab.json")
+
+
+def test_links_within_a_folder_and_to_the_same_file_elsewhere_are_followed(tmp_path: Path) -> None:
+    """People put folders together of links to a model's files."""
+    model = export(tmp_path / "model", "config.json", "tokenizer.json")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "tokenizer.json").symlink_to(model / "tokenizer.json")
+    (model / "generation_config.json").symlink_to("config.json")
+    assert read_json(mine / "tokenizer.json") == {}
+    assert read_json(model / "generation_config.json") == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/model.safetensors", "a/b.safetensors", "..", ".", "", 3]
+)
+def test_an_index_names_files_of_its_folder(name: object, tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="weight_map must name files of that folder"):
+        weight_files(tmp_path)
+
+
+def test_a_small_file_that_was_changed_is_read_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """People edit config.json; a disk does too. The warning comes once."""
+    folder = export(tmp_path / "model", "config.json", "tokenizer.json")
+    write_sums(folder, {name: sha256(folder / name) for name in ("config.json", "tokenizer.json")})
+    (folder / "config.json").write_text('{"a": 1}')
+    for _ in range(2):
+        assert read_json(folder / "config.json") == {"a": 1}
+        assert read_json(folder / "tokenizer.json") == {}
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"WARNING: {folder}: config.json changed since SHA256SUMS was")
+    assert warning.count("\n") == 1

@@ -42,6 +42,7 @@ from steerlm2.checkpoints.side_files import (
     remove_side_files,
     seal,
     tokenizer_of,
+    without_code,
     without_paths,
     write_generation_config,
     write_tokenizer,
@@ -135,7 +136,7 @@ class FolderCheckpointer:
         """
         name = str(dtype).removeprefix("torch.")
         names = dict.fromkeys(("torch_dtype", "dtype"), name)  # transformers prefers the second
-        config = {k: v for k, v in without_paths(self.hf_config).items() if k != "auto_map"}
+        config = without_code(without_paths(self.hf_config))
         if self.text is not None:
             config = config_of_run(config, self.text, self._pad(self.text), self._base_tokenizer())
         text, folder = json_text(config | names), self.output_dir / f"epoch_{epoch}"
@@ -203,7 +204,6 @@ class HFCheckpointer(FolderCheckpointer):
             ValueError: for a damaged file and for tensors that no supported family has.
             FileNotFoundError: naming the files that are missing.
         """
-        check_unchanged(self.checkpoint_dir, weight_files(self.checkpoint_dir))
         stored = self.stored_tensors()
         names = [tensor.hf_name for tensor in stored.values()]
         if unknown := [name for name in names if decoder_name(name) is None]:
@@ -211,6 +211,7 @@ class HFCheckpointer(FolderCheckpointer):
                 f"{self.checkpoint_dir.absolute()} has tensors that no supported family has: "
                 + ", ".join(shortened(unknown))
             )
+        check_unchanged(self.checkpoint_dir, weight_files(self.checkpoint_dir))
         weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
         read_weights(weights, stored, self.heads)
         return {"model": weights}

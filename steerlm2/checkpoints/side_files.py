@@ -29,6 +29,8 @@ SIDE_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 _PATH = re.compile(r"[/~]|[A-Za-z]:[/\\]|\\\\|file:")
 _PATH_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
 
+_CODE_KEYS = {"auto_map", "custom_generate", "custom_pipelines"}
+
 _OF_A_TOKENIZER = re.compile(
     r".*(_token|_token_ids?|_token_index|_words_ids|suppress_tokens)"
     r"|constraints|forced_decoder_ids|lang_to_id|sequence_bias|stop_strings|task_specific_params"
@@ -69,6 +71,11 @@ def check_side_files(folder: Path) -> None:
     for name in ("config.json", GENERATION_CONFIG):
         if (folder / name).is_file():
             read_json(folder / name)
+
+
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config without the names of its code, which doesn't come along."""
+    return {key: value for key, value in config.items() if key not in _CODE_KEYS}
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +213,7 @@ def config_of_run(
         config: that of the checkpoint that the run started from.
         base: its tokenizer; None: unknown.
     """
-    kept = without_other_tokens(without_paths(config), text, base)
+    kept = without_other_tokens(without_code(without_paths(config)), text, base)
     if "bos_token_id" in config or not _is_same_tokenizer(text, base):
         kept.setdefault("bos_token_id", None)  # without the key transformers' Llama says 1
     return kept | token_ids(text, pad_id)
@@ -249,7 +256,7 @@ def generation_config(
     ids = token_ids(text, pad_id) | {"eos_token_id": [text.stop_id, *kept]}
     # With `_from_model_config` transformers takes the ends from config.json again.
     rest = {k: v for k, v in known.items() if k != "_from_model_config"}
-    return without_other_tokens(without_paths(rest), text, base) | ids
+    return without_other_tokens(without_code(without_paths(rest)), text, base) | ids
 
 
 def _is_same_token(token_id: int, tokenizer: Tokenizer, base: Tokenizer | None) -> bool:

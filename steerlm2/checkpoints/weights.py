@@ -297,8 +297,8 @@ def load_weights(
 
     ours = checkpointer.checkpoint_dir if isinstance(checkpointer, HFCheckpointer) else None
     folder = world.from_main(ours)
-    world.on_all(check_files)
     stored = world.from_main(world.on_main(find))
+    world.on_all(check_files)
     whole = world.on_main(read_whole) if stored is None else None
     device = torch.device("cpu") if cpu_offload else world.device
     decoder.to_empty(device=device)

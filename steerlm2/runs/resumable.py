@@ -62,6 +62,8 @@ class ResumableOutput:
         try:
             known = self.settings_file.exists()
             earlier = json.loads(self.settings_file.read_bytes()) if known else {}
+            if not isinstance(earlier, dict):
+                raise ValueError("it isn't a JSON object")
         except ValueError as error:
             raise ValueError(
                 f"{self.settings_file} is damaged ({error}): what {written} was written with isn't "

@@ -26,6 +26,7 @@ from steerlm2.attributes import AttributeSchema
 from steerlm2.checkpoint_dirs import INDEX_FILE
 from steerlm2.checkpoints import safetensors_io
 from steerlm2.checkpoints.checkpointer import HFCheckpointer, ScratchCheckpointer
+from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.checkpoints.weights import (
     load_weights,
     open_checkpointer,
@@ -35,6 +36,7 @@ from steerlm2.checkpoints.weights import (
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import hf_tokenizer, tiny_tokenizer
 from steerlm2.distributed.world import World
+from steerlm2.files import SUMS_FILE, changed, read_sums, sha256
 from steerlm2.models.reward_head import add_reward_head
 
 CPU = World(torch.device("cpu"))
@@ -234,6 +236,35 @@ def test_a_damaged_file_is_named(keep: int, tmp_path: Path) -> None:
     assert str(error.value).startswith(str(file))
 
 
+@pytest.mark.parametrize("shard_size", ["5GB", "100KB"], ids=["one file", "several"])
+def test_an_export_has_digests_of_its_files(
+    shard_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all but README.md, which people and evaluations change."""
+    monkeypatch.setattr(safetensors_io, "MAX_SHARD_SIZE", shard_size)
+    folder, _ = language_model(tmp_path)
+    (folder / "README.md").touch()
+    names = {file.name for file in folder.iterdir()} - {SUMS_FILE, "README.md"}
+    assert read_sums(folder) == {name: sha256(folder / name) for name in names}
+    assert {"config.json", "tokenizer.json"} < names
+
+
+def test_flipped_bits_of_weights_are_refused(tmp_path: Path) -> None:
+    """One in the middle of a file of weights; read into a model, or whole."""
+    folder, _ = language_model(tmp_path)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+    damaged = r"epoch_1: model\.safetensors changed since SHA256SUMS was written"
+    with pytest.raises(ValueError, match=damaged):
+        read(folder)
+    with pytest.raises(ValueError, match=damaged):
+        load_weights(meta_decoder(), HFCheckpointer(str(folder)), CPU, seed=0)
+    (folder / SUMS_FILE).unlink()  # of somebody else's folder nothing is known
+    load_weights(meta_decoder(), HFCheckpointer(str(folder)), CPU, seed=0)
+
+
 def test_another_architectures_tensor_is_named(tmp_path: Path) -> None:
     """A name that Llama doesn't have; torchtune raises a bare Exception for it."""
     folder, _ = language_model(tmp_path)
@@ -378,11 +409,12 @@ def test_the_dtype_of_an_export_is_that_of_its_weights(tmp_path: Path) -> None:
 
 
 def test_the_tokenizers_files_come_along_and_no_others(tmp_path: Path) -> None:
-    """No code, no weights of another format; what a link leads to is copied."""
+    """No code, no weights of another format. A link of the folder is copied as the file that it
+    leads to."""
     folder, _ = language_model(tmp_path)
     own = {file.name for file in folder.iterdir()}
-    (tmp_path / "blob").write_text("{}")
-    (folder / "generation_config.json").symlink_to(tmp_path / "blob")
+    (folder / "blob").write_text("{}")
+    (folder / "generation_config.json").symlink_to("blob")
     for name in ("chat_template.jinja", "LICENSE", "pytorch_model.bin", "x.py", "secrets.json"):
         (folder / name).write_text(name)
     (folder / "original").mkdir()
@@ -393,6 +425,50 @@ def test_the_tokenizers_files_come_along_and_no_others(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert copied[name].read_bytes() == (folder / name).read_bytes()
         assert not copied[name].is_symlink()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "merges.txt", "chat_template.jinja"])
+def test_a_link_publishes_nothing(name: str, tmp_path: Path) -> None:
+    """A repository of somebody else may have links to files of whoever trains on it."""
+    folder, _ = language_model(tmp_path)
+    (tmp_path / "id_rsa").write_text("a private key")
+    (folder / name).symlink_to(tmp_path / "id_rsa")
+    again = HFCheckpointer(str(folder), str(tmp_path / "again"))
+    with pytest.raises(ValueError, match=f"{name} is a link to .*id_rsa"):
+        again.save_checkpoint(again.load_checkpoint(), epoch=1)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*id_rsa"):
+        hf_tokenizer(folder)
+    for file in (tmp_path / "again").rglob("*"):
+        assert file.is_dir() or b"private key" not in file.read_bytes()
+
+
+def test_links_publish_nothing_by_torchtunes_checkpointer(tmp_path: Path) -> None:
+    """It copies all of a folder's small files, by whatever name, and of sub-folders too."""
+    folder, weights = language_model(tmp_path)
+    (tmp_path / "id_rsa").write_text("a private key")
+    (folder / "original").mkdir()
+    for name in ("notes.txt", "original/notes", "model_notes", "params.json"):
+        (folder / name).symlink_to(tmp_path / "id_rsa")
+    component = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(folder),
+        "checkpoint_files": ["model.safetensors"],
+        "model_type": "LLAMA3",
+    }
+    decoder, tokenizer = meta_decoder(), tiny_tokenizer()
+    theirs = open_checkpointer(component, decoder, tokenizer, seed=0, output_dir=str(tmp_path))
+    load_weights(decoder, theirs, CPU, seed=0)
+    options = {"dtype": torch.float32, "output_dir": tmp_path, "epoch": 2}
+    text = TrainedText(tokenizer, extra_id_template(), stop_id=3)
+    exported = save_weights(decoder, theirs, CPU, text=text, **options)
+    for file in exported.rglob("*"):
+        assert file.is_dir() or b"private key" not in file.read_bytes()
+    assert not [path for path in exported.iterdir() if path.is_dir()]
+    sums = read_sums(exported)
+    assert sums.keys() == {file.name for file in exported.iterdir()} - {SUMS_FILE, "README.md"}
+    assert changed(exported) == []
+    found = HFCheckpointer(str(exported)).load_checkpoint()["model"]
+    assert all(found[name].equal(weights[name]) for name in weights)
 
 
 def test_the_folder_that_was_read_stays_as_it_is(tmp_path: Path) -> None:

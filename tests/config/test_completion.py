@@ -126,6 +126,24 @@ def test_the_same_template_may_be_given(tmp_path: Path) -> None:
     assert sampling(folder, template=own).template == own
 
 
+def test_code_that_a_checkpoint_names_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config names what is run, and a checkpoint is none. Who knows the code of a template names
+    it in the config; then the two are compared, and it isn't run for that either."""
+    monkeypatch.chdir(tmp_path)
+    planted = {"_component_": "os.mkdir", "path": str(tmp_path / "ran")}
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})")
+    for number, template in enumerate((planted, {"_component_": "evil.Template"})):
+        folder = checkpoint(tmp_path / str(number), template=template)
+        with pytest.raises(ValueError, match=r"what a checkpoint names isn't run: set 'template'"):
+            sampling(folder)
+        with pytest.raises(ValueError, match="'template' isn't the template"):
+            sampling(folder, template=EXTRA_ID)
+    assert sampling(str(tmp_path / "0"), template=planted).template == planted
+    assert not (tmp_path / "ran").exists()
+
+
 def test_another_template_is_refused_with_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'template' isn't the template .*llama3_template"):
         sampling(checkpoint(tmp_path / "acsft"), template=EXTRA_ID)

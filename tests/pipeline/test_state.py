@@ -101,6 +101,22 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "state" / "sft.json").read_text())["runs"] == 2
 
 
+@pytest.mark.parametrize(
+    "content", [b"", bytes(100), b'{"fingerprint": ', b"[]", b"{}", b"3", b"\xff\xfe"]
+)
+def test_a_damaged_record_is_none(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stage is done again; its folder is set aside, or adopted. The warning comes once."""
+    state = PipelineState(tmp_path)
+    state.write("sft", StageRecord("abc", "tune run x", True))
+    (tmp_path / "state" / "sft.json").write_bytes(content)
+    assert state.read("sft") is state.read("sft") is None
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"WARNING: {tmp_path}/state/sft.json is damaged (")
+    assert warning.count("\n") == 1
+
+
 def test_files_without_what_is_for_resuming(tmp_path: Path) -> None:
     for name in ("epoch_1/model", "checkpoints/step_1/x", "earlier_runs/1/y", "metrics.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,21 @@ def test_stopped_at_any_byte(input_file: Path, size: int) -> None:
     assert output.path.read_bytes() == b"".join(LINES)
 
 
+@pytest.mark.parametrize("begin", [0, 4, 5, 7])
+@pytest.mark.parametrize("end", ["", "\n"], ids=["no line end", "line end"])
+def test_nuls_of_a_power_cut_are_written_again(input_file: Path, begin: int, end: str) -> None:
+    """From some line of the two slices on, and one more for the rest: what was on the disk stays,
+    in whole slices."""
+    output = opened(input_file)
+    run(output, slices=2)
+    stop(output)
+    kept = b"".join(LINES[:begin])
+    nuls = bytes(output.partial.stat().st_size - len(kept) - len(end))
+    output.partial.write_bytes(kept + nuls + end.encode())
+    assert run(opened(input_file)) == begin - begin % SLICE
+    assert output.path.read_bytes() == b"".join(LINES)
+
+
 def test_a_complete_output_is_left_as_it_is(input_file: Path) -> None:
     run(opened(input_file))
     output = opened(input_file)
