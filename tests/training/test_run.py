@@ -23,6 +23,7 @@ from steerlm2.config.loader import Component
 from steerlm2.data.packing import Dialogue
 from steerlm2.distributed.parallelize import clip_gradients
 from steerlm2.distributed.world import World
+from steerlm2.files import SUMS_FILE
 from steerlm2.training import run as run_module
 from steerlm2.training.run import TrainingRun
 from steerlm2.training.setup import build_optimizer
@@ -329,6 +330,7 @@ def test_a_state_of_an_earlier_version_resumes_with_a_notice(
     state = json.loads(file.read_text())
     del state["data"]["digests"], state["data"]["model"]
     file.write_text(json.dumps(state))
+    file.with_name(SUMS_FILE).unlink()
     assert resume(train=DATA[::-1]).first_step == 2
     shown = capsys.readouterr().err
     assert "step_000002 doesn't say which data, checkpoint and template and which settings" in shown
