@@ -10,6 +10,7 @@ in it isn't checked.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -20,6 +21,9 @@ from pathlib import Path
 SUMS_FILE = "SHA256SUMS"
 FILES_AT_ONCE = 4
 """That are hashed: a choice. SHA-256 takes a core 1 to 2 GB/s."""
+
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+"""What some network file systems answer where it is asked of a folder."""
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
 
@@ -44,6 +48,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

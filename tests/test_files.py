@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,24 @@ def test_a_failure_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space left"):
         write_durably(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "earlier"
+
+
+def test_a_file_system_that_cannot_wait_for_folders_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some network file systems; for a file it is an error."""
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or refuse_files:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    refuse_files = False
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_durably(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new"
+    refuse_files = True
+    with pytest.raises(OSError, match="Invalid argument"):
+        write_durably(tmp_path / "x", "newer")
 
 
 @pytest.mark.parametrize("name", ["x", "x.partial"])

@@ -51,7 +51,7 @@ from steerlm2.data.jsonl import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
-from steerlm2.files import check_unchanged, write_durably
+from steerlm2.files import check_unchanged, sync, write_durably
 from steerlm2.models.config_json import decoder_config, hf_config
 from steerlm2.models.decoders import HeadShape, head_shape
 from steerlm2.models.reward_head import attribute_names
@@ -142,6 +142,7 @@ class FolderCheckpointer:
         text, folder = json_text(config | names), self.output_dir / f"epoch_{epoch}"
         seal(folder, {**sums, "config.json": hashlib.sha256(text.encode()).hexdigest()})
         write_durably(folder / "config.json", text)
+        sync(self.output_dir)
 
     def _pad(self, text: TrainedText) -> int:
         return self._pad_id if self._pad_id is not None else text.tokenizer.pad_id

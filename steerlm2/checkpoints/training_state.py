@@ -246,6 +246,7 @@ class StateWriter:
         def make_room() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            sync(self.folder.parent)
 
         def complete(sums: dict[str, str]) -> None:
             write_durably(partial / STATE_FILE, state_text)

@@ -25,7 +25,12 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
 from steerlm2.attributes import AttributeSchema, check_same_attributes
-from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir, weight_files
+from steerlm2.checkpoint_dirs import (
+    WEIGHT_SUFFIXES,
+    read_json,
+    resolve_checkpoint_dir,
+    weight_files,
+)
 from steerlm2.checkpoints.checkpointer import (
     FolderCheckpointer,
     HFCheckpointer,
@@ -63,7 +68,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
 from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
-from steerlm2.files import SUMS_FILE, check_unchanged
+from steerlm2.files import SUMS_FILE, check_unchanged, read_sums
 from steerlm2.models.config_json import check_decoder, exported_config
 from steerlm2.models.decoders import HeadShape, context_length, head_shape
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
@@ -127,6 +132,8 @@ def open_checkpointer(
     checkpointer = instantiate(arguments | dict(component) | {"checkpoint_dir": str(folder)})
     if isinstance(checkpointer, HFCheckpointer):
         checkpointer.hf_config = exported_config(decoder, values)
+    else:  # ours checks what it loads
+        check_unchanged(folder, [n for n in read_sums(folder) if Path(n).suffix in WEIGHT_SUFFIXES])
     return checkpointer
 
 

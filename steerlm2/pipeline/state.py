@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
 from steerlm2.files import write_durably
@@ -90,7 +91,7 @@ class PipelineState:
             ValueError: where another pipeline, or a stage of it, goes on running.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        with self._open_lock() as file:
             started = time.monotonic()
             while True:
                 try:
@@ -106,6 +107,15 @@ class PipelineState:
                         print("waiting for a stage that an earlier run left behind", flush=True)
                     time.sleep(0.5)
             yield file.fileno()
+
+    def _open_lock(self) -> IO[str]:
+        path = self.folder / "lock"
+        try:
+            return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        except OSError as error:
+            if path.is_symlink():
+                raise ValueError(f"{path} must be a file, not a link: remove it") from error
+            raise
 
 
 def fingerprint(

@@ -132,6 +132,19 @@ def test_set_aside_loses_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "earlier" / "sft_1" / "x").read_text() == "1"
 
 
+def test_a_link_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
+    """What it leads to stays as it is."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "lock").symlink_to(tmp_path / "mine")
+    with (
+        pytest.raises(ValueError, match="must be a file, not a link"),
+        PipelineState(tmp_path).lock(),
+    ):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_lock_is_held_by_a_stage_that_outlives_its_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
