@@ -442,6 +442,32 @@ def test_a_link_publishes_nothing(name: str, tmp_path: Path) -> None:
         assert file.is_dir() or b"private key" not in file.read_bytes()
 
 
+def test_a_folder_of_the_hubs_cache_is_a_checkpoint(tmp_path: Path) -> None:
+    """snapshots/REVISION, whose files are links to blobs: it is loaded, checked, and exported as
+    files."""
+    folder, weights = language_model(tmp_path)
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        blob = repository / "blobs" / sha256(file)
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    assert hf_tokenizer(snapshot).digest == tiny_tokenizer().digest
+    again = HFCheckpointer(str(snapshot), str(tmp_path / "again"))
+    found = again.load_checkpoint()
+    assert all(found["model"][name].equal(weights[name]) for name in weights)
+    again.save_checkpoint(found, epoch=1)
+    copies = list((tmp_path / "again" / "epoch_1").iterdir())
+    assert {file.name for file in copies} == {file.name for file in snapshot.iterdir()}
+    assert not any(file.is_symlink() for file in copies)
+    blob = (snapshot / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match=r"model\.safetensors changed since"):
+        again.load_checkpoint()
+
+
 def test_links_publish_nothing_by_torchtunes_checkpointer(tmp_path: Path) -> None:
     """It copies all of a folder's small files, by whatever name, and of sub-folders too."""
     folder, weights = language_model(tmp_path)
