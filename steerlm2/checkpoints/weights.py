@@ -434,30 +434,36 @@ def save_weights(
             if world.is_main:
                 weights[name] = tensor.to("cpu", dtype)
         theirs = cast(Checkpointer, checkpointer)
-        world.on_main(lambda: theirs.save_checkpoint({"model": weights}, epoch=epoch))
-        world.on_main(lambda: _rewrite_side_files(folder, text, facts))
+
+        def save_theirs() -> None:
+            theirs.save_checkpoint({"model": weights}, epoch=epoch)
+            if type(theirs).__module__.startswith("torchtune."):
+                _remove_copies(folder, has_adapter=lora is not None)
+            if text is not None:
+                _rewrite_side_files(folder, text, facts)
+
+        world.on_main(save_theirs)
     return folder
 
 
-def _rewrite_side_files(folder: Path, text: TrainedText | None, facts: ModelFacts | None) -> None:
-    """In an export of torchtune's, which has all files of the checkpoint that it started from."""
-    (folder / SUMS_FILE).unlink(missing_ok=True)
-    if text is not None:
-        _remove_other_files(folder)
-        _write_side_files(folder, text, facts)
-    seal(folder)
-
-
-def _remove_other_files(folder: Path) -> None:
-    """Remove what torchtune has copied: the checkpoint's code, and what its links lead to."""
-    for path in folder.iterdir():
-        if path.is_dir() and path.name != ADAPTER:
+def _remove_copies(folder: Path, *, has_adapter: bool) -> None:
+    """Remove what torchtune's checkpointers copy of a checkpoint: code, other formats, and what
+    links lead to."""
+    copies = [path for path in folder.iterdir() if not _OF_AN_EXPORT.fullmatch(path.name)]
+    if has_adapter:
+        alone = folder / ADAPTER
+        own = {*read_sums(alone), SUMS_FILE, MODEL_CARD}
+        copies.remove(alone)
+        copies += [path for path in alone.iterdir() if path.name not in own]
+    for path in copies:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.is_file() and not _OF_AN_EXPORT.fullmatch(path.name):
+        else:
             path.unlink()
 
 
-def _write_side_files(folder: Path, text: TrainedText, facts: ModelFacts | None) -> None:
+def _rewrite_side_files(folder: Path, text: TrainedText, facts: ModelFacts | None) -> None:
+    """In an export of torchtune's, which has the side files of the checkpoint it started from."""
     config, generation = read_json(folder / "config.json"), folder / GENERATION_CONFIG
     known = read_json(generation) if generation.is_file() else {}
     pad_id, base = text.tokenizer.pad_id, tokenizer_of(folder)
@@ -472,6 +478,7 @@ def _write_side_files(folder: Path, text: TrainedText, facts: ModelFacts | None)
     if facts is not None:
         write_facts(folder, facts)
         write_card(folder, facts)
+    seal(folder)
 
 
 def _save_adapter(

@@ -472,8 +472,10 @@ def test_links_publish_nothing_by_torchtunes_checkpointer(tmp_path: Path) -> Non
     """It copies all of a folder's small files, by whatever name, and of sub-folders too."""
     folder, weights = language_model(tmp_path)
     (tmp_path / "id_rsa").write_text("a private key")
-    (folder / "original").mkdir()
-    for name in ("notes.txt", "original/notes", "model_notes", "params.json"):
+    for name in ("original", "adapter"):
+        (folder / name).mkdir()
+    names = ("notes.txt", "original/notes", "adapter/README.md", "model_notes", "params.json")
+    for name in names:
         (folder / name).symlink_to(tmp_path / "id_rsa")
     component = {
         "_component_": "torchtune.training.FullModelHFCheckpointer",
