@@ -438,7 +438,7 @@ def save_weights(
         def save_theirs() -> None:
             theirs.save_checkpoint({"model": weights}, epoch=epoch)
             if type(theirs).__module__.startswith("torchtune."):
-                _remove_copies(folder, has_adapter=lora is not None)
+                _remove_copies(folder, has_adapter=lora is not None, has_card=facts is not None)
             if text is not None:
                 _rewrite_side_files(folder, text, facts)
 
@@ -446,13 +446,13 @@ def save_weights(
     return folder
 
 
-def _remove_copies(folder: Path, *, has_adapter: bool) -> None:
+def _remove_copies(folder: Path, *, has_adapter: bool, has_card: bool) -> None:
     """Remove what torchtune's checkpointers copy of a checkpoint: code, other formats, and what
     links lead to."""
     copies = [path for path in folder.iterdir() if not _OF_AN_EXPORT.fullmatch(path.name)]
     if has_adapter:
         alone = folder / ADAPTER
-        own = {*read_sums(alone), SUMS_FILE, MODEL_CARD}
+        own = {*read_sums(alone), SUMS_FILE, *([MODEL_CARD] if has_card else [])}
         copies.remove(alone)
         copies += [path for path in alone.iterdir() if path.name not in own]
     for path in copies:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchtune.models.llama3 import llama3
+from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
@@ -468,7 +468,8 @@ def test_a_folder_of_the_hubs_cache_is_a_checkpoint(tmp_path: Path) -> None:
         again.load_checkpoint()
 
 
-def test_links_publish_nothing_by_torchtunes_checkpointer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_links_publish_nothing_by_torchtunes_checkpointer(lora: bool, tmp_path: Path) -> None:
     """It copies all of a folder's small files, by whatever name, and of sub-folders too."""
     folder, weights = language_model(tmp_path)
     (tmp_path / "id_rsa").write_text("a private key")
@@ -483,7 +484,10 @@ def test_links_publish_nothing_by_torchtunes_checkpointer(tmp_path: Path) -> Non
         "checkpoint_files": ["model.safetensors"],
         "model_type": "LLAMA3",
     }
-    decoder, tokenizer = meta_decoder(), tiny_tokenizer()
+    adapted = {"lora_attn_modules": ["q_proj"], "lora_rank": 2, "lora_alpha": 4}
+    with torch.device("meta"):
+        decoder = lora_llama3(**adapted, **TINY) if lora else llama3(**TINY)
+    tokenizer = tiny_tokenizer()
     theirs = open_checkpointer(component, decoder, tokenizer, seed=0, output_dir=str(tmp_path))
     load_weights(decoder, theirs, CPU, seed=0)
     options = {"dtype": torch.float32, "output_dir": tmp_path, "epoch": 2}
@@ -491,12 +495,13 @@ def test_links_publish_nothing_by_torchtunes_checkpointer(tmp_path: Path) -> Non
     exported = save_weights(decoder, theirs, CPU, text=text, **options)
     for file in exported.rglob("*"):
         assert file.is_dir() or b"private key" not in file.read_bytes()
-    assert not [path for path in exported.iterdir() if path.is_dir()]
-    sums = read_sums(exported)
-    assert sums.keys() == {file.name for file in exported.iterdir()} - {SUMS_FILE, "README.md"}
-    assert changed(exported) == []
+    assert [path.name for path in exported.iterdir() if path.is_dir()] == ["adapter"] * lora
+    for sealed in (exported, exported / "adapter") if lora else (exported,):
+        files = {file.name for file in sealed.iterdir() if file.is_file()}
+        assert read_sums(sealed).keys() == files - {SUMS_FILE, "README.md"}
+        assert changed(sealed) == []
     found = HFCheckpointer(str(exported)).load_checkpoint()["model"]
-    assert all(found[name].equal(weights[name]) for name in weights)
+    assert all(found[name].equal(weights[name]) for name in weights)  # adapters begin as nothing
 
 
 def test_the_folder_that_was_read_stays_as_it_is(tmp_path: Path) -> None:
