@@ -460,23 +460,32 @@ def damage(file: Path, how: str) -> None:
     file.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def two_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "states"
+    run = new_run()
+    for step in (3, 6):
+        save(folder, step, run)
+    return folder
+
+
 @pytest.mark.parametrize("how", ["bit flip", "NULs", "empty"])
 @pytest.mark.parametrize(
     "name", ["__0_0.distcp", ".metadata", "random_0.pt", STATE_FILE, SUMS_FILE]
 )
 def test_a_damaged_state_is_passed_over(
-    how: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: str, name: str, two_states: Path, tmp_path: Path
 ) -> None:
-    """Whichever of its files is damaged, and whether or not it can still be read. The warning names
+    """Whichever of its files is damaged, and whether or not it can still be read. The problem names
     the file."""
-    for step in (3, 6):
-        save(tmp_path, step, with_schedule(0.01)[:2])
-    damage(tmp_path / "step_000006" / name, how)
-    found = resume_training(tmp_path, *with_schedule(0.01), {"seed": 5}, CPU)
-    assert found == (tmp_path / "step_000003", 3)
-    warning = capsys.readouterr().err
-    assert warning.startswith(f"WARNING: {tmp_path}/step_000006 is broken (")
-    assert name in warning.removeprefix(f"WARNING: {tmp_path}")
+    folder = shutil.copytree(two_states, tmp_path / "states")
+    assert newest_whole(folder, CPU) == (folder / "step_000006", [])
+    damage(folder / "step_000006" / name, how)
+    found, (problem,) = newest_whole(folder, CPU)
+    assert found == folder / "step_000003"
+    prefix = f"{folder}/step_000006 is broken ("
+    assert problem.startswith(prefix)
+    assert name in problem.removeprefix(prefix)
 
 
 def test_a_state_without_digests_is_resumed(tmp_path: Path) -> None:
