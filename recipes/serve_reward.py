@@ -9,8 +9,8 @@
 
 Texts of concurrent requests are scored together. SIGTERM and SIGINT end the server once it has
 answered what it has accepted. Where the environment has STEERLM2_API_KEY, requests need that key.
-Otherwise whoever reaches the port may use it, so it listens on 127.0.0.1 unless told otherwise. It
-knows no encryption.
+Otherwise whoever reaches the port may use it, so it listens on 127.0.0.1 unless told otherwise, and
+answers only to hosts that no web page can name (`allowed_hosts`). It knows no encryption.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from steerlm2.distributed.world import init_world
 from steerlm2.inference.attribute_model import load_attribute_model
 from steerlm2.inference.server_client import own_api_key
 from steerlm2.runs.entry import recipe_main
-from steerlm2.serving.listening import bound_socket, check_packages, serve, served_name
+from steerlm2.serving.listening import (
+    allowed_hosts,
+    bound_socket,
+    check_packages,
+    serve,
+    served_name,
+)
 
 
 @dataclass(kw_only=True)
@@ -80,6 +86,7 @@ class ServeRecipe:
 
     def __init__(self, cfg: ServeConfig) -> None:
         self.cfg = cfg
+        self.api_key = own_api_key()
         check_packages()
         self.socket = bound_socket(cfg.host, cfg.port)  # fails before the model is loaded
         self.world = init_world(cfg.device)
@@ -105,6 +112,8 @@ class ServeRecipe:
         model.score([model.encode(cfg.system_prompt, [], ["Hello."])[0]])
         limits = Limits(
             max_body_bytes=cfg.max_body_bytes,
+            max_pending_bytes=cfg.max_pending_bytes,
+            body_timeout=cfg.body_timeout,
             max_items=cfg.max_items,
             max_queue=cfg.max_queue,
             request_timeout=cfg.request_timeout,
@@ -115,7 +124,8 @@ class ServeRecipe:
             served_name(cfg.model_name, cfg.checkpointer),
             limits=limits,
             system_prompt=cfg.system_prompt,
-            api_key=own_api_key(),
+            api_key=self.api_key,
+            allowed_hosts=allowed_hosts(cfg, self.socket, self.api_key),
         )
         if cfg.checkpointer is None:
             print(
@@ -129,7 +139,7 @@ class ServeRecipe:
         """Answer requests until SIGTERM or SIGINT."""
         cfg = self.cfg
         names = ", ".join(as_schema(cfg.schema).names)
-        serve(self.app, self.socket, names, "/v1/attributes", cfg.request_timeout)
+        serve(self.app, self.socket, names, "/v1/attributes", cfg, api_key=self.api_key)
 
 
 @recipe_main(ServeConfig)

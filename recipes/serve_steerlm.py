@@ -12,8 +12,8 @@ nearest of 8 answers to the request, and `scores: true` what was obtained.
 The answers come from the checkpoint in this process, several requests at a time, or from a vLLM
 server (`server.url`), the way for real loads. SIGTERM and SIGINT end this server once it has
 answered what it has accepted. Where the environment has STEERLM2_API_KEY, requests need that key.
-Otherwise whoever reaches the port may use it, so it listens on 127.0.0.1 unless told otherwise. It
-knows no encryption.
+Otherwise whoever reaches the port may use it, so it listens on 127.0.0.1 unless told otherwise, and
+answers only to hosts that no web page can name (`allowed_hosts`). It knows no encryption.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from steerlm2.distributed.world import init_world
 from steerlm2.inference.load_steered import load_steered_model
 from steerlm2.inference.server_client import own_api_key
 from steerlm2.runs.entry import recipe_main
-from steerlm2.serving.listening import bound_socket, check_packages, serve, served_name
+from steerlm2.serving.listening import (
+    allowed_hosts,
+    bound_socket,
+    check_packages,
+    serve,
+    served_name,
+)
 
 
 @dataclass(kw_only=True)
@@ -50,6 +56,7 @@ class ServeRecipe:
 
     def __init__(self, cfg: ServeConfig) -> None:
         self.cfg = cfg
+        self.api_key = own_api_key()
         check_packages()
         self.socket = bound_socket(cfg.host, cfg.port)  # fails before the model is loaded
         self.world = init_world("cpu" if cfg.server and not cfg.attribute_model else cfg.device)
@@ -61,6 +68,8 @@ class ServeRecipe:
         model = load_steered_model(cfg, self.world)
         limits = SteeringLimits(
             max_body_bytes=cfg.max_body_bytes,
+            max_pending_bytes=cfg.max_pending_bytes,
+            body_timeout=cfg.body_timeout,
             max_items=cfg.max_items,
             max_queue=cfg.max_queue,
             request_timeout=cfg.request_timeout,
@@ -68,7 +77,13 @@ class ServeRecipe:
             max_new_tokens=cfg.max_new_tokens,
         )
         self.name = self._name()
-        self.app = create_app(model, self.name, limits=limits, api_key=own_api_key())
+        self.app = create_app(
+            model,
+            self.name,
+            limits=limits,
+            api_key=self.api_key,
+            allowed_hosts=allowed_hosts(cfg, self.socket, self.api_key),
+        )
         if cfg.checkpointer is None and cfg.server is None:
             print(
                 f"the weights are UNTRAINED (fresh from seed {cfg.seed}), so the answers mean "
@@ -77,7 +92,16 @@ class ServeRecipe:
 
     def serve(self) -> None:
         """Answer requests until SIGTERM or SIGINT."""
-        serve(self.app, self.socket, self.name, "/", self.cfg.request_timeout)
+        outgoing = 0 if self.cfg.server is None else self.cfg.server.concurrency
+        serve(
+            self.app,
+            self.socket,
+            self.name,
+            "/",
+            self.cfg,
+            api_key=self.api_key,
+            outgoing=outgoing,
+        )
 
     def _name(self) -> str:
         cfg = self.cfg

@@ -12,7 +12,9 @@ key may be stands in `problems`, which a recipe's own `problems` extends.
 
 from __future__ import annotations
 
+import ipaddress
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -71,6 +73,20 @@ def above_zero(config: object, *names: str, section: str = "") -> Iterator[str]:
         value = getattr(config, name)
         if value is not None and not value > 0:
             yield f"'{section}{name}' must be above 0, got {value}"
+
+
+def host_problems(hosts: Iterable[str]) -> Iterator[str]:
+    """What is wrong with `allowed_hosts`."""
+    for host in hosts:
+        try:
+            fits = bool(ipaddress.ip_network(host, strict=False))
+        except ValueError:
+            fits = host == "*" or re.fullmatch(r"(\*\.)?[\w.-]+", host) is not None
+        if not fits:
+            yield (
+                f"'allowed_hosts' has {host!r}: give names without a port (reward.example, "
+                '*.example, "*" for all), addresses, or networks (10.0.0.0/8)'
+            )
 
 
 def sampling_problems(config: Any, section: str = "") -> Iterator[str]:
@@ -595,15 +611,37 @@ class ServingKeys(ModelKeys):
     """Address to listen on; 0.0.0.0: all IPv4 addresses of the machine, for everybody there."""
     port: int = 8000
     """Port to listen on; 0: any free one, which the start-up message names."""
+    allowed_hosts: list[str] | None = None
+    """Hosts that requests may be for, so that no web page reaches the server under a name of its
+    own: names, *.NAME, addresses and networks, or "*" for all. null: those of loopback (localhost,
+    127.0.0.0/8, ::1); where it listens beyond that also every address and the machine's own names;
+    all, where requests need a key."""
     max_body_bytes: int = 1_048_576
     """Bytes of a request."""
+    max_pending_bytes: int = 67_108_864
+    """Bytes of all requests that are read or answered at a time; more get 503."""
+    max_connections: int = 1024
+    """Connections at a time, as far as the process may open files. A new one closes that which has
+    been without a request for the longest time; requests beyond it get 503, but for /health."""
+    header_timeout: float = 10.0
+    """Seconds for a request's header."""
+    body_timeout: float = 30.0
+    """Seconds from a request's header to the end of its body."""
     request_timeout: float = 60.0
     """Seconds from a request's header to the end of its answer."""
 
     def problems(self) -> list[str]:
         found = super().problems()
         found += at_least_one(self, "max_body_bytes")
-        found += above_zero(self, "request_timeout")
+        found += above_zero(self, "header_timeout", "body_timeout", "request_timeout")
+        if self.max_connections < 2:
+            found.append(f"'max_connections' must be at least 2, got {self.max_connections}")
+        if self.max_pending_bytes < self.max_body_bytes:
+            found.append(
+                f"'max_pending_bytes' ({self.max_pending_bytes}) must be at least "
+                f"'max_body_bytes' ({self.max_body_bytes})"
+            )
+        found += host_problems(self.allowed_hosts or [])
         if not 0 <= self.port <= 65535:
             found.append(f"'port' must be 0 to 65535, got {self.port}")
         return found

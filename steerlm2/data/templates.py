@@ -477,6 +477,17 @@ def encode_for_scoring(
     return RewardGroup(array("i", prompt), [array("i", text) for text in texts]), num_cut
 
 
+def is_too_long(tokenizer: Tokenizer, texts: Iterable[str], max_seq_len: int) -> bool:
+    """Whether texts have so many bytes that their tokens can't be as few as `max_seq_len`.
+
+    It tells without tokenising them; False: they may fit or not.
+    """
+    most = tokenizer.most_bytes_a_token
+    return most is not None and sum(len(text.encode("utf-8", "replace")) for text in texts) > (
+        max_seq_len * most
+    )
+
+
 def groups_for_scoring(
     template: Template,
     tokenizer: Tokenizer,

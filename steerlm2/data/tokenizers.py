@@ -15,7 +15,9 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +34,11 @@ _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_templat
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_FILES = ("tokenizer.json", *_SIDE_FILES, *_OTHER_FORMS)
 """All that belongs to a tokenizer in a folder."""
+
+LONG_TEXT = 4096
+"""Characters from which a text is encoded without Python's global lock: it takes milliseconds, in
+which the other threads of a server would stand still."""
+
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unk>")
 
 
@@ -57,6 +64,10 @@ class Tokenizer(Protocol):
     @property
     def control_ids(self) -> Collection[int]:
         """The ids that `encode` never yields."""
+
+    @property
+    def most_bytes_a_token(self) -> int | None:
+        """Bytes of UTF-8 that one token stands for at most; None: not known."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text; no text gives the id of a control token."""
@@ -127,9 +138,11 @@ class HFTokenizer:
         single character whose only token is a control token is left out. Added tokens of white
         space only count as text. Halves of surrogate pairs, which aren't Unicode text, become "?".
         """
-        encoding = self._content.encode(
-            text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False
-        )
+        plain = text.encode("utf-8", "replace").decode("utf-8")
+        if len(text) < LONG_TEXT:
+            encoding = self._content.encode(plain, add_special_tokens=False)
+        else:
+            (encoding,) = self._content.encode_batch([plain], add_special_tokens=False)
         ids: list[int] = encoding.ids
         if self.control_ids.isdisjoint(ids):
             return ids
@@ -142,6 +155,29 @@ class HFTokenizer:
             return [token_id for token_id in ids if token_id not in self.control_ids]
         edges = zip([0, *cuts], [*cuts, len(text)], strict=True)
         return [token_id for start, end in edges for token_id in self.encode(text[start:end])]
+
+    @functools.cached_property
+    def most_bytes_a_token(self) -> int | None:
+        """Bytes of UTF-8 that one token stands for at most.
+
+        None: not known, where the tokenizer may leave out or replace what a text has.
+        """
+        spec = json.loads(self._content.to_str())
+        shrinks = _most_shrinking(spec["normalizer"])
+        vocabulary = self._content.get_vocab(with_added_tokens=True)
+        if spec["model"]["type"] != "BPE" or shrinks is None:
+            return None
+        if "ByteLevel" in _part_types(spec["pre_tokenizer"]):  # a character stands for a byte
+            complete = vocabulary.keys() >= _BYTE_CHARACTERS
+            longest = max(
+                len(token) if _BYTE_CHARACTERS.issuperset(token) else len(token.encode())
+                for token in vocabulary
+            )
+        else:
+            complete = all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+            complete = complete and spec["model"].get("byte_fallback", False)
+            longest = max(len(token.encode("utf-8", "replace")) for token in vocabulary)
+        return longest * shrinks if complete else None
 
     def token_id(self, token: str) -> int | None:
         """The id of `token` if it is one token of the vocabulary, else None."""
@@ -334,6 +370,36 @@ def _content_spec(spec: dict[str, Any]) -> dict[str, Any]:
     else:
         text_tokens = []
     return spec | {"added_tokens": text_tokens, "model": model, "post_processor": None}
+
+
+_BYTE_CHARACTERS = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def _part_types(part: dict[str, Any] | None) -> list[str]:
+    """The types of a pre-tokenizer and of those in it."""
+    if part is None:
+        return []
+    inner = part.get("pretokenizers", [])
+    return [part["type"], *itertools.chain.from_iterable(map(_part_types, inner))]
+
+
+def _most_shrinking(normalizer: dict[str, Any] | None) -> int | None:
+    """How many times fewer bytes a text may have after a normalizer; None: not known.
+
+    NFC makes at most 9 bytes (three letters of Hangul) into 3.
+    """
+    match normalizer:
+        case None | {"type": "Prepend"}:
+            return 1
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return 1 if len(old.encode()) <= len(new.encode()) else None
+        case {"type": "NFC"}:
+            return 3
+        case {"type": "Sequence", "normalizers": parts}:
+            factors = [_most_shrinking(inner) for inner in parts]
+            known = [factor for factor in factors if factor is not None]
+            return math.prod(known) if len(known) == len(factors) else None
+    return None
 
 
 def _without_dummy_space(part: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -205,7 +205,8 @@ class SteeredModel:
         """The attribute model's scores of answers, by name. Long texts lose their beginning."""
         model = self.attribute_model
         assert model is not None, "whoever asks for scores checks that there is an attribute model"
-        groups, _ = groups_for_scoring(
+        groups, _ = await asyncio.to_thread(
+            groups_for_scoring,
             model.template,
             model.tokenizer,
             question.system,

@@ -41,7 +41,7 @@ def add_chat(app: FastAPI, service: Service) -> dict[str, Any]:
         """Answers to a conversation, as in OpenAI's API."""
         return await respond(
             request,
-            service.limits,
+            service,
             "messages",
             lambda body: ChatWork(service, parse_body(body, ChatRequest, REFUSALS)),
         )
@@ -79,6 +79,8 @@ class ChatWork:
         except ValueError as error:
             param = str(error).partition(":")[0].partition("[")[0]
             raise invalid(str(error), param=param) from None
+        turns = (turn.value for turn in self.question.turns)
+        service.check_size([self.question.system, *turns], "messages")
         self.prompt = model.prompt_of(self.question)
         most = service.room(self.prompt, asked.most_tokens, limits.max_new_tokens)
         self.settings = asked.settings(

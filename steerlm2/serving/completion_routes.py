@@ -13,7 +13,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
@@ -22,7 +22,7 @@ from steerlm2.data.templates import EXTRA_ID_TOKENS, ExtraIdTemplate, Segment, e
 from steerlm2.inference.steered import SteeredModel, TextToken
 from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.serving.event_stream import while_connected
-from steerlm2.serving.http import body_schema, json_response, parse_body, read_body
+from steerlm2.serving.http import body_schema, json_response, parse_body
 from steerlm2.serving.steering_requests import (
     ANYTHING,
     CompletionRequest,
@@ -62,7 +62,7 @@ def add_completions(app: FastAPI, service: Service) -> dict[str, Any]:
         """Continuations of texts or token ids, as in OpenAI's API."""
         return await respond(
             request,
-            service.limits,
+            service,
             "prompts",
             lambda body: CompletionWork(service, parse_body(body, CompletionRequest, REFUSALS)),
         )
@@ -83,13 +83,17 @@ class CompletionWork:
         if split_model(asked.model, [service.name]) is not None:
             raise invalid("model: attributes are for chats; here the prompt has all", "model")
         self.n = asked.n or 1
-        self.prompts = prompts_of(service.model, asked.prompt)
         check_at_most({"n": asked.n}, service.limits.max_n, "max_n")
-        if len(self.prompts) > service.limits.max_items:
+        given = prompts_in(asked.prompt)
+        if len(given) > service.limits.max_items:
             raise invalid(
-                f"at most {service.limits.max_items} prompts (max_items), got {len(self.prompts)}",
+                f"at most {service.limits.max_items} prompts (max_items), got {len(given)}",
                 param="prompt",
             )
+        for each in given:
+            if isinstance(each, str):
+                service.check_size([each], "prompt")
+        self.prompts = prompts_of(service.model, given)
         wanted = COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         for prompt in self.prompts:
             service.room(prompt, wanted, wanted, param="prompt")
@@ -177,20 +181,26 @@ class CompletionWork:
         return usage_of(sum(map(len, self.prompts)), num_tokens)
 
 
-def prompts_of(
-    model: SteeredModel, given: str | list[str] | list[int] | list[list[int]]
-) -> list[list[int]]:
+def prompts_in(
+    given: str | list[str] | list[int] | list[list[int]],
+) -> Sequence[str | list[int]]:
+    """The prompts of a request, which may be one: a text or token ids each."""
+    if isinstance(given, str):
+        return [given]
+    if given and all(isinstance(each, int) for each in given):
+        return [cast("list[int]", given)]
+    return cast("list[str] | list[list[int]]", given)
+
+
+def prompts_of(model: SteeredModel, given: Sequence[str | list[int]]) -> list[list[int]]:
     """The token ids of prompts: texts, in which nothing spells a control token, or ids.
 
     Raises:
         RequestError: for empty prompts and ids that the tokenizer doesn't have.
     """
-    listed: list[Any] = [given] if isinstance(given, str) else given
-    if listed and all(isinstance(each, int) for each in listed):
-        listed = [listed]
     bos = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
     prompts = [
-        [*bos, *model.tokenizer.encode(each)] if isinstance(each, str) else each for each in listed
+        [*bos, *model.tokenizer.encode(each)] if isinstance(each, str) else each for each in given
     ]
     if not prompts or not all(prompts):
         raise invalid("prompt: is empty", param="prompt")
@@ -286,45 +296,63 @@ def add_generate(app: FastAPI, service: Service) -> dict[str, Any]:
         Here alone the template's control tokens in a text are control tokens.
         """
         deadline = asyncio.get_running_loop().time() + limits.request_timeout
-        async with in_time(deadline, limits):
-            body = await read_body(request, limits.max_body_bytes, "sentences")
-            asked = parse_body(body, GenerateRequest, REFUSALS)
-            sentences = await while_connected(request.receive, _generated(service, asked))
+        async with in_time(deadline, limits), service.intake.body(request, "sentences") as body:
+            work = await service.intake.run(len(body), GenerateWork, service, body)
+            sentences = await while_connected(request.receive, work.answer())
             return json_response(200, {"sentences": sentences})
 
     return components
 
 
-async def _generated(service: Service, asked: GenerateRequest) -> list[str]:
-    check_text(asked)
-    if len(asked.sentences) > service.limits.max_items:
-        raise invalid(
-            f"at most {service.limits.max_items} sentences (max_items), got {len(asked.sentences)}",
-            param="sentences",
+class GenerateWork:
+    """A checked request for prompts with their answers.
+
+    Raises:
+        RequestError: for what can't be done.
+    """
+
+    def __init__(self, service: Service, body: bytes) -> None:
+        self.service = service
+        self.asked = asked = parse_body(body, GenerateRequest, REFUSALS)
+        check_text(asked)
+        if len(asked.sentences) > service.limits.max_items:
+            raise invalid(
+                f"at most {service.limits.max_items} sentences (max_items), got "
+                f"{len(asked.sentences)}",
+                param="sentences",
+            )
+        self.spelled = control_spellings(service.model)
+        self.prompts = []
+        for text in asked.sentences:
+            service.check_size([_without_controls(text, self.spelled)], "sentences")
+            prompt = prompt_with_controls(service.model, text, self.spelled)
+            service.room(prompt, asked.tokens_to_generate, 0, param="sentences")
+            self.prompts.append(prompt)
+
+    async def answer(self) -> list[str]:
+        """Every prompt with its answer."""
+        asked = self.asked
+        greedy = asked.greedy or asked.top_k == 1
+        seed = secrets.randbits(48) if asked.random_seed is None else asked.random_seed % 2**62
+        settings = GenerationSettings(
+            max_new_tokens=asked.tokens_to_generate,
+            temperature=0.0 if greedy else float(asked.temperature),
+            top_p=float(asked.top_p) or 1.0,
+            top_k=0 if greedy else asked.top_k,
         )
-    spelled = control_spellings(service.model)
-    prompts = [prompt_with_controls(service.model, text, spelled) for text in asked.sentences]
-    for prompt in prompts:
-        service.room(prompt, asked.tokens_to_generate, 0, param="sentences")
-    greedy = asked.greedy or asked.top_k == 1
-    seed = secrets.randbits(48) if asked.random_seed is None else asked.random_seed % 2**62
-    settings = GenerationSettings(
-        max_new_tokens=asked.tokens_to_generate,
-        temperature=0.0 if greedy else float(asked.temperature),
-        top_p=float(asked.top_p) or 1.0,
-        top_k=0 if greedy else asked.top_k,
-    )
-    # The stop token ends an answer as it is, and is spelled as the caller spells it.
-    ends = [text for text in asked.end_strings if text and text not in spelled]
-    async with service.place():
-        answers = await together(
-            service.answers(prompt, dataclasses.replace(settings, seed=seed + i), ends, whole=True)
-            for i, prompt in enumerate(prompts)
-        )
-    return [
-        text + _as_spelled(own.text, asked.end_strings, spelled)
-        for text, (own,) in zip(asked.sentences, answers, strict=True)
-    ]
+        # The stop token ends an answer as it is, and is spelled as the caller spells it.
+        ends = [text for text in asked.end_strings if text and text not in self.spelled]
+        async with self.service.place():
+            answers = await together(
+                self.service.answers(
+                    prompt, dataclasses.replace(settings, seed=seed + i), ends, whole=True
+                )
+                for i, prompt in enumerate(self.prompts)
+            )
+        return [
+            text + _as_spelled(own.text, asked.end_strings, self.spelled)
+            for text, (own,) in zip(asked.sentences, answers, strict=True)
+        ]
 
 
 def control_spellings(model: SteeredModel) -> dict[str, str]:
@@ -341,11 +369,20 @@ def control_spellings(model: SteeredModel) -> dict[str, str]:
 
 def prompt_with_controls(model: SteeredModel, text: str, spelled: Mapping[str, str]) -> list[int]:
     """The token ids of a text whose control tokens count as such, after the bos token."""
-    parts = re.split(f"({'|'.join(map(re.escape, spelled))})", text)
+    parts = _split(text, spelled)
     segments = [Segment(spelled.get(part, part), control=part in spelled) for part in parts if part]
     ids = encode_segments(segments, model.tokenizer, model.template.control_tokens)
     bos = model.tokenizer.bos_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def _split(text: str, spelled: Mapping[str, str]) -> list[str]:
+    """The text in pieces, of which every other one spells a control token."""
+    return re.split(f"({'|'.join(map(re.escape, spelled))})", text)
+
+
+def _without_controls(text: str, spelled: Mapping[str, str]) -> str:
+    return "".join(_split(text, spelled)[::2])
 
 
 def _as_spelled(text: str, end_strings: Sequence[str], spelled: Mapping[str, str]) -> str:

@@ -31,14 +31,17 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steerlm2 import __version__
+from steerlm2.serving.hosts import host_of, is_allowed
 
 ALWAYS_OPEN = ("/health",)
 """Paths that need no API key: what starts a server asks whether it is up."""
 
 RETRY_AFTER_SECONDS = 1
 
-MOST_PROBLEMS, LONGEST_PROBLEM = 10, 500
-"""That one answer lists, and their characters."""
+MOST_PROBLEMS, LONGEST_MESSAGE = 10, 500
+"""That one answer lists, and its characters: messages quote what callers sent."""
+
+LONGEST_PARAM = 100
 
 MOST_LISTABLE = 10_000
 """Problems of a request: to collect more of them would hold up other requests for seconds."""
@@ -75,8 +78,15 @@ class RequestError(Exception):
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
-        error = {"type": self.kind, "message": str(self), "param": self.param, "code": self.code}
+        param = None if self.param is None else shortened(self.param, LONGEST_PARAM)
+        message = shortened(str(self))
+        error = {"type": self.kind, "message": message, "param": param, "code": self.code}
         return {"error": error}
+
+
+def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """The text, or its beginning with "..." at the end."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def overloaded(message: str) -> RequestError:
@@ -104,34 +114,17 @@ class Refusals:
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
-async def read_body(request: Request, max_bytes: int, fewer: str = "texts") -> bytes:
-    """The body of a request, of which no more than `max_bytes` are ever held.
-
-    Raises:
-        RequestError: for another content type than JSON, which also keeps web pages of other
-            origins from sending requests through a user's browser; for a body that is too large.
+def check_content_type(headers: Mapping[str, str]) -> None:
+    """Raises:
+    RequestError: for another content type than JSON, which also keeps web pages of other origins
+        from sending requests through a user's browser.
     """
-    content_type = request.headers.get("content-type", "")
+    content_type = headers.get("content-type", "")
     if content_type.split(";")[0].strip().lower() != "application/json":
+        got = shortened(content_type, LONGEST_PARAM) or "none"
         raise RequestError(
-            415,
-            "unsupported_media_type",
-            f"send Content-Type: application/json, got {content_type or 'none'}",
+            415, "unsupported_media_type", f"send Content-Type: application/json, got {got}"
         )
-    too_large = RequestError(
-        413,
-        "too_large",
-        f"the body has more than {max_bytes} bytes (max_body_bytes): send fewer {fewer} at a time",
-    )
-    if int(request.headers.get("content-length", 0)) > max_bytes:
-        raise too_large
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def parse_body(body: bytes, model: type[RequestT], refusals: Refusals | None = None) -> RequestT:
@@ -179,11 +172,14 @@ def _problem_text(problem: ErrorDetails) -> str:
 
 
 def listed(problems: Iterable[str], count: int) -> str:
-    """Problems quote what they found: a short answer goes to a long request too."""
-    shown = [
-        problem if len(problem) <= LONGEST_PROBLEM else f"{problem[:LONGEST_PROBLEM]}..."
-        for problem in itertools.islice(problems, MOST_PROBLEMS)
-    ]
+    """The first of `count` problems, as far as an answer has room for them."""
+    most = LONGEST_MESSAGE - len(f"; ... and {count} more")
+    shown: list[str] = []
+    for problem in itertools.islice(problems, MOST_PROBLEMS):
+        room = most - len("; ".join([*shown, ""]))
+        if shown and len(problem) > room:
+            break
+        shown.append(shortened(problem, room))
     more = count - len(shown)
     return "; ".join(shown + ([f"... and {more} more"] if more else []))
 
@@ -227,6 +223,7 @@ def new_app(
     health: Health,
     api_key: str | None,
     also_open: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
     """An application with /health, /metrics and /openapi.json, to which a server adds its routes.
 
@@ -234,6 +231,7 @@ def new_app(
         paths: all of them, for metrics and messages.
         api_key: what `Authorization: Bearer` must have; None: everybody may ask.
         also_open: paths that need no key, besides ALWAYS_OPEN.
+        allowed_hosts: as of `hosts.is_allowed`; others' requests are refused.
     """
     # The pages of /docs load their scripts from the internet.
     app = FastAPI(
@@ -246,6 +244,7 @@ def new_app(
     )
     if api_key is not None:
         app.add_middleware(KeyRequired, key=api_key, open_paths=(*ALWAYS_OPEN, *also_open))
+    app.add_middleware(HostChecked, allowed=allowed_hosts)
     app.add_middleware(Measured, metrics=metrics, paths=paths)
 
     def answer_error(request: Request, error: Exception) -> Response:
@@ -312,6 +311,42 @@ class KeyRequired:
         return len(given) == 1 and hmac.compare_digest(given[0], self.expected)
 
 
+class HostChecked:
+    """Middleware that refuses requests for other hosts.
+
+    Paths that are always open stay so: probes name a server as they like.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self.app, self.allowed = app, allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = None
+        if scope["type"] == "http" and scope["path"] not in ALWAYS_OPEN:
+            error = self._problem(scope)
+        if error is None:
+            await self.app(scope, receive, send)
+            return
+        headers = {"Connection": "close"}
+        await json_response(error.status, error.body(), headers)(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> RequestError | None:
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if "*" in self.allowed or (not given and scope["http_version"] == "1.0"):
+            return None
+        if len(given) != 1:
+            return RequestError(400, "invalid_request", "the request must have one Host header")
+        if is_allowed(host_of(given[0]), self.allowed):
+            return None
+        host = shortened(given[0], LONGEST_PARAM)
+        return RequestError(
+            421,
+            "misdirected_request",
+            f"this server doesn't answer to the host {host!r}: ask it by its address, or start it "
+            "with that name in allowed_hosts",
+        )
+
+
 class Measured:
     """Middleware that counts and times the requests; paths that don't exist are one."""
 
@@ -345,7 +380,7 @@ def _error_response(request: Request, error: Exception, paths: Sequence[str]) ->
             found = error
         case HTTPException():
             kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
-            where = f"{request.method} {request.url.path}"
+            where = f"{request.method} {shortened(request.scope['path'], LONGEST_PARAM)}"
             message = f"{where}: {error.detail}. Known paths: {', '.join(paths)}"
             found = RequestError(error.status_code, kind, message, headers=error.headers)
         case ClientDisconnect():

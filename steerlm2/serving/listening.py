@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import math
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.config.keys import ServingKeys
+from steerlm2.inference.server_client import API_KEY
+from steerlm2.serving.hosts import usual_hosts
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-REQUIRED = ("fastapi", "prometheus_client", "uvicorn")
+REQUIRED = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 """Packages of the extra `serve`."""
 
 KEEP_ALIVE_SECONDS = 75
@@ -51,27 +55,78 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(app: FastAPI, bound: socket.socket, what: str, path: str, request_timeout: float) -> None:
+def allowed_hosts(keys: ServingKeys, bound: socket.socket, api_key: str | None) -> Sequence[str]:
+    """The hosts that a server answers for: those of its config, or the usual ones."""
+    if keys.allowed_hosts is not None:
+        return keys.allowed_hosts
+    return usual_hosts(keys.host, bound.getsockname()[0], api_key)
+
+
+def exposure_notice(bound: socket.socket, api_key: str | None) -> str | None:
+    """What to say of a server that others than this machine's users reach and may use."""
+    address = bound.getsockname()[0]
+    if api_key is not None or ipaddress.ip_address(address).is_loopback:
+        return None
+    return (
+        f"notice: this server listens on {address} and asks for no API key: whoever reaches the "
+        f"port may use it. Set {API_KEY} in its environment, or host=127.0.0.1"
+    )
+
+
+def serve(
+    app: FastAPI,
+    bound: socket.socket,
+    what: str,
+    path: str,
+    keys: ServingKeys,
+    *,
+    api_key: str | None,
+    outgoing: int = 0,
+) -> None:
     """Answer requests until SIGTERM or SIGINT; what is accepted by then is answered first.
 
     Args:
         what: is served, for the line that says so.
         path: of the address in that line.
-        request_timeout: seconds that the last answers have.
-    """
-    import uvicorn
+        keys: limits of connections, and the seconds that the last answers have.
+        api_key: that callers must send.
+        outgoing: connections that the server itself opens.
 
-    server = uvicorn.Server(
-        uvicorn.Config(
+    Raises:
+        ValueError: where the process may open too few files.
+    """
+    from steerlm2.serving.connections import (
+        Connections,
+        GuardedConfig,
+        GuardedServer,
+        connection_room,
+        log_seldom,
+    )
+
+    room = connection_room(keys.max_connections, outgoing)
+    if room < keys.max_connections:
+        print(
+            f"notice: at most {room} connections at a time instead of {keys.max_connections} "
+            "(max_connections): the process may open no more files (ulimit -n)"
+        )
+    if (notice := exposure_notice(bound, api_key)) is not None:
+        print(notice)
+    connections = Connections(
+        room, header_timeout=keys.header_timeout, body_timeout=keys.body_timeout
+    )
+    server = GuardedServer(
+        GuardedConfig(
             app,
+            connections,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             # The requests' own timeout comes first, which says that it has.
-            timeout_graceful_shutdown=math.ceil(request_timeout) + 1,
+            timeout_graceful_shutdown=math.ceil(keys.request_timeout) + 1,
         )
     )
+    log_seldom()
 
     def stop(signum: int, frame: object) -> None:
         server.should_exit = True

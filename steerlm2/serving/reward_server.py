@@ -30,9 +30,11 @@ from pydantic import (
 
 from steerlm2.attributes import parse_label
 from steerlm2.data.conversations import Conversation, is_text
+from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import ASSISTANT, USER, Turn
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
-from steerlm2.data.templates import encode_for_scoring
+from steerlm2.data.templates import encode_for_scoring, is_too_long
+from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.inference.attribute_model import AttributeModel
 from steerlm2.serving.batcher import Batcher, QueueFullError, ScoringError, Text
 from steerlm2.serving.http import (
@@ -46,15 +48,11 @@ from steerlm2.serving.http import (
     new_app,
     overloaded,
     parse_body,
-    read_body,
 )
+from steerlm2.serving.intake import Intake
 
 ATTRIBUTES_PATH = "/v1/attributes"
 PATHS = (ATTRIBUTES_PATH, "/v1/model", "/health", "/metrics", "/openapi.json")
-
-LARGE_BODY = 16_384
-"""Bytes from which a request is tokenised in a thread: so many take a few milliseconds, in which
-other requests would stand still."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,10 @@ class Limits:
     """What a caller may ask for."""
 
     max_body_bytes: int = 1 << 20
+    max_pending_bytes: int = 64 << 20
+    """Bytes of all requests that are read or answered at a time."""
+    body_timeout: float = 30.0
+    """Seconds from a request's header to the end of its body."""
     max_items: int = 64
     """Conversations or texts of a request."""
     max_queue: int = 1024
@@ -70,6 +72,13 @@ class Limits:
     """Seconds from a request's header to its answer."""
     truncate: bool = False
     """Whether a text over the model's max_seq_len loses its beginning, or is refused."""
+
+    def intake(self) -> Intake:
+        return Intake(
+            max_body_bytes=self.max_body_bytes,
+            max_pending_bytes=self.max_pending_bytes,
+            body_timeout=self.body_timeout,
+        )
 
 
 class AttributeScorer:
@@ -132,6 +141,7 @@ def create_app(
     limits: Limits | None = None,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
     api_key: str | None = None,
+    allowed_hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
     """The application that serves a model.
 
@@ -139,6 +149,7 @@ def create_app(
         name: of the model, for callers.
         system_prompt: of conversations without one, and of texts.
         api_key: that callers must send; None: everybody may ask.
+        allowed_hosts: that the server answers for (`hosts.is_allowed`).
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -151,8 +162,9 @@ def create_app(
         paths=PATHS,
         health=scorer.problem,
         api_key=api_key,
+        allowed_hosts=allowed_hosts,
     )
-    components = add_attributes_route(app, scorer, name, limits, system_prompt)
+    components = add_attributes_route(app, scorer, name, limits, system_prompt, limits.intake())
 
     @app.get("/v1/model")
     async def describe() -> Response:
@@ -182,7 +194,12 @@ def create_app(
 
 
 def add_attributes_route(
-    app: FastAPI, scorer: AttributeScorer, name: str, limits: Limits, system_prompt: str
+    app: FastAPI,
+    scorer: AttributeScorer,
+    name: str,
+    limits: Limits,
+    system_prompt: str,
+    intake: Intake,
 ) -> dict[str, Any]:
     """Add POST /v1/attributes; returns its components for /openapi.json."""
     model = scorer.model
@@ -190,19 +207,15 @@ def add_attributes_route(
     body_model = request_model(limits.max_items)
     described, components = body_schema(body_model)
 
+    def tokenised(body: bytes) -> tuple[list[Text], list[int]]:
+        return encode(model, parse_request(body, body_model, system_prompt), limits.truncate)
+
     @app.post(ATTRIBUTES_PATH, openapi_extra=described)
     async def score(request: Request) -> Response:
         """Scores of the last turn of every conversation, or of every text."""
         try:
-            async with asyncio.timeout(limits.request_timeout):
-                body = await read_body(request, limits.max_body_bytes)
-                conversations = parse_request(body, body_model, system_prompt)
-                if len(body) < LARGE_BODY:
-                    texts, cut = encode(model, conversations, limits.truncate)
-                else:
-                    texts, cut = await asyncio.to_thread(
-                        encode, model, conversations, limits.truncate
-                    )
+            async with asyncio.timeout(limits.request_timeout), intake.body(request) as body:
+                texts, cut = await intake.run(len(body), tokenised, body)
                 scores = await scorer.score(texts)
         except TimeoutError:
             raise RequestError(
@@ -324,26 +337,38 @@ def encode(
         RequestError: naming what has more tokens than `max_seq_len`, unless `truncate` cuts it.
     """
     texts, cut, too_long = [], [], []
+    limit = model.max_seq_len
     for i, conversation in enumerate(conversations):
         *turns, response = conversation.turns
-        group, num_cut = model.encode(conversation.system, turns, [response.value])
-        if num_cut and not truncate:
-            whole, _ = encode_for_scoring(
-                model.template,
-                model.tokenizer,
-                conversation.system,
-                turns,
-                [response.value],
-                max_seq_len=sys.maxsize,
-            )
+        contents = (conversation.system, *(turn.value for turn in conversation.turns))
+        if not truncate and is_too_long(model.tokenizer, contents, limit):
+            too_long.append(f"[{i}] has {sum(map(len, contents))} characters")
+            continue
+        whole, _ = encode_for_scoring(
+            model.template,
+            model.tokenizer,
+            conversation.system,
+            turns,
+            [response.value],
+            max_seq_len=sys.maxsize,
+        )
+        if whole.num_tokens > limit and not truncate:
             too_long.append(f"[{i}] has {whole.num_tokens} tokens")
-        elif num_cut:
+            continue
+        if whole.num_tokens > limit:
             cut.append(i)
-        texts.append([*group.prompt, *group.responses[0]])
+        texts.append(last_tokens(whole, limit, model.tokenizer))
     if too_long:
         raise RequestError(
-            413,
-            "too_long",
-            f"more than {model.max_seq_len} tokens: {listed(too_long, len(too_long))}",
+            413, "too_long", f"more than {limit} tokens: {listed(too_long, len(too_long))}"
         )
     return texts, cut
+
+
+def last_tokens(whole: RewardGroup, limit: int, tokenizer: Tokenizer) -> Text:
+    """The end of a group's only text, as `AttributeModel.encode` cuts it: the bos token stays."""
+    text = [*whole.prompt, *whole.responses[0]]
+    if len(text) <= limit:
+        return text
+    bos = text[:1] if text[:1] == [tokenizer.bos_id] else []
+    return bos + text[len(text) - limit + len(bos) :]

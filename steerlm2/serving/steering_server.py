@@ -68,6 +68,7 @@ def create_app(
     limits: SteeringLimits | None = None,
     api_key: str | None = None,
     system_prompt: str | None = None,
+    allowed_hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
     """The application that serves a model; it closes the model's engine at its end.
 
@@ -75,6 +76,7 @@ def create_app(
         name: of the model, for callers.
         api_key: that callers must send; None: everybody may ask.
         system_prompt: of /v1/attributes, for conversations without one; None: the model's.
+        allowed_hosts: that the server answers for (`hosts.is_allowed`).
     """
     limits = limits or SteeringLimits()
     metrics = Metrics()
@@ -83,7 +85,7 @@ def create_app(
         room = limits.max_queue * limits.max_n + limits.max_items  # answers find it in any case
         scorer = AttributeScorer(model.attribute_model, metrics.registry, room)
         model = dataclasses.replace(model, score_groups=_scoring(scorer))
-    service = Service(model, name, limits, SteeringMetrics(metrics.registry))
+    service = Service(model, name, limits, SteeringMetrics(metrics.registry), limits.intake())
     service.metrics.running.set_function(lambda: service.running)
 
     @contextlib.asynccontextmanager
@@ -102,6 +104,7 @@ def create_app(
         health=lambda: service.broken or (scorer.problem() if scorer is not None else None),
         api_key=api_key,
         also_open=tuple(PAGE_FILES),
+        allowed_hosts=allowed_hosts,
     )
     components = [
         add_chat(app, service),
@@ -110,7 +113,7 @@ def create_app(
     ]
     if scorer is not None:
         system = model.system if system_prompt is None else system_prompt
-        components.append(add_attributes_route(app, scorer, name, limits, system))
+        components.append(add_attributes_route(app, scorer, name, limits, system, service.intake))
     _add_models(app, service)
     _add_page(app)
     add_components(app, *components)

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from steerlm2.data.records import LENGTH, STOP
+from steerlm2.data.templates import is_too_long
 from steerlm2.inference.steered import Delta, Question, SteeredModel, TextToken
 from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.serving.event_stream import EventStream, while_connected
@@ -21,8 +22,8 @@ from steerlm2.serving.http import (
     RequestError,
     json_response,
     overloaded,
-    read_body,
 )
+from steerlm2.serving.intake import Intake
 from steerlm2.serving.reward_server import Limits
 from steerlm2.serving.steering_requests import INVALID, invalid
 
@@ -94,6 +95,7 @@ class Service:
     name: str
     limits: SteeringLimits
     metrics: SteeringMetrics
+    intake: Intake
     created: int = field(default_factory=lambda: int(time.time()))
     running: int = 0
     broken: str | None = None
@@ -115,6 +117,19 @@ class Service:
             yield
         finally:
             self.running -= 1
+
+    def check_size(self, texts: Sequence[str], param: str) -> None:
+        """Raises:
+        RequestError: where the texts of a prompt are so long that it needn't be tokenised.
+        """
+        limit = self.model.engine.max_seq_len
+        if is_too_long(self.model.tokenizer, texts, limit):
+            raise invalid(
+                f"the prompt's {sum(map(len, texts))} characters are more than the model's {limit} "
+                f"tokens: shorten the {param}",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def room(
         self, prompt: Sequence[int], wanted: int | None, usual: int, param: str = "messages"
@@ -218,7 +233,7 @@ async def in_time(deadline: float, limits: SteeringLimits) -> AsyncIterator[None
 
 
 async def respond(
-    request: Request, limits: SteeringLimits, what: str, work_of: Callable[[bytes], Work]
+    request: Request, service: Service, what: str, work_of: Callable[[bytes], Work]
 ) -> Response:
     """Read a request and answer it within the server's time, as long as its caller waits.
 
@@ -229,9 +244,10 @@ async def respond(
     Raises:
         RequestError: for what can't be answered.
     """
+    limits = service.limits
     deadline = asyncio.get_running_loop().time() + limits.request_timeout
-    async with in_time(deadline, limits):
-        work = work_of(await read_body(request, limits.max_body_bytes, what))
+    async with in_time(deadline, limits), service.intake.body(request, what) as body:
+        work = await service.intake.run(len(body), work_of, body)
         if work.asked.stream:
             events = work.events()
             first = await while_connected(request.receive, anext(events))
