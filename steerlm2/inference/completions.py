@@ -13,7 +13,13 @@ from typing import Any
 
 from steerlm2.data.records import CLAMPED_LOG_PROB, HIGHEST_LOG_PROB, STOP
 from steerlm2.inference.engines import OTHER_STOP, Request, Sample, SamplingSettings
-from steerlm2.inference.server_client import ServerClient
+from steerlm2.inference.server_client import (
+    MALFORMED,
+    ServerClient,
+    as_list,
+    as_text,
+    as_whole,
+)
 
 NEVER = -100
 """The logit bias of a token that must not be sampled: the lowest that the API allows."""
@@ -80,21 +86,26 @@ class CompletionsEngine(ServerClient):
         }
         answer = self._request("POST", "/v1/completions", body)
         try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            samples = [self._sample(choice) for choice in choices]
-        except (KeyError, TypeError, ValueError) as error:
+            choices = {as_whole(choice["index"]): choice for choice in as_list(answer["choices"])}
+            num_choices = len(answer["choices"])
+            samples = [self._sample(choices[i]) for i in sorted(choices)]
+        except MALFORMED as error:
             raise self._unknown_answer("/v1/completions", answer) from error
-        if len(samples) != wanted.n:
+        if num_choices != wanted.n:
             raise ValueError(
-                f"{self.url}/v1/completions gave {len(samples)} completions instead of {wanted.n}"
+                f"{self.url}/v1/completions gave {num_choices} completions instead of {wanted.n}"
             )
+        if sorted(choices) != list(range(wanted.n)):
+            raise self._unknown_answer("/v1/completions", answer)
         return samples
 
     def _sample(self, choice: dict[str, Any]) -> Sample:
-        reason = str(choice["finish_reason"])
-        tokens = choice.get("token_ids")
-        if tokens is None:
+        reason = as_text(choice["finish_reason"])
+        if choice.get("token_ids") is None:
             return self._sample_without_ids(choice, reason)
+        tokens = [as_whole(token_id) for token_id in as_list(choice["token_ids"])]
+        if len(tokens) > self.settings.max_new_tokens:
+            raise ValueError("more tokens than were asked for")
         if reason == STOP and tokens[-1:] != [self.settings.stop_id]:
             reason = OTHER_STOP
         logprobs: list[Any] = (choice.get("logprobs") or {}).get("token_logprobs") or []
@@ -106,7 +117,7 @@ class CompletionsEngine(ServerClient):
 
     def _sample_without_ids(self, choice: dict[str, Any], reason: str) -> Sample:
         """`stop_reason` is the id of the token that ended a response, null for an end of text."""
-        stop_id, text = self.settings.stop_id, _with_whole_characters(str(choice["text"]))
+        stop_id, text = self.settings.stop_id, _with_whole_characters(as_text(choice["text"]))
         end_known = reason != STOP or "stop_reason" in choice
         if reason == STOP and choice.get("stop_reason", stop_id) != stop_id:
             reason = OTHER_STOP

@@ -8,9 +8,14 @@ text, so the server's chat template and tokenizer aren't used. It returns one sc
 
 from __future__ import annotations
 
+import functools
 import ipaddress
+import json
+import math
 import os
+import ssl
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +27,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first retry, doubled for each further one, and their limit. A choice: a short
 overload costs little time, and a server that restarts gets few requests."""
 
-TOO_MANY_REQUESTS = 429
+TRANSIENT = (408, 425, 429)
+"""Statuses below 500 that may pass: a slow request, one too early, too many."""
+
+MOST_ANSWER_BYTES = 256 << 20
+"""Of a server's answer, unpacked. A choice: far above those to the largest requests of ours."""
+
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What it raises to read an answer that isn't of the form that it should have."""
 
 API_KEY = "STEERLM2_API_KEY"
 """The environment variable with the key that servers ask for and clients send."""
@@ -33,7 +45,7 @@ AnswerT = TypeVar("AnswerT")
 
 
 class ServerClient:
-    """Sends requests from several threads. Connection errors, 429 and 5xx are retried.
+    """Sends requests from several threads. Connection errors, 408, 425, 429 and 5xx are retried.
 
     A server on this machine is asked directly, others through the environment's proxy if it has one
     for them.
@@ -56,6 +68,7 @@ class ServerClient:
         self.model = model
         self.concurrency = concurrency
         self.retries = retries
+        self.timeout = timeout
         self._address = self._checked_url()
         limits = httpx.Limits(max_connections=concurrency)
         self._http = httpx.Client(
@@ -63,6 +76,7 @@ class ServerClient:
             limits=limits,
             trust_env=not is_loopback(self._address.host),
             headers=key_header(),
+            verify=ssl_context(),
         )
         self._stop = threading.Event()
 
@@ -76,16 +90,17 @@ class ServerClient:
         """
         answer = self._request("GET", "/v1/models")
         try:
-            models = {model["id"]: model for model in answer["data"]}
-        except (KeyError, TypeError) as error:
+            limits = {as_text(model["id"]): _model_limit(model) for model in answer["data"]}
+        except MALFORMED as error:
             raise self._unknown_answer("/v1/models", answer) from error
         if self.model is None:
-            self.model = next(iter(models), None)
-        if self.model not in models:
-            raise ValueError(
-                f"the server at {self.url} has no model {self.model}, only {', '.join(models)}"
-            )
-        limit = models[self.model].get("max_model_len")
+            self.model = next(iter(limits), None)
+        if self.model is None:
+            raise ValueError(f"the server at {self.url} has no model")
+        if self.model not in limits:
+            known = one_line(", ".join(limits))
+            raise ValueError(f"the server at {self.url} has no model {self.model}, only {known}")
+        limit = limits[self.model]
         if limit is not None and limit < max_seq_len:
             raise ValueError(
                 f"the server at {self.url} takes texts of at most {limit} tokens: set "
@@ -123,14 +138,14 @@ class ServerClient:
             if self._stop.wait(pause):
                 break
             try:
-                response = self._http.request(method, self.url + path, json=body)
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
+                response = self._whole_answer(method, path, body)
+            except httpx.RequestError as error:  # no connection, a cut answer, or bad compression
+                problem = one_line(f"{type(error).__name__}: {error}")
                 continue
             if response.is_success:
                 return self._decoded(path, response)
             problem = f"status {response.status_code}: {reason(response)}"
-            if response.status_code < 500 and response.status_code != TOO_MANY_REQUESTS:
+            if response.status_code < 500 and response.status_code not in TRANSIENT:
                 raise ValueError(f"{self.url}{path} refuses the request{hint}: {problem}")
         raise ConnectionError(
             f"the server at {self.url} doesn't answer, tried {self.retries + 1} times ({problem}"
@@ -138,15 +153,36 @@ class ServerClient:
             "Once it is up again, the same command continues where it stopped"
         )
 
+    def _whole_answer(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """An answer with its body.
+
+        Raises:
+            ValueError: for a body beyond MOST_ANSWER_BYTES.
+            httpx.RequestError: where there is none within the timeout, or it can't be read.
+        """
+        end = time.monotonic() + self.timeout
+        with self._http.stream(method, self.url + path, json=body) as response:
+            content = bytearray()
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > MOST_ANSWER_BYTES:
+                    raise ValueError(
+                        f"{self.url}{path} answers with more than {MOST_ANSWER_BYTES >> 20} MiB: "
+                        "it doesn't seem to be a vLLM server"
+                    )
+                if time.monotonic() > end:  # httpx itself counts from each part of it
+                    raise httpx.ReadTimeout(f"no whole answer within {self.timeout:g} seconds")
+        return httpx.Response(response.status_code, content=bytes(content))
+
     def _decoded(self, path: str, response: httpx.Response) -> Any:
         try:
-            return response.json()
-        except ValueError as error:
+            return json.loads(response.content)
+        except (ValueError, RecursionError) as error:
             raise self._unknown_answer(path, response.text) from error
 
     def _unknown_answer(self, path: str, answer: Any) -> ValueError:
         return ValueError(
-            f"{self.url}{path} doesn't answer as a vLLM server does: {str(answer)[:200]}"
+            f"{self.url}{path} doesn't answer as a vLLM server does: {one_line(str(answer))}"
         )
 
     def _by_proxy(self) -> str:
@@ -205,8 +241,10 @@ class ClassifyClient(ServerClient):
         answer = self._request("POST", "/classify", body, hint)
         try:
             (result,) = answer["data"]
-            scores, label = [float(score) for score in result["probs"]], result.get("label")
-        except (KeyError, TypeError, ValueError) as error:
+            scores = [as_number(score) for score in as_list(result["probs"])]
+            label = result.get("label")
+            label = None if label is None else as_text(label)
+        except MALFORMED as error:
             raise self._unknown_answer("/classify", answer) from error
         if len(scores) != len(self.attributes):
             raise ValueError(
@@ -218,11 +256,17 @@ class ClassifyClient(ServerClient):
         ours = self.attributes[scores.index(max(scores))]
         if label not in (None, ours) and not label.startswith("LABEL_"):
             raise ValueError(
-                f"the model of {self.url} calls {label} what is {ours} in schema.names "
+                f"the model of {self.url} calls {one_line(label)} what is {ours} in schema.names "
                 f"({', '.join(self.attributes)}): they must be the attributes that it was trained "
                 "for, in the same order"
             )
         return scores
+
+
+@functools.cache
+def ssl_context() -> ssl.SSLContext:
+    """httpx's own, of which each would load all certificates again."""
+    return httpx.create_ssl_context()
 
 
 def own_api_key() -> str | None:
@@ -248,6 +292,57 @@ def is_loopback(host: str) -> bool:
 def reason(response: httpx.Response) -> str:
     """The server's message about a failure: vLLM's, or the beginning of the body."""
     try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return response.text[:200]
+        return one_line(str(json.loads(response.content)["error"]["message"]))
+    except (*MALFORMED, RecursionError):
+        return one_line(response.text)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """The beginning of a server's text as a message can have it: one line, no control codes."""
+    words = " ".join(text[: 4 * most].split())
+    shown = "".join(each if each.isprintable() else "?" for each in words)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
+# What an answer holds, checked: JSON that is of another type must not become a number or a text.
+
+
+def as_text(value: object) -> str:
+    """Raises:
+    ValueError: for what is no text.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def as_list(value: object) -> list[Any]:
+    """Raises:
+    ValueError: for what is no list; a text would be one of characters.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is no list")
+    return value
+
+
+def as_number(value: object) -> float:
+    """Raises:
+    ValueError: for what is no finite number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
+
+
+def as_whole(value: object) -> int:
+    """Raises:
+    ValueError: for what is no whole number from 0 to 2^31 - 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(f"{value!r} is no whole number from 0 on")
+    return value
+
+
+def _model_limit(model: dict[str, Any]) -> int | None:
+    limit = model.get("max_model_len")
+    return None if limit is None else as_whole(limit)

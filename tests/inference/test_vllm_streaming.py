@@ -179,8 +179,8 @@ FAILURES: dict[str, tuple[Json, type[Exception], str]] = {
         ConnectionError,
         "out of memory",
     ),
-    "no ids": ({"events": [event({"index": 0, "text": "a"})]}, ValueError, "gives token_ids"),
-    "no JSON": ({"events": [b"data: {\n\n"]}, ValueError, "the server's stream isn't JSON"),
+    "no ids": ({"events": [event({"index": 0, "text": "a"})]}, ConnectionError, "gives token_ids"),
+    "no JSON": ({"events": [b"data: {\n\n"]}, ConnectionError, "the server's stream isn't JSON"),
 }
 
 
