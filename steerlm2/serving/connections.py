@@ -79,9 +79,14 @@ class Connections:
         return len(self._open)
 
     @property
+    def num_busy(self) -> int:
+        """Connections with a request."""
+        return len(self._open) - len(self._idle)
+
+    @property
     def are_busy(self) -> bool:
-        """Whether there is no room for one more request that needs work."""
-        return len(self._open) - len(self._idle) > self.most_busy
+        """Whether more of them have requests than may be worked on."""
+        return self.num_busy > self.most_busy
 
     def add(self, connection: GuardedProtocol) -> None:
         """A new connection, for which another one may have to go."""
