@@ -197,9 +197,21 @@ def share_prefixes(texts: Sequence[Text]) -> list[RewardGroup]:
 
 
 def num_shared(one: Text, other: Text) -> int:
-    """The length of the common prefix of two texts, in tokens."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    """The length of the common prefix of two texts, in tokens.
+
+    By halves, each compared at once: token by token, to compare the texts of a full queue would
+    take so long that nothing else is answered meanwhile.
+    """
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:  # the first `low` are shared, the first `high` aren't
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _finite(scores: Scores) -> Scores:

@@ -22,12 +22,13 @@ from steerlm2.data.templates import EXTRA_ID_TOKENS, ExtraIdTemplate, Segment, e
 from steerlm2.inference.steered import SteeredModel, TextToken
 from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.serving.event_stream import while_connected
-from steerlm2.serving.http import body_schema, json_response, parse_body
+from steerlm2.serving.http import FirstProblem, body_schema, json_response, parse_body
 from steerlm2.serving.steering_requests import (
     ANYTHING,
     CompletionRequest,
     Ignoring,
     Neutral,
+    Prompt,
     check_at_most,
     check_text,
     invalid,
@@ -181,9 +182,7 @@ class CompletionWork:
         return usage_of(sum(map(len, self.prompts)), num_tokens)
 
 
-def prompts_in(
-    given: str | list[str] | list[int] | list[list[int]],
-) -> Sequence[str | list[int]]:
+def prompts_in(given: Prompt) -> Sequence[str | list[int]]:
     """The prompts of a request, which may be one: a text or token ids each."""
     if isinstance(given, str):
         return [given]
@@ -274,13 +273,13 @@ class GenerateRequest(Ignoring):
         "task_ids": (),
     }
 
-    sentences: list[str] = Field(min_length=1)
+    sentences: FirstProblem[str] = Field(min_length=1)
     tokens_to_generate: int = Field(64, ge=1)
     temperature: float = Field(1.0, gt=0, le=100)
     greedy: bool = False
     top_k: int = Field(0, ge=0, description="0: all tokens")
     top_p: float = Field(0.9, ge=0, le=1, description="0: all tokens")
-    end_strings: list[str] = Field(default_factory=lambda: ["<|endoftext|>"])
+    end_strings: FirstProblem[str] = Field(default_factory=lambda: ["<|endoftext|>"])
     random_seed: int | None = Field(None, ge=0, lt=2**63)
 
 

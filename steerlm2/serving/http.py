@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import (
@@ -24,7 +24,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -45,6 +45,9 @@ LONGEST_PARAM = 100
 
 MOST_LISTABLE = 10_000
 """Problems of a request: to collect more of them would hold up other requests for seconds."""
+
+MOST_KEYS = 100
+"""Of an object in a request."""
 
 CLEARER = {
     "model_type": "Input should be an object",
@@ -99,6 +102,20 @@ class Strict(BaseModel):
     """Part of a request, without keys that it doesn't know."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number_of_keys(cls, given: object) -> object:
+        if isinstance(given, dict) and len(given) > MOST_KEYS:
+            raise ValueError(f"an object has at most {MOST_KEYS} keys, got {len(given)}")
+        return given
+
+
+ItemT = TypeVar("ItemT")
+
+FirstProblem = Annotated[list[ItemT], FailFast()]
+"""A list of which the first problem is told: to collect those of a megabyte takes seconds, in which
+nothing else runs."""
 
 
 @dataclass(frozen=True)

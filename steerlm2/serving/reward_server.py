@@ -38,6 +38,7 @@ from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.inference.attribute_model import AttributeModel
 from steerlm2.serving.batcher import Batcher, QueueFullError, ScoringError, Text
 from steerlm2.serving.http import (
+    FirstProblem,
     Metrics,
     RequestError,
     Strict,
@@ -153,6 +154,8 @@ def create_app(
     """
     limits = limits or Limits()
     metrics = Metrics()
+    # What is slow to be known of a tokenizer is known before the first request.
+    is_too_long(model.tokenizer, (), 0)
     scorer = AttributeScorer(model, metrics.registry, limits.max_queue)
 
     app = new_app(
@@ -265,7 +268,7 @@ class ConversationItem(Strict):
     """A line of the published conversation format."""
 
     system: UnicodeText | None = Field(None, description="none: the server's system prompt")
-    conversations: list[TurnItem] = Field(
+    conversations: FirstProblem[TurnItem] = Field(
         min_length=1, description="the turns; the last one, the assistant's, is scored"
     )
     mask: Literal["User"] | None = None

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SkipValidation,
+    model_validator,
+)
 
 from steerlm2.data.conversations import is_text
 from steerlm2.inference.streaming import GenerationSettings
-from steerlm2.serving.http import RequestError, Strict
+from steerlm2.serving.http import FirstProblem, RequestError, Strict
 
 INVALID = "invalid_request_error"
 """OpenAI's type of errors that the caller can mend."""
@@ -72,7 +79,14 @@ NEUTRAL: Neutral = {
 
 HINTS = {"verbosity": " (an attribute of that name goes into `attributes`)"}
 
-Stop = str | list[str] | None
+
+def _check_stop(stop: object) -> object:
+    if isinstance(stop, list) and len(stop) > 16:
+        raise ValueError(f"at most 16 texts, got {len(stop)}")
+    return stop
+
+
+Stop = Annotated[str | list[str] | None, BeforeValidator(_check_stop)]
 
 
 def changes_nothing(name: str, value: object, neutral: Neutral) -> bool:
@@ -164,8 +178,6 @@ class GenerationRequest(Ignoring):
     def _check_together(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream: true")
-        if len(self.stop_texts) > 16:
-            raise ValueError(f"stop: at most 16 texts, got {len(self.stop_texts)}")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ValueError(f"best_of ({self.best_of}) must be at least n ({self.n or 1})")
         return self
@@ -190,7 +202,7 @@ class GenerationRequest(Ignoring):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: FirstProblem[ChatMessage] = Field(min_length=1)
     attributes: dict[str, Any] | str | None = Field(
         None, description='{"helpfulness": 4}, or a label "helpfulness:4,verbosity:1"'
     )
@@ -218,10 +230,29 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def _check_prompt(prompt: object) -> object:
+    """pydantic would try one of the types after the other, and collect all problems of each."""
+    if isinstance(prompt, str) or (isinstance(prompt, list) and _are_prompts(prompt)):
+        return prompt
+    raise ValueError("should be a text, token ids, or a list of texts or of lists of token ids")
+
+
+def _are_prompts(items: list[Any]) -> bool:
+    first = type(items[0]) if items else str
+    if any(type(item) is not first for item in items):
+        return False
+    if first is list:
+        return all(type(token_id) is int for item in items for token_id in item)
+    return first in (str, int)
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[Prompt, SkipValidation, AfterValidator(_check_prompt)]
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
@@ -250,7 +281,8 @@ def check_text(value: object, where: str = "") -> None:
             check_text(inner, f"{where}.{name}".removeprefix("."))
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            check_text(inner, f"{where}[{i}]")
+            if inner and not isinstance(inner, int | float):
+                check_text(inner, f"{where}[{i}]")
 
 
 def check_at_most(values: Mapping[str, int | None], most: int, key: str) -> None:

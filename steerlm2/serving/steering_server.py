@@ -26,6 +26,7 @@ from fastapi import FastAPI, Response
 
 from steerlm2.attributes import parse_label
 from steerlm2.data.packing import RewardGroup
+from steerlm2.data.templates import is_too_long
 from steerlm2.inference.steered import ScoreGroups, SteeredModel
 from steerlm2.serving.chat_route import CHAT, add_chat
 from steerlm2.serving.completion_routes import COMPLETIONS, GENERATE, add_completions, add_generate
@@ -80,6 +81,8 @@ def create_app(
     """
     limits = limits or SteeringLimits()
     metrics = Metrics()
+    # What is slow to be known of a tokenizer is known before the first request.
+    is_too_long(model.tokenizer, (), 0)
     scorer = None
     if model.attribute_model is not None:
         room = limits.max_queue * limits.max_n + limits.max_items  # answers find it in any case

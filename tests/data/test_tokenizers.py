@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from steerlm2.data.tokenizers import (
+    LONG_TEXT,
     TINY_SPECIAL_TOKENS,
     HFTokenizer,
     hf_tokenizer,
@@ -210,6 +212,61 @@ def test_plain_text_is_encoded_as_the_library_does() -> None:
     for kind in ("tiny", "llama3_like"):
         expected = RAW[kind].encode(text, add_special_tokens=False).ids
         assert TOKENIZERS[kind].encode(text) == expected
+
+
+@pytest.mark.parametrize("kind", ["tiny", "llama3_like", "llama2_like"])
+@given(content=ADVERSARIAL)
+def test_no_token_stands_for_more_bytes_than_is_said(kind: str, content: str) -> None:
+    """So a text of more bytes has more tokens, and needn't be tokenised to know it."""
+    tokenizer = TOKENIZERS[kind]
+    assert tokenizer.most_bytes_a_token is not None
+    assert tokenizer.most_bytes_a_token < 50
+    num_bytes = len(content.encode("utf-8", "replace"))
+    assert num_bytes <= tokenizer.most_bytes_a_token * len(tokenizer.encode(content))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "normalising"])
+def test_where_a_token_may_stand_for_any_text_nothing_is_said(kind: str) -> None:
+    """Unknown characters in a row are one token; NFKC may leave out what it likes."""
+    assert TOKENIZERS[kind].most_bytes_a_token is None
+
+
+def test_a_normalizer_that_joins_letters_is_counted() -> None:
+    """NFC, Qwen's, makes at most 9 bytes into 3."""
+    raw = train_byte_level_bpe(TEXTS, 300, [])
+    plain = HFTokenizer(raw.to_str(), {}).most_bytes_a_token
+    raw.normalizer = normalizers.NFC()
+    assert plain is not None
+    assert HFTokenizer(raw.to_str(), {}).most_bytes_a_token == 3 * plain
+
+
+def test_long_texts_are_encoded_as_short_ones() -> None:
+    """On both sides of the length from which it is done without the global lock."""
+    text = "The terse é 漢 <extra_id_1>\n" * (2 * LONG_TEXT // 20)
+    for kind in ("tiny", "llama2_like"):
+        tokenizer = TOKENIZERS[kind]
+        short = tokenizer._content.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == short
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
+    """A thread that wants to run every millisecond does so several times in a tenth of a second."""
+    tokenizer, ended, ticks = TOKENIZERS["tiny"], threading.Event(), 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while not ended.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        num_ids = len(tokenizer.encode("word " * 40_000))
+    finally:
+        ended.set()
+        thread.join()
+    assert num_ids > 40_000
+    assert ticks >= 5
 
 
 def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:

@@ -16,6 +16,7 @@ from steerlm2.serving.batcher import (
     Scores,
     ScoringError,
     Text,
+    num_shared,
     share_prefixes,
 )
 
@@ -220,3 +221,13 @@ def test_only_the_caller_of_a_bad_text_gets_an_error(score_of_bad: float | None)
         assert await batcher.score([[6]]) == [score_of([6])]
 
     with_batcher(batcher, use)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 64])
+def test_the_common_prefix_is_found_wherever_it_ends(length: int) -> None:
+    """Texts that differ at every place, and those of which one goes on."""
+    text = list(range(length))
+    assert num_shared(text, [*text, 1000]) == length
+    for place in range(length):
+        other = [*text[:place], -1, *text[place + 1 :], 5]
+        assert num_shared(text, other) == num_shared(other, text) == place

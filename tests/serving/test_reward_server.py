@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from steerlm2.data.packing import RewardGroup
 from steerlm2.data.records import Turn
 from steerlm2.data.sources.base import DEFAULT_SYSTEM_PROMPT
 from steerlm2.data.templates import EXTRA_ID_TOKENS, extra_id_template
-from steerlm2.data.tokenizers import tiny_tokenizer
+from steerlm2.data.tokenizers import HFTokenizer, tiny_tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.serving.batcher import score_texts
@@ -222,12 +223,22 @@ def test_all_problems_of_a_request_are_named_and_long_ones_cut(client: TestClien
 
 
 def test_so_many_problems_are_counted() -> None:
-    """10,001 bad turns are one more than can be listed; of 9,999 the first seven have room."""
-    with TestClient(create_app(MODEL, "mine")) as client:
-        for number, text in ((10_001, "10001 problems, too many"), (9_999, "and 9992 more")):
-            item = {"conversations": [3] * number}
-            response = client.post("/v1/attributes", json={"conversations": [item]})
-            assert text in error_of(response, 422)
+    """10,001 bad texts are one more than can be listed; of 9,999 the first ones have room."""
+    with TestClient(create_app(MODEL, "mine", limits=Limits(max_items=20_000))) as client:
+        for number, text in ((10_001, "10001 problems, too many"), (9_999, "and 9990 more")):
+            response = client.post("/v1/attributes", json={"texts": [3] * number})
+            message = error_of(response, 422)
+            assert text in message
+            assert len(message) <= 500
+
+
+def test_of_many_bad_turns_the_first_is_named(client: TestClient) -> None:
+    """6,000 of them in two conversations."""
+    items = [{"conversations": [USER, *([{}] * 3000), ASSISTANT]}] * 2
+    message = error_of(client.post("/v1/attributes", json={"conversations": items}), 422)
+    assert "conversations[0].conversations[1].from: Field required" in message
+    assert "conversations[1].conversations[1].from: Field required" in message
+    assert "conversations[2]" not in message.replace("conversations[0]", "")
 
 
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
@@ -278,6 +289,76 @@ def test_long_texts_are_refused_with_their_length(client: TestClient) -> None:
     message = error_of(client.post("/v1/attributes", json={"texts": texts}), 413)
     assert message == "more than 160 tokens: [1] has 161 tokens; [3] has 180 tokens"
     assert client.post("/v1/attributes", json={"texts": texts[::2]}).status_code == 200
+
+
+class CountingTokenizer(HFTokenizer):
+    """The tiny tokenizer, which notes the lengths and threads of what it encodes."""
+
+    def __init__(self) -> None:
+        vars(self).update(vars(tiny_tokenizer()))
+        self.seen: list[tuple[int, str]] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.seen.append((len(text), threading.current_thread().name))
+        return super().encode(text)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_large_bodies_are_tokenised_once_and_aside(truncate: bool) -> None:
+    """A body of 30 KB, of a text that may fit or not: in a thread of its own kind."""
+    tokenizer = CountingTokenizer()
+    model = dataclasses.replace(MODEL, tokenizer=tokenizer, max_seq_len=4096)
+    limits = Limits(truncate=truncate)
+    with TestClient(create_app(model, "mine", limits=limits)) as client:
+        tokenizer.seen.clear()
+        answer = client.post("/v1/attributes", json={"texts": ["word " * 6000]})
+        assert answer.status_code == (200 if truncate else 413)
+    (long,) = [thread for length, thread in tokenizer.seen if length > 20_000]
+    assert long.startswith("intake")
+
+
+def test_what_cannot_fit_is_not_tokenised() -> None:
+    """160 tokens of at most 13 bytes are 2080 bytes; it is still said which texts are too long."""
+    tokenizer = CountingTokenizer()
+    model = dataclasses.replace(MODEL, tokenizer=tokenizer)
+    with TestClient(create_app(model, "mine", limits=LIMITS)) as client:
+        tokenizer.seen.clear()
+        answer = client.post("/v1/attributes", json={"texts": ["a", "word " * 1000]})
+    message = error_of(answer, 413)
+    assert re.fullmatch(r"more than 160 tokens: \[1\] has \d+ characters", message)
+    assert max(length for length, _ in tokenizer.seen) < 2080
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"content": b'{"' + b"k" * 15_000 + b'": 1}'},
+        {"content": b'{"texts": ["a"], "' + b"k" * 15_000 + b'": 1}'},
+        {"content": json.dumps({"conversations": [{"x" * 9000: 1}] * 2}).encode()},
+        {"content": json.dumps({"conversations": [{"mask": "x" * 9000}]}).encode()},
+        {"content": conversation(ASSISTANT | {"label": "humor:" + "9" * 9000})},
+        {"content": b"{}", "headers": {"Content-Type": "a" * 9000}},
+        {"content": json.dumps({"texts": {f"k{i}": 1 for i in range(1000)}}).encode()},
+    ],
+)
+def test_refusals_echo_little(client: TestClient, sent: Any) -> None:
+    sent = {"headers": {"Content-Type": "application/json"}} | sent
+    response = client.post("/v1/attributes", **sent)
+    assert 400 <= response.status_code < 500
+    assert len(response.json()["error"]["message"]) <= 500
+    assert len(response.text) < 1000
+
+
+def test_long_paths_and_methods_are_cut_in_answers(client: TestClient) -> None:
+    for response in (client.get("/" + "a" * 9000), client.request("FOO" * 99, "/v1/attributes")):
+        assert 400 <= response.status_code < 500
+        assert len(response.text) < 1000
+
+
+def test_objects_of_very_many_keys_are_refused(client: TestClient) -> None:
+    item = {f"k{i}": 1 for i in range(1000)} | GOOD
+    message = error_of(client.post("/v1/attributes", json={"conversations": [item]}), 422)
+    assert message == "conversations[0]: an object has at most 100 keys, got 1001"
 
 
 def test_truncate_scores_the_end_and_says_so() -> None:

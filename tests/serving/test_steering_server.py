@@ -389,7 +389,7 @@ REFUSED: dict[str, tuple[Json, str, str | None]] = {
         "max_tokens",
     ),
     "two limits": ({"max_tokens": 5, "max_completion_tokens": 6}, "differ: send one of them", None),
-    "stops": ({"stop": ["a"] * 17}, "stop: at most 16 texts", None),
+    "stops": ({"stop": ["a"] * 17}, "stop: at most 16 texts", "stop"),
     "top without log-probs": ({"top_logprobs": 2}, "top_logprobs needs logprobs: true", None),
     "options without stream": ({"stream_options": {}}, "stream_options are for stream: true", None),
     "no room": (
@@ -857,3 +857,64 @@ def test_the_page_is_in_the_package() -> None:
     import steerlm2.serving.steering_server as module
 
     assert (Path(module.__file__).with_name("page") / "index.html").is_file()
+
+
+# Too much
+
+
+LONG = "word " * 3000
+"""15,000 bytes: 512 tokens of at most 13 bytes can't be so many."""
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", PATH, {"messages": [{"role": "user", "content": LONG}]}),
+        ("POST", PATH, {"messages": [{"role": "system", "content": LONG}, *ASKS]}),
+        ("POST", "/v1/completions", {"prompt": LONG}),
+        ("POST", "/v1/completions", {"prompt": ["a", LONG]}),
+        ("PUT", "/generate", {"sentences": [LONG]}),
+    ],
+)
+def test_prompts_that_cannot_fit_are_not_tokenised(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: Json
+) -> None:
+    seen: list[int] = []
+    encode = type(TOKENIZER).encode
+
+    def noted(self: Any, text: str) -> list[int]:
+        seen.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(type(TOKENIZER), "encode", noted)
+    error = error_of(client.request(method, path, json=body), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "shorten the" in error["message"]
+    assert max(seen, default=0) < len(LONG)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        CHAT | {"model": "m" * 9000},
+        CHAT | {"k" * 9000: 1},
+        CHAT | {"attributes": {"a" * 9000: 1}},
+        CHAT | {"attributes": "humor:" + "9" * 9000},
+        {"messages": [{"role": "r" * 9000, "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a", "k" * 9000: 1}]},
+        CHAT | {"n": "9" * 9000},
+    ],
+)
+def test_refusals_echo_little(client: TestClient, body: Json) -> None:
+    response = client.post(PATH, json=body)
+    assert 400 <= response.status_code < 500
+    assert len(response.json()["error"]["message"]) <= 500
+    assert len(response.text) < 1000
+
+
+@pytest.mark.parametrize(
+    "prompt", [[{}], [1, "a"], [[1], "a"], [[1, "a"]], [True], {}, 3, None, [[1], 2], [1.5]]
+)
+def test_prompts_of_other_kinds_are_refused(client: TestClient, prompt: Any) -> None:
+    error = error_of(client.post("/v1/completions", json={"prompt": prompt}), 400)
+    assert "should be a text, token ids, or a list" in error["message"]
