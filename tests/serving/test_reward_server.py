@@ -305,15 +305,15 @@ class CountingTokenizer(HFTokenizer):
 
 @pytest.mark.parametrize("truncate", [False, True])
 def test_large_bodies_are_tokenised_once_and_aside(truncate: bool) -> None:
-    """A body of 30 KB, of a text that may fit or not: in a thread of its own kind."""
+    """A body of 20 KB, of a text that may fit in 1600 tokens: in a thread for such bodies."""
     tokenizer = CountingTokenizer()
-    model = dataclasses.replace(MODEL, tokenizer=tokenizer, max_seq_len=4096)
+    model = dataclasses.replace(MODEL, tokenizer=tokenizer, max_seq_len=1600)
     limits = Limits(truncate=truncate)
     with TestClient(create_app(model, "mine", limits=limits)) as client:
         tokenizer.seen.clear()
-        answer = client.post("/v1/attributes", json={"texts": ["word " * 6000]})
+        answer = client.post("/v1/attributes", json={"texts": ["word " * 4000]})
         assert answer.status_code == (200 if truncate else 413)
-    (long,) = [thread for length, thread in tokenizer.seen if length > 20_000]
+    (long,) = [thread for length, thread in tokenizer.seen if length > 19_000]
     assert long.startswith("intake")
 
 
