@@ -197,6 +197,21 @@ def test_problems_of_the_config_are_named_at_once() -> None:
     ]
 
 
+def test_problems_of_the_limits_are_named() -> None:
+    values = CONFIG | {"max_connections": 1, "header_timeout": 0, "body_timeout": -1}
+    values |= {"max_body_bytes": 100, "max_pending_bytes": 99, "allowed_hosts": ["a:80", "b"]}
+    with pytest.raises(ValueError, match="the config has problems") as caught:
+        load_config(serve_reward.ServeConfig, values)
+    assert str(caught.value).splitlines()[1:] == [
+        "  - 'header_timeout' must be above 0, got 0.0",
+        "  - 'body_timeout' must be above 0, got -1.0",
+        "  - 'max_connections' must be at least 2, got 1",
+        "  - 'max_pending_bytes' (99) must be at least 'max_body_bytes' (100)",
+        "  - 'allowed_hosts' has 'a:80': give names without a port (reward.example, *.example, "
+        '"*" for all), addresses, or networks (10.0.0.0/8)',
+    ]
+
+
 def test_lacking_packages_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = importlib.util.find_spec
 
