@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import ipaddress
 import math
@@ -127,6 +128,10 @@ def serve(
         )
     )
     log_seldom()
+    # The model's objects stay: to go through them again and again, as a body with very many values
+    # would make the garbage collector do, takes seconds in which nothing else runs.
+    gc.collect()
+    gc.freeze()
 
     def stop(signum: int, frame: object) -> None:
         server.should_exit = True
