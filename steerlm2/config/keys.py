@@ -614,7 +614,7 @@ class ServingKeys(ModelKeys):
     allowed_hosts: list[str] | None = None
     """Hosts that requests may be for, so that no web page reaches the server under a name of its
     own: names, *.NAME, addresses and networks, or "*" for all. null: those of loopback (localhost,
-    127.0.0.0/8, ::1); where it listens beyond that also every address and the machine's own names;
+    127.0.0.0/8, ::1); where it listens beyond that also every address and the machine's own name;
     all, where requests need a key."""
     max_body_bytes: int = 1_048_576
     """Bytes of a request."""

@@ -28,7 +28,7 @@ def usual_hosts(host: str, address: str, api_key: str | None) -> tuple[str, ...]
         return ("*",)
     if ipaddress.ip_address(address).is_loopback:
         return (*LOOPBACK_HOSTS, host)
-    return (*LOOPBACK_HOSTS, *ADDRESSES, host, socket.gethostname(), socket.getfqdn())
+    return (*LOOPBACK_HOSTS, *ADDRESSES, host, socket.gethostname())
 
 
 def host_of(header: str) -> str:
