@@ -250,7 +250,7 @@ def test_long_texts_are_encoded_as_short_ones() -> None:
 
 
 def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
-    """A thread that wants to run every millisecond does so several times in a tenth of a second."""
+    """A thread that wants to run every millisecond does so ten times in a second."""
     tokenizer, ended, ticks = TOKENIZERS["tiny"], threading.Event(), 0
 
     def tick() -> None:
@@ -266,7 +266,7 @@ def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
         ended.set()
         thread.join()
     assert num_ids > 40_000
-    assert ticks >= 5
+    assert ticks >= 10
 
 
 def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
