@@ -20,7 +20,7 @@ from typing import Any
 
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from steerlm2.serving.http import ALWAYS_OPEN, RequestError, json_response, overloaded
@@ -297,9 +297,8 @@ def _too_large() -> RequestError:
 
 def _raw_response(error: RequestError, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
     response = json_response(error.status, error.body(), {"Connection": "close"})
-    lines = [b"HTTP/1.1 %d " % error.status]
-    lines += [b"%b: %b" % each for each in (*headers, *response.raw_headers)]
-    return b"\r\n".join([*lines, b"", bytes(response.body)])
+    fields = [b"%b: %b\r\n" % each for each in (*headers, *response.raw_headers)]
+    return b"".join([STATUS_LINE[error.status], *fields, b"\r\n", bytes(response.body)])
 
 
 def connection_room(wanted: int, outgoing: int) -> int:
