@@ -346,13 +346,69 @@ def test_a_prompt_that_both_conversations_repeat_is_there_once(tmp_path: Path) -
 # What a layout is found from
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": " good", "rejected": " bad"},
+        {"chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "\n\nHuman: Q\n\nAssistant: bad"},
+    ],
+)
+def test_a_prompt_that_spells_its_turns_is_split(tmp_path: Path, row: Json) -> None:
+    rows = [{"prompt": "\n\nHuman: Q\n\nAssistant:", **row}]
+    units = chat_data(write(tmp_path / "data.jsonl", rows))
+    assert texts(units) == [[["Q", "good"], ["Q", "bad"]]]
+
+
 def test_bad_rows_at_the_beginning_do_not_hide_the_layout(tmp_path: Path) -> None:
-    rows = [{"prompt": "Q", "response": None}, {"prompt": 3, "response": "A"}]
+    rows = [{"prompt": "Q"}, {"prompt": 3, "response": "A"}]
     rows += [{"prompt": "Q", "response": "A"}] * 3
     units, error = read_all(write(tmp_path / "data.jsonl", rows))
     assert len(units) == 3
     assert "data.jsonl:1: has no 'response'" in error
     assert "data.jsonl:2: 'prompt' must be text, got 3" in error
+
+
+@pytest.mark.parametrize("container", ["data.jsonl", "data.parquet", "data.csv"])
+def test_null_is_an_empty_cell(
+    tmp_path: Path, container: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [("Q", None), (None, "A"), ("Q", "A")]
+    path = write(tmp_path / container, [{"prompt": p, "response": r} for p, r in rows])
+    assert texts(chat_data(path)) == [[["Q", "A"]]]
+    assert "left out: 1 with an empty answer, 1 without a prompt" in caplog.text
+
+
+ANSWERED = [{"prompt": "Q", "response": "A"}] * 100
+"""As many rows as tell the columns."""
+
+
+def test_a_column_that_only_later_rows_have_is_read_as_one_of_the_first(tmp_path: Path) -> None:
+    rows = [*ANSWERED, {"prompt": "Q", "response": "A", "system": "Be brief.", "Humor": 3}]
+    *_, last = chat_data(write(tmp_path / "data.jsonl", rows))
+    assert last.conversations[0].system == "Be brief."
+    assert last.conversations[0].turns[-1].label == "humor:3"
+
+
+def test_an_attribute_whose_first_cells_are_empty_is_a_label(tmp_path: Path) -> None:
+    rows = [*({**row, "humor": None} for row in ANSWERED), {**ANSWERED[0], "humor": 3}]
+    *_, last = chat_data(write(tmp_path / "data.csv", rows))
+    assert labels([last]) == [["humor:3"]]
+
+
+def test_a_column_that_only_later_rows_have_is_named_if_it_has_no_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*ANSWERED, {**ANSWERED[0], "note": "x"}]
+    list(chat_data(write(tmp_path / "data.jsonl", rows)))
+    assert "columns that the first 100 rows lack, not used: note (row 101)" in caplog.text
+
+
+def test_answers_that_only_later_rows_have_are_refused_among_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", [{"prompt": "Q"}] * 100 + [*ANSWERED[:1]])
+    _, error = read_all(path)
+    assert error.startswith(f"{path}:101: has 'response', which the first 100 rows lack")
+    units, error = read_all(path, format="prompts")
+    assert (len(units), error) == (101, "")
 
 
 def test_a_bad_input_is_no_reason_to_ignore_the_inputs(tmp_path: Path) -> None:
@@ -471,7 +527,7 @@ def test_labels_of_turns_count_as_values(tmp_path: Path, caplog: pytest.LogCaptu
     assert "answers with a label: 2 (without a value: length 1)" in caplog.text
 
 
-@pytest.mark.parametrize("value", [3.5, "3.5", True, "high", [3], 11, -1, "1e999", "3,5"])
+@pytest.mark.parametrize("value", [3.5, "3.5", True, "high", [3], 11, -1, "1e999", "3,5", "1_0"])
 def test_other_values_are_refused_with_their_row(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path / "data.jsonl", rated(3, value))
     units, error = read_all(path, schema=SCHEMA)
@@ -541,6 +597,63 @@ def test_a_label_column_and_labels_of_messages_are_labels(tmp_path: Path) -> Non
     units, error = read_all(write(tmp_path / "data.jsonl", rows))
     assert labels(units) == [["humor:4"]]
     assert "humor must be a whole number from 0 to 4, got 9" in error
+
+
+def test_values_in_a_message_are_labels_of_its_turn(tmp_path: Path) -> None:
+    told_values = {"role": "assistant", "content": "A", "formality": 3, "scores": {"length": "2"}}
+    ask = messages("Q")
+    rows = [
+        {"messages": [*ask, told_values, *ask, told("assistant", "B")]},
+        {"messages": [*ask, {"role": "assistant", "content": "A", "label": {"formality": 1}}]},
+    ]
+    units = list(chat_data(write(tmp_path / "data.parquet", rows), schema=SCHEMA))
+    assert [turn.label for turn in units[0].conversations[0].turns] == [
+        *(None, "formality:3,length:2"),
+        *(None, None),
+    ]
+    assert labels(units) == [[None], ["formality:1"]]
+
+
+def test_columns_of_our_conversations_are_labels_of_the_last_answer(tmp_path: Path) -> None:
+    rows = [{"conversations": own("Q", "A", "R", "B"), "formality": 3}]
+    (unit,) = chat_data(write(tmp_path / "data.jsonl", rows), schema=SCHEMA)
+    assert [turn.label for turn in unit.conversations[0].turns[1::2]] == [None, "formality:3"]
+
+
+def test_what_a_message_has_besides_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    thought = {"role": "assistant", "content": "A", "reasoning_content": "Hm."}
+    list(chat_data(write(tmp_path / "data.jsonl", [{"messages": [*messages("Q"), thought]}])))
+    assert "not used: reasoning_content" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("formality: 9, length: 2", "'formality: 9' is not of the form name:number"),
+        ("length:2,formality:90", "formality must be a whole number from 0 to 10, got 90"),
+        ("politeness:3", "unknown attribute 'politeness'"),
+        (5, "label must be a label or an object, got 5"),
+    ],
+)
+def test_labels_that_are_wrong_are_refused_not_left_aside(
+    tmp_path: Path, label: Any, said: str
+) -> None:
+    rows = [{"prompt": "Q", "response": "A", "label": text} for text in ("n/a", "length:1", label)]
+    units, error = read_all(write(tmp_path / "data.jsonl", rows), schema=SCHEMA)
+    assert labels(units) == [[None], ["length:1"]]
+    assert f"data.jsonl:3: {said}" in error or f"data.jsonl:3: label '{label}': {said}" in error
+
+
+def test_a_label_and_a_column_must_not_differ(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Q", "response": "A", "label": "formality:3", "formality": value}
+        for value in (3, 9)
+    ]
+    units, error = read_all(write(tmp_path / "data.jsonl", rows), schema=SCHEMA)
+    assert labels(units) == [["formality:3"]]
+    assert error.endswith("its label has formality:3, its column formality 9")
 
 
 def test_labels_without_an_answer_are_counted(
@@ -686,6 +799,24 @@ def test_scores_may_be_lists_beside_the_responses(tmp_path: Path) -> None:
     assert labels(chat_data(path, schema=SCHEMA)) == [
         ["formality:1,length:3", "formality:2,length:4"]
     ]
+
+
+def test_a_list_beside_the_responses_must_be_as_long(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Q", "responses": ["A", "B"], "formality": values, "topics": ["x"]}
+        for values in ([9, 2], [9])
+    ]
+    units, error = read_all(write(tmp_path / "data.jsonl", rows), schema=SCHEMA)
+    assert labels(units) == [["formality:9", "formality:2"]]
+    assert error.endswith("data.jsonl:2: formality has 1 values for 2 responses")
+
+
+def test_a_response_without_text_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "Q", "responses": [None, {"text": None}, {"text": "A"}]}]
+    assert texts(chat_data(write(tmp_path / "data.jsonl", rows))) == [[["Q", "A"]]]
+    assert "left out: 2 answers without text" in caplog.text
 
 
 def test_rows_in_succession_with_one_prompt_are_a_group_or_a_pair(

@@ -219,6 +219,8 @@ def test_columns_need_names_of_their_own(tmp_path: Path) -> None:
         ('[{"v": 1, "v": 2}]', "not valid JSON (key 'v' is there twice)"),
         ('{"a": [{"v": 1}], "b": [{"v": 1}]}', "with 2 such lists and the keys 'a', 'b'"),
         ('{"a": 1}', "with 0 such lists and the keys 'a'"),
+        ('{"prompt": ["Q"], "response": ["A"]}', "is a table by columns ('prompt', 'response')"),
+        ('{"prompt": {"0": "Q"}, "response": {"0": "A"}}', "is a table by columns ("),
         ('"text"', "must be a JSON array, or an object with a list of objects"),
         (b"\xff\xfe[\x00", "is UTF-16"),
         (b"PAR1", "is Parquet"),

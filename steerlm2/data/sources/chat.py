@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,12 +50,15 @@ from steerlm2.data.sources.layouts import (
     Layout,
     LeftOut,
     Match,
+    NotParallel,
     Sample,
     fields_of_side,
     find_column,
     fitting_config,
     flat_fields,
+    is_content,
     match_of,
+    normalised,
     rating,
     what_was_found,
 )
@@ -68,6 +72,8 @@ _NUM_FIRST = 100
 
 _NOT_KNOWN = {"", "n/a", "na", "nan", "none", "null", "-"}
 """What tables have where there is no value."""
+
+_LABEL_LIKE = re.compile(r"\s*[\w.-]+\s*[:=]\s*-?\d+(\.\d+)?\s*([,;]|$)")
 
 _REJECTED = "rejected answers without a label"
 _NOT_BEST = "answers that aren't among the best"
@@ -252,6 +258,8 @@ class _Tally:
     labelled: int = 0
     values: Counter[str] = field(default_factory=Counter)
     """Attribute -> answers that have a value of it."""
+    late: dict[str, int] = field(default_factory=dict)
+    """Column that the first rows lack -> the first row that has it."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Cause -> rows, or what the cause names."""
 
@@ -268,6 +276,10 @@ class _Reading:
     """The field that tells how good an answer is."""
     make: str
     options: _Options
+    fields: set[str]
+    """Those of the answers so far."""
+    sought: Sequence[str]
+    """The attributes that columns may have."""
     tally: _Tally = field(default_factory=_Tally)
 
     def item(self, row: Row) -> _Item:
@@ -276,14 +288,12 @@ class _Reading:
         if self.options.split_turns:
             turns = [turns_in(turn.value) if turn.role == USER else [turn] for turn in sample.turns]
             sample = dataclasses.replace(sample, turns=[*itertools.chain.from_iterable(turns)])
-        for turn in sample.turns:
-            if turn.label:
-                turn.label = read_label(turn.label, self.options.schema)
         if self.make != "conversations" and not sample.answers and sample.turns[-1].role != USER:
             *before, last = sample.turns
-            sample = dataclasses.replace(
-                sample, turns=before, answers=[Answer(last.value, label=last.label)]
-            )
+            answer = Answer(last.value, sample.fields | last.extra, last.label)
+            sample = dataclasses.replace(sample, turns=before, answers=[answer], fields={})
+        self._meet(row)
+        self._label_turns(sample)
         answers = []
         for answer in sample.answers:
             if is_blank(answer.value) and self.match.layout.name == "responses":
@@ -294,16 +304,64 @@ class _Reading:
                 answers.append(self._scored(answer.value, answer.fields, answer.label))
         if sample.answers and not answers:
             raise LeftOut(EMPTY_ANSWER)
-        if sample.fields and self._scored("", sample.fields, None).values:
+        ends_with_user = sample.turns[-1].role == USER
+        if ends_with_user and sample.fields and self._scored("", sample.fields, None).values:
             self.tally.left_out[_NOT_ANSWERED] += 1
         return _Item(row, sample, answers)
+
+    def _meet(self, row: Row) -> None:
+        """Count the columns that the first rows lack, and that no part of the layout is in."""
+        used = {*self.match.columns_of(row.value).values()}
+        only_prompts = self.match.layout.name == "prompts" != self.options.format
+        for column in row.value.keys() - self.match.seen - used - self.tally.late.keys():
+            value = row.value[column]
+            if _is_nothing(value):
+                continue
+            self.tally.late[column] = row.number
+            if only_prompts and is_content(value):
+                raise ValueError(
+                    f"has {column!r}, which the first {_NUM_FIRST} rows lack: prompts without "
+                    "answers need a file of their own, or builder.format=prompts"
+                )
+
+    def _meet_fields(self, fields: Json) -> None:
+        """Labels may be in fields that the first answers lack."""
+        for key in fields.keys() - self.fields:
+            if _is_nothing(fields[key]):
+                continue
+            self.fields.add(key)
+            for name in self.sought:
+                known = self.attributes.get(name) in self.fields - {key}
+                named = find_column([key], [self.options.columns.get(name, name)])
+                if named and not known and (name in self.attributes or _is_numeric([fields[key]])):
+                    self.attributes[name] = key
+            is_label = normalised(key) == "label" and _has_label([fields[key]])
+            if is_label and self.label_field is None:
+                self.label_field = key
+
+    def _label_turns(self, sample: Sample) -> None:
+        """Give the turns before the answers their labels, and take away what else they have."""
+        layout, schema = self.match.layout.name, self.options.schema
+        for i, turn in enumerate(sample.turns):
+            fields: Json = {}
+            if layout != "steerlm2" and turn.role == ASSISTANT:
+                last = i == len(sample.turns) - 1
+                fields = sample.fields | turn.extra if last else turn.extra
+            if fields or turn.label:
+                scored = self._scored(turn.value, fields, turn.label)
+                turn.label = scored.label or (turn.label and read_label(turn.label, schema))
+            if layout not in ("steerlm2", "conversations"):
+                turn.extra = {}
 
     def _scored(self, text: str, fields: Json, label: str | None) -> _Scored:
         schema = self.options.schema
         fields = flat_fields(fields)
-        label = label or (fields.get(self.label_field) if self.label_field else None) or None
+        self._meet_fields(fields)
+        label = label or (fields.get(self.label_field) if self.label_field else None)
         values: dict[str, float] = {}
-        if label is not None:
+        if label is not None and not _is_nothing(label):
+            if not isinstance(label, str):
+                raise ValueError(f"{self.label_field} must be a label or an object, got {label!r}")
             values |= parse_label(label, schema)
         problems = []
         for name, key in self.attributes.items():
@@ -312,6 +370,8 @@ class _Reading:
             except ValueError as error:
                 problems.append(str(error))
                 continue
+            if value is not None and values.get(name, value) != value:
+                problems.append(f"its label has {name}:{values[name]}, its column {key} {value}")
             if value is not None:
                 values[name] = value
         problems += [
@@ -355,11 +415,13 @@ def _number(value: Any, where: str) -> float | None:
         ValueError: for anything else.
     """
     value = rating(value)
-    if value is None or (isinstance(value, str) and value.strip().lower() in _NOT_KNOWN):
+    if isinstance(value, NotParallel):
+        raise ValueError(f"{where} {value}")
+    if _is_nothing(value):
         return None
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
-            number = float(value)
+            number = math.inf if "_" in str(value) else float(value)
         except (ValueError, OverflowError):
             number = math.inf
         if math.isnan(number):
@@ -367,6 +429,11 @@ def _number(value: Any, where: str) -> float | None:
         if math.isfinite(number):
             return int(number) if number.is_integer() else number
     raise ValueError(f"{where} must be a number, got {value!r}")
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a cell says that there is no value."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in _NOT_KNOWN)
 
 
 def _items(
@@ -431,7 +498,7 @@ def _reading(source: str | Path, first: list[Row], options: _Options) -> _Readin
         if explicit or (found is not None and _is_numeric(fields[found])):
             attributes[name] = found or column
     label_field = find_column(fields, ["label"])
-    if label_field is not None and not _is_label(fields[label_field]):
+    if label_field is not None and not _has_label(fields[label_field]):
         label_field = None
     if label_field is None and "label" in fields and all(map(_is_truth, fields["label"])):
         raise ValueError(
@@ -445,7 +512,8 @@ def _reading(source: str | Path, first: list[Row], options: _Options) -> _Readin
             f"{source}: builder.by={options.by!r} is no column of its answers, which have "
             f"{', '.join(fields) or 'none'}"
         )
-    reading = _Reading(match, attributes, label_field, by, make, options)
+    filled = {key for key, own in fields.items() if not all(map(_is_nothing, own))}
+    reading = _Reading(match, attributes, label_field, by, make, options, filled, names)
     text = _reading_text(reading, fields, _other_columns(match, values), in_turns)
     _log.warning("%s: %s", source, text)
     return reading
@@ -474,8 +542,13 @@ def _fields(match: Match, rows: Iterable[Any]) -> tuple[dict[str, list[Any]], bo
             continue
         in_turns |= any(turn.label for turn in sample.turns)
         in_turns |= any(answer.label for answer in sample.answers)
-        for answer in sample.answers:
-            for key, value in flat_fields(answer.fields).items():
+        own = [answer.fields for answer in sample.answers]
+        if match.layout.name != "steerlm2":
+            own += [turn.extra for turn in sample.turns if turn.role == ASSISTANT]
+        if not sample.answers and sample.turns[-1].role == ASSISTANT:
+            own.append(sample.fields)
+        for fields in own:
+            for key, value in flat_fields(fields).items():
                 found.setdefault(key, []).append(value)
     return found, in_turns
 
@@ -502,15 +575,9 @@ def _is_numeric(values: Iterable[Any]) -> bool:
     return numbers > others
 
 
-def _is_label(values: Iterable[Any]) -> bool:
-    for value in values:
-        if isinstance(value, str) and value.strip():
-            try:
-                parse_label(value)
-            except ValueError:
-                return False
-            return True
-    return False
+def _has_label(values: Iterable[Any]) -> bool:
+    """Whether a text among the values begins like a label, however it goes on."""
+    return any(isinstance(value, str) and _LABEL_LIKE.match(value) for value in values)
 
 
 def _is_truth(value: Any) -> bool:
@@ -519,11 +586,16 @@ def _is_truth(value: Any) -> bool:
 
 def _other_columns(match: Match, rows: Iterable[Any]) -> list[str]:
     """The columns that have no part of the layout. Our own formats have a use for all."""
-    if match.layout.name in ("conversations", "steerlm2"):
+    if _is_kept(match):
         return []
     keys = itertools.chain.from_iterable(row for row in rows if isinstance(row, dict))
     used = {*match.columns.values()}
     return [key for key in dict.fromkeys(keys) if key not in used]
+
+
+def _is_kept(match: Match) -> bool:
+    """Whether rows keep what isn't used of them, as our own formats do."""
+    return match.layout.name in ("conversations", "steerlm2")
 
 
 def _reading_text(
@@ -544,7 +616,7 @@ def _reading_text(
         if lacking and reading.label_field is None and not in_turns:
             text += f"; no column for {', '.join(lacking)}"
     used = {*found.values(), reading.label_field, reading.by}
-    left = [key for key in fields if key not in used]
+    left = [] if _is_kept(match) else [key for key in fields if key not in used]
     numbers = [key for key in left if _is_numeric(fields[key])]
     if numbers and reading.make != "pairs":
         text += (
@@ -602,6 +674,10 @@ def _result_text(reading: _Reading, num_bad: int) -> str:
     if tally.labelled and (some := [f"{n} {gap}" for n, gap in gaps.items() if gap > 0]):
         text += f" (without a value: {', '.join(some)})"
     text += f"; left out: {causes_text(tally.left_out)}"
+    used = {*reading.attributes.values(), reading.label_field}
+    late = {} if _is_kept(reading.match) else tally.late
+    if unused := [f"{name} (row {number})" for name, number in late.items() if name not in used]:
+        text += f"; columns that the first {_NUM_FIRST} rows lack, not used: {', '.join(unused)}"
     return text + (f"; bad: {num_bad}" if num_bad else "")
 
 

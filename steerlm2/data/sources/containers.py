@@ -90,6 +90,11 @@ def _rows_of(content: object, path: Path) -> list[Any]:
         return content
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON array, or an object with a list of objects")
+    if _has_columns(content):
+        raise ValueError(
+            f"{path}: is a table by columns ({', '.join(map(repr, content))}); write it by rows, "
+            "with pandas: df.to_json(PATH, orient='records', lines=True)"
+        )
     lists = [
         value
         for value in content.values()
@@ -103,6 +108,15 @@ def _rows_of(content: object, path: Path) -> list[Any]:
         f"{path}: must be a JSON array, or an object with one list of objects; it is an object "
         f"with {len(lists)} such lists and the keys {', '.join(map(repr, content))}"
     )
+
+
+def _has_columns(content: dict[str, Any]) -> bool:
+    """Whether an object's values are columns: equally long lists, or cells by their number."""
+    lists = all(isinstance(column, list) for column in content.values())
+    lists = lists and any(isinstance(cell, str) for column in content.values() for cell in column)
+    numbered = all(isinstance(column, dict) and "0" in column for column in content.values())
+    lengths = {len(column) for column in content.values() if isinstance(column, list | dict)}
+    return (lists or numbered) and len(content) > 1 and len(lengths) == 1
 
 
 def _csv_values(path: Path, problems: LineProblems) -> _Values:

@@ -10,6 +10,7 @@ import ast
 import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Sample:
     """Before the answers; the whole conversation if there are none."""
     answers: list[Answer]
     fields: Json = field(default_factory=dict)
-    """What the row has besides turns that no answer follows."""
+    """What the row has besides turns that no answer follows, or whose last is the answer."""
     extra: Json = field(default_factory=dict)
     """Kept with a conversation."""
     record: Record | None = None
@@ -133,11 +134,17 @@ def _turn_list(value: Any) -> list[Json] | None:
     return None
 
 
-def _is_content(value: Any) -> bool:
+def is_content(value: Any) -> bool:
     return isinstance(value, str) or _turn_list(value) is not None
 
 
 # Messages
+
+
+_MESSAGE_KEYS = {
+    *("role", "from", "content", "value", "label", "weight", "tool_calls", "function_call")
+}
+"""What is read of a message, or refused; what else an assistant's has may be its values."""
 
 
 def _text_of(content: Any, where: str) -> str:
@@ -154,9 +161,7 @@ def _text_of(content: Any, where: str) -> str:
     return str(content)
 
 
-def _role_of(message: Any, where: str) -> str:
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} must be an object, got {_short(message)}")
+def _role_of(message: Json, where: str) -> str:
     name = message.get("role", message.get("from"))
     role = _ROLES.get(str(name).strip().lower())
     if role is None:
@@ -167,7 +172,7 @@ def _role_of(message: Any, where: str) -> str:
 
 
 def _conversation(messages: Any, where: str) -> tuple[str | None, list[Turn]]:
-    """(system text, turns) of messages."""
+    """(system text, turns) of messages; `extra` of an assistant's turn has its other keys."""
     messages = structure(messages)
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where!r} must be a list of messages, got {_short(messages)}")
@@ -175,8 +180,13 @@ def _conversation(messages: Any, where: str) -> tuple[str | None, list[Turn]]:
     turns: list[Turn] = []
     for i, message in enumerate(messages):
         place = f"{where}[{i}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{place} must be an object, got {_short(message)}")
+        # Parquet has null for every key that only other rows have.
+        message = {key: value for key, value in message.items() if value is not None}
         role = _role_of(message, place)
-        key = "content" if "content" in message else "value"
+        usual = "value" if "from" in message else "content"
+        key = next((key for key in ("content", "value") if key in message), usual)
         content = message.get(key)
         if role == ASSISTANT and content is None:
             raise LeftOut(EMPTY_ANSWER)
@@ -190,10 +200,15 @@ def _conversation(messages: Any, where: str) -> tuple[str | None, list[Turn]]:
             raise LeftOut(EMPTY_ANSWER)
         if role == ASSISTANT and message.get("weight") in (0, "0"):
             raise LeftOut(NOT_TRAINED)
-        label = message.get("label") if role == ASSISTANT else None
-        if label is not None and not isinstance(label, str):
+        extra = {k: v for k, v in message.items() if k not in _MESSAGE_KEYS}
+        if isinstance(label := message.get("label"), dict):
+            extra["label"], label = label, None
+        if role == ASSISTANT and label is not None and not isinstance(label, str):
             raise ValueError(f"{place}: 'label' must be text such as 'quality:4', got {label!r}")
-        turns.append(Turn(role, text, label or None))
+        if role == ASSISTANT:
+            turns.append(Turn(role, text, label or None, extra))
+        else:
+            turns.append(Turn(role, text))
     return system, turns
 
 
@@ -201,6 +216,8 @@ def _either(content: Any, role: str, where: str) -> tuple[str | None, list[Turn]
     """(system text, turns) of messages, or of one text."""
     if (messages := _turn_list(content)) is not None:
         return _conversation(messages, where)
+    if role == USER and (turns := _spelled_prompt(content)):
+        return None, turns
     text = _text_of(content, repr(where))
     if is_blank(text):
         raise LeftOut(EMPTY_ANSWER if role == ASSISTANT else EMPTY_PROMPT)
@@ -223,7 +240,8 @@ def _answered(system: str | None, turns: list[Turn], fields: Json) -> Sample:
         raise LeftOut(EMPTY_PROMPT)
     if turns[-1].role != ASSISTANT:
         return Sample(system, turns, [], fields)
-    return Sample(system, turns[:-1], [Answer(turns[-1].value, fields, turns[-1].label)])
+    last = turns[-1]
+    return Sample(system, turns[:-1], [Answer(last.value, fields | last.extra, last.label)])
 
 
 def _read_messages(parts: Json, others: Json) -> Sample:
@@ -239,6 +257,7 @@ def _read_prompt_response(parts: Json, others: Json) -> Sample:
     own, answer = _either(parts["response"], ASSISTANT, "response")
     if own is not None:
         raise LeftOut(LATE_SYSTEM)
+    _drop_space(parts["prompt"], answer[-1])
     return _answered(_system_of(parts, system), before + answer, others)
 
 
@@ -268,35 +287,42 @@ def _read_alpaca(parts: Json, others: Json) -> Sample:
 def _read_preference(parts: Json, others: Json) -> Sample:
     sides = [_side(parts[name], name, parts.get("prompt")) for name in ("chosen", "rejected")]
     (system, before, chosen), (other_system, other_before, rejected) = sides
-    if (system, before) != (other_system, other_before):
+    if (system, _spoken(before)) != (other_system, _spoken(other_before)):
         raise LeftOut(APART)
     asked_system, asked = None, before
     if parts.get("prompt") is not None:
         asked_system, prompt = _either(parts["prompt"], USER, "prompt")
         # Most repeat the prompt in both conversations.
-        repeated = before[: len(prompt)] == prompt or (len(prompt) == 1 and prompt[0] in before)
+        said, asking = _spoken(before), _spoken(prompt)
+        repeated = said[: len(asking)] == asking or (len(asking) == 1 and asking[0] in said)
         asked = before if repeated else prompt + before
     if not asked:
         raise ValueError("has no prompt: neither a column nor turns that both conversations share")
     answers = [
-        Answer(turn.value, fields_of_side(others, name), turn.label)
+        Answer(turn.value, fields_of_side(others, name) | turn.extra, turn.label)
         for name, turn in (("chosen", chosen), ("rejected", rejected))
     ]
     return Sample(_system_of(parts, system if system is not None else asked_system), asked, answers)
 
 
+def _spoken(turns: Iterable[Turn]) -> list[tuple[str, str]]:
+    return [(turn.role, turn.value) for turn in turns]
+
+
 def _side(content: Any, name: str, prompt: Any) -> tuple[str | None, list[Turn], Turn]:
     """(system text, turns before the answer, answer)."""
-    if _turn_list(content) is None and isinstance(content, str) and prompt is None:
-        turns = _spelled_turns(content)
-        if not turns:
-            raise ValueError(
-                f"{name!r} is one text and there is no prompt column: name it with builder.columns="
-                "{prompt: NAME}"
-            )
-        system = None
+    is_text = _turn_list(content) is None and isinstance(content, str)
+    spelled = _spelled_turns(content) if is_text else []
+    if is_text and prompt is None and not spelled:
+        raise ValueError(
+            f"{name!r} is one text and there is no prompt column: name it with builder.columns="
+            "{prompt: NAME}"
+        )
+    if spelled and (prompt is None or (len(spelled) > 1 and spelled[0].role == USER)):
+        system, turns = None, spelled
     else:
         system, turns = _either(content, ASSISTANT, name)
+        _drop_space(prompt, turns[-1])
     if turns[-1:] and turns[-1].role == ASSISTANT and not is_blank(turns[-1].value):
         return system, turns[:-1], turns[-1]
     raise LeftOut(EMPTY_ANSWER if turns[-1:] and turns[-1].role == ASSISTANT else NO_ANSWER)
@@ -318,6 +344,21 @@ def _spelled_turns(text: str) -> list[Turn]:
     return [Turn(_ROLES[role.lower()], own) for role, own in zip(roles, texts, strict=True)]
 
 
+def _spelled_prompt(content: Any) -> list[Turn]:
+    """The turns of a prompt that ends with "\\n\\nAssistant:"; none of another one."""
+    turns = _spelled_turns(content) if isinstance(content, str) else []
+    if len(turns) < 2 or turns[0].role != USER:
+        return []
+    *before, last = turns
+    return before if last.role == ASSISTANT and is_blank(last.value) else []
+
+
+def _drop_space(prompt: Any, answer: Turn) -> None:
+    """Answers to prompts that end with "Assistant:" begin with the space after it."""
+    if _spelled_prompt(prompt):
+        answer.value = answer.value.removeprefix(" ")
+
+
 def fields_of_side(others: Json, name: str) -> Json:
     """`score_chosen`, `chosen_score`, `chosen-score` -> `score`."""
     found = {}
@@ -331,7 +372,7 @@ def fields_of_side(others: Json, name: str) -> Json:
 # Several responses
 
 _TEXT_KEYS = ("response", "value", "text", "content", "completion", "answer", "output")
-NESTED = ("scores", "labels", "attributes", "annotations", "ratings")
+NESTED = ("scores", "label", "labels", "attributes", "annotations", "ratings")
 _RATING_KEYS = ("Rating", "rating", "score", "value")
 
 
@@ -340,13 +381,17 @@ def _is_responses(value: Any) -> bool:
     if not isinstance(value, list) or not value or _turn_list(value) is not None:
         return False
     return all(
-        isinstance(each, str) or (isinstance(each, dict) and _text_key(each) is not None)
+        each is None
+        or isinstance(each, str)
+        or (isinstance(each, dict) and _text_key(each) is not None)
         for each in value
     )
 
 
 def _text_key(item: Json) -> str | None:
-    return next((key for key in _TEXT_KEYS if isinstance(item.get(key), str)), None)
+    """The key of a response's text, which may be null."""
+    given = (key for key in _TEXT_KEYS if isinstance(item.get(key), str))
+    return next(given, next((key for key in _TEXT_KEYS if key in item and item[key] is None), None))
 
 
 def _read_responses(parts: Json, others: Json) -> Sample:
@@ -356,23 +401,35 @@ def _read_responses(parts: Json, others: Json) -> Sample:
         raise ValueError(f"'responses' must be a list, got {_short(items)}")
     if not items:
         raise LeftOut(NO_ANSWER)
-    lists = {key: value for key, raw in others.items() if _parallel(value := structure(raw), items)}
+    lists = {k: value for k, raw in others.items() if isinstance(value := structure(raw), list)}
     answers = []
     for i, item in enumerate(items):
         key = _text_key(item) if isinstance(item, dict) else None
-        text = item.get(key) if isinstance(item, dict) and key else item
+        text = item[key] if isinstance(item, dict) and key else item
+        text = "" if text is None else text
         own = {k: v for k, v in item.items() if k != key} if isinstance(item, dict) else {}
-        fields = {name: values[i] for name, values in lists.items()} | own
-        answers.append(Answer(_text_of(text, f"responses[{i}]"), fields))
+        fields = {
+            name: values[i] if len(values) == len(items) else NotParallel(len(values), len(items))
+            for name, values in lists.items()
+        }
+        answers.append(Answer(_text_of(text, f"responses[{i}]"), fields | own))
     return Sample(_system_of(parts, system), turns, answers)
 
 
-def _parallel(values: Any, items: Sequence[Any]) -> bool:
-    return isinstance(values, list) and len(values) == len(items)
+@dataclass(frozen=True)
+class NotParallel:
+    """What a list beside the responses gives a response where their lengths differ: no value, and
+    an error for those who take the list for an attribute."""
+
+    num_values: int
+    num_responses: int
+
+    def __str__(self) -> str:
+        return f"has {self.num_values} values for {self.num_responses} responses"
 
 
 def flat_fields(fields: Json) -> Json:
-    """The fields, and those in `scores`, `labels`, `attributes`, `annotations` and `ratings`."""
+    """The fields, and those in objects such as `scores` and `labels`."""
     nested = [fields[key] for key in NESTED if key in fields]
     found = {key: value for key, value in fields.items() if key not in NESTED}
     for value in map(structure, nested):
@@ -405,7 +462,8 @@ def _read_own(parts: Json, others: Json) -> Sample:
     conversation = parse_conversation(own, default_system="", allow_empty=True)
     if has_empty_answer(conversation):
         raise LeftOut(EMPTY_ANSWER)
-    return Sample(own.get("system"), conversation.turns, [], extra=conversation.extra)
+    extra = conversation.extra
+    return Sample(own.get("system"), conversation.turns, [], fields=extra, extra=extra)
 
 
 def _read_record(parts: Json, others: Json) -> Sample:
@@ -433,7 +491,7 @@ LAYOUTS = (
         },
         ("chosen", "rejected"),
         lambda parts: all(
-            _is_content(parts[name])
+            is_content(parts[name])
             and (parts.get("prompt") is not None or _has_prompt(parts[name]))
             for name in ("chosen", "rejected")
         ),
@@ -482,7 +540,7 @@ LAYOUTS = (
             "system": _SYSTEM_NAMES,
         },
         ("prompt", "responses"),
-        lambda parts: _is_content(parts["prompt"]) and _is_responses(parts["responses"]),
+        lambda parts: is_content(parts["prompt"]) and _is_responses(parts["responses"]),
         _read_responses,
         'columns prompt, responses ([{"text": "...", "scores": {...}}, ...], or a list of texts)',
     ),
@@ -504,7 +562,7 @@ LAYOUTS = (
         "prompt_response",
         {"prompt": _PROMPT_NAMES, "response": _RESPONSE_NAMES, "system": _SYSTEM_NAMES},
         ("prompt", "response"),
-        lambda parts: _is_content(parts["prompt"]) and _is_content(parts["response"]),
+        lambda parts: is_content(parts["prompt"]) and is_content(parts["response"]),
         _read_prompt_response,
         "columns prompt, response (texts, or lists of messages)",
     ),
@@ -512,17 +570,19 @@ LAYOUTS = (
         "prompts",
         {"prompt": _PROMPT_NAMES, "system": _SYSTEM_NAMES},
         ("prompt",),
-        lambda parts: _is_content(parts["prompt"]),
+        lambda parts: is_content(parts["prompt"]),
         _read_prompt,
         "column prompt, without answers",
     ),
 )
+_ANSWER_PARTS = {"response", "responses", "output", "chosen", "rejected"}
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 
 def normalised(name: str) -> str:
     """A column's name for comparison: "Formality Score " -> "formality_score"."""
-    return re.sub(r"\W+", "_", name.strip().lower()).strip("_")
+    # Some systems write an accent as a character of its own.
+    return re.sub(r"\W+", "_", unicodedata.normalize("NFC", name).strip().lower()).strip("_")
 
 
 def find_column(names: Iterable[str], usual: Iterable[str]) -> str | None:
@@ -543,11 +603,23 @@ class Match:
 
     layout: Layout
     columns: Mapping[str, str]
-    """Part -> column."""
+    """Part -> column, as the first rows have them."""
+    seen: frozenset[str]
+    """All columns of the first rows."""
+
+    def columns_of(self, row: Json) -> dict[str, str]:
+        """Part -> column, of a row that may have columns which the first rows lack."""
+        columns = dict(self.columns)
+        late = [name for name in row if name not in self.seen and row[name] is not None]
+        for part, usual in self.layout.parts.items():
+            if late and part not in columns and (name := find_column(late, usual)):
+                columns[part] = name
+                late.remove(name)
+        return columns
 
     def parts(self, row: Json) -> Json:
         """The row's values by part, without those that it lacks."""
-        return {part: row[name] for part, name in self.columns.items() if name in row}
+        return {part: row[name] for part, name in self.columns_of(row).items() if name in row}
 
     def fits(self, row: Any) -> bool:
         """Whether a row is of this layout."""
@@ -566,10 +638,12 @@ class Match:
         if not isinstance(row, dict):
             raise ValueError(f"must be an object, got {_short(row)}")
         parts = self.parts(row)
-        lacking = [name for name in self.layout.required if parts.get(name) is None]
-        if lacking:
+        required = self.layout.required
+        if lacking := [self.columns[part] for part in required if part not in parts]:
             raise ValueError(f"has no {' and no '.join(map(repr, lacking))}")
-        used = {*self.columns.values()}
+        if null := [part for part in required if parts[part] is None]:
+            raise LeftOut(EMPTY_ANSWER if null[0] in _ANSWER_PARTS else EMPTY_PROMPT)
+        used = {*self.columns_of(row).values()}
         others = {key: value for key, value in row.items() if key not in used}
         sample = self.layout.read(parts, others)
         if not any(turn.role == USER and not is_blank(turn.value) for turn in sample.turns):
@@ -598,7 +672,7 @@ def match_of(
             column = given.get(part) or find_column(left, usual)
             if column is not None:
                 columns[part] = column
-        match = Match(layout, columns)
+        match = Match(layout, columns, frozenset(keys))
         if all(name in columns for name in layout.required) and (
             count := sum(map(match.fits, rows))
         ):
