@@ -15,12 +15,14 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from steerlm2.attributes import as_schema, schema_to_json
+from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
 from steerlm2.config.loader import instantiate
 from steerlm2.data.digest import template_digest
 from steerlm2.data.settings import schema_of_data, settings_file
 from steerlm2.data.templates import fitting_template, is_ours
 from steerlm2.data.tokenizers import added_tokens
 from steerlm2.facts import FACTS_FILE, ModelFacts, read_facts
+from steerlm2.models.config_json import unsupported_family
 
 CHECKPOINTER = "steerlm2.checkpoints.HFCheckpointer"
 TOKENIZER = "steerlm2.data.hf_tokenizer"
@@ -63,6 +65,11 @@ def complete_model(values: Values, section: Values | None = None, where: str = "
     for keys in (own, values):
         if keys.get("template") in (None, {"_component_": None}):  # null in YAML, on a command line
             keys.pop("template", None)
+    if folder and checkpointer.get("_component_") == CHECKPOINTER:
+        unsupported = unsupported_family(resolve_checkpoint_dir(folder, missing_ok=True))
+        if unsupported is not None:
+            yield unsupported
+            return
     given = own.get("template") or values.get("template")
     if facts is None:
         if not given:

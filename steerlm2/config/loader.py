@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 ConfigT = TypeVar("ConfigT")
 
@@ -78,6 +78,12 @@ def load_config(
             expand = getattr(config_class, "expand", None)
             values = values if expand is None else expand(values)
             values = typing.cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
+        except InterpolationToMissingValueError as error:
+            plain = OmegaConf.to_container(values, resolve=False)
+            problems = [_missing(key) for key in _keys_without_value(plain)]
+            raise ValueError(
+                "the config has problems:\n  - " + "\n  - ".join(problems or [str(error)])
+            ) from error
         except OmegaConfBaseException as error:
             raise ValueError(f"the config has a broken interpolation: {error}") from error
     config, problems = _checked(config_class, values, namespace)
@@ -234,9 +240,22 @@ def _build_dataclass(
             if isinstance(values[key], int):
                 problems.extend(_seed_problems(key, values[key], where))
         elif key in values or is_required(field):
-            problems.append(f"'{where}{key}' is missing: add {where}{key}=... to the command line")
+            problems.append(_missing(f"{where}{key}"))
             arguments[field.name] = None
     return cls(**arguments)
+
+
+def _keys_without_value(values: Any, where: str = "") -> Iterator[str]:
+    """The keys that a parsed YAML leaves to its user, as ???, in their order."""
+    items = values.items() if isinstance(values, dict) else ()
+    for key, value in items:
+        if value == MISSING:
+            yield f"{where}{key}"
+        yield from _keys_without_value(value, f"{where}{key}.")
+
+
+def _missing(key: str) -> str:
+    return f"'{key}' is missing: add {key}=... to the command line"
 
 
 def _keys_of_sections(hints: dict[str, Any], where: str) -> dict[str, str]:
@@ -342,7 +361,7 @@ def _component_problems(component: dict[str, Any], where: str) -> Iterator[str]:
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key, value in component.items():
         if value == MISSING:
-            yield f"'{where}.{key}' is missing: add {where}.{key}=... to the command line"
+            yield _missing(f"{where}.{key}")
         yield from _seed_problems(key, value, f"{where}.")
         if key not in parameters and key != "_component_" and not takes_any:
             problem = _unknown_key(f"{where}.{key}", str(key), list(parameters))

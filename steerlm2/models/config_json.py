@@ -114,6 +114,24 @@ def decoder_config(values: Mapping[str, Any], source: str = "config.json") -> De
     )
 
 
+def unsupported_family(checkpoint_dir: Path) -> str | None:
+    """That a folder's model is of no family that is supported; None where it is, or isn't known.
+
+    Reads `model_type` of config.json alone: a file that is missing or damaged is for those who need
+    the rest of it.
+    """
+    file = checkpoint_dir / "config.json"
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or "model_type" not in values:
+        return None
+    if family_named(values["model_type"]) is not None:
+        return None
+    return f"{file}: {next(unsupported_keys(values))}"
+
+
 def unsupported_keys(values: Mapping[str, Any]) -> Iterator[str]:
     """Every key of a config.json that isn't supported, with its value; nothing where all are."""
     family = family_named(values.get("model_type"))

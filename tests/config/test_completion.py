@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_a_folder_is_all_that_names_a_model(tmp_path: Path) -> None:
     assert cfg.model == {"_component_": "steerlm2.models.from_checkpoint"}
     assert cfg.template == LLAMA3
     assert as_schema(cfg.schema) == SCHEMA
+
+
+@pytest.mark.parametrize(
+    "recipe", ["sft_distributed", "reward_distributed", "steerlm2_distributed", "chat"]
+)
+def test_another_family_is_refused_before_data_or_weights_are_read(
+    tmp_path: Path, recipe: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    problem = f"{tmp_path}/config.json: model_type gemma3_text: only llama, mistral, qwen2, qwen3"
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        config(recipe, checkpointer={"checkpoint_dir": str(tmp_path)})
 
 
 def test_a_run_stands_for_its_export(tmp_path: Path) -> None:

@@ -248,6 +248,12 @@ def test_a_broken_interpolation_is_named() -> None:
         load_config(Config, OmegaConf.create(GOOD | {"prompts": ["${outputdir}"]}))
 
 
+def test_keys_that_others_refer_to_are_missing_under_their_own_names() -> None:
+    values = GOOD | {"output_dir": "???", "prompts": ["${output_dir}"]}
+    with pytest.raises(ValueError, match=r"has problems:\n  - 'output_dir' is missing: [^\n]*$"):
+        load_config(Config, OmegaConf.create(values))
+
+
 def test_instantiate_joins_the_configs_and_the_callers_arguments() -> None:
     """fractions.Fraction(numerator, denominator)"""
     component = {"_component_": "fractions.Fraction", "denominator": 4}
