@@ -246,8 +246,8 @@ def check_context(decoder: TransformerDecoder, longest: int) -> None:
     """
     if longest > context_length(decoder):
         raise ValueError(
-            f"a prompt with its response has {longest} tokens, more than the model's context of "
-            f"{context_length(decoder)}: set a smaller max_seq_len"
+            f"a prompt with its response may have {longest} tokens, more than the model's context "
+            f"of {context_length(decoder)}: set max_seq_len to that, or less"
         )
 
 

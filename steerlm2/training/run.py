@@ -87,7 +87,7 @@ from steerlm2.runs.stragglers import Stragglers
 from steerlm2.training.batches import batch_of_step, steps_per_epoch
 from steerlm2.training.prefetch import prefetch
 from steerlm2.training.schedules import is_due
-from steerlm2.training.setup import check_schedule
+from steerlm2.training.setup import check_schedule, warmup_note
 
 
 class Work(Protocol):
@@ -251,6 +251,8 @@ class TrainingRun:
             f"{world.size} process(es): data parallel {world.dp_size}, "
             f"tensor parallel {world.tp_size}"
         )
+        if note := warmup_note(cfg.lr_scheduler, self.total_steps):
+            self.say(note)
 
     def validates_at_start(self, has_loss: bool = True) -> bool:
         """Whether a validation is due before the first step.

@@ -198,6 +198,18 @@ def check_schedule(cfg: TrainingKeys, total_steps: int) -> None:
     build_schedule(cfg, torch.optim.SGD([torch.zeros(1)], lr=cfg.peak_lr), total_steps)
 
 
+def warmup_note(lr_scheduler: Mapping[str, Any], total_steps: int) -> str:
+    """That a run ends within its warm-up, as few data in large batches do; "" where it doesn't."""
+    warmup_steps = lr_scheduler.get("warmup_steps", 0)
+    if total_steps > warmup_steps:
+        return ""
+    return (
+        f"note: all {total_steps} steps are in the warm-up (lr_scheduler.warmup_steps="
+        f"{warmup_steps}), so little is learned: more epochs, a smaller global_batch_size, or a "
+        "shorter warm-up"
+    )
+
+
 def build_optimizer(
     cfg: TrainingKeys, model: nn.Module, total_steps: int
 ) -> tuple[Optimizer, LambdaLR]:

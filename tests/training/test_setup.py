@@ -1,4 +1,4 @@
-"""Losses that a config names."""
+"""Losses that a config names, and what is said of a schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerlm2.losses import SteerLM2Loss, group_log_softmax, mean_over_groups, sum_by_group
-from steerlm2.training.setup import build_loss
+from steerlm2.training.setup import build_loss, warmup_note
 
 EXAMPLE = (
     torch.tensor([-1.0, -2.0, -3.0], requires_grad=True),
@@ -89,3 +89,14 @@ def test_what_cannot_be_trained_with_is_refused_before_a_model_is_built(
 ) -> None:
     with pytest.raises(ValueError, match=f"own_losses.{kind.replace(' ', '_')}"):
         build_loss({"_component_": f"{module}.{kind.replace(' ', '_')}"}, "mean_response_length")
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 10), (10, 10)])
+def test_a_run_that_ends_in_its_warmup_is_noted(steps: int, warmup: int) -> None:
+    note = warmup_note({"warmup_steps": warmup}, steps)
+    assert f"all {steps} steps are in the warm-up (lr_scheduler.warmup_steps={warmup})" in note
+
+
+@pytest.mark.parametrize("scheduler", [{"warmup_steps": 10}, {"warmup_steps": 0}, {}])
+def test_other_runs_have_no_note(scheduler: dict[str, int]) -> None:
+    assert warmup_note(scheduler, 11) == ""
