@@ -30,6 +30,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -167,6 +168,8 @@ class PipelineRecipe:
                 problems += [f"{stage.name}: {found}" for found in stage_problems(stage, values)]
             except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
                 problems.append(f"{stage.name}: {error}")
+        if not cfg.dry_run:
+            problems += lacking_checkpoints(self.selected, self.values, self.output_dir)
         if problems:
             raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
 
@@ -322,6 +325,25 @@ def stage_values(stage: Stage) -> dict[str, Any]:
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file), resolve=False))
     merged = merge_arguments(plain, stage.arguments)
     return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+
+
+def lacking_checkpoints(
+    stages: Sequence[Stage], values: Mapping[str, dict[str, Any]], output_dir: Path
+) -> list[str]:
+    """The models that stages start from and that aren't there, but for those that stages make."""
+    found: dict[str, str] = {}
+    for stage in stages:
+        checkpointer = values.get(stage.name, {}).get("checkpointer")
+        folder = checkpointer.get("checkpoint_dir") if isinstance(checkpointer, dict) else None
+        if isinstance(folder, str) and folder:
+            path = Path(folder).expanduser()
+            made = path.resolve().is_relative_to(output_dir.resolve())
+            if not made and not path.exists():
+                found.setdefault(folder, stage.name)
+    return [
+        f"{name}: {Path(folder).absolute()} does not exist (checkpointer.checkpoint_dir)"
+        for folder, name in found.items()
+    ]
 
 
 def stage_problems(stage: Stage, values: dict[str, Any]) -> list[str]:

@@ -122,6 +122,16 @@ def test_bootstrapping_is_an_option(tune: Any) -> None:
     assert any("best_acsft" in word for word in first)
 
 
+def test_a_base_model_that_is_not_there_is_named_before_data_are_prepared(
+    tune: Any, tmp_path: Path
+) -> None:
+    result = tune("steerlm2_pipeline", "--config", "pipeline", f"base_model={tmp_path}/no",
+                  f"output_dir={tmp_path}/out", *OF_THE_USER[1:], check=False)  # fmt: skip
+    assert result.returncode == 1
+    assert f"  - reward: {tmp_path}/no does not exist" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_problems_of_all_stages_are_found_before_the_first_runs(tune: Any, tmp_path: Path) -> None:
     result = tune(
         *QUICKSTART, f"output_dir={tmp_path}/out", "stages.sft.overrides.max_stepz=3",
