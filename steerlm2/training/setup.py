@@ -204,7 +204,7 @@ def warmup_note(lr_scheduler: Mapping[str, Any], total_steps: int) -> str:
     if total_steps > warmup_steps:
         return ""
     return (
-        f"note: all {total_steps} steps are in the warm-up (lr_scheduler.warmup_steps="
+        f"note: the whole run, {total_steps} step(s), is in the warm-up (lr_scheduler.warmup_steps="
         f"{warmup_steps}), so little is learned: more epochs, a smaller global_batch_size, or a "
         "shorter warm-up"
     )

@@ -94,7 +94,7 @@ def test_what_cannot_be_trained_with_is_refused_before_a_model_is_built(
 @pytest.mark.parametrize(("steps", "warmup"), [(2, 10), (10, 10)])
 def test_a_run_that_ends_in_its_warmup_is_noted(steps: int, warmup: int) -> None:
     note = warmup_note({"warmup_steps": warmup}, steps)
-    assert f"all {steps} steps are in the warm-up (lr_scheduler.warmup_steps={warmup})" in note
+    assert f"{steps} step(s), is in the warm-up (lr_scheduler.warmup_steps={warmup})" in note
 
 
 @pytest.mark.parametrize("scheduler", [{"warmup_steps": 10}, {"warmup_steps": 0}, {}])

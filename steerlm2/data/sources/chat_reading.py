@@ -177,6 +177,8 @@ class Reading:
 
     def _meet(self, row: Row) -> None:
         """Count the columns that the first rows lack, and that no part of the layout is in."""
+        if row.value.keys() <= self.match.seen:
+            return
         used = {*self.match.columns_of(row.value).values()}
         only_prompts = self.match.layout.name == "prompts" != self.options.format
         for column in row.value.keys() - self.match.seen - used - self.tally.late.keys():
@@ -192,6 +194,8 @@ class Reading:
 
     def _meet_fields(self, fields: Json) -> None:
         """Labels may be in fields that the first answers lack."""
+        if fields.keys() <= self.fields:
+            return
         for key in fields.keys() - self.fields:
             if is_nothing(fields[key]):
                 continue

@@ -193,8 +193,10 @@ class Match:
     seen: frozenset[str]
     """All columns of the first rows."""
 
-    def columns_of(self, row: Json) -> dict[str, str]:
+    def columns_of(self, row: Json) -> Mapping[str, str]:
         """Part -> column, of a row that may have columns which the first rows lack."""
+        if row.keys() <= self.seen:
+            return self.columns
         columns = dict(self.columns)
         late = [name for name in row if name not in self.seen and row[name] is not None]
         for part, usual in self.layout.parts.items():
