@@ -315,7 +315,7 @@ def test_a_column_that_only_later_rows_have_is_named_if_it_has_no_use(
 ) -> None:
     rows = [*ANSWERED, {**ANSWERED[0], "note": "x"}]
     list(chat_data(write(tmp_path / "data.jsonl", rows)))
-    assert "columns that the first 100 rows lack, not used: note (row 101)" in caplog.text
+    assert "columns that the first 100 rows lack, not used: note (data.jsonl:101)" in caplog.text
 
 
 def test_answers_that_only_later_rows_have_are_refused_among_prompts(tmp_path: Path) -> None:
@@ -434,6 +434,14 @@ def test_labels_are_written_in_the_schemas_order(tmp_path: Path) -> None:
     assert labels(chat_data(write(tmp_path / "data.csv", [row]), schema=SCHEMA)) == [
         ["formality:2,length:1"]
     ]
+
+
+def test_labels_of_our_records_must_be_of_the_schema(tmp_path: Path) -> None:
+    record = {"system": "S", "prompt_turns": own("Q"), "responses": []}
+    rows = [{**record, "label": f"length:2,formality:{value}"} for value in (3, 30)]
+    records, error = read_all(write(tmp_path / "data.jsonl", rows), schema=SCHEMA)
+    assert [record.label for record in records] == ["formality:3,length:2"]
+    assert "data.jsonl:2: label 'length:2,formality:30': formality must be" in error
 
 
 def test_our_records_stay_as_they_are(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from steerlm2.attributes import encode_label, label_log_probs, parse_label, read_label
+from steerlm2.attributes import encode_label, label_log_probs, parse_label
 from steerlm2.data.conversations import Conversation
 from steerlm2.data.records import ASSISTANT, USER, Record, Response, Turn
 from steerlm2.data.sources.base import SplitRecord, Unit
@@ -172,8 +172,6 @@ def _own_records(items: Iterable[Item], reading: Reading) -> Iterator[Record]:
     for item in items:
         record = item.sample.record
         assert record is not None
-        if record.label is not None:
-            record.label = read_label(record.label, reading.options.schema)
         _count(reading, item.answers)
         yield SplitRecord(**vars(record), split=item.row.split)
 

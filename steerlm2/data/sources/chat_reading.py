@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from steerlm2.attributes import (
@@ -124,8 +125,8 @@ class Tally:
     labelled: int = 0
     values: Counter[str] = field(default_factory=Counter)
     """Attribute -> answers that have a value of it."""
-    late: dict[str, int] = field(default_factory=dict)
-    """Column that the first rows lack -> the first row that has it."""
+    late: dict[str, str] = field(default_factory=dict)
+    """Column that the first rows lack -> the file and row that first has it."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Cause -> rows, or what the cause names."""
 
@@ -160,6 +161,8 @@ class Reading:
             sample = dataclasses.replace(sample, turns=before, answers=[answer], fields={})
         self._meet(row)
         self._label_turns(sample)
+        if sample.record is not None and sample.record.label is not None:
+            sample.record.label = read_label(sample.record.label, self.options.schema)
         answers = []
         for answer in sample.answers:
             if is_blank(answer.value) and self.match.layout.name == "responses":
@@ -185,7 +188,7 @@ class Reading:
             value = row.value[column]
             if is_nothing(value):
                 continue
-            self.tally.late[column] = row.number
+            self.tally.late[column] = f"{Path(row.path).name}:{row.number}"
             if only_prompts and is_content(value):
                 raise ValueError(
                     f"has {column!r}, which the first {NUM_FIRST} rows lack: prompts without "

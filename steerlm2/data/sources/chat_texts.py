@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm2.data.records import causes_text
-from steerlm2.data.sources.cells import is_numeric
+from steerlm2.data.sources.cells import is_nothing, is_numeric
 from steerlm2.data.sources.chat_making import pair_label
 from steerlm2.data.sources.chat_reading import NUM_FIRST, Reading
 from steerlm2.data.sources.containers import CONTAINERS, container_of
@@ -43,6 +43,8 @@ def reading_text(
             text += f"; no column for {', '.join(lacking)}"
     used = {*found.values(), reading.label_field, reading.by}
     left = [] if _is_kept(match) else [key for key in fields if key not in used]
+    # An empty cell of a column whose others have objects.
+    left = [key for key in left if key not in NESTED or not all(map(is_nothing, fields[key]))]
     numbers = [key for key in left if is_numeric(fields[key])]
     if numbers and reading.make != "pairs":
         text += (
@@ -112,6 +114,6 @@ def result_text(reading: Reading, num_bad: int) -> str:
     text += f"; left out: {causes_text(tally.left_out)}"
     used = {*reading.attributes.values(), reading.label_field}
     late = {} if _is_kept(reading.match) else tally.late
-    if unused := [f"{name} (row {number})" for name, number in late.items() if name not in used]:
+    if unused := [f"{name} ({where})" for name, where in late.items() if name not in used]:
         text += f"; columns that the first {NUM_FIRST} rows lack, not used: {', '.join(unused)}"
     return text + (f"; bad: {num_bad}" if num_bad else "")
