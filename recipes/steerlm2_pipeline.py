@@ -168,8 +168,6 @@ class PipelineRecipe:
                 problems += [f"{stage.name}: {found}" for found in stage_problems(stage, values)]
             except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
                 problems.append(f"{stage.name}: {error}")
-        if not cfg.dry_run:
-            problems += lacking_checkpoints(self.selected, self.values, self.output_dir)
         if problems:
             raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
 
@@ -184,6 +182,8 @@ class PipelineRecipe:
                 print(stage.command)
 
     def run(self) -> None:
+        if problems := lacking_checkpoints(self.selected, self.values, self.output_dir):
+            raise ValueError("the stages have problems:\n  - " + "\n  - ".join(problems))
         signal.signal(signal.SIGUSR1, self._stop)
         make_output_dir(self.output_dir)
         with self.state.lock() as lock:
