@@ -33,7 +33,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
 from torchtune.modules import TransformerDecoder
 from torchtune.training.metric_logging import WandBLogger
 from tqdm import tqdm
@@ -48,7 +47,7 @@ from steerlm2.config.keys import (
     at_least_one,
     settings_of,
 )
-from steerlm2.config.loader import Component, instantiate, to_plain
+from steerlm2.config.loader import Component, instantiate, to_public
 from steerlm2.data.jsonl import LineProblems, json_line
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
@@ -103,7 +102,7 @@ from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.logs import progress_bar
 from steerlm2.runs.output import check_shared, make_output_dir
 from steerlm2.runs.processes import join_processes
-from steerlm2.runs.record import check_metric_logger, open_logger
+from steerlm2.runs.record import check_metric_logger, log_config, open_logger
 from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_ANSWERS = (
@@ -466,7 +465,7 @@ class EvaluateRecipe:
             tqdm.write(f"{markdown_table(metric_rows(results))}\n")
             tqdm.write(f"report: {self.output_dir}/steering.html")
             if self.logger:
-                self.logger.log_config(OmegaConf.create(to_plain(self.cfg)))
+                log_config(self.logger, to_public(self.cfg), self.output_dir)
                 for name, result in results.items():
                     metrics = {f"{name}/{key}": value for key, value in result.metrics.items()}
                     self.logger.log_dict(metrics, step=0)

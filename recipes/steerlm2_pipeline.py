@@ -40,9 +40,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from steerlm2.checkpoint_dirs import newest_export
+from steerlm2.config.environment import escaped, resolved, variables_in, with_variables_kept
 from steerlm2.config.loader import REST, as_yaml, config_problems, load_recipe, yaml_key
 from steerlm2.evaluation.model_card import add_evaluation
 from steerlm2.evaluation.report import markdown_table, read_report
+from steerlm2.masking import masked
 from steerlm2.pipeline.next_steps import next_steps
 from steerlm2.pipeline.page import evaluated_models, pipeline_page
 from steerlm2.pipeline.plan import (
@@ -120,6 +122,12 @@ class PipelineConfig:
         known = {yaml_key(each) for each in dataclasses.fields(PipelineConfig)}
         if problems := unused_values(whole, known):
             raise ValueError("the config has problems:\n  - " + "\n  - ".join(problems))
+        # Stages resolve the environment's variables: commands and records have only their names.
+        kept = with_variables_kept(whole).get("stages") or {}
+        for name, stage in kept.items() if isinstance(kept, dict) else ():
+            for key in ("use", "overrides"):
+                if isinstance(stage, dict) and variables_in(stage.get(key)):
+                    whole.stages[name][key] = escaped(stage[key])
         return whole
 
     def problems(self) -> list[str]:
@@ -177,7 +185,7 @@ class PipelineRecipe:
                 print(f"# {stage.name} is complete")
             else:
                 changed.add(stage.name)
-                print(stage.command)
+                print(masked(stage.command))
 
     def run(self) -> None:
         signal.signal(signal.SIGUSR1, self._stop)
@@ -229,7 +237,7 @@ class PipelineRecipe:
         ]
         print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir / REPORT}")
         for use, command in next_steps(self.plan, self.values).items():
-            print(f"{use}: {command}")
+            print(f"{use}: {masked(command)}")
 
     # Helpers
 
@@ -246,7 +254,7 @@ class PipelineRecipe:
         """Record a stage's folder as complete, if it has no record."""
         if self.state.read(stage.name) is None and (files := files_in(stage.folder)):
             now = self._fingerprint(stage)
-            self.state.write(stage.name, StageRecord(now, stage.command, True, files=files))
+            self.state.write(stage.name, StageRecord(now, masked(stage.command), True, files=files))
 
     def _fingerprint(self, stage: Stage) -> str:
         values = self.values[stage.name]
@@ -283,7 +291,7 @@ class PipelineRecipe:
         if record is None or record.fingerprint != now:
             if stage.folder.exists() and any(stage.folder.iterdir()):
                 print(f"(earlier one: {set_aside(stage.folder)})", end=" ", flush=True)
-            record = StageRecord(now, stage.command)
+            record = StageRecord(now, masked(stage.command))
         record = dataclasses.replace(record, complete=False, runs=record.runs + 1)
         self.state.write(stage.name, record)
 
@@ -319,7 +327,7 @@ def stage_values(stage: Stage) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no config {stage.config} (`tune ls` lists them)")
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file), resolve=False))
     merged = merge_arguments(plain, stage.arguments)
-    return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    return resolved(merged)
 
 
 def stage_problems(stage: Stage, values: dict[str, Any]) -> list[str]:
@@ -340,7 +348,7 @@ def run_command(command: str, log: Path | None, lock: int) -> int:
         "PYTHONUNBUFFERED": "1",
     }
     with open(log or os.devnull, "ab") as output:
-        output.write(f"\n$ {command}\n".encode())
+        output.write(f"\n$ {masked(command)}\n".encode())
         output.flush()
         with ChildProcess(
             ["bash", "-c", command],

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
+from steerlm2.config.environment import variables_in
 from steerlm2.runs.lock import lock_file
 
 RESUME_FILES = {"checkpoints", "earlier_runs"}
@@ -107,7 +108,7 @@ class PipelineState:
 def fingerprint(
     config: Any, arguments: tuple[str, ...], code: Path | None, output_dir: str, inputs: list[Path]
 ) -> str:
-    """Of all that a stage's result depends on.
+    """Of all that a stage's result depends on; it tells nothing of that.
 
     Args:
         config: the values of its YAML.
@@ -122,6 +123,8 @@ def fingerprint(
         "code": digest(code) if code is not None else None,
         "inputs": [digest(path) for path in inputs],
     }
+    if variables := variables_in([config, *arguments]):
+        parts["environment"] = {name: os.environ.get(name) for name in variables}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

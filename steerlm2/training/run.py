@@ -57,7 +57,7 @@ from steerlm2.models.config_json import computation
 from steerlm2.models.decoders import pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.lock import RunLock
-from steerlm2.runs.logs import Progress, open_rank_log
+from steerlm2.runs.logs import Progress, open_rank_log, shown
 from steerlm2.runs.metrics import (
     JsonLines,
     logged_validation_loss,
@@ -463,7 +463,7 @@ class TrainingRun:
     def say(self, text: str) -> None:
         """Print something, once."""
         if self.world.is_main:
-            tqdm.write(text)
+            tqdm.write(shown(text))
 
     def __enter__(self) -> Self:
         return self

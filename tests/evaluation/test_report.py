@@ -89,7 +89,7 @@ def run() -> Run:
 def test_models_stand_side_by_side(results: dict[str, SteeringResult]) -> None:
     """What one of them doesn't have is a dash."""
     text = markdown(results)
-    assert "| metric | acsft | <b> |" in text
+    assert "| metric | acsft | &lt;b&gt; |" in text
     assert "| steering_mae | 0.500 | 0.250 |" in text
     assert "| exact_kl | 1.250 | - |" in text
     assert "| answers | 2 | 3 |" in text
@@ -97,7 +97,7 @@ def test_models_stand_side_by_side(results: dict[str, SteeringResult]) -> None:
 
 def test_changes_are_of_the_models_that_are_compared(results: dict[str, SteeringResult]) -> None:
     assert change_rows(results) == [{"metric": "steering_mae", "<b>": -0.25}]
-    assert "## Change against acsft\n\n| metric | <b> |" in markdown(results)
+    assert "## Change against acsft\n\n| metric | &lt;b&gt; |" in markdown(results)
     assert "Change against" not in markdown({"acsft": results["acsft"]})
 
 
