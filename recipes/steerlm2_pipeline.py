@@ -67,8 +67,9 @@ from steerlm2.pipeline.state import (
     set_aside,
 )
 from steerlm2.runs.child_process import ChildProcess
-from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.entry import INTERRUPTED, recipe_main
 from steerlm2.runs.output import make_output_dir
+from steerlm2.runs.stopping import InterruptedRunError
 from steerlm2.torchtune_private import merge_arguments
 
 LAST_LINES = 20
@@ -297,12 +298,14 @@ class PipelineRecipe:
 
         log = None if self.cfg.show_output else self.output_dir / "logs" / f"{stage.name}.log"
         (self.output_dir / "logs").mkdir(exist_ok=True)
+        self.state.now_at(f"stage {stage.name}")
         started = time.monotonic()
         status = run_command(stage.command, log, lock)
         record.seconds += time.monotonic() - started
         trains = "save_every_n_steps" in self.values[stage.name]
         unfinished = status == 0 and trains and newest_export(stage.folder) is None
-        stopped = self.stopping or unfinished  # whatever its status: it may save and end well
+        # Whatever its status: it may save and end well.
+        stopped = self.stopping or unfinished or status == INTERRUPTED
         if status == 0 and not stopped:
             record.complete, record.files = True, files_in(stage.folder)
         self.state.write(stage.name, record)
@@ -383,7 +386,7 @@ def main(cfg: PipelineConfig) -> None:
             recipe.run()
             recipe.report()
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command continues")
+        raise InterruptedRunError("SIGINT: stopped; the same command continues") from None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ SECONDS_FOR_RANK_0 = 5.0
 """How long the other ranks wait before they print an error, so that rank 0, which mostly has the
 same one, prints it and torchrun ends them. A choice: it only delays errors of single ranks."""
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status, as a shell has it."""
+
 HELP_FLAGS = {"-h", "--help"}
 
 
@@ -42,9 +45,10 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
     """Make `main(cfg)` a recipe's entry: `--config FILE key=value ...`, as torchtune parses it.
 
     A user's mistake (ValueError, a missing file, a full or read-only disk) ends in one message on
-    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. If `main` joined a
-    world, the process ends with `end_rank`. SIGTERM ends the process, except inside of a
-    `StopRequest`. `--help` prints every key, with what the config says if one is given.
+    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. Ctrl-C ends in one
+    line and exit status 130. If `main` joined a world, the process ends with `end_rank`. SIGTERM
+    ends the process, except inside of a `StopRequest`. `--help` prints every key,
+    with what the config says if one is given.
     """
 
     def decorate(main: Callable[[ConfigT], None]) -> Callable[[], None]:
@@ -63,6 +67,8 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                     check_checkpoints(config)
                 main(config)
                 sys.exit()
+            except KeyboardInterrupt as interrupt:
+                _end_by_interrupt(interrupt)
             except Exception as error:
                 LOG.error("ended by an error", exc_info=True)
                 if not isinstance(error, USER_ERRORS) or os.environ.get(TRACEBACK_VARIABLE) == "1":
@@ -83,6 +89,17 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
         return entry
 
     return decorate
+
+
+def _end_by_interrupt(interrupt: KeyboardInterrupt) -> None:
+    """One line, from rank 0, and the exit status of a command that Ctrl-C ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends shall end
+    sys.stdout.flush()
+    if os.environ.get("RANK", "0") == "0":
+        text = str(interrupt) or "SIGINT: stopped; what was complete is kept"
+        print(f"\n{shown(text)}" if sys.stderr.isatty() else shown(text), file=sys.stderr)
+    end_rank(INTERRUPTED)
+    sys.exit(INTERRUPTED)
 
 
 def _print_traceback(
