@@ -19,24 +19,26 @@ LEAST_LENGTH = 8
 would be masked wherever they stand, are shorter."""
 
 _URL_USER = re.compile(
-    r"(?P<scheme>\b[a-zA-Z][\w+.-]*://)(?:[^\s/?#\"<>]*|[^\s/@\"<>]*:[^\s@\"<>]*)@"
+    r"(?P<scheme>(?<![\w+.-])[a-zA-Z][\w+.-]*://)(?:[^\s/?#\"<>]*|[^\s/@:\"<>]*:[^\s@\"<>]*)@"
 )
 """Also of a password that has a "/" in it, with which it is no URL."""
 _PORT_BEFORE_PATH = re.compile(r"://[^\s/@]*:\d+[/?#]")
-_BARE_USER = re.compile(r"(?<![\w/.@])[\w.+%~-]+:[^\s/:'\"<>{}]+@(?=[\w\[])")
+_BARE_USER = re.compile(r"(?<![\w/.@+%~-])[\w.+%~-]+:[^\s/:'\"<>{}]+@(?=[\w\[])")
 """A URL without its scheme."""
-_NAMES = r"api[_-]?key|access[_-]?key|secret|token|password|passwd|credential|signature"
 _INTERPOLATION = re.compile(r"(?:\$\{[^}]*\})+")
-_QUERY = re.compile(rf"(?i)([?&;](?:[\w.-]*(?:{_NAMES})[\w.-]*|sig|key|auth)=)[^\s&#'\"<>]+")
-_SECRET_KEY = re.compile(
-    r"(?:.*[._-])?(?:api_?key|(?:access|auth|hf|bearer|secret)_?token|access_key|secret(?:_key)?"
-    r"|private_key|password|passwd|credentials?)|(?:.*\.)?token",
-    re.IGNORECASE,
+_NAME = (
+    r"(?:api[_-]?key|access[_-]?key|(?:access|auth|bearer|github|hf|secret)[_-]?token"
+    r"|secret(?:[_-]?key)?|private[_-]?key|passw(?:or)?d|credentials?)"
 )
-"""The name of a value that is one; `eos_token` and `max_tokens` are none."""
+"""What a value is called that is a secret; `eos_token` and `max_tokens` are none."""
+_SECRET_KEY = re.compile(rf"(?i)(?:.*[._-])?{_NAME}|(?:.*\.)?token")
 _ASSIGNED = re.compile(
-    r"(?i)(?<![\w?&;.-])((?:[\w]+[._-])*(?:api_?key|(?:access|auth|hf|bearer|secret)_?token"
-    r"|access_key|secret(?:_key)?|private_key|password|passwd|(?:hf|github)_token)=)[^\s'\",;}]+"
+    rf"(?i)(?<![\w?&;.-])((?:(?:[\w.-]*[._-])?{_NAME}['\"]?(?:=|:\s*)"
+    r"|(?:[\w.-]*\.)?token(?:=|['\"]:\s*))['\"]?)(?!\$\{)[^\s'\",;}\]]+"
+)
+_QUERY = re.compile(
+    r"(?i)([?&;](?:[\w.-]*(?:key|secret|token|passw|credential|signature)[\w.-]*|sig|auth)=)"
+    r"[^\s&#'\"<>]+"
 )
 _BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}")
 _HUB_TOKEN = re.compile(r"\bhf_\w{16,}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from steerlm2.masking import comparable_values, mask_variables, masked, masked_values
@@ -20,6 +22,10 @@ from steerlm2.masking import comparable_values, mask_variables, masked, masked_v
         ("s3://h/x?X-Amz-Signature=S3CR'", "s3://h/x?X-Amz-Signature=***'"),
         ("https://h/x?api_key=S3CR#y", "https://h/x?api_key=***#y"),
         ("tune run x metric_logger.api_key=S3CR y=1", "tune run x metric_logger.api_key=*** y=1"),
+        ('logger={"api_key": "S3CR"}', 'logger={"api_key": "***"}'),
+        ('logger={"token": "S3CR"}', 'logger={"token": "***"}'),
+        ("metric_logger.token=S3CR", "metric_logger.token=***"),
+        ("password: 'S3CR'", "password: '***'"),
         ("env HF_TOKEN=S3CR tune run", "env HF_TOKEN=*** tune run"),
         ("Authorization: Bearer S3CR-56789", "Authorization: Bearer ***"),
     ],
@@ -38,6 +44,8 @@ def test_secrets_in_texts_are_masked(text: str, shown: str) -> None:
         "helpfulness:4,verbosity:1",
         "template.eos_token=<eos> max_tokens_per_microbatch=4096 tokenizer.path=x",
         "set WANDB_API_KEY, or metric_logger=null",
+        "stop token: 5, eos_token=<eos>, eos_token: 5",
+        "metric_logger.api_key=${oc.env:KEY}",
         "https://h/x?split=train&page=2",
     ],
 )
@@ -86,3 +94,11 @@ def test_values_that_differ_stay_different_without_telling_how() -> None:
     assert comparable_values(one) == comparable_values(dict(one))
     assert "S3CR" not in str(comparable_values(one))
     assert comparable_values({"lr": 0.1, "a": ["b"]}) == {"lr": 0.1, "a": ["b"]}
+
+
+def test_long_texts_take_no_time() -> None:
+    """20,000 parts: a time that grows with their square is ten seconds."""
+    for part in ("a_", "a:", "a-", "a.b ", "a=b&", "http://a:b ", "?a"):
+        started = time.monotonic()
+        masked("http://" + part * 20000)
+        assert time.monotonic() < started + 2
