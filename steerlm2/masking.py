@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MASK = "***"
@@ -73,11 +73,24 @@ def masked_values(value: Any, key: str = "") -> Any:
         key: the name of the value.
     """
     if isinstance(value, str):
-        is_secret = _SECRET_KEY.fullmatch(key) and value and not value.startswith("${")
-        return MASK if is_secret else masked(value)
+        return MASK if list(named_secrets(value, key)) else masked(value)
     if isinstance(value, Mapping):
         return {name: masked_values(item, str(name)) for name, item in value.items()}
     return [masked_values(item, key) for item in value] if isinstance(value, list) else value
+
+
+def named_secrets(value: Any, key: str = "") -> Iterator[str]:
+    """Dotted names of the texts in nested values that a name calls a key or a password, unless they
+    interpolate a variable."""
+    if isinstance(value, str):
+        if value and "${" not in value and _SECRET_KEY.fullmatch(key.rpartition(".")[2]):
+            yield key
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from named_secrets(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from named_secrets(item, key)
 
 
 def comparable_values(value: Any, key: str = "") -> Any:

@@ -29,7 +29,7 @@ from omegaconf import MISSING, DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from steerlm2.config.environment import IN_ENVIRONMENT, resolved, with_variables_kept
-from steerlm2.masking import masked_values
+from steerlm2.masking import masked_values, named_secrets
 
 ConfigT = TypeVar("ConfigT")
 
@@ -89,6 +89,11 @@ def load_config(
         except OmegaConfBaseException as error:
             raise ValueError(f"the config has a broken interpolation: {error}") from error
     config, problems = _checked(config_class, values, namespace)
+    problems += [
+        f"'{key}' is a secret, which others can read here: write ${{oc.env:NAME}}, and put it into "
+        "that variable of the environment"
+        for key in named_secrets(as_given)
+    ]
     if problems:
         raise ValueError("the config has problems:\n  - " + "\n  - ".join(problems))
     setattr(config, _AS_GIVEN, as_given)

@@ -84,6 +84,17 @@ def test_a_config_is_written_with_its_variables() -> None:
     assert to_public(config) == given | {"size": 1}
 
 
+def test_a_key_in_a_config_is_refused_unless_it_is_a_variables() -> None:
+    """Config and command line are read by others; the message doesn't repeat it."""
+    parts = {"a": [{"api_key": "S3CR"}], "password": "${oc.env:ENV_WORD}", "eos_token": "<eos>"}
+    with pytest.raises(ValueError, match=r"- 'parts\.a\.api_key' is a secret") as error:
+        load_config(Config, OmegaConf.create({"output_dir": "x", "parts": parts}))
+    assert "S3CR" not in str(error.value)
+    parts["a"] = []
+    config = load_config(Config, OmegaConf.create({"output_dir": "x", "parts": parts}))
+    assert config.parts["password"] == "plantedword"
+
+
 def test_values_are_masked_in_messages_but_paths() -> None:
     resolved(OmegaConf.create({"size": "${oc.env:ENV_WORD}", "output_dir": "${oc.env:ENV_FOLDER}"}))
     assert masked("got plantedword in plantedfolder") == "got ${oc.env:ENV_WORD} in plantedfolder"
