@@ -35,7 +35,6 @@ from typing import Any, TypeVar
 
 from torchtune.modules import TransformerDecoder
 from torchtune.training.metric_logging import WandBLogger
-from tqdm import tqdm
 
 from steerlm2.attributes import as_schema, parse_label
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
@@ -99,7 +98,7 @@ from steerlm2.inference.local import LocalEngine
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar
+from steerlm2.runs.logs import progress_bar, tell
 from steerlm2.runs.output import check_shared, make_output_dir
 from steerlm2.runs.processes import join_processes
 from steerlm2.runs.record import check_metric_logger, log_config, open_logger
@@ -462,8 +461,8 @@ class EvaluateRecipe:
             if self.cfg.baseline is not None:
                 compare(results, records, self.cfg.baseline, self.schema)
             write_report(results, self.output_dir, choose_examples(records))
-            tqdm.write(f"{markdown_table(metric_rows(results))}\n")
-            tqdm.write(f"report: {self.output_dir}/steering.html")
+            tell(f"{markdown_table(metric_rows(results))}\n")
+            tell(f"report: {self.output_dir}/steering.html")
             if self.logger:
                 log_config(self.logger, to_public(self.cfg), self.output_dir)
                 for name, result in results.items():

@@ -68,6 +68,7 @@ from steerlm2.pipeline.state import (
 )
 from steerlm2.runs.child_process import ChildProcess
 from steerlm2.runs.entry import INTERRUPTED, recipe_main
+from steerlm2.runs.logs import tell
 from steerlm2.runs.output import make_output_dir
 from steerlm2.runs.stopping import InterruptedRunError
 from steerlm2.torchtune_private import merge_arguments
@@ -186,7 +187,7 @@ class PipelineRecipe:
                 print(f"# {stage.name} is complete")
             else:
                 changed.add(stage.name)
-                print(masked(stage.command))
+                tell(stage.command)
 
     def run(self) -> None:
         signal.signal(signal.SIGUSR1, self._stop)
@@ -238,7 +239,7 @@ class PipelineRecipe:
         ]
         print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir / REPORT}")
         for use, command in next_steps(self.plan, self.values).items():
-            print(f"{use}: {masked(command)}")
+            tell(f"{use}: {command}")
 
     # Helpers
 

@@ -55,6 +55,11 @@ def shown(text: str) -> str:
     return printable(masked(text))
 
 
+def tell(text: str) -> None:
+    """Print a message for people to stdout, beside a progress bar; `shown` as any other."""
+    tqdm.write(shown(text))
+
+
 def _warnings_on_stderr(form: str) -> logging.Handler:
     stderr = logging.StreamHandler()
     stderr.setFormatter(_Shown(form))

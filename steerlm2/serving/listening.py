@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
+from steerlm2.runs.logs import shown
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -83,7 +84,7 @@ def serve(app: FastAPI, bound: socket.socket, what: str, path: str, request_time
     bound.listen()
     host, port = bound.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
-    print(f"serving {what} on http://{address}:{port}{path}", flush=True)
+    print(shown(f"serving {what} on http://{address}:{port}{path}"), flush=True)
     server.run(sockets=[bound])
 
 

@@ -34,7 +34,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchtune.modules import TransformerDecoder
 from torchtune.training import DummyProfiler
-from tqdm import tqdm
 
 from steerlm2.checkpoints.model_card import origin, source_name
 from steerlm2.checkpoints.side_files import TrainedText
@@ -58,7 +57,7 @@ from steerlm2.models.config_json import computation
 from steerlm2.models.decoders import pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.lock import RunLock
-from steerlm2.runs.logs import Progress, open_rank_log, shown
+from steerlm2.runs.logs import Progress, open_rank_log, tell
 from steerlm2.runs.metrics import (
     JsonLines,
     logged_validation_loss,
@@ -473,7 +472,7 @@ class TrainingRun:
     def say(self, text: str) -> None:
         """Print something, once."""
         if self.world.is_main:
-            tqdm.write(shown(text))
+            tell(text)
 
     def __enter__(self) -> Self:
         return self
