@@ -39,8 +39,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-from tqdm import tqdm
-
 from steerlm2.attributes import (
     AttributeSchema,
     as_schema,
@@ -75,7 +73,7 @@ from steerlm2.inference.attribute_model import load_attribute_model
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar
+from steerlm2.runs.logs import progress_bar, tell
 from steerlm2.runs.processes import join_processes, process_beside_server
 from steerlm2.runs.resumable import ResumableOutput
 
@@ -275,7 +273,7 @@ class AnnotateRecipe:
             job.output.finish()
             flaws = f"; of the responses: {causes_text(job.flaws)}" if job.flaws else ""
             earlier = f"; {job.done} records are of an earlier run" if job.done else ""
-            tqdm.write(
+            tell(
                 f"{job.output.path}: {job.num_records} records, {num_texts} texts scored (cut at "
                 f"the beginning, being too long: {num_cut} texts{earlier}){flaws}"
             )

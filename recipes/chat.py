@@ -33,6 +33,7 @@ from steerlm2.inference.chat import Chat, InputDroppedError, whole_lines
 from steerlm2.inference.load_steered import load_steered_model
 from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.logs import shown
 
 
 @dataclass(kw_only=True)
@@ -90,7 +91,7 @@ class ChatRecipe:
                     except (ValueError, ConnectionError) as error:
                         if not by_person:
                             raise
-                        print(error, file=sys.stderr)
+                        print(shown(str(error)), file=sys.stderr)
                     except KeyboardInterrupt:  # of what isn't an answer
                         if not by_person:
                             raise

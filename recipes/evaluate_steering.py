@@ -33,10 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
 from torchtune.modules import TransformerDecoder
 from torchtune.training.metric_logging import WandBLogger
-from tqdm import tqdm
 
 from steerlm2.attributes import as_schema, parse_label
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
@@ -48,7 +46,7 @@ from steerlm2.config.keys import (
     at_least_one,
     settings_of,
 )
-from steerlm2.config.loader import Component, instantiate, to_plain
+from steerlm2.config.loader import Component, instantiate, to_public
 from steerlm2.data.jsonl import LineProblems, json_line
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
@@ -100,10 +98,10 @@ from steerlm2.inference.local import LocalEngine
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar
+from steerlm2.runs.logs import progress_bar, tell
 from steerlm2.runs.output import check_shared, make_output_dir
 from steerlm2.runs.processes import join_processes
-from steerlm2.runs.record import check_metric_logger, open_logger
+from steerlm2.runs.record import check_metric_logger, log_config, open_logger
 from steerlm2.runs.resumable import ResumableOutput
 
 SETTINGS_THAT_CHANGE_ANSWERS = (
@@ -463,10 +461,10 @@ class EvaluateRecipe:
             if self.cfg.baseline is not None:
                 compare(results, records, self.cfg.baseline, self.schema)
             write_report(results, self.output_dir, choose_examples(records))
-            tqdm.write(f"{markdown_table(metric_rows(results))}\n")
-            tqdm.write(f"report: {self.output_dir}/steering.html")
+            tell(f"{markdown_table(metric_rows(results))}\n")
+            tell(f"report: {self.output_dir}/steering.html")
             if self.logger:
-                self.logger.log_config(OmegaConf.create(to_plain(self.cfg)))
+                log_config(self.logger, to_public(self.cfg), self.output_dir)
                 for name, result in results.items():
                     metrics = {f"{name}/{key}": value for key, value in result.metrics.items()}
                     self.logger.log_dict(metrics, step=0)

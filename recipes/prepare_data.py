@@ -60,7 +60,7 @@ from steerlm2.data.sources.helpsteer import strengths_of
 from steerlm2.data.spool import Spool, open_spool
 from steerlm2.files import replace_durably, write_durably
 from steerlm2.runs.entry import recipe_main
-from steerlm2.runs.logs import show_warnings
+from steerlm2.runs.logs import show_warnings, tell
 
 FILES = {
     "train": {"": "train.jsonl", "regression": "train_reg.jsonl"},
@@ -154,7 +154,7 @@ def main(cfg: PrepareDataConfig) -> None:
     if kind is Record:
         train_file = (output_dir / "train.jsonl").absolute()
         recipe = "score_responses" if tallies["train"].answers else "sample_responses"
-        print(f"\nNext: run the recipe {recipe} on {train_file}")
+        tell(f"\nNext: run the recipe {recipe} on {train_file}")
 
 
 class SpooledSplit(NamedTuple):
@@ -207,7 +207,7 @@ def _read(
         num_records += len(spooled.answers)
     problems.raise_if_any()
     if num_broken:
-        print(
+        tell(
             f"{source.source}: left out {num_broken} conversations with U+FFFD in an answer, "
             f"which is {BROKEN}"
         )
@@ -222,7 +222,7 @@ def _read(
         _note_shared_prompts(source, prompts, sides)
     else:
         if offsets["train"] and offsets["validation"]:
-            print(
+            tell(
                 f"{source.source}: its own split, {len(offsets['train'])} and "
                 f"{len(offsets['validation'])} records, isn't kept (own_split=true keeps it)"
             )
@@ -240,7 +240,7 @@ def _read(
             "Q", (pooled[i] for i, ours in zip(order, for_training, strict=True) if not ours)
         )
         if num_train < len(pooled) and not (train and val):
-            print(f"{source.source}: all on one side, because its records have one prompt")
+            tell(f"{source.source}: all on one side, because its records have one prompt")
     if source.sample_fraction < 1:
         train, val = (_sample(split, source.sample_fraction, rng) for split in (train, val))
     return SpooledSplit(train, val, kind)
@@ -297,7 +297,7 @@ def _note_shared_prompts(
         for prompt in prompts[split]:
             num_shared += sides.setdefault(prompt, ours) != ours
     if num_shared:
-        print(
+        tell(
             f"{source.source}: {num_shared} records have a prompt that the other side of the split "
             "has too (the source's own split; a train_fraction splits by prompt)"
         )
@@ -385,7 +385,7 @@ def _write(
             )
             for split, offsets in splits.items()
         }
-        print(f"{'file':<15} {'records':>8} {counted:>8} {'per record':>11}")
+        tell(f"{'file':<15} {'records':>8} {counted:>8} {'per record':>11}")
         for split, tally in tallies.items():
             for kind, name in FILES[split].items():
                 beside = settings_file(output_dir / name)
@@ -394,13 +394,13 @@ def _write(
                     if any(settings.values()):
                         write_durably(beside, json.dumps(settings, indent=2) + "\n")
                     replace_durably(temporaries[name], output_dir / name)
-                    print(f"{name:<15} {_table_row(kind, tally)}")
+                    tell(f"{name:<15} {_table_row(kind, tally)}")
                 elif (output_dir / name).exists():
                     # An earlier run's validation records may be training records now.
                     (output_dir / name).unlink()
-                    print(f"{name:<15} removed: left by an earlier run, this one has none")
+                    tell(f"{name:<15} removed: left by an earlier run, this one has none")
             if tally.num_unheld:
-                print(_unheld_text(FILES[split][""], FILES[split]["regression"], tally))
+                tell(_unheld_text(FILES[split][""], FILES[split]["regression"], tally))
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)

@@ -34,8 +34,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from steerlm2.attributes import as_schema
 from steerlm2.checkpoint_dirs import file_digest
 from steerlm2.config.keys import (
@@ -75,7 +73,7 @@ from steerlm2.inference.engines import Engine, Sample, SamplingSettings
 from steerlm2.inference.local import LocalEngine
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar
+from steerlm2.runs.logs import progress_bar, tell
 from steerlm2.runs.processes import join_processes, process_beside_server
 from steerlm2.runs.resumable import ResumableOutput
 
@@ -334,7 +332,7 @@ class SampleRecipe:
             summary += _known_and_unknown(counts)
         if tokens_per_second is not None:
             summary += f"; {tokens_per_second:.0f} tokens/s"
-        tqdm.write(summary)
+        tell(summary)
         if Path(cfg.output).stat().st_size == 0:
             raise ValueError(
                 f"{cfg.output} is empty: no group has {cfg.min_responses} distinct "

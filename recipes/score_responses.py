@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from steerlm2.attributes import (
     AttributeSchema,
@@ -72,7 +71,7 @@ from steerlm2.inference.attribute_model import AttributeModel, load_attribute_mo
 from steerlm2.inference.language_model import LanguageModel, load_language_model
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar
+from steerlm2.runs.logs import progress_bar, tell
 from steerlm2.runs.processes import join_processes
 from steerlm2.runs.resumable import ResumableOutput
 
@@ -255,7 +254,7 @@ class ScoreRecipe:
         bar.close()
         if world.is_main:
             output.finish()
-            tqdm.write(f"{output.path}: {data.summary()}")
+            tell(f"{output.path}: {data.summary()}")
 
     def _score_attributes(self, stage: Stage, source: str, output: ResumableOutput) -> None:
         """`scores` of an attribute model, and log P(a|x,y) from them."""
@@ -301,7 +300,7 @@ class ScoreRecipe:
         if world.is_main:
             output.finish()
             flaws = count_flaws(response for record in records for response in record.responses)
-            tqdm.write(
+            tell(
                 f"{output.path}: {len(records)} groups (texts cut at the beginning, being too "
                 f"long: {num_cut}; responses: {causes_text(flaws)})"
             )
@@ -329,7 +328,7 @@ class ScoreRecipe:
                 ):
                     num_unknown += 1
         if num_unknown:
-            tqdm.write(
+            tell(
                 f"the engine's log Q' is unknown of {num_unknown} responses (a server that gives "
                 "no log-probs, or none that are numbers): these aren't compared with ours"
             )
@@ -338,7 +337,7 @@ class ScoreRecipe:
         summary = summary_of(gaps)
         file = Path(f"{cfg.output}.engine_log_q.json")
         write_durably(file, json.dumps(summary, indent=2) + "\n")
-        tqdm.write(
+        tell(
             f"the engine's log Q' differs from ours, over {len(gaps)} responses, by "
             + "; ".join(
                 ", ".join(f"{name} {value:.3g}" for name, value in summary[unit].items())
@@ -348,7 +347,7 @@ class ScoreRecipe:
             + f" ({file})"
         )
         if summary["per_token"]["mean"] > ENGINE_TOLERANCE:
-            tqdm.write(
+            tell(
                 f"WARNING: that is more than {ENGINE_TOLERANCE} nats a token: the engine had "
                 "another checkpoint, template or tokenizer, or gave tempered log-probs. Was "
                 f"{cfg.input} sampled from the model that scored log Q' here?"

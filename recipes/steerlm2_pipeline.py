@@ -41,10 +41,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from steerlm2.checkpoint_dirs import newest_export
+from steerlm2.config.environment import escaped, resolved, variables_in, with_variables_kept
 from steerlm2.config.loader import REST, as_yaml, config_problems, load_recipe, yaml_key
 from steerlm2.evaluation.model_card import add_evaluation
 from steerlm2.evaluation.report import markdown_table, read_report
 from steerlm2.files import sync_all
+from steerlm2.masking import masked
 from steerlm2.pipeline.next_steps import next_steps
 from steerlm2.pipeline.page import evaluated_models, pipeline_page
 from steerlm2.pipeline.plan import (
@@ -67,8 +69,10 @@ from steerlm2.pipeline.state import (
     set_aside,
 )
 from steerlm2.runs.child_process import ChildProcess
-from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.entry import INTERRUPTED, recipe_main
+from steerlm2.runs.logs import tell
 from steerlm2.runs.output import make_output_dir
+from steerlm2.runs.stopping import InterruptedRunError
 from steerlm2.torchtune_private import merge_arguments
 
 LAST_LINES = 20
@@ -122,6 +126,12 @@ class PipelineConfig:
         known = {yaml_key(each) for each in dataclasses.fields(PipelineConfig)}
         if problems := unused_values(whole, known):
             raise ValueError("the config has problems:\n  - " + "\n  - ".join(problems))
+        # Stages resolve the environment's variables: commands and records have only their names.
+        kept = with_variables_kept(whole).get("stages") or {}
+        for name, stage in kept.items() if isinstance(kept, dict) else ():
+            for key in ("use", "overrides"):
+                if isinstance(stage, dict) and variables_in(stage.get(key)):
+                    whole.stages[name][key] = escaped(stage[key])
         return whole
 
     def problems(self) -> list[str]:
@@ -179,7 +189,7 @@ class PipelineRecipe:
                 print(f"# {stage.name} is complete")
             else:
                 changed.add(stage.name)
-                print(stage.command)
+                tell(stage.command)
 
     def run(self) -> None:
         if problems := lacking_checkpoints(self.selected, self.values, self.output_dir):
@@ -233,7 +243,7 @@ class PipelineRecipe:
         ]
         print(f"\n{markdown_table(rows)}\n\nreport: {self.output_dir / REPORT}")
         for use, command in next_steps(self.plan, self.values).items():
-            print(f"{use}: {command}")
+            tell(f"{use}: {command}")
 
     # Helpers
 
@@ -250,7 +260,7 @@ class PipelineRecipe:
         """Record a stage's folder as complete, if it has no record."""
         if self.state.read(stage.name) is None and (files := files_in(stage.folder)):
             now = self._fingerprint(stage)
-            self.state.write(stage.name, StageRecord(now, stage.command, True, files=files))
+            self.state.write(stage.name, StageRecord(now, masked(stage.command), True, files=files))
 
     def _fingerprint(self, stage: Stage) -> str:
         values = self.values[stage.name]
@@ -287,18 +297,20 @@ class PipelineRecipe:
         if record is None or record.fingerprint != now:
             if stage.folder.exists() and any(stage.folder.iterdir()):
                 print(f"(earlier one: {set_aside(stage.folder)})", end=" ", flush=True)
-            record = StageRecord(now, stage.command)
+            record = StageRecord(now, masked(stage.command))
         record = dataclasses.replace(record, complete=False, runs=record.runs + 1)
         self.state.write(stage.name, record)
 
         log = None if self.cfg.show_output else self.output_dir / "logs" / f"{stage.name}.log"
         (self.output_dir / "logs").mkdir(exist_ok=True)
+        self.state.now_at(f"stage {stage.name}")
         started = time.monotonic()
         status = run_command(stage.command, log, lock)
         record.seconds += time.monotonic() - started
         trains = "save_every_n_steps" in self.values[stage.name]
         unfinished = status == 0 and trains and newest_export(stage.folder) is None
-        stopped = self.stopping or unfinished  # whatever its status: it may save and end well
+        # Whatever its status: it may save and end well.
+        stopped = self.stopping or unfinished or status == INTERRUPTED
         if status == 0 and not stopped:
             record.complete, record.files = True, files_in(stage.folder)
             sync_all(stage.folder, record.files)
@@ -324,7 +336,7 @@ def stage_values(stage: Stage) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no config {stage.config} (`tune ls` lists them)")
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file), resolve=False))
     merged = merge_arguments(plain, stage.arguments)
-    return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    return resolved(merged)
 
 
 def lacking_checkpoints(
@@ -364,7 +376,7 @@ def run_command(command: str, log: Path | None, lock: int) -> int:
         "PYTHONUNBUFFERED": "1",
     }
     with open(log or os.devnull, "ab") as output:
-        output.write(f"\n$ {command}\n".encode())
+        output.write(f"\n$ {masked(command)}\n".encode())
         output.flush()
         with ChildProcess(
             ["bash", "-c", command],
@@ -399,7 +411,7 @@ def main(cfg: PipelineConfig) -> None:
             recipe.run()
             recipe.report()
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command continues")
+        raise InterruptedRunError("SIGINT: stopped; the same command continues") from None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import yaml
 from steerlm2.attributes import AttributeSchema, parse_label
 from steerlm2.checkpoint_dirs import read_json, resolve_checkpoint_dir
 from steerlm2.checkpoints.side_files import CHAT_TEMPLATE, MODEL_CARD
+from steerlm2.escaping import markdown_text, printable
 from steerlm2.facts import ModelFacts, read_facts
 from steerlm2.page_templates import page_template
 
@@ -56,6 +57,7 @@ def write_card(folder: Path, facts: ModelFacts, *, is_adapter: bool = False) -> 
         front_matter=_front_matter(facts, is_adapter),
         title=title[0].upper() + title[1:],
         facts=facts,
+        system=printable(facts.system or ""),
         base=base,
         trained=_rows(trained),
         validation=trained.get("validation") or {},
@@ -166,4 +168,4 @@ def _example(schema: AttributeSchema) -> dict[str, int]:
 def table_cell(value: object) -> str:
     """Text in a table's cell."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return markdown_text(text)

@@ -28,6 +28,9 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from steerlm2.config.environment import IN_ENVIRONMENT, resolved, with_variables_kept
+from steerlm2.masking import masked_values, named_secrets
+
 ConfigT = TypeVar("ConfigT")
 
 LOG = logging.getLogger("steerlm2")
@@ -39,6 +42,9 @@ CONFIG_CLASS = "config_class"
 REST = "rest"
 """In the metadata of a dataclass field: a dict of all keys that aren't fields, unchecked."""
 
+
+_AS_GIVEN = "_as_given"
+"""Attribute of a loaded config: its values with `${oc.env:NAME}` where they had it."""
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 """How messages and `--help` name a type."""
@@ -73,11 +79,13 @@ def load_config(
     Raises:
         ValueError: naming every unknown, missing or mistyped key, not only the first.
     """
+    as_given: dict[str, Any] = {}
     if isinstance(values, DictConfig):
         try:
             expand = getattr(config_class, "expand", None)
             values = values if expand is None else expand(values)
-            values = typing.cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
+            as_given = with_variables_kept(values)
+            values = resolved(values)
         except InterpolationToMissingValueError as error:
             plain = OmegaConf.to_container(values, resolve=False)
             problems = [_missing(key) for key in _keys_without_value(plain)]
@@ -87,8 +95,14 @@ def load_config(
         except OmegaConfBaseException as error:
             raise ValueError(f"the config has a broken interpolation: {error}") from error
     config, problems = _checked(config_class, values, namespace)
+    problems += [
+        f"'{key}' is a secret, which others can read here: write ${{oc.env:NAME}}, and put it into "
+        "that variable of the environment"
+        for key in named_secrets(as_given)
+    ]
     if problems:
         raise ValueError("the config has problems:\n  - " + "\n  - ".join(problems))
+    setattr(config, _AS_GIVEN, as_given)
     return typing.cast(ConfigT, config)
 
 
@@ -130,8 +144,15 @@ def takes(component: Mapping[str, Any], argument: str) -> bool:
 
 
 def as_yaml(config: Any) -> str:
-    """The config with all defaults filled in, as YAML."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    """The config with all defaults filled in, as YAML that anybody may read (`to_public`)."""
+    return yaml.safe_dump(to_public(config), sort_keys=False, allow_unicode=True)
+
+
+def to_public(config: Any) -> dict[str, Any]:
+    """As `to_plain`, for what is written and logged: `${oc.env:NAME}` as it was given, and without
+    the secrets that `masked` knows."""
+    as_given = getattr(config, _AS_GIVEN, {})
+    return typing.cast(dict[str, Any], masked_values(_with_given(to_plain(config), as_given)))
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -141,6 +162,17 @@ def to_plain(config: Any) -> dict[str, Any]:
         value = _plain(getattr(config, field.name))
         plain |= value if field.metadata.get(REST) else {yaml_key(field): value}
     return plain
+
+
+def _with_given(value: Any, given: Any) -> Any:
+    """A value, or what the config had for it where that interpolates a variable."""
+    if isinstance(given, str):
+        return given if IN_ENVIRONMENT in given else value
+    if isinstance(value, dict) and isinstance(given, dict):
+        return {key: _with_given(item, given.get(key)) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(given, list) and len(value) == len(given):
+        return [_with_given(*pair) for pair in zip(value, given, strict=True)]
+    return value
 
 
 def field_types(cls: type, namespace: dict[str, Any] | None = None) -> dict[str, Any]:

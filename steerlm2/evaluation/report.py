@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from steerlm2.attributes import parse_label
 from steerlm2.data.records import Record, write_records
+from steerlm2.escaping import markdown_text
 from steerlm2.evaluation.agreement import Table
 from steerlm2.evaluation.charts import Chart, Point, Series, line_chart, thinned
 from steerlm2.evaluation.examples import MODEL
@@ -214,10 +215,11 @@ def markdown(results: Mapping[str, SteeringResult]) -> str:
     """The metrics of all models side by side, then cross-talk and curve of each."""
     parts = ["# Steering"]
     for title, rows in all_models(results).items():
-        parts += [f"## {title}", markdown_table(rows)]
+        parts += [f"## {markdown_text(title)}", markdown_table(rows)]
     parts += ["\n".join(f"- `{name}`: {text}" for name, text in _meanings(results).items())]
     for name, result in results.items():
-        parts += [f"## {name}", f"{CROSS_TALK}:", markdown_table(cross_talk_rows(result))]
+        parts += [f"## {markdown_text(name)}"]
+        parts += [f"{CROSS_TALK}:", markdown_table(cross_talk_rows(result))]
         parts += [f"{CURVE}:", markdown_table(result.curve)]
     return "\n\n".join(parts) + "\n"
 
@@ -225,8 +227,9 @@ def markdown(results: Mapping[str, SteeringResult]) -> str:
 def markdown_table(rows: Rows) -> str:
     if not rows:
         return "(nothing)"
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(v) for v in r.values()] for r in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    texts = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    head, *rest = [[markdown_text(text) for text in line] for line in texts]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest))
 
 
 def html_page(

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from steerlm2.attributes import parse_label
 from steerlm2.data.records import LENGTH
+from steerlm2.escaping import printable
 from steerlm2.inference.steered import Delta, Question, SteeredModel
 from steerlm2.inference.streaming import GenerationSettings
 
@@ -45,8 +46,6 @@ GAP = " " * 44
 QUOTES = '"""'
 BAR = 20
 """Characters of a full bar. A choice: bar and numbers fit 80 columns."""
-_SHOWN = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
-"""Instead of characters that would move a terminal's cursor, or do more."""
 
 
 @dataclass
@@ -293,7 +292,7 @@ class Chat:
             )
 
     def _write(self, text: str) -> None:
-        self.output.write(text.translate(_SHOWN) if self.output.isatty() else text)
+        self.output.write(printable(text) if self.output.isatty() else text)
         self.output.flush()
 
     def _print(self, text: str) -> None:

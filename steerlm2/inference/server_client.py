@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -38,6 +39,8 @@ MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError
 
 API_KEY = "STEERLM2_API_KEY"
 """The environment variable with the key that servers ask for and clients send."""
+API_KEY_FILE = "STEERLM2_API_KEY_FILE"
+"""The one with the path of a file that has it."""
 
 
 AskedT = TypeVar("AskedT")
@@ -51,7 +54,8 @@ class ServerClient:
     for them.
 
     Args:
-        url: of the server, "http://127.0.0.1:8000".
+        url: of the server, "http://127.0.0.1:8000"; a user and password in it are sent, and in no
+            message.
         model: the server's name for the model; None: its first one.
         concurrency: requests at a time.
         timeout: seconds for an answer.
@@ -70,8 +74,10 @@ class ServerClient:
         self.retries = retries
         self.timeout = timeout
         self._address = self._checked_url()
+        self.url, self.auth = without_user(self.url)
         limits = httpx.Limits(max_connections=concurrency)
         self._http = httpx.Client(
+            auth=self.auth,
             timeout=timeout,
             limits=limits,
             trust_env=not is_loopback(self._address.host),
@@ -270,8 +276,32 @@ def ssl_context() -> ssl.SSLContext:
 
 
 def own_api_key() -> str | None:
-    """The key of the environment, if it has one."""
-    return os.environ.get(API_KEY) or None
+    """The key of the environment, or of the file that it names; None: there is none.
+
+    Raises:
+        ValueError: where the file is empty or can't be read.
+    """
+    if key := os.environ.get(API_KEY):
+        return key
+    if not (file := os.environ.get(API_KEY_FILE)):
+        return None
+    try:
+        key = Path(file).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{API_KEY_FILE}: {file} can't be read ({error})") from error
+    if not key:
+        raise ValueError(f"{API_KEY_FILE}: {file} is empty")
+    return key
+
+
+def without_user(url: str) -> tuple[str, tuple[str, str] | None]:
+    """A URL without the user in it, and that user with their password; None: it has none."""
+    parts = httpx.URL(url)
+    if not parts.userinfo:
+        return url, None
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}", (parts.username, parts.password)
 
 
 def key_header() -> dict[str, str]:

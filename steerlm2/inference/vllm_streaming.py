@@ -68,10 +68,11 @@ class VllmStreamingEngine:
         )
         try:
             client.connect(max_seq_len)
-            self.url, self.model = client.url, client.model
+            self.url, self.model, auth = client.url, client.model, client.auth
         finally:
             client.close()
         self._http = httpx.AsyncClient(
+            auth=auth,
             timeout=server.timeout,
             limits=httpx.Limits(max_connections=server.concurrency),
             trust_env=not is_loopback(httpx.URL(self.url).host),

@@ -10,6 +10,7 @@ from typing import Any
 from steerlm2.checkpoint_dirs import newest_export
 from steerlm2.data.records import read_records
 from steerlm2.evaluation.report import EXAMPLES, Run, StageRun, html_page, read_report
+from steerlm2.masking import masked
 from steerlm2.pipeline.plan import Stage
 from steerlm2.pipeline.state import PipelineState
 from steerlm2.runs.metrics import JsonLines
@@ -40,7 +41,7 @@ def pipeline_page(
     for stage in plan:
         if record := state.read(stage.name):
             config = _text(stage.folder / "config.yaml")
-            stages.append(StageRun(stage.name, record.command, record.seconds, config))
+            stages.append(StageRun(stage.name, masked(record.command), record.seconds, config))
     ended = time.strftime("%Y-%m-%d %H:%M", time.localtime(steering.stat().st_mtime))
     facts = {
         "Date": ended,
@@ -50,7 +51,7 @@ def pipeline_page(
     }
     run = Run(
         f"SteerLM 2.0: {output_dir.resolve().name}",
-        {name: value for name, value in facts.items() if value},
+        {name: masked(value) for name, value in facts.items() if value},
         {stage.name: JsonLines(stage.folder / "metrics.jsonl").read() for stage in plan},
         stages,
         _text(output_dir / "config.yaml"),
@@ -124,4 +125,4 @@ def _is_made_here(path: object, plan: Sequence[Stage]) -> bool:
 
 
 def _text(file: Path) -> str | None:
-    return file.read_text() if file.is_file() else None
+    return masked(file.read_text()) if file.is_file() else None

@@ -8,10 +8,12 @@ that.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -21,12 +23,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
+from steerlm2.config.environment import variables_in
 from steerlm2.files import write_durably
-from steerlm2.runs.lock import lock_file
+from steerlm2.runs.lock import is_in_place, lock_file
 
 RESUME_FILES = {"checkpoints", "earlier_runs"}
 """In a stage's folder: not what it was run for."""
 
+LOCK = "lock"
+"""File that a pipeline and its stages lock."""
+DOING = "doing"
+"""File that a pipeline locks for itself alone, and that says what it is doing."""
 SECONDS_FOR_STRAY_STAGE = 60
 
 
@@ -55,6 +62,8 @@ class PipelineState:
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "state"
         self._damaged: set[str] = set()
+        self._held: IO[str] | None = None
+        self._doing: IO[str] | None = None
 
     def read(self, stage: str) -> StageRecord | None:
         """None where there is none. A damaged one is none, with a warning."""
@@ -78,7 +87,16 @@ class PipelineState:
             return None
 
     def write(self, stage: str, record: StageRecord) -> None:
-        """Whole or not at all, whenever the process is killed."""
+        """Whole or not at all, whenever the process is killed.
+
+        Raises:
+            ValueError: where the folder was removed since it was locked.
+        """
+        if self._held is not None and not is_in_place(self._held, self.folder / LOCK):
+            raise ValueError(
+                f"{self.folder.parent} was removed or replaced while the pipeline wrote into it: "
+                "the same command begins anew"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_durably(self.folder / f"{stage}.json", json.dumps(asdict(record), indent=2))
 
@@ -88,28 +106,50 @@ class PipelineState:
         that outlives a killed pipeline isn't joined by a second.
 
         Raises:
-            ValueError: where another pipeline, or a stage of it, goes on running.
+            ValueError: where another pipeline works here, at once; where a stage that one left
+                behind goes on, after a minute.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._open_lock() as file:
-            started = time.monotonic()
+        with self._open(LOCK) as file, self._open(DOING) as doing:
+            started, waits = time.monotonic(), False
             while True:
                 try:
                     lock_file(file)
                     break
                 except BlockingIOError as error:
-                    if time.monotonic() > started + SECONDS_FOR_STRAY_STAGE:
-                        raise ValueError(
-                            f"another pipeline, or a stage that one left behind, works in "
-                            f"{self.folder.parent}: wait for it, or end it"
-                        ) from error
-                    if time.monotonic() < started + 0.1:
-                        print("waiting for a stage that an earlier run left behind", flush=True)
-                    time.sleep(0.5)
-            yield file.fileno()
+                    who, told = "another pipeline", _told(doing)
+                    if not _is_held(doing):
+                        who = "a stage that an earlier pipeline left behind"
+                        if time.monotonic() < started + SECONDS_FOR_STRAY_STAGE:
+                            if not waits:
+                                print(f"waiting for {who}{told}", flush=True)
+                            waits = True
+                            time.sleep(0.5)
+                            continue
+                    raise ValueError(
+                        f"{who} works in {self.folder.parent}{told}: wait for it, or end it"
+                    ) from error
+            fcntl.lockf(doing, fcntl.LOCK_EX)
+            self._held, self._doing = file, doing
+            try:
+                self.now_at("its start")
+                yield file.fileno()
+                doing.truncate(0)
+            finally:
+                self._held = self._doing = None
 
-    def _open_lock(self) -> IO[str]:
-        path = self.folder / "lock"
+    def now_at(self, what: str) -> None:
+        """Tell other pipelines that want the folder what this one is doing."""
+        assert self._doing is not None
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        told = f"process {os.getpid()} on {socket.gethostname()}, at {what} since {since}"
+        self._doing.seek(0)
+        self._doing.truncate(0)
+        self._doing.write(told)
+        self._doing.flush()
+
+    def _open(self, name: str) -> IO[str]:
+        path = self.folder / name
         try:
             return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
@@ -118,10 +158,26 @@ class PipelineState:
             raise
 
 
+def _is_held(doing: IO[str]) -> bool:
+    """Whether the pipeline itself goes on: no child of it inherits this lock."""
+    try:
+        fcntl.lockf(doing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    fcntl.lockf(doing, fcntl.LOCK_UN)
+    return False
+
+
+def _told(doing: IO[str]) -> str:
+    doing.seek(0)
+    text = doing.read()
+    return f" ({text})" if text else ""
+
+
 def fingerprint(
     config: Any, arguments: tuple[str, ...], code: Path | None, output_dir: str, inputs: list[Path]
 ) -> str:
-    """Of all that a stage's result depends on.
+    """Of all that a stage's result depends on; it tells nothing of that.
 
     Args:
         config: the values of its YAML.
@@ -136,6 +192,8 @@ def fingerprint(
         "code": digest(code) if code is not None else None,
         "inputs": [digest(path) for path in inputs],
     }
+    if variables := variables_in([config, *arguments]):
+        parts["environment"] = {name: os.environ.get(name) for name in variables}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

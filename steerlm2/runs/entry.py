@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from steerlm2.config.docs import help_text, keys_of
 from steerlm2.config.keys import ModelKeys, check_checkpoints
 from steerlm2.config.loader import CONFIG_CLASS, LOG, ConfigT, load_config
 from steerlm2.distributed.world import end_rank
+from steerlm2.runs.logs import shown
 from steerlm2.torchtune_private import parse_arguments
 
 USER_ERRORS = (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException)
@@ -33,6 +35,9 @@ SECONDS_FOR_RANK_0 = 5.0
 """How long the other ranks wait before they print an error, so that rank 0, which mostly has the
 same one, prints it and torchrun ends them. A choice: it only delays errors of single ranks."""
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status, as a shell has it."""
+
 HELP_FLAGS = {"-h", "--help"}
 
 
@@ -40,14 +45,16 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
     """Make `main(cfg)` a recipe's entry: `--config FILE key=value ...`, as torchtune parses it.
 
     A user's mistake (ValueError, a missing file, a full or read-only disk) ends in one message on
-    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. If `main` joined a
-    world, the process ends with `end_rank`. SIGTERM ends the process, except inside of a
-    `StopRequest`. `--help` prints every key, with what the config says if one is given.
+    stderr and exit status 1, without a traceback; STEERLM2_TRACEBACK=1 shows it. Ctrl-C ends in one
+    line and exit status 130. If `main` joined a world, the process ends with `end_rank`. SIGTERM
+    ends the process, except inside of a `StopRequest`. `--help` prints every key,
+    with what the config says if one is given.
     """
 
     def decorate(main: Callable[[ConfigT], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def entry() -> None:
+            sys.excepthook = _print_traceback
             # What on_node starts ignores it, for torchrun's sake.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:
@@ -60,18 +67,20 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
                     check_checkpoints(config)
                 main(config)
                 sys.exit()
+            except KeyboardInterrupt as interrupt:
+                _end_by_interrupt(interrupt)
             except Exception as error:
                 LOG.error("ended by an error", exc_info=True)
                 if not isinstance(error, USER_ERRORS) or os.environ.get(TRACEBACK_VARIABLE) == "1":
                     if dist.is_initialized():
-                        traceback.print_exc()
+                        _print_traceback(type(error), error, error.__traceback__)
                         end_rank(1)  # torchrun then ends the other ranks, which wait for this one
                     raise
                 sys.stdout.flush()
                 if os.environ.get("RANK", "0") != "0":
                     # Mostly all ranks have the same error: rank 0 prints it.
                     time.sleep(SECONDS_FOR_RANK_0)
-                print(_error_message(error), file=sys.stderr, flush=True)
+                print(shown(_error_message(error)), file=sys.stderr, flush=True)
                 end_rank(1)
                 sys.exit(1)
             end_rank()
@@ -80,6 +89,23 @@ def recipe_main(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], No
         return entry
 
     return decorate
+
+
+def _end_by_interrupt(interrupt: KeyboardInterrupt) -> None:
+    """One line, from rank 0, and the exit status of a command that Ctrl-C ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends shall end
+    sys.stdout.flush()
+    if os.environ.get("RANK", "0") == "0":
+        text = str(interrupt) or "SIGINT: stopped; what was complete is kept"
+        print(f"\n{shown(text)}" if sys.stderr.isatty() else shown(text), file=sys.stderr)
+    end_rank(INTERRUPTED)
+    sys.exit(INTERRUPTED)
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    print(shown("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _print_help(config_class: type, namespace: dict[str, Any]) -> None:
@@ -96,7 +122,7 @@ def _print_help(config_class: type, namespace: dict[str, Any]) -> None:
         try:
             load_config(config_class, values, namespace)
         except ValueError as error:
-            print(error)
+            print(shown(str(error)))
 
 
 def _given_values() -> DictConfig | None:

@@ -46,6 +46,14 @@ def lock_file(file: IO[Any] | int) -> bool:
     return True
 
 
+def is_in_place(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
+
+
 class RunLock:
     """The right to write into a folder, until `release` or the end of the process.
 
@@ -68,9 +76,23 @@ class RunLock:
         self._beat(0)
         threading.Thread(target=self._keep_beating, daemon=True).start()
 
+    def check(self) -> None:
+        """Check that the folder is still this run's.
+
+        Raises:
+            ValueError: where it was removed or replaced meanwhile.
+        """
+        if not is_in_place(self._file, self.path):
+            raise ValueError(
+                f"{self.path.parent.absolute()} was removed or replaced while the run wrote into "
+                "it, and what it had written is lost: start the run again"
+            )
+
     def release(self) -> None:
         self._released.set()
-        if self._is_in_place():  # another run has its own, where the folder was removed meanwhile
+        if is_in_place(
+            self._file, self.path
+        ):  # another run has its own, where the folder was removed meanwhile
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self._file.close()
@@ -86,20 +108,13 @@ class RunLock:
                 ) from error
             raise
 
-    def _is_in_place(self) -> bool:
-        """Whether the open file is still the one in the folder."""
-        try:
-            return os.path.samestat(self.path.lstat(), os.fstat(self._file.fileno()))
-        except OSError:
-            return False
-
     def _is_free(self) -> bool:
         try:
             locked = lock_file(self._file)
         except BlockingIOError:
             return self._lease_runs_out() and self._is_free()
         if locked:
-            if not self._is_in_place():
+            if not is_in_place(self._file, self.path):
                 self._file.close()  # of a run that has just ended
                 self._file = self._open()
                 return self._is_free()

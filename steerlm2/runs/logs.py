@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from steerlm2.config.loader import LOG
 from steerlm2.distributed.world import World
+from steerlm2.escaping import printable
+from steerlm2.masking import masked
 
 LOG_FOLDER = "logs"
 
@@ -29,27 +31,38 @@ def open_rank_log(output_dir: Path, world: World) -> Path:
     path = output_dir / LOG_FOLDER / f"rank_{world.rank:03d}.log"
     path.parent.mkdir(exist_ok=True)
     file = _QuietFile(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # With a root handler Python no longer prints warnings of loggers without a handler.
-    logging.basicConfig(handlers=[file, _warnings_on_stderr()], force=True)
+    logging.basicConfig(handlers=[file, _warnings_on_stderr(logging.BASIC_FORMAT)], force=True)
     LOG.setLevel(logging.INFO)
     _log_warnings()
     coordinate = world.mesh.get_coordinate() if world.mesh is not None else None
     LOG.info(
         f"rank {world.rank} of {world.size}, process {os.getpid()} on {socket.gethostname()}, "
         f"{world.device}, (dp_replicate, dp_shard, tp) {coordinate}, torch {torch.__version__}: "
-        f"{shlex.join(sys.argv)}"
+        f"{masked(shlex.join(sys.argv))}"
     )
     return path
 
 
 def show_warnings() -> None:
     """Print the library's warnings to stderr, in a recipe without a log file."""
-    logging.basicConfig(handlers=[_warnings_on_stderr()], format="%(message)s")
+    logging.basicConfig(handlers=[_warnings_on_stderr("%(message)s")])
 
 
-def _warnings_on_stderr() -> logging.Handler:
+def shown(text: str) -> str:
+    """A message for people: without secrets, and without what a terminal would obey."""
+    return printable(masked(text))
+
+
+def tell(text: str) -> None:
+    """Print a message for people to stdout, beside a progress bar; `shown` as any other."""
+    tqdm.write(shown(text))
+
+
+def _warnings_on_stderr(form: str) -> logging.Handler:
     stderr = logging.StreamHandler()
+    stderr.setFormatter(_Shown(form))
     stderr.setLevel(logging.WARNING)
     stderr.addFilter(lambda record: not logging.getLogger(record.name).handlers)
     return stderr
@@ -58,7 +71,7 @@ def _warnings_on_stderr() -> logging.Handler:
 def warn(text: str) -> None:
     """Print a warning to the rank's log file and to stderr."""
     LOG.warning(text)
-    tqdm.write(f"WARNING: {text}", file=sys.stderr)
+    tqdm.write(f"WARNING: {shown(text)}", file=sys.stderr)
 
 
 def progress_bar(world: World, total: int, done: int, *, unit: str, text: str = "") -> tqdm:
@@ -98,10 +111,17 @@ class Progress:
         if self._is_main:
             LOG.info(line)
         if self._is_main and not self._on_terminal:
-            print(line, file=sys.stderr, flush=True)
+            print(shown(line), file=sys.stderr, flush=True)
 
     def update(self) -> None:
         self._bar.update()
+
+
+class _Shown(logging.Formatter):
+    """Also of the tracebacks in a log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class _QuietFile(logging.FileHandler):

@@ -185,7 +185,8 @@ def plot_curves(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], path:
             if points:
                 panel.plot(*zip(*points, strict=True), marker=marker, label=label)
         panel.set(xlabel="step", ylim=(0, None))
-        panel.set_title(key, y=1)  # its place would else be computed from all labels
+        # Its place would else be computed from all labels.
+        panel.set_title(key, y=1, parse_math=False)
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()

@@ -22,9 +22,11 @@ from omegaconf import OmegaConf
 from torchtune.training.metric_logging import WandBLogger
 
 import steerlm2
-from steerlm2.config.loader import instantiate, to_plain
+from steerlm2.config.environment import escaped
+from steerlm2.config.loader import instantiate, to_public
 from steerlm2.distributed.world import World
 from steerlm2.files import write_durably
+from steerlm2.masking import masked
 from steerlm2.runs.output import make_output_dir
 
 RUN_FILE = "run.json"
@@ -57,7 +59,7 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
     mesh = world.mesh
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": list(sys.argv),
+        "command": [masked(argument) for argument in sys.argv],
         "working_directory": os.getcwd(),
         "process": os.getpid(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
@@ -69,7 +71,7 @@ def describe_run(config: Any, world: World) -> dict[str, Any]:
         "hosts": [host for host, _ in machines],
         "devices": [device_name for _, device_name in machines],
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else None,
-        "config": to_plain(config),
+        "config": to_public(config),
     }
 
 
@@ -239,7 +241,7 @@ def open_metric_logger(
     logger = open_logger(component, id_file)
     if (tracked := _wandb_run(logger)) is not None and id_file is not None:
         write_durably(id_file, f"{tracked.id}\n")
-    logger.log_config(OmegaConf.create(run["config"]))
+    log_config(logger, run["config"], output_dir)
     if tracked is not None:
         facts = {key: value for key, value in run.items() if key != "config"}
         tracked.config.update({"run": facts}, allow_val_change=True)
@@ -261,6 +263,16 @@ def open_logger(component: Mapping[str, Any], id_file: Path | None = None) -> An
         if not _is_of_wandb(error, component):
             raise
         raise ValueError(_wandb_problem(error, id_file)) from error
+
+
+def log_config(logger: Any, config: Mapping[str, Any], output_dir: Path | None = None) -> None:
+    """Log a config of `to_public`; loggers resolve interpolations, and this one stays as it is.
+
+    Args:
+        output_dir: where torchtune's loggers write it; None: the config's.
+    """
+    folder = {} if output_dir is None else {"output_dir": str(output_dir)}
+    logger.log_config(OmegaConf.create({**escaped(config), **folder}))
 
 
 def log_path(logger: Any, name: str, path: Path) -> None:

@@ -17,7 +17,8 @@ from typing import IO, Any
 from steerlm2.checkpoint_dirs import file_digest, is_checkpoint, weights_digest
 from steerlm2.data.settings import settings_file
 from steerlm2.files import replace_durably, write_durably
-from steerlm2.runs.lock import lock_file
+from steerlm2.masking import comparable_values
+from steerlm2.runs.lock import is_in_place, lock_file
 from steerlm2.runs.output import make_output_dir
 
 
@@ -28,7 +29,7 @@ class ResumableOutput:
         path: of the complete file.
         input_file: that the lines are computed from; its digest is one of the settings.
         settings: JSON values that the lines depend on. The path of a checkpoint is replaced by the
-            digest of its weights.
+            digest of its weights, and a secret has one beside its mask.
         slice_size: lines of an `append`; only the last one may have fewer.
     """
 
@@ -44,7 +45,7 @@ class ResumableOutput:
         self.input_file = Path(input_file)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.settings_file = settings_file(self.path)
-        self.settings = _with_weights_for_folders(settings)
+        self.settings = comparable_values(_with_weights_for_folders(settings))
         self.slice_size = slice_size
         self._file: IO[bytes] | None = None
 
@@ -107,8 +108,13 @@ class ResumableOutput:
         return done
 
     def append(self, lines: Iterable[bytes]) -> None:
-        """Write the next slice, and wait until it is on the disk (fsync)."""
+        """Write the next slice, and wait until it is on the disk (fsync).
+
+        Raises:
+            ValueError: where the output was removed meanwhile.
+        """
         assert self._file is not None
+        self._check_place(self._file)
         self._file.write(b"".join(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -121,6 +127,7 @@ class ResumableOutput:
         """
         if self._file is None:
             return
+        self._check_place(self._file)
         self._file.close()
         if final_line is not None:
             final = self.path.with_name(self.path.name + ".final")
@@ -130,6 +137,13 @@ class ResumableOutput:
             self.partial.unlink()
         else:
             replace_durably(self.partial, self.path)
+
+    def _check_place(self, file: IO[bytes]) -> None:
+        if not is_in_place(file, self.partial):
+            raise ValueError(
+                f"{self.partial} was removed or replaced while the run wrote into it: what it had "
+                "is lost, and the same command begins anew"
+            )
 
     def _whole_slices(self, file: IO[bytes], num_lines: int) -> tuple[int, int]:
         """Lines and bytes of the complete slices of an earlier run.

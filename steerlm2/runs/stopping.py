@@ -1,4 +1,4 @@
-"""SIGTERM, by which a scheduler asks for the nodes, ends a training after its current step."""
+"""SIGTERM, by which a scheduler asks for the nodes, and Ctrl-C end a training after its step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import torch
 
 from steerlm2.distributed.world import World
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C ended a run that has saved all that it did, as the message says."""
+
 
 class StopRequest:
-    """A context manager in which SIGTERM sets a flag instead of ending the process.
+    """A context manager in which SIGTERM and SIGINT set a flag instead of ending the process.
 
         with StopRequest(world) as stop:
             for step in ...:
@@ -20,19 +26,24 @@ class StopRequest:
                 if stop.asked(): save, and leave the loop
 
     A run that was asked ignores SIGTERM from then on: launcher and scheduler often both send it,
-    and the run is ending already. For one that wasn't, the earlier handler comes back with the end
-    of the context, also for a signal that came too late to be asked about: what follows, the
-    export, can be ended.
+    and the run is ending already. A second SIGINT ends it at once: a person needn't wait for a long
+    step. For one that wasn't asked, the earlier handlers come back with the end of the context,
+    also for a signal that came too late to be asked about: what follows, the export, can be ended.
+
+    Attributes:
+        received: the first signal that came to this process; None: none did.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._received = False
+        self.received: signal.Signals | None = None
         self._asked = False
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        # A shell that starts something in the background lets it ignore SIGINT.
+        heeded = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        self._before = {each: signal.signal(each, self._note) for each in heeded}
         return self
 
     def __exit__(
@@ -41,18 +52,22 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._asked or (self._received and error is not None):
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        if self._asked or (self.received is not None and error is not None):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            return
-        signal.signal(signal.SIGTERM, self._before)
-        if self._received:
-            signal.raise_signal(signal.SIGTERM)
+        elif self.received is not None:
+            signal.raise_signal(self.received)
 
     def asked(self) -> bool:
-        """Whether any rank has received SIGTERM, on every rank. Called by all ranks."""
+        """Whether any rank has received a signal, on every rank. Called by all ranks."""
         # A tensor on the host, also with GPUs: reading one on a GPU would wait for the step.
-        self._asked = bool(self.world.max(torch.tensor(float(self._received))).item())
+        came = float(self.received is not None)
+        self._asked = bool(self.world.max(torch.tensor(came)).item())
         return self._asked
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received = signal.Signals(number)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
 from steerlm2.config.keys import ServingKeys
 from steerlm2.inference.server_client import API_KEY
+from steerlm2.runs.logs import shown
 from steerlm2.serving.hosts import usual_hosts
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def serve(
     bound.listen()
     host, port = bound.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
-    print(f"serving {what} on http://{address}:{port}{path}", flush=True)
+    print(shown(f"serving {what} on http://{address}:{port}{path}"), flush=True)
     server.run(sockets=[bound])
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -33,7 +34,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchtune.modules import TransformerDecoder
 from torchtune.training import DummyProfiler
-from tqdm import tqdm
 
 from steerlm2.checkpoints.model_card import origin, source_name
 from steerlm2.checkpoints.side_files import TrainedText
@@ -58,7 +58,7 @@ from steerlm2.models.config_json import computation
 from steerlm2.models.decoders import pair_cost
 from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.lock import RunLock
-from steerlm2.runs.logs import Progress, open_rank_log
+from steerlm2.runs.logs import Progress, open_rank_log, tell
 from steerlm2.runs.metrics import (
     JsonLines,
     logged_validation_loss,
@@ -82,7 +82,7 @@ from steerlm2.runs.record import (
     restarted_run,
     write_run,
 )
-from steerlm2.runs.stopping import StopRequest
+from steerlm2.runs.stopping import InterruptedRunError, StopRequest
 from steerlm2.runs.stragglers import Stragglers
 from steerlm2.training.batches import batch_of_step, steps_per_epoch
 from steerlm2.training.prefetch import prefetch
@@ -121,7 +121,7 @@ class TrainingRun:
         pair_cost: what a pair of tokens costs, in tokens (`models.decoders.pair_cost`), after
             `begin`.
         first_step: steps that an earlier start has done, after `begin`.
-        stopped: whether SIGTERM ended the run, before the last step or at it.
+        stopped: whether SIGTERM or Ctrl-C ended the run, before the last step or at it.
         best: `step` and `val_loss` of the best validation so far; None: none yet.
 
     Raises:
@@ -273,13 +273,15 @@ class TrainingRun:
     def steps(self, prepare: Callable[[int], WorkT]) -> Iterator[Iterator[tuple[int, WorkT]]]:
         """The steps that are left, counted from 1, each with what it computes.
 
-        A step that SIGTERM came in is the last one. On leaving, the last state is complete.
+        A step that SIGTERM or Ctrl-C came in is the last one. On leaving, the last state is
+        complete.
 
         Args:
             prepare: called in a thread with the number of a step, while the one before it runs.
 
         Raises:
             ValueError: where the last state or the best weights couldn't be written.
+            InterruptedRunError: after Ctrl-C in the only process.
         """
         profiler = instantiate(self.cfg.profiler)[0] if self.cfg.profiler else DummyProfiler()
         self._bar = Progress(self.total_steps, self.first_step, self.world)
@@ -288,10 +290,15 @@ class TrainingRun:
             self.at("the last checkpoint", patience=LONG)
             self._states.wait()
         if self.stopped:
-            self.say(
-                f"SIGTERM: stopped after step {self._last_step}, which is saved; the same command "
+            name = (self._stop.received or signal.SIGTERM).name
+            text = (
+                f"{name}: stopped after step {self._last_step}, which is saved; the same command "
                 "with resume_from_checkpoint=true goes on from there"
             )
+            # Of several processes the launcher got it; torchrun takes another status for a failure.
+            if self._stop.received == signal.SIGINT and self.world.size == 1:
+                raise InterruptedRunError(text)
+            self.say(text)
 
     def _steps(self, prepare: Callable[[int], WorkT], profiler: Any) -> Iterator[tuple[int, WorkT]]:
         left = range(self.first_step + 1, self.total_steps + 1)
@@ -364,6 +371,7 @@ class TrainingRun:
     def save(self, step: int) -> None:
         """Begin to write the state to continue from, `output_dir/checkpoints/step_...`."""
         self._stop_clock()
+        self._check_folder()
         self.at(f"saving step {step}", patience=LONG)
         self._states.save(step, self._model, self._optimizer, {"data": self._data_state})
 
@@ -420,6 +428,7 @@ class TrainingRun:
             The step that the weights are of.
         """
         cfg = self.cfg
+        self._check_folder()
         self.at("export", patience=LONG)
         last = step = max(self.first_step, self.total_steps)  # resumed beyond a smaller max_steps
         if cfg.export == "best" and self.best:
@@ -466,7 +475,7 @@ class TrainingRun:
     def say(self, text: str) -> None:
         """Print something, once."""
         if self.world.is_main:
-            tqdm.write(text)
+            tell(text)
 
     def __enter__(self) -> Self:
         return self
@@ -575,8 +584,14 @@ class TrainingRun:
             self._seconds += time.perf_counter() - self._started
             self._started = None
 
+    def _check_folder(self) -> None:
+        """Writing would make it again, without what was in it."""
+        if self._lock is not None:  # on rank 0
+            self._lock.check()
+
     def _log(self, entry: Mapping[str, Any]) -> None:
         if self.world.is_main:
+            self._check_folder()
             self.metrics.append(entry)
             if self._logger is not None:
                 values = {key: value for key, value in entry.items() if key != "step"}

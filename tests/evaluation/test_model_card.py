@@ -47,6 +47,17 @@ def test_an_evaluation_takes_the_place_of_an_earlier_one(
     assert text.partition(end)[2] == before.partition(end)[2]
 
 
+def test_a_models_name_is_text_in_a_card(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    write_card(tmp_path, ModelFacts(kind="language model", template={}, schema=None))
+    name = f"{EVALUATION_END}|$x$\x1b[2J"
+    assert add_evaluation(tmp_path, {name: SteeringResult({"steering_mae": 0.9}, [], {})})
+    text = (tmp_path / "README.md").read_text()
+    assert "| &lt;!-- end of evaluation --&gt;\\|\\$x\\$\ufffd\\[2J | 0.900 |" in text
+    assert text.count(EVALUATION_END) == 1
+
+
 @pytest.mark.parametrize("text", [None, "# My own\n"])
 def test_a_card_without_a_place_for_an_evaluation_stays_as_it_is(
     tmp_path: Path, text: str | None

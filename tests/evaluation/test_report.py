@@ -89,15 +89,27 @@ def run() -> Run:
 def test_models_stand_side_by_side(results: dict[str, SteeringResult]) -> None:
     """What one of them doesn't have is a dash."""
     text = markdown(results)
-    assert "| metric | acsft | <b> |" in text
+    assert "| metric | acsft | &lt;b&gt; |" in text
     assert "| steering_mae | 0.500 | 0.250 |" in text
     assert "| exact_kl | 1.250 | - |" in text
     assert "| answers | 2 | 3 |" in text
 
 
+def test_names_are_text_in_markdown(results: dict[str, SteeringResult]) -> None:
+    """Of models and attributes: no cell more, no tag, no formula, no link."""
+    row = results["acsft"].curve[0] | {"attribute": "$x$|<i>"}
+    name = "[a](b)|<script>\x1b"
+    hostile = SteeringResult({"steering_mae": 0.5}, [row], {"$x$|<i>": {"$x$|<i>": 1.0}}, name)
+    text = markdown({name: hostile})
+    assert r"| metric | \[a\](b)\|&lt;script&gt;\ufffd |".replace(r"\ufffd", "\ufffd") in text
+    assert r"| one more of | \$x\$\|&lt;i&gt; |" in text
+    assert r"## Change against \[a\](b)\|&lt;script&gt;" in text
+    assert not {"<", "\x1b"} & set(text)
+
+
 def test_changes_are_of_the_models_that_are_compared(results: dict[str, SteeringResult]) -> None:
     assert change_rows(results) == [{"metric": "steering_mae", "<b>": -0.25}]
-    assert "## Change against acsft\n\n| metric | <b> |" in markdown(results)
+    assert "## Change against acsft\n\n| metric | &lt;b&gt; |" in markdown(results)
     assert "Change against" not in markdown({"acsft": results["acsft"]})
 
 

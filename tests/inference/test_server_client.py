@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +70,40 @@ def test_a_proxy_that_does_not_answer_is_named(proxy: str) -> None:
 )
 def test_what_is_this_machine(host: str, expected: bool) -> None:
     assert server_client.is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("url", "without", "user"),
+    [
+        ("http://al:p%40w@h:1/a@b", "http://h:1/a@b", ("al", "p@w")),
+        ("https://token@h", "https://h", ("token", "")),
+        ("http://h:1/a@b", "http://h:1/a@b", None),
+    ],
+)
+def test_a_user_in_a_url_is_sent_and_not_shown(
+    url: str, without: str, user: tuple[str, str] | None
+) -> None:
+    asked = ClassifyClient(url, NAMES)
+    assert (asked.url, asked.auth) == (without, user)
+    asked.close()
+
+
+def test_the_key_is_the_environments_or_of_a_file_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STEERLM2_API_KEY", raising=False)
+    assert server_client.own_api_key() is None
+    file = tmp_path / "key"
+    monkeypatch.setenv("STEERLM2_API_KEY_FILE", str(file))
+    with pytest.raises(ValueError, match=f"STEERLM2_API_KEY_FILE: {file} can't be read"):
+        server_client.own_api_key()
+    file.write_text("\n")
+    with pytest.raises(ValueError, match=f"STEERLM2_API_KEY_FILE: {file} is empty"):
+        server_client.own_api_key()
+    file.write_text("s3cret\n")
+    assert server_client.key_header() == {"Authorization": "Bearer s3cret"}
+    monkeypatch.setenv("STEERLM2_API_KEY", "other")
+    assert server_client.own_api_key() == "other"
 
 
 def test_nothing_to_ask_is_not_asked(fake_vllm: Any) -> None:

@@ -44,6 +44,18 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Stag
     return plan, values | {"evaluate": {}}
 
 
+def test_the_page_tells_no_secret(finished: tuple[list[Stage], dict[str, Any]]) -> None:
+    """Also of an earlier version's records, and of recipes that aren't ours."""
+    plan, values = finished
+    done = StageRecord("p", "tune run x url=http://al:S3CR@h", complete=True, runs=1, seconds=1.0)
+    PipelineState(Path("out")).write("sft", done)
+    (plan[0].folder / "config.yaml").write_text("url: http://al:S3CR@h\napi_key: S3CR\n")
+    values["sft"]["dataset"]["source"] = "https://al:S3CR@h/chats.jsonl?token=S3CR"
+    page = pipeline_page(Path("out"), plan, values, plan[1])
+    assert "S3CR" not in page
+    assert "https://***@h/chats.jsonl?token=***" in page
+
+
 def test_the_page_says_what_was_run_and_what_came_of_it(
     finished: tuple[list[Stage], dict[str, Any]],
 ) -> None:

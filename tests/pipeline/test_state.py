@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,12 +154,64 @@ def test_lock_is_held_by_a_stage_that_outlives_its_pipeline(
 ) -> None:
     monkeypatch.setattr(state_module, "SECONDS_FOR_STRAY_STAGE", 0)
     state = PipelineState(tmp_path)
-    with state.lock() as lock:
+    with contextlib.suppress(KeyError), state.lock() as lock:
         stage = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,)
         )
-    with pytest.raises(ValueError, match="another pipeline, or a stage"), state.lock():
+        state.now_at("stage sft")
+        raise KeyError
+    left_behind = r"a stage that an earlier .* left behind works in .* \(process .*, at stage sft"
+    with pytest.raises(ValueError, match=left_behind), state.lock():
         pass
     stage.communicate(b"\n")
     with state.lock():
         pass
+
+
+def test_a_second_pipeline_is_told_what_the_first_is_doing(tmp_path: Path) -> None:
+    """At once, and it changes nothing of what the first one tells."""
+    read_end, write_end = os.pipe()
+    with PipelineState(tmp_path).lock() as lock:
+        first = PipelineState(tmp_path)
+        if os.fork() == 0:
+            os.close(lock)
+            try:
+                with first.lock():
+                    told = "nothing"
+            except ValueError as error:
+                told = str(error)
+            os.write(write_end, told.encode())
+            os._exit(0)
+        os.wait()
+    assert re.fullmatch(
+        rf"another pipeline works in {tmp_path} \(process {os.getpid()} on .*, at its start since "
+        r".*\): wait for it, or end it",
+        os.read(read_end, 4096).decode(),
+    )
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_a_folder_that_is_removed_meanwhile_is_not_made_again(tmp_path: Path) -> None:
+    state = PipelineState(tmp_path / "out")
+    with state.lock():
+        shutil.rmtree(tmp_path / "out")
+        with pytest.raises(ValueError, match="was removed or replaced"):
+            state.write("sft", StageRecord("", ""))
+    assert not (tmp_path / "out").exists()
+
+
+def test_fingerprint_follows_the_variables_that_a_stage_interpolates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose values stand in neither config nor arguments."""
+    monkeypatch.setenv("STATE_TEST", "one")
+    of_config, of_arguments = {"url": "${oc.env:STATE_TEST}"}, ("url=http://${oc.env:STATE_TEST}",)
+    first = [
+        fingerprint(of_config, (), None, "o", []),
+        fingerprint({}, of_arguments, None, "o", []),
+    ]
+    assert first[0] == fingerprint(of_config, (), None, "o", [])
+    monkeypatch.setenv("STATE_TEST", "two")
+    assert fingerprint(of_config, (), None, "o", []) != first[0]
+    assert fingerprint({}, of_arguments, None, "o", []) != first[1]

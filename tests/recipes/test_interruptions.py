@@ -204,6 +204,39 @@ def test_sigterm_for_a_launcher_on_a_node_stops_its_ranks(
     assert states(tmp_path) == [f"step_{steps_of(tmp_path):06d}"]
 
 
+# Ctrl-C, and a folder that is lost
+
+
+def test_ctrl_c_saves_and_ends_in_one_line(tune: Any, arguments: list[str], tmp_path: Path) -> None:
+    process = tune.start(
+        *arguments, f"output_dir={tmp_path}", "save_every_n_steps=100", "max_steps=4000"
+    )
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=250)
+    assert process.returncode == 128 + signal.SIGINT
+    last = steps_of(tmp_path)
+    assert states(tmp_path) == [f"step_{last:06d}"]
+    *before, end = stderr.splitlines()
+    assert end.startswith(f"SIGINT: stopped after step {last}, which is saved; the same command")
+    assert "Traceback" not in stderr
+    assert "SIGINT" not in stdout + "".join(before)
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_run_whose_folder_is_removed_ends(
+    tune: Any, arguments: list[str], tmp_path: Path
+) -> None:
+    """Instead of making it again, with what it writes from then on."""
+    process = tune.start(*arguments, f"output_dir={tmp_path / 'out'}", "max_steps=4000")
+    wait_for_step(process, tmp_path / "out", 2)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    _, stderr = process.communicate(timeout=250)
+    assert process.returncode == 1
+    assert f"error: {tmp_path / 'out'} was removed or replaced while the run wrote" in stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 # Elastic restarts
 
 

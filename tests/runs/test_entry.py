@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from example_config import GOOD, TEMPLATE, Config
 
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.stopping import InterruptedRunError
 
 
 @pytest.fixture
@@ -28,6 +30,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return exit.value.code
 
     return call
+
+
+@pytest.fixture
+def heeds_signals() -> Iterator[None]:
+    """What ends ignores a further Ctrl-C."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def failing(error: Exception) -> Callable[[Config], None]:
@@ -110,6 +120,7 @@ def test_a_rank_with_a_bug_ends_at_once(tmp_path: Path) -> None:
 import sys, threading, time
 from dataclasses import dataclass
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.stopping import InterruptedRunError
 from steerlm2.distributed.world import init_world
 
 @dataclass
@@ -138,6 +149,44 @@ def test_traceback_is_shown_on_request(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("STEERLM2_TRACEBACK", "1")
     with pytest.raises(ValueError, match="mistake"):
         recipe_main(Config)(failing(ValueError("mistake")))()
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "message"),
+    [
+        (KeyboardInterrupt(), "SIGINT: stopped; what was complete is kept\n"),
+        (InterruptedRunError("saved\x1b[2J"), "saved\ufffd[2J\n"),
+    ],
+)
+def test_ctrl_c_ends_in_one_line_and_a_shells_status(
+    interrupt: KeyboardInterrupt,
+    message: str,
+    run: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    heeds_signals: None,
+) -> None:
+    def main(cfg: Config) -> None:
+        raise interrupt
+
+    assert run(main, yaml.safe_dump(GOOD)) == 130
+    assert capsys.readouterr().err == message
+
+
+def test_messages_and_tracebacks_tell_no_secret_and_move_no_cursor(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    text = "http://al:S3CR@h fails\x1b[2J"
+    assert run(failing(ValueError(text)), yaml.safe_dump(GOOD)) == 1
+    assert capsys.readouterr().err == f"error: http://***@h fails\ufffd[2J\n{WHERE}"
+    try:
+        raise KeyError(text)
+    except KeyError as error:
+        sys.excepthook(KeyError, error, error.__traceback__)
+    shown = capsys.readouterr().err
+    assert "http://***@h fails" in shown
+    assert "raise KeyError(text)" in shown
+    assert "S3CR" not in shown
 
 
 def help_of(

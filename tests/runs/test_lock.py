@@ -201,3 +201,17 @@ def test_a_lock_that_never_goes_is_not_waited_for_forever(
     monkeypatch.setattr(lock_module, "BEATS_OF_LEASE", 2)
     with pytest.raises(ValueError, match=r"\(process 1 on another\)"):
         RunLock(tmp_path)
+
+
+def test_a_holder_notices_that_its_folder_was_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    lock = RunLock(folder)
+    lock.check()
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{folder} was removed or replaced"):
+        lock.check()
+    folder.mkdir()
+    with pytest.raises(ValueError, match=f"{folder} was removed or replaced"):
+        lock.check()
+    lock.release()

@@ -165,6 +165,11 @@ def test_plot_shows_validation_values(tmp_path: Path) -> None:
     assert not np.array_equal(drawn(train + validation, tmp_path / "with.png"), without)
 
 
+def test_plot_takes_names_as_they_are(tmp_path: Path) -> None:
+    """Not for formulas, which needn't be any."""
+    plot_curves([{"step": 1, "$\\frac$": 1.0}], ["$\\frac$", "$x^$"], tmp_path / "plot.png")
+
+
 @pytest.mark.filterwarnings("error")
 def test_plot_of_nothing_is_a_picture(tmp_path: Path) -> None:
     """A run that logged nothing ends as well, and without warnings."""

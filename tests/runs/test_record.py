@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import steerlm2
 from steerlm2.distributed.world import World
@@ -21,6 +22,7 @@ from steerlm2.runs.record import (
     check_metric_logger,
     describe_run,
     git_state,
+    log_config,
     open_metric_logger,
     restarted_run,
     write_run,
@@ -122,6 +124,20 @@ def test_other_loggers_get_the_config(tmp_path: Path) -> None:
     logger.close()
     assert "lr: 1.0" in (tmp_path / "torchtune_config.yaml").read_text()
     assert open_metric_logger(None, {"config": config}) is None
+
+
+def test_loggers_get_a_variable_by_its_name_and_the_folder_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They resolve interpolations of what they are given."""
+    monkeypatch.setenv("RECORD_TEST", "plantedword")
+    got: list[Any] = []
+    logger = types.SimpleNamespace(
+        log_config=lambda config: got.append(OmegaConf.to_container(config, resolve=True))
+    )
+    public = {"url": "${oc.env:RECORD_TEST}/x", "output_dir": "${oc.env:RECORD_TEST}"}
+    log_config(logger, public, tmp_path)
+    assert got == [{"url": "${oc.env:RECORD_TEST}/x", "output_dir": str(tmp_path)}]
 
 
 def test_a_source_tree_without_an_install_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,3 +232,26 @@ def test_another_export_of_the_same_run_is_another_setting(
     export(2)
     with pytest.raises(ValueError, match=r"was begun with other settings \(log_q\)"):
         output().check()
+
+
+def test_an_output_that_is_removed_meanwhile_ends_its_run(input_file: Path) -> None:
+    """A file without a name would be lost with its last line."""
+    output = opened(input_file)
+    output.check()
+    output.begin(len(LINES))
+    output.append(LINES[:SLICE])
+    output.partial.unlink()
+    with pytest.raises(ValueError, match=r"output\.jsonl\.partial was removed or replaced"):
+        output.append(LINES[SLICE : 2 * SLICE])
+    with pytest.raises(ValueError, match="was removed or replaced"):
+        output.finish()
+
+
+def test_settings_tell_no_secret_but_that_it_is_another_one(input_file: Path) -> None:
+    first = opened(input_file, source="http://al:S3CR@h/x")
+    run(first, slices=1)
+    stop(first)
+    assert "S3CR" not in first.settings_file.read_text()
+    opened(input_file, source="http://al:S3CR@h/x").check()
+    with pytest.raises(ValueError, match="other settings \\(source\\)"):
+        opened(input_file, source="http://al:OTHER@h/x").check()

@@ -1,4 +1,4 @@
-"""SIGTERM is noted while a run trains, and ends it as usual before and afterwards."""
+"""SIGTERM and Ctrl-C are noted while a run trains, and end it as usual before and afterwards."""
 
 from __future__ import annotations
 
@@ -66,3 +66,29 @@ def test_after_an_error_the_earlier_handler_comes_back(received: list[int]) -> N
         raise KeyError
     os.kill(os.getpid(), signal.SIGTERM)
     assert received == [signal.SIGTERM]
+
+
+def test_ctrl_c_is_noted_and_a_second_one_ends_the_run_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest(WORLD) as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received == signal.SIGINT
+            assert stop.asked()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    """As in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest(WORLD) as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
