@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -78,7 +79,8 @@ def run_script(fork_server: ForkServer) -> RunScript:
 
 
 class FakeVLLM(ThreadingHTTPServer):
-    """vLLM's /v1/models and /classify, as 0.32 answers them, with scores computed from the ids."""
+    """vLLM's /v1/models, /classify and /v1/completions, as 0.32 answers them: scores are computed
+    from the ids, completions are what a test says."""
 
     daemon_threads = True
 
@@ -98,6 +100,18 @@ class FakeVLLM(ThreadingHTTPServer):
         """That a text takes."""
         self.in_flight, self.most_in_flight = 0, 0
         self.lock = threading.Lock()
+        self.keys: list[str | None] = []
+        """The Authorization of every request."""
+        self.bodies: list[dict[str, Any]] = []
+        """Every request to /v1/completions that was answered."""
+        self.choices: Callable[[dict[str, Any]], Any] = lambda body: []
+        """The choices of an answer that isn't streamed."""
+        self.events: list[bytes] = []
+        """The streamed answer."""
+        self.hangs_at: int | None = None
+        """The event that isn't sent: the caller is waited for to go."""
+        self.dropped = threading.Event()
+        """It has gone."""
 
     @staticmethod
     def scores(ids: list[int]) -> list[float]:
@@ -113,12 +127,37 @@ class _FakeVLLMHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert self.path == "/v1/models"
+        self.server.keys.append(self.headers["Authorization"])
         if not self._dead():
             self._answer(200, {"data": [{"id": "served", "max_model_len": 512}]})
 
     def do_POST(self) -> None:
-        fake = self.server
+        self.server.keys.append(self.headers["Authorization"])
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answers = {"/classify": self._classify, "/v1/completions": self._complete}
+        answers[self.path](request)
+
+    def _complete(self, request: dict[str, Any]) -> None:
+        fake = self.server
+        if fake.statuses:
+            self._refuse(fake.statuses.pop(0))
+            return
+        fake.bodies.append(request)
+        if not request.get("stream"):
+            self._answer(200, {"choices": fake.choices(request)})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(b"".join(fake.events[: fake.hangs_at]))
+        if fake.hangs_at is not None:
+            with contextlib.suppress(ConnectionError):  # the end may be a reset
+                self.rfile.read(1)
+            fake.dropped.set()
+
+    def _classify(self, request: dict[str, Any]) -> None:
+        fake = self.server
         with fake.lock:
             fake.in_flight += 1
             fake.most_in_flight = max(fake.most_in_flight, fake.in_flight)
@@ -131,9 +170,8 @@ class _FakeVLLMHandler(BaseHTTPRequestHandler):
             if status == 200:
                 fake.texts.append(request["input"])
         if status != 200:
-            self._answer(status, {"error": {"message": f"no, {status}"}})
+            self._refuse(status)
             return
-        assert self.path == "/classify"
         assert request["model"] == "served"
         probs = fake.scores(request["input"])
         label = fake.names[probs.index(max(probs))]
@@ -144,6 +182,9 @@ class _FakeVLLMHandler(BaseHTTPRequestHandler):
         limit = self.server.dies_after
         self.close_connection = limit is not None and len(self.server.texts) >= limit
         return self.close_connection
+
+    def _refuse(self, status: int) -> None:
+        self._answer(status, {"error": {"message": f"no, {status}"}})
 
     def _answer(self, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()

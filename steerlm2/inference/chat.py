@@ -97,6 +97,8 @@ class Chat:
         rest = rest.strip()
         if name == "/quit":
             return False
+        if rest and name in ("/history", "/undo", "/new"):
+            raise ValueError(f"{name} takes nothing, got {rest}")
         if name == "/help":
             self._help()
         elif name == "/set":
@@ -119,7 +121,7 @@ class Chat:
         elif name == "/new":
             self.messages.clear()
         else:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
             raise ValueError(
                 f"unknown command {name}"
                 + (f": did you mean {near[0]}?" if near else "; /help lists them")
@@ -148,7 +150,10 @@ class Chat:
 
     def _compare(self, text: str, run: Callable[[Any], Any]) -> None:
         question, _ = self._last_exchange()
-        settings = [self.attributes | _values(part.split(",")) for part in text.split()]
+        parts = text.split()
+        if any(not part.strip(",") for part in parts):
+            raise ValueError("/compare has a space between two settings, and none inside of one")
+        settings = [self.attributes | _values(part.split(",")) for part in parts]
         if len(settings) < 2:
             raise ValueError(f"/compare needs two settings: /compare {COMMANDS['/compare'][0]}")
         for wanted in settings:
@@ -224,7 +229,10 @@ class Chat:
             if not self.by_person:
                 raise
             reason, stopped = None, True
-        self._print(" (stopped)" if stopped else " (cut off)" if reason == LENGTH else "")
+        if stopped or reason == LENGTH:
+            self._print(" (stopped)" if stopped else " (cut off)")
+        else:
+            self._print("" if answers[0] else "(empty)")
         if keep and not (stopped and not answers[0]):
             self._keep(messages, question, answers[0])
         if self.scores_each and not stopped:

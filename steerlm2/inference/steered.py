@@ -111,15 +111,8 @@ class SteeredModel:
                 contradict each other.
         """
         system, turns, in_messages = self._read(messages)
-        labels = [self.label(given) for given in attributes if given is not None]
-        said = [given for given in attributes if given is not None]
-        if in_messages is not None:
-            labels.append(self.label(in_messages))
-            said.append(in_messages)
-        if len(set(labels)) > 1:
-            shown = " and ".join(repr(label or "") for label in dict.fromkeys(labels))
-            raise ValueError(f"attributes: given in several places that contradict: {shown}")
-        label = labels[0] if labels else self.label({})
+        said = [given for given in (*attributes, *in_messages) if given is not None]
+        label = self._agreed(said) if said else self.label({})
         requested = {name for given in said for name in _names(given)}
         return Question(system, turns, label, frozenset(requested))
 
@@ -236,15 +229,29 @@ class SteeredModel:
         errors = [abs(scores[name] - wanted[name]) * scales[name] for name in counted]
         return sum(errors) / len(errors)
 
+    def _agreed(self, said: Sequence[Mapping[str, Any] | str]) -> str | None:
+        """The label that several places say, if they all say the same; None: no label."""
+        labels = dict.fromkeys(map(self.label, said))
+        if len(labels) > 1:
+            shown = " and ".join(repr(label or "") for label in labels)
+            raise ValueError(f"attributes: given in several places that contradict: {shown}")
+        return next(iter(labels), None)
+
     def _read(
         self, messages: Sequence[Mapping[str, Any]]
-    ) -> tuple[str, list[Turn], Mapping[str, Any] | str | None]:
+    ) -> tuple[str, list[Turn], list[Mapping[str, Any] | str]]:
         """System text, turns, and what the messages say of the answer's label."""
         system, turns = self.system, []
-        said: Mapping[str, Any] | str | None = None
+        said: list[Mapping[str, Any] | str] = []
         for i, message in enumerate(messages):
             role = message.get("role")
             text = text_of(message.get("content"), f"messages[{i}].content")
+            own = message.get("attributes")
+            if own is not None and role != "assistant":
+                raise ValueError(
+                    f"messages[{i}].attributes: a message has those that it was given under, so "
+                    "only the assistant's; the next answer's belong into the request's attributes"
+                )
             if role in ("system", "developer"):
                 if i > 0:
                     raise ValueError(
@@ -254,13 +261,11 @@ class SteeredModel:
             elif role == "user":
                 turns.append(Turn(USER, text))
             elif role == "attributes":
-                said = text
+                said.append(text)
             elif role == "assistant":
-                own = message.get("attributes")
-                said = said if own is None else own
-                label = self.label(said) if said else None
-                turns.append(Turn(ASSISTANT, text, label))
-                said = None
+                said += [] if own is None else [own]
+                turns.append(Turn(ASSISTANT, text, self._agreed(said)))
+                said = []
             else:
                 raise ValueError(
                     f"messages[{i}].role: unknown role {role!r}, known: {', '.join(ROLES)}"
@@ -281,9 +286,15 @@ def text_of(content: object, where: str) -> str:
     """
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
+    if (
+        isinstance(content, list)
+        and content
+        and all(
+            isinstance(part, dict)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
+            for part in content
+        )
     ):
         return "\n".join(part["text"] for part in content)
     raise ValueError(f"{where} must be a text, or a list of parts {{'type': 'text', 'text': ...}}")
@@ -378,10 +389,10 @@ class AnswerText:
             return len(self._text) - len(self.end_of_turn)
         if self.finish_reason is not None:
             return len(self._text)
-        held = max(
-            (_overlap(self._text, text) for text in (*self.stop, self.end_of_turn)), default=0
-        )
-        return max(self._given, len(self._text) - held)
+        # What is given holds no beginning of a stop text.
+        open_text = self._text[self._given :]
+        held = max(_overlap(open_text, text) for text in (*self.stop, self.end_of_turn))
+        return len(self._text) - held
 
     def _tokens_until(self, cut: int) -> list[TextToken]:
         """Those whose text is out; at the answer's end also the one that the end cuts."""

@@ -61,7 +61,7 @@ class ChatWork:
         check_text(asked)
         label = split_model(asked.model, [service.name])
         model, limits = service.model, service.limits
-        self.n = asked.n or 1
+        self.n = asked.n or asked.best_of or 1
         self.best_of = asked.best_of
         check_at_most({"n": asked.n, "best_of": asked.best_of}, limits.max_n, "max_n")
         self.scored = bool(asked.scores) or self.best_of is not None
@@ -156,7 +156,7 @@ class ChatWork:
             for i, answer in enumerate(chosen):
                 own = num_tokens if i == 0 else 0
                 delta = Delta(i, answer.text, answer.tokens, own, answer.finish_reason)
-                yield i, delta, answer.scores if asked.scores else None
+                yield i, delta, answer.scores
             return
         answers = [Answer() for _ in range(self.settings.n)]
         stream = service.deltas(self.prompt, self.settings, asked.stop_texts)
@@ -169,7 +169,7 @@ class ChatWork:
                 yield delta.answer, delta, answer.scores
 
     def _scores(self, answer: Answer) -> dict[str, Any]:
-        return {"scores": answer.scores} if self.asked.scores else {}
+        return {"scores": answer.scores} if self.scored else {}
 
     def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
         return self.head | {"object": "chat.completion.chunk", "choices": list(choices)}

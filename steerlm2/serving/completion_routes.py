@@ -25,6 +25,7 @@ from steerlm2.serving.event_stream import while_connected
 from steerlm2.serving.http import FirstProblem, body_schema, json_response, parse_body
 from steerlm2.serving.steering_requests import (
     ANYTHING,
+    MOST_TOP_K,
     CompletionRequest,
     Ignoring,
     Neutral,
@@ -33,6 +34,7 @@ from steerlm2.serving.steering_requests import (
     check_text,
     invalid,
     split_model,
+    usable_temperature,
 )
 from steerlm2.serving.steering_service import (
     LOWEST_LOG_PROB,
@@ -267,7 +269,7 @@ class GenerateRequest(Ignoring):
         "add_BOS": (ANYTHING,),  # a prompt begins as those of the training
         "all_probs": (False,),
         "compute_logprob": (False,),
-        "min_tokens_to_generate": (0,),
+        "min_tokens_to_generate": (0, 1),  # the token that ends an answer is one
         "repetition_penalty": (1,),
         "neighbors": (0,),
         "task_ids": (),
@@ -277,7 +279,7 @@ class GenerateRequest(Ignoring):
     tokens_to_generate: int = Field(64, ge=1)
     temperature: float = Field(1.0, gt=0, le=100)
     greedy: bool = False
-    top_k: int = Field(0, ge=0, description="0: all tokens")
+    top_k: int = Field(0, ge=0, le=MOST_TOP_K, description="0: all tokens")
     top_p: float = Field(0.9, ge=0, le=1, description="0: all tokens")
     end_strings: FirstProblem[str] = Field(default_factory=lambda: ["<|endoftext|>"])
     random_seed: int | None = Field(None, ge=0, lt=2**63)
@@ -335,7 +337,7 @@ class GenerateWork:
         seed = secrets.randbits(48) if asked.random_seed is None else asked.random_seed % 2**62
         settings = GenerationSettings(
             max_new_tokens=asked.tokens_to_generate,
-            temperature=0.0 if greedy else float(asked.temperature),
+            temperature=0.0 if greedy else usable_temperature(asked.temperature),
             top_p=float(asked.top_p) or 1.0,
             top_k=0 if greedy else asked.top_k,
         )

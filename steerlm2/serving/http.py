@@ -151,7 +151,9 @@ def parse_body(body: bytes, model: type[RequestT], refusals: Refusals | None = N
         RequestError: naming the problems, and where they are.
     """
     try:
-        content = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        content = json.loads(
+            body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_object
+        )
     except RecursionError:
         raise RequestError(400, "malformed_json", "the body is nested too deeply") from None
     except ValueError as error:
@@ -203,6 +205,15 @@ def listed(problems: Iterable[str], count: int) -> str:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:100]!r} is given twice")
+    return found
 
 
 class Metrics:

@@ -7,7 +7,7 @@ and refused otherwise, in one message.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -16,12 +16,15 @@ from pydantic import (
     BeforeValidator,
     Field,
     SkipValidation,
+    ValidationError,
+    WrapValidator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from steerlm2.data.conversations import is_text
 from steerlm2.inference.streaming import GenerationSettings
-from steerlm2.serving.http import FirstProblem, RequestError, Strict
+from steerlm2.serving.http import FirstProblem, RequestError, Strict, listed
 
 INVALID = "invalid_request_error"
 """OpenAI's type of errors that the caller can mend."""
@@ -77,7 +80,29 @@ NEUTRAL: Neutral = {
 }
 """Fields that aren't implemented, of OpenAI's API and of vLLM's."""
 
-HINTS = {"verbosity": " (an attribute of that name goes into `attributes`)"}
+HINTS = {
+    "verbosity": " (an attribute of that name goes into `attributes`)",
+    "attributes": " (they are for chats: here the prompt has all)",
+    "scores": " (they are for chats)",
+}
+
+LOWEST_TEMPERATURE = 1e-5
+"""Lower ones take the most likely token: logits divided by them overflow. As in vLLM."""
+
+MOST_TOP_K = 2**31 - 1
+"""More than any vocabulary, and a number that engines can hold."""
+
+
+def one_of(wanted: str) -> WrapValidator:
+    """A field of several types, of which a mistake is one problem and not one of each type."""
+
+    def check(value: object, validate: Callable[[object], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("one_of_type", f"Input should be {wanted}") from None
+
+    return WrapValidator(check)
 
 
 def _check_stop(stop: object) -> object:
@@ -86,7 +111,17 @@ def _check_stop(stop: object) -> object:
     return stop
 
 
-Stop = Annotated[str | list[str] | None, BeforeValidator(_check_stop)]
+Attributes = Annotated[
+    dict[str, Any] | str | None, one_of("an object, or a label such as 'helpfulness:4,verbosity:1'")
+]
+Content = Annotated[str | list[Any], one_of("a text, or a list of parts")]
+Stop = Annotated[
+    str | list[str] | None, one_of("a text, or a list of texts"), BeforeValidator(_check_stop)
+]
+
+
+def usable_temperature(asked: float) -> float:
+    return float(asked) if asked >= LOWEST_TEMPERATURE else 0.0
 
 
 def changes_nothing(name: str, value: object, neutral: Neutral) -> bool:
@@ -103,13 +138,19 @@ class Ignoring(Strict):
     @classmethod
     def _take_out_neutral(cls, body: object) -> object:
         if not isinstance(body, dict):
-            raise ValueError("the body must be an object")
+            return body
         known = {name: cls.NEUTRAL[name] for name in body.keys() & cls.NEUTRAL.keys()}
         wrong = sorted(name for name in known if not changes_nothing(name, body[name], cls.NEUTRAL))
         if wrong:
             shown = ", ".join(f"{name}{HINTS.get(name, '')}" for name in wrong)
             raise ValueError(f"this server doesn't do {shown}: leave it out")
-        return {name: value for name, value in body.items() if name not in known}
+        # Null says nothing, whatever the field.
+        own = cls.model_fields
+        return {
+            name: value
+            for name, value in body.items()
+            if name not in known and (name in own or value is not None)
+        }
 
 
 class StreamOptions(Ignoring):
@@ -128,7 +169,7 @@ class TemplateArguments(Ignoring):
 
     NEUTRAL: ClassVar[Neutral] = {"add_generation_prompt": (True,), "enable_thinking": (ANYTHING,)}
 
-    attributes: dict[str, Any] | str | None = None
+    attributes: Attributes = None
 
 
 class ChatMessage(Ignoring):
@@ -141,13 +182,15 @@ class ChatMessage(Ignoring):
         "audio": (),
         "function_call": (),
         "tool_calls": ([],),
+        "tool_call_id": (ANYTHING,),  # the role, tool, is what can't be done
         "reasoning_content": (ANYTHING,),
         "reasoning": (ANYTHING,),
+        "provider_specific_fields": (ANYTHING,),  # LiteLLM's, in answers that come back
     }
 
     role: str
-    content: str | list[Any]
-    attributes: dict[str, Any] | str | None = None
+    content: Content
+    attributes: Attributes = None
 
 
 class GenerationRequest(Ignoring):
@@ -159,7 +202,7 @@ class GenerationRequest(Ignoring):
     n: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="0 and -1: all tokens")
+    top_k: int | None = Field(None, ge=-1, le=MOST_TOP_K, description="0 and -1: all tokens")
     max_tokens: int | None = Field(None, ge=1)
     stop: Stop = Field(None, description="up to 16 texts")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -191,7 +234,7 @@ class GenerationRequest(Ignoring):
         return GenerationSettings(
             max_new_tokens=max_new_tokens,
             n=n,
-            temperature=1.0 if self.temperature is None else float(self.temperature),
+            temperature=1.0 if self.temperature is None else usable_temperature(self.temperature),
             top_p=1.0 if self.top_p is None else float(self.top_p),
             top_k=max(self.top_k or 0, 0),
             seed=seed,
@@ -203,7 +246,7 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: FirstProblem[ChatMessage] = Field(min_length=1)
-    attributes: dict[str, Any] | str | None = Field(
+    attributes: Attributes = Field(
         None, description='{"helpfulness": 4}, or a label "helpfulness:4,verbosity:1"'
     )
     chat_template_kwargs: TemplateArguments | None = None
@@ -214,7 +257,7 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
@@ -252,6 +295,8 @@ def _are_prompts(items: list[Any]) -> bool:
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
+    NEUTRAL: ClassVar[Neutral] = {**NEUTRAL, "attributes": (), "scores": (False,)}
+
     prompt: Annotated[Prompt, SkipValidation, AfterValidator(_check_prompt)]
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -264,7 +309,7 @@ class CompletionRequest(GenerationRequest):
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> RequestError:
     """What is answered to a request that the caller can mend."""
-    return RequestError(400, INVALID, message, param=param, code=code)
+    return RequestError(400, INVALID, listed([message], 1), param=param, code=code)
 
 
 def check_text(value: object, where: str = "") -> None:
@@ -308,7 +353,8 @@ def split_model(model: str | None, own: Collection[str]) -> str | None:
     raise RequestError(
         404,
         INVALID,
-        f"there is no model {model!r}, only {', '.join(own)} (or {next(iter(own))}@NAME:VALUE,...)",
+        f"there is no model {listed([repr(model)], 1)}, only {', '.join(own)} "
+        f"(or {next(iter(own))}@NAME:VALUE,...)",
         param="model",
         code="model_not_found",
     )

@@ -10,8 +10,8 @@
 
 `attributes` is an object or a label, a field of its own, of `chat_template_kwargs`, or behind the
 model's name ("name@helpfulness:4,verbosity:1"); values that are left out are the usual ones of
-training. `best_of: k` gives those of k answers that the attribute model finds nearest to the
-request, and `scores: true` each answer's scores.
+training. `best_of: k` gives k answers, or the first `n` of them, the nearest to the request by the
+attribute model first, with their scores, and `scores: true` the scores of any answer.
 """
 
 from __future__ import annotations

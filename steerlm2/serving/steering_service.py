@@ -143,9 +143,10 @@ class Service:
         room = limit - len(prompt)
         if room < (wanted or 1):
             asked = f" and {wanted} tokens of an answer" if wanted else ""
+            fewer = ", or ask for fewer" if wanted else ""
             raise invalid(
                 f"the prompt's {len(prompt)} tokens{asked} are more than the model's {limit}: "
-                f"shorten the {param}, or ask for fewer",
+                f"shorten the {param}{fewer}",
                 param=param,
                 code="context_length_exceeded",
             )

@@ -36,6 +36,8 @@ class Echo:
         label = self.prompts[-1].rpartition("<extra_id_2>")[2].strip()
         for answer in range(settings.n):
             ids = TOKENIZER.encode(f"{label} #{settings.seed + answer}\n")
+            if "silence" in self.prompts[-1]:
+                ids = []
             for i, token in enumerate(ids):
                 if "stop" in self.prompts[-1] and i == len(ids) // 2:
                     raise KeyboardInterrupt
@@ -87,6 +89,12 @@ def test_a_question_is_answered_under_what_is_set(chat: Chat, loop: asyncio.Runn
     assert said(chat, loop, "/set humor:0, verbosity:3", "/unset verbosity", "So?") == [
         "humor:0,verbosity:2 #2"
     ]
+
+
+def test_an_answer_without_text_is_told(chat: Chat, loop: asyncio.Runner) -> None:
+    """An empty line alone looks as if nothing had been answered."""
+    assert said(chat, loop, "silence?") == ["(empty)"]
+    assert chat.messages[-1]["content"] == ""
 
 
 def test_a_conversation_goes_on(chat: Chat, loop: asyncio.Runner) -> None:
@@ -147,6 +155,10 @@ def test_an_interrupted_answer_ends_and_the_chat_does_not(chat: Chat, loop: asyn
     ("line", "message"),
     [
         ("/compar verbosity=1", "unknown command /compar: did you mean /compare?"),
+        ("/COMPARE", "unknown command /COMPARE: did you mean /compare?"),
+        ("/new Other?", "/new takes nothing, got Other?"),
+        ("/undo 2", "/undo takes nothing, got 2"),
+        ("/compare humor=0 , verbosity=4", "a space between two settings, and none inside of one"),
         ("/set humour=1", "unknown attribute"),
         ("/set humor=5", "humor"),
         ("/set humor", "expected NAME=NUMBER, such as verbosity=1, got humor"),

@@ -5,10 +5,6 @@ tests/recipes/test_vllm.py has the real one.
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -51,57 +47,14 @@ def expected(request: Request) -> list[Sample]:
     ]
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.bodies: list[dict[str, Any]] = []
-        self.statuses: list[int] = []
-        self.choices = answer_of
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_GET(self) -> None:
-        assert self.path == "/v1/models"
-        self.reply(200, {"data": [{"id": "served", "max_model_len": 512}]})
-
-    def do_POST(self) -> None:
-        assert self.path == "/v1/completions"
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.server.statuses:
-            self.reply(self.server.statuses.pop(0), {"error": {"message": "no"}})
-            return
-        self.server.bodies.append(body)
-        self.reply(200, {"choices": self.server.choices(body)})
-
-    def reply(self, status: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on stderr."""
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(fake_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+    fake_vllm.choices = answer_of
+    return fake_vllm
 
 
-def connected(server: Server, **options: Any) -> CompletionsEngine:
+def connected(server: Any, **options: Any) -> CompletionsEngine:
     engine = CompletionsEngine(
         server.url, SETTINGS, lambda text: [int(word) for word in text.split()], **options
     )
@@ -109,13 +62,13 @@ def connected(server: Server, **options: Any) -> CompletionsEngine:
     return engine
 
 
-def test_samples_come_in_the_order_of_the_requests(server: Server) -> None:
+def test_samples_come_in_the_order_of_the_requests(server: Any) -> None:
     """Each prompt is asked for once, by several threads."""
     assert connected(server, concurrency=4).sample(REQUESTS) == [expected(r) for r in REQUESTS]
     assert sorted(body["prompt"] for body in server.bodies) == [r.prompt for r in REQUESTS]
 
 
-def test_what_is_asked_for(server: Server) -> None:
+def test_what_is_asked_for(server: Any) -> None:
     """Everything that decides the distribution is said, nothing left to the server's defaults."""
     connected(server).sample(REQUESTS[2:3])
     assert server.bodies == [
@@ -141,7 +94,7 @@ def test_what_is_asked_for(server: Server) -> None:
     ]
 
 
-def test_choices_in_another_order(server: Server) -> None:
+def test_choices_in_another_order(server: Any) -> None:
     server.choices = lambda body: answer_of(body)[::-1]
     assert connected(server).sample(REQUESTS[:1]) == [expected(REQUESTS[0])]
 
@@ -153,7 +106,7 @@ def texts_alone(body: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_server_without_token_ids(server: Server) -> None:
+def test_a_server_without_token_ids(server: Any) -> None:
     """The text is there, with what it encodes to; its log-probs are not known, nor whether "stop"
     means the stop token."""
     server.choices = texts_alone
@@ -166,7 +119,7 @@ def test_a_server_without_token_ids(server: Server) -> None:
 
 @pytest.mark.parametrize("stop_reason", [None, 9, "\n"])
 def test_without_token_ids_the_stop_reason_tells_the_end(
-    server: Server, stop_reason: int | str | None
+    server: Any, stop_reason: int | str | None
 ) -> None:
     """Null is the model's own end of text, another id or text isn't ours either."""
     server.choices = lambda body: [
@@ -179,7 +132,7 @@ def test_without_token_ids_the_stop_reason_tells_the_end(
     assert all(sample.end_known for sample in samples)
 
 
-def test_half_a_character_of_a_server_without_token_ids_is_broken(server: Server) -> None:
+def test_half_a_character_of_a_server_without_token_ids_is_broken(server: Any) -> None:
     """JSON holds half a surrogate pair, no file of ours does; a whole pair is a character."""
     texts = ["a \ud83d", "\ude00 b", "\ud83d\ude00"]
     server.choices = lambda body: [
@@ -192,7 +145,7 @@ def test_half_a_character_of_a_server_without_token_ids_is_broken(server: Server
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
-def test_other_reasons_stay_with_and_without_token_ids(server: Server, reason: str) -> None:
+def test_other_reasons_stay_with_and_without_token_ids(server: Any, reason: str) -> None:
     for choices in (answer_of, texts_alone):
         server.choices = lambda body, choices=choices: [
             choice | {"finish_reason": reason, "stop_reason": None} for choice in choices(body)
@@ -204,7 +157,7 @@ def test_other_reasons_stay_with_and_without_token_ids(server: Server, reason: s
 @pytest.mark.parametrize(
     "logprob", [None, float("nan"), float("-inf"), -9999.0, 3.0, "-0.5", True], ids=str
 )
-def test_a_log_prob_that_is_none_is_not_known(server: Server, logprob: Any) -> None:
+def test_a_log_prob_that_is_none_is_not_known(server: Any, logprob: Any) -> None:
     """Of one token, so of its response; the others' are. vLLM clamps to -9999."""
 
     def one_unknown(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -217,7 +170,7 @@ def test_a_log_prob_that_is_none_is_not_known(server: Server, logprob: Any) -> N
     assert [sample.log_prob for sample in samples] == [-1.5, None, -3.0]
 
 
-def test_an_end_at_another_token_is_no_stop(server: Server) -> None:
+def test_an_end_at_another_token_is_no_stop(server: Any) -> None:
     """vLLM says "stop" at the model's own end of text too."""
 
     def other_end(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -230,13 +183,13 @@ def test_an_end_at_another_token_is_no_stop(server: Server) -> None:
     assert [sample.finish_reason for sample in samples] == ["other_stop", "stop", "length"]
 
 
-def test_what_may_pass_is_tried_again(server: Server) -> None:
+def test_what_may_pass_is_tried_again(server: Any) -> None:
     server.statuses = [503, 429]
     samples = connected(server, concurrency=1, retries=2).sample(REQUESTS)
     assert samples == [expected(request) for request in REQUESTS]
 
 
-def test_retries_end_in_one_clear_error(server: Server) -> None:
+def test_retries_end_in_one_clear_error(server: Any) -> None:
     server.statuses = [503] * 100
     with pytest.raises(ConnectionError, match=r"doesn't answer, tried 2 times .*the same command"):
         connected(server, concurrency=1, retries=1).sample(REQUESTS)
@@ -251,7 +204,7 @@ def test_retries_end_in_one_clear_error(server: Server) -> None:
         (None, "doesn't answer as a vLLM server does"),
     ],
 )
-def test_other_answers_are_refused(server: Server, choices: Any, message: str) -> None:
+def test_other_answers_are_refused(server: Any, choices: Any, message: str) -> None:
     server.choices = lambda body: choices
     with pytest.raises(ValueError, match=message):
         connected(server).sample(REQUESTS[:1])

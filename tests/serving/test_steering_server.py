@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 import threading
@@ -215,6 +216,12 @@ def test_sampling_is_passed_on(client: TestClient) -> None:
     )
 
 
+def test_temperatures_too_low_to_divide_by_take_the_most_likely_token(client: TestClient) -> None:
+    client.post(PATH, json=CHAT | {"temperature": 1e-50})
+    client.put("/generate", json={"sentences": ["a"], "temperature": 1e-50})
+    assert [settings.temperature for _, settings in engine_of(MODEL).asked[-2:]] == [0, 0]
+
+
 def test_answers_without_a_seed_differ(client: TestClient) -> None:
     asked = [client.post(PATH, json=CHAT).json() for _ in range(2)]
     first, second = (answer["choices"][0]["message"]["content"] for answer in asked)
@@ -276,21 +283,25 @@ def test_scores_are_the_attribute_models(client: TestClient, stream: bool) -> No
         assert scores[i] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("n", [None, 2])
 @pytest.mark.parametrize("stream", [False, True])
-def test_best_of_gives_the_nearest_first(client: TestClient, stream: bool) -> None:
-    """By the attribute that was named."""
-    body = CHAT | {"best_of": 4, "n": 2, "seed": 5, "scores": True, "stream": stream}
+def test_best_of_gives_the_nearest_first(client: TestClient, stream: bool, n: int | None) -> None:
+    """By the attribute that was named, each with its scores; all of them unless n says fewer."""
+    body = CHAT | {"best_of": 4, "n": n, "seed": 5, "stream": stream}
     answer = client.post(PATH, json=body | {"attributes": {"humor": 4}})
     texts = [f"Because of {5 + j} 😀 reasons." for j in range(4)]
-    nearest = sorted(texts, key=lambda text: abs(scores_of(text)["humor"] - 4))[:2]
+    nearest = sorted(texts, key=lambda text: abs(scores_of(text)["humor"] - 4))[:n]
     if stream:
-        assert streamed_texts(events_in(answer)) == dict(enumerate(nearest))
-        return
-    choices = answer.json()["choices"]
-    assert [choice["message"]["content"] for choice in choices] == nearest
-    assert choices[0]["scores"] == pytest.approx(scores_of(nearest[0]), abs=1e-5)
-    generated = sum(len(encode_response(TEMPLATE, TOKENIZER, text)) for text in texts)
-    assert answer.json()["usage"]["completion_tokens"] == generated
+        events = events_in(answer)
+        assert streamed_texts(events) == dict(enumerate(nearest))
+        choices = [c for event in events for c in event["choices"] if c["finish_reason"]]
+    else:
+        choices = answer.json()["choices"]
+        assert [choice["message"]["content"] for choice in choices] == nearest
+        generated = sum(len(encode_response(TEMPLATE, TOKENIZER, text)) for text in texts)
+        assert answer.json()["usage"]["completion_tokens"] == generated
+    for choice, text in zip(choices, nearest, strict=True):
+        assert choice["scores"] == pytest.approx(scores_of(text), abs=1e-5)
 
 
 def test_texts_are_scored_as_by_the_reward_server(client: TestClient) -> None:
@@ -317,7 +328,7 @@ REFUSED: dict[str, tuple[Json, str, str | None]] = {
     "no list": ({"messages": "hi"}, "messages: Input should be a valid list", "messages"),
     "no role": ({"messages": [{"content": "hi"}]}, "messages[0].role: Field required", "messages"),
     "a tool's role": (
-        {"messages": [{"role": "tool", "content": ""}]},
+        {"messages": [{"role": "tool", "content": "", "tool_call_id": "1"}]},
         "messages[0].role: unknown role 'tool', known: system, developer, user, assistant",
         "messages",
     ),
@@ -331,6 +342,23 @@ REFUSED: dict[str, tuple[Json, str, str | None]] = {
         "messages[0]: this server doesn't do tool_calls",
         "messages",
     ),
+    "no parts": (
+        {"messages": [{"role": "user", "content": []}]},
+        "messages[0].content must be a text, or a list of parts",
+        "messages",
+    ),
+    "no text": (
+        {"messages": [{"role": "user", "content": None}]},
+        "messages[0].content: Input should be a text, or a list of parts, got None",
+        "messages",
+    ),
+    "no message": ({"messages": ["hi"]}, "messages[0]: Input should be an object, got", "messages"),
+    "no attributes": (
+        {"attributes": ["humor"]},
+        "attributes: Input should be an object, or a label such as 'helpfulness:4,verbosity:1'",
+        "attributes",
+    ),
+    "a long label": ({"attributes": "x" * 5000}, "xxx...", "attributes"),
     "half surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate", None),
     "unknown field": (
         {"temprature": 1},
@@ -358,6 +386,16 @@ REFUSED: dict[str, tuple[Json, str, str | None]] = {
         "attributes: given in several places that contradict",
         "attributes",
     ),
+    "contradicting messages": (
+        {"messages": [*ASKS, *({"role": "attributes", "content": f"humor:{i}"} for i in (1, 2))]},
+        "attributes: given in several places that contradict: 'humor:1,verbosity:2' and 'humor:2",
+        "attributes",
+    ),
+    "attributes of a question": (
+        {"messages": [ASKS[0] | {"attributes": {"humor": 1}}]},
+        "messages[0].attributes: a message has those that it was given under",
+        "messages",
+    ),
     "bad suffix": (
         {"model": "mine@humor=2"},
         "'humor=2' is not of the form name:number",
@@ -382,6 +420,11 @@ REFUSED: dict[str, tuple[Json, str, str | None]] = {
         "temperature: Input should be a valid number",
         "temperature",
     ),
+    "top_k": (
+        {"top_k": 10**30},
+        "top_k: Input should be less than or equal to 2147483647",
+        "top_k",
+    ),
     "top_p": ({"top_p": 0}, "top_p: Input should be greater than 0", "top_p"),
     "tokens": (
         {"max_tokens": 0},
@@ -389,6 +432,7 @@ REFUSED: dict[str, tuple[Json, str, str | None]] = {
         "max_tokens",
     ),
     "two limits": ({"max_tokens": 5, "max_completion_tokens": 6}, "differ: send one of them", None),
+    "no stop": ({"stop": 5}, "stop: Input should be a text, or a list of texts, got 5", "stop"),
     "stops": ({"stop": ["a"] * 17}, "stop: at most 16 texts", "stop"),
     "top without log-probs": ({"top_logprobs": 2}, "top_logprobs needs logprobs: true", None),
     "options without stream": ({"stream_options": {}}, "stream_options are for stream: true", None),
@@ -447,6 +491,7 @@ NEUTRAL: Json = {
         "ignore_eos": False,
         "functions": None,
     },
+    **{"logprobs": False, "top_logprobs": 0, "unknown": None},
 }
 
 
@@ -454,6 +499,7 @@ def test_what_changes_nothing_is_accepted(client: TestClient) -> None:
     answer = client.post(PATH, json=CHAT | NEUTRAL)
     assert answer.status_code == 200, answer.text
     kept = {"refusal": None, "annotations": [], "tool_calls": None, "function_call": None}
+    kept["provider_specific_fields"] = {"refusal": None}
     said = {"role": "assistant", "content": "So."} | kept
     answer = client.post(PATH, json={"messages": [*ASKS, said, *ASKS]})
     assert answer.status_code == 200, answer.text
@@ -468,6 +514,14 @@ def test_bodies_that_are_none(client: TestClient, path: str, method: str) -> Non
     for content, status in ((b"{", 400), (b"[]", 400), (b'{"n": NaN}', 400), (b" " * 30_000, 413)):
         error_of(client.request(method, path, content=content, headers=headers), status)
     error_of(client.request(method, path, content=b"{}"), 415)
+
+
+def test_a_key_that_is_given_twice_is_refused(client: TestClient) -> None:
+    """Which of the two is meant isn't known."""
+    body = json.dumps(CHAT | {"attributes": {"humor": 1}}).replace("1}", '1, "humor": 4}')
+    headers = {"Content-Type": "application/json"}
+    answer = client.post(PATH, content=body, headers=headers)
+    assert "the key 'humor' is given twice" in error_of(answer, 400)["message"]
 
 
 # Texts
@@ -518,6 +572,11 @@ def test_log_probs_of_texts(client: TestClient) -> None:
         ({"prompt": []}, "prompt: is empty"),
         ({"prompt": ["a"] * 5}, "at most 4 prompts (max_items), got 5"),
         ({"prompt": [1, 512]}, "token ids go from 0 to 511, got 512"),
+        (
+            {"prompt": ["a", 1]},
+            "prompt: should be a text, token ids, or a list of texts or of lists",
+        ),
+        ({"prompt": "a", "attributes": {"humor": 1}}, "doesn't do attributes (they are for chats"),
         ({"prompt": [-1]}, "token ids go from 0 to 511, got -1"),
         ({"prompt": "a", "echo": True}, "doesn't do echo"),
         ({"prompt": "a", "suffix": "b"}, "doesn't do suffix"),
@@ -541,15 +600,21 @@ def guide_prompt(question: str, label: str) -> str:
     )
 
 
-def test_the_guides_client_gets_its_answer(client: TestClient) -> None:
+GUIDES: dict[str, Json] = {
+    "guide": {"top_k": 1, "end_strings": ["<extra_id_1>"]},
+    "model card": {
+        **{"temperature": 1.0, "add_BOS": False, "top_k": 0, "top_p": 1.0, "all_probs": False},
+        **{"repetition_penalty": 1.0, "min_tokens_to_generate": 1},
+        "end_strings": ["<|endoftext|>", "<extra_id_1>", "\x11", "<extra_id_1>User"],
+    },
+}
+"""What the clients of the SteerLM guide, and of the published models' cards, send."""
+
+
+@pytest.mark.parametrize("fields", GUIDES.values(), ids=GUIDES)
+def test_the_guides_clients_get_their_answers(client: TestClient, fields: Json) -> None:
     prompt = guide_prompt("Why?", "humor:4,verbosity:1")
-    body = {
-        "sentences": [prompt],
-        "tokens_to_generate": 100,
-        "top_k": 1,
-        "greedy": True,
-        "end_strings": ["<extra_id_1>"],
-    }
+    body = fields | {"sentences": [prompt], "tokens_to_generate": 100, "greedy": True}
     (sentence,) = client.put("/generate", json=body).json()["sentences"]
     assert sentence == f"{prompt}Because of 0 😀 reasons.\n<extra_id_1>"
     asked, settings = engine_of(MODEL).asked[-1]
@@ -576,7 +641,7 @@ def test_nemos_fields(client: TestClient) -> None:
         ({"sentences": ["a"] * 5}, "at most 4 sentences (max_items), got 5"),
         ({"repetition_penalty": 1.2}, "doesn't do repetition_penalty"),
         ({"all_probs": True, "compute_logprob": True}, "doesn't do all_probs, compute_logprob"),
-        ({"min_tokens_to_generate": 5}, "doesn't do min_tokens_to_generate"),
+        ({"min_tokens_to_generate": 2}, "doesn't do min_tokens_to_generate"),
         ({"temperature": 0}, "temperature: Input should be greater than 0"),
         ({"tokens_to_generate": 600}, "more than the model's 512"),
         ({"max_len": 5}, "max_len: Extra inputs"),
@@ -824,32 +889,34 @@ def test_streams_come_to_their_end_when_the_server_is_told_to_stop() -> None:
     assert streamed_texts(events) == {0: "Because of 1 😀 reasons."}
 
 
-def test_an_engine_that_fails_is_named() -> None:
+def failing(error: Exception) -> SteeredModel:
     class Failing(ScriptedEngine):
         async def generate(self, prompt: Any, settings: Any) -> Any:
-            raise ConnectionError("the server at X doesn't answer")
+            raise error
             yield
 
-    model = steered()
-    model.engine = Failing(words, STOP_ID)
-    with TestClient(create_app(model, "mine", limits=LIMITS)) as client:
+    return dataclasses.replace(MODEL, engine=Failing(words, STOP_ID))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message", "health"),
+    [
+        (ConnectionError("the server at X doesn't answer"), 502, "X doesn't answer", 200),
+        (RuntimeError("the engine has stopped: no memory"), 503, "no memory; restart", 503),
+        (ValueError("more than the engine has room for"), 400, "more than the engine", 200),
+    ],
+    ids=["unreachable", "ended", "refusing"],
+)
+def test_an_engine_that_fails_is_named(
+    error: Exception, status: int, message: str, health: int
+) -> None:
+    """Also where a stream was asked for; one that has ended makes the server unhealthy."""
+    with TestClient(create_app(failing(error), "mine", limits=LIMITS)) as client:
+        assert client.get("/health").status_code == 200
         for stream in (False, True):
             answer = client.post(PATH, json=CHAT | {"stream": stream})
-            assert error_of(answer, 502)["message"] == "the server at X doesn't answer"
-
-
-def test_a_server_whose_engine_has_ended_says_so() -> None:
-    class Ended(ScriptedEngine):
-        async def generate(self, prompt: Any, settings: Any) -> Any:
-            raise RuntimeError("the local engine has stopped after an error: no memory")
-            yield
-
-    model = steered()
-    model.engine = Ended(words, STOP_ID)
-    with TestClient(create_app(model, "mine", limits=LIMITS)) as client:
-        assert client.get("/health").status_code == 200
-        assert "no memory; restart" in error_of(client.post(PATH, json=CHAT), 503)["message"]
-        assert "no memory; restart" in error_of(client.get("/health"), 503)["message"]
+            assert message in error_of(answer, status)["message"]
+        assert client.get("/health").status_code == health
 
 
 def test_the_page_is_in_the_package() -> None:
