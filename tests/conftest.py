@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 # What is imported for the first time is compiled first: not by both workers at once.
-if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
+SECOND_WORKER = os.environ.get("PYTEST_XDIST_WORKER") == "gw1"
+if SECOND_WORKER:
     for package in ("sympy", "scipy.stats", "pandas", "datasets", "openai", "fastapi"):
         importlib.import_module(package)
 
@@ -36,10 +37,22 @@ TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """One of the workers collects from the end: what one has imported and compiled, assertions
+    rewritten, the other reads."""
+    report = yield
+    if isinstance(collector, pytest.Directory) and SECOND_WORKER:
+        report.result.reverse()
+    return report
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests go first: no worker is left with one of them when the other is done."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parts))
 
 
 @pytest.fixture(scope="session")

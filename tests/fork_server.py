@@ -122,6 +122,8 @@ class ForkServer:
     def python(self) -> Path:
         """A program that runs scripts here, as a Python interpreter would."""
         program = Path(self._folder.name) / "python"
+        if self._server is None:
+            self._server = self._started()
         if not program.exists():
             command = shlex.join([sys.executable, "-IS", __file__, "run", self._address])
             program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')

@@ -5,8 +5,10 @@ The heavy dependencies are those of the environment that runs the tests: a path 
 site-packages, whose own start-up files Python doesn't run.
 """
 
+import contextlib
 import csv
 import functools
+import io
 import os
 import shutil
 import subprocess
@@ -187,7 +189,19 @@ def tune(wheel: Environment, run_script: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def listed_by_torchtune() -> str:
-    return Environment(Path(sys.prefix)).output("tune", "ls", STEERLM2_NO_TUNE="1")
+    """What its `tune ls` prints without ours."""
+    from torchtune._cli import ls
+    from torchtune._cli.tune import main
+
+    theirs = [recipe for recipe in ls.get_all_recipes() if recipe.name not in _tune.RECIPES]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        patch.setattr(ls, "get_all_recipes", lambda: theirs)
+        patch.setattr(sys, "argv", ["tune", "ls"])
+        main()
+    return printed.getvalue()
 
 
 @pytest.fixture
@@ -224,7 +238,8 @@ def test_ls_lists_ours_after_torchtunes(listed: str, listed_by_torchtune: str) -
 
 
 def test_every_install_adds_our_recipes(installed: Environment, tmp_path: Path) -> None:
-    """To a registry in torchtune's place, which is imported without torch."""
+    """To a registry in torchtune's place, which is imported without torch; unless a variable says
+    that it is to have its own alone."""
     (tmp_path / "torchtune").mkdir()
     (tmp_path / "torchtune" / "__init__.py").touch()
     (tmp_path / "torchtune" / "_recipe_registry.py").write_text(
@@ -233,6 +248,8 @@ def test_every_install_adds_our_recipes(installed: Environment, tmp_path: Path) 
     code = "import torchtune._recipe_registry as r; print(*(each.name for each in r._ALL_RECIPES))"
     names = installed.output("python", "-c", code, PYTHONPATH=str(tmp_path)).split()
     assert names == RECIPE_NAMES
+    off = {"PYTHONPATH": str(tmp_path), "STEERLM2_NO_TUNE": "1"}
+    assert installed.output("python", "-c", code, **off).split() == []
 
 
 def test_recipes_come_from_the_package_or_from_the_checkout(installed: Environment) -> None:

@@ -139,7 +139,7 @@ def steps_like_8b() -> None:
     train_as_cpu(*MASTER, *FULL, *compiled(), tolerance=BF16_TOLERANCE)
 
 
-@check(120, needs=["cpu_reference"])
+@check(120, needs=["cpu_reference"], rehearsed_by="steps_like_8b")
 def steps_bf16() -> None:
     """bf16 weights, products and states."""
     train_as_cpu(*BF16, tolerance=BF16_TOLERANCE)

@@ -45,7 +45,7 @@ CONFIG_CLASSES = {
 WITH_MODEL = [
     name
     for name in CONFIGS
-    if "model" in OmegaConf.load(ROOT / "recipe_configs" / f"{name}.yaml")
+    if "\nmodel:" in (ROOT / "recipe_configs" / f"{name}.yaml").read_text()
     and RECIPE_OF[name] != "steerlm2_pipeline"
 ]
 DISTRIBUTED = [name for name in WITH_MODEL if RECIPE_OF.get(name) not in SINGLE_PROCESS_RECIPES]
@@ -65,8 +65,9 @@ def text_of(name: str) -> str:
     return (ROOT / "recipe_configs" / f"{name}.yaml").read_text()
 
 
+@functools.cache
 def values_of(name: str) -> DictConfig:
-    """The YAML, with some text for the keys that the command line must give."""
+    """The YAML, with some text for the keys that the command line must give; it isn't changed."""
     plain = OmegaConf.to_container(OmegaConf.create(text_of(name)), resolve=False)
     return OmegaConf.create(_filled(plain))
 

@@ -62,7 +62,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def train(tune: TuneProcess, folder: Path, run_folder: type[RunFolder]) -> Callable[..., RunFolder]:
-    """`train(path, "key=value", nproc=2)` is a run of 3 steps at a constant rate."""
+    """`train(path, "key=value", nproc=2)` is a run of 2 steps at a constant rate."""
 
     def run(path: Path, *overrides: str, nproc: int | None = None) -> RunFolder:
         tune(
@@ -70,11 +70,11 @@ def train(tune: TuneProcess, folder: Path, run_folder: type[RunFolder]) -> Calla
             *("model=steerlm2.models.from_checkpoint", *(f"~model.{key}" for key in OF_LLAMA)),
             "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
             *(f"checkpointer.checkpoint_dir={folder}", f"checkpointer.output_dir={path}"),
-            *("dataset_val.num_records=4", "max_steps=3", "lr=1e-2"),
+            *("dataset_val.num_records=4", "max_steps=2", "lr=1e-2"),
             # All of them in every step: tensor parallel takes a second for each new length.
             *("dataset.num_records=12", "global_batch_size=12"),
             *("lr_scheduler.warmup_steps=0", "lr_scheduler.min_lr=1e-2", "clip_grad_norm=0.1"),
-            *("save_every_n_steps=null", "val_every_n_steps=3", "generation=null", "export=last"),
+            *("save_every_n_steps=null", "val_every_n_steps=2", "generation=null", "export=last"),
             *(("tensor_parallel_dim=2",) if nproc else ()),
             *overrides,
             nproc=nproc,
@@ -146,12 +146,12 @@ def test_adapters_over_two_tensor_parallel_ranks_train_as_in_one_process(
 def test_a_resumed_run_is_one_that_was_not_stopped_bit_for_bit(
     train: Callable[..., RunFolder], one: RunFolder, tmp_path: Path
 ) -> None:
-    """Stopped after its second step of three."""
+    """Stopped after its first step of two."""
     save = ("save_every_n_steps=1", "resume_from_checkpoint=true")
-    train(tmp_path, *save, "max_steps=2")
+    train(tmp_path, *save, "max_steps=1")
     resumed = train(tmp_path, *save)
     losses = [
-        [row["loss"] for row in run.entries() if row["step"] == 3 and "loss" in row]
+        [row["loss"] for row in run.entries() if row["step"] == 2 and "loss" in row]
         for run in (resumed, one)
     ]
     assert losses[0] == losses[1] != []

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkServer
 
 from processes import workers
 from steerlm2.runs.lock import LOCK_FILE
@@ -184,14 +185,16 @@ def test_sigterm_for_one_rank_stops_all(
 
 
 def test_sigterm_for_a_launcher_on_a_node_stops_its_ranks(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """As recipes/launch start it: torchrun leaves the signal alone. Nothing here is forked."""
+    """As recipes/launch start it: torchrun leaves the signal alone. The launcher is a process of
+    its own; its ranks are forked."""
     launch = ["--nproc_per_node", "2", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
     process = subprocess.Popen(
         [sys.executable, "-m", "steerlm2.runs.on_node", TUNE, "run", *launch, *arguments,
          f"output_dir={tmp_path}", "save_every_n_steps=100", "max_steps=4000"],
         cwd=tmp_path,
+        env=os.environ | {"PYTHON_EXEC": str(fork_server.python)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

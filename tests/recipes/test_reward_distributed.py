@@ -70,7 +70,7 @@ LORA = (
 PREFERRED = AttributeSchema(("verbosity",))
 PAIRS = f"schema.names=[{PREFERRED.names[0]}]"
 """In the command line of every run on pairs."""
-SHORT = ("max_steps=3", "val_every_n_steps=3", "save_every_n_steps=null")
+SHORT = ("max_steps=2", "val_every_n_steps=2", "save_every_n_steps=null")
 ONE_STEP = ("max_steps=1", "val_every_n_steps=null", "save_every_n_steps=null")
 
 
@@ -338,7 +338,7 @@ LAYOUTS = {
 def test_layouts_share_one_trajectory(
     train: Train, short_reference: RunFolder, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """All metrics of 3 steps to 1e-4, the exported weights to 1e-3. Compiled to graphs with their
+    """All metrics of 2 steps to 1e-4, the exported weights to 1e-3. Compiled to graphs with their
     backward, but not to C++: that is the next test's."""
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
     overrides, nproc = LAYOUTS[name]
@@ -360,8 +360,8 @@ def test_compiled_kernels_share_it(train: Train) -> None:
 def test_pairs_share_one_trajectory(train: Train, pairs: tuple[str, ...]) -> None:
     """One pair a row, and two ranks with tensor parallel, against rows of several pairs."""
     arguments = (
-        *(*pairs, "loss=margin_bt", "max_steps=3", "save_every_n_steps=null"),
-        *("val_every_n_steps=3", "limit_val_batches=2"),
+        *(*pairs, "loss=margin_bt", "max_steps=2", "save_every_n_steps=null"),
+        *("val_every_n_steps=2", "limit_val_batches=2"),
     )
     reference = train(*arguments)
     one_a_row = train(*arguments, "max_tokens_per_microbatch=1")
