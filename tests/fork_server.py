@@ -366,6 +366,8 @@ def _kill_group(pid: int) -> None:
 def _enter(request: Request, files: Sequence[int]) -> None:
     """Make this child what a new process of the request would be, with its `files`."""
     os.setsid()
+    # As at a terminal: what a shell starts in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     free = 1 + max([*request.files, *files])
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD, free) for file in files]
     for file in files:
