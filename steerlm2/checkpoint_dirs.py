@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steerlm2.files import has_changed, read_sums
+from steerlm2.files import has_changed, read_sums, sha256
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,7 +60,7 @@ def read_own(file: Path) -> bytes:
         )
     content = file.read_bytes()
     expected = read_sums(file.parent).get(file.name)
-    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+    if expected is not None and sha256(content) != expected:
         _warn(f"WARNING: {has_changed(file.parent, [file.name])}")
     return content
 
@@ -183,9 +183,9 @@ def file_digest(path: str | Path) -> str:
     """
     path = Path(path)
     size = path.stat().st_size
+    if size <= LARGE_FILE or path.suffix not in WEIGHT_SUFFIXES:
+        return sha256(path)
     with path.open("rb") as file:
-        if size <= LARGE_FILE or path.suffix not in WEIGHT_SUFFIXES:
-            return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(f"{size}\n".encode())
         for i in range(PIECES):
             file.seek(size * i // PIECES)
@@ -205,4 +205,4 @@ def weights_digest(checkpoint_dir: str | Path) -> str:
     folder = resolve_checkpoint_dir(checkpoint_dir)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
     digests = [f"{path.name}:{file_digest(path)}\n" for path in files]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return sha256("".join(digests).encode())

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 
-_CONTROLS = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
+_REPLACEMENT = "\ufffd"
+_CONTROLS = {i: _REPLACEMENT for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 """Instead of characters that would move a terminal's cursor, or do more."""
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<!\w)_|_(?!\w)")
@@ -17,6 +18,14 @@ _MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<!\w)_|_(?!\w)")
 def printable(text: str) -> str:
     """A text without control characters, except newlines and tabs: a terminal obeys them."""
     return text.translate(_CONTROLS)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """The beginning of a server's text as a message can have it: on one line, and without what
+    can't be seen or encoded, such as marks of direction and single surrogates."""
+    words = " ".join(text[: 4 * most].split())
+    shown = "".join(each if each.isprintable() else _REPLACEMENT for each in words)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def markdown_text(text: str) -> str:

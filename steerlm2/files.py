@@ -63,9 +63,11 @@ def sync_all(folder: Path, names: Iterable[str]) -> None:
             sync(path)
 
 
-def sha256(path: Path) -> str:
-    """Of all of a file, in hexadecimal."""
-    with path.open("rb") as file:
+def sha256(source: Path | bytes) -> str:
+    """Of all of a file, or of what one will hold, in hexadecimal."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

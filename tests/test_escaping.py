@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from steerlm2.escaping import markdown_text, printable
+import pytest
+
+from steerlm2.escaping import markdown_text, one_line, printable
 
 
 def test_control_characters_are_replaced() -> None:
@@ -26,3 +28,16 @@ def test_names_stay_readable_in_markdown() -> None:
 
 def test_markdown_stays_on_its_line() -> None:
     assert markdown_text("a\n\n# b\r\x1b[0m\u2028c") == "a # b \ufffd\\[0m c"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\n b\x1b[0m\ud800", "a b\ufffd[0m\ufffd"),
+        ("x" * 300, "x" * 197 + "..."),
+        ("é 漢", "é 漢"),
+    ],
+)
+def test_texts_of_servers_are_shown_in_one_line(text: str, shown: str) -> None:
+    assert one_line(text) == shown
+    assert one_line(text).encode()

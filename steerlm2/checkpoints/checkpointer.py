@@ -7,7 +7,6 @@ in the folder Hugging Face's.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -51,7 +50,7 @@ from steerlm2.data.jsonl import shortened
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
-from steerlm2.files import check_unchanged, sync, write_durably
+from steerlm2.files import check_unchanged, sha256, sync, write_durably
 from steerlm2.models.config_json import decoder_config, hf_config
 from steerlm2.models.decoders import HeadShape, head_shape
 from steerlm2.models.reward_head import attribute_names
@@ -140,7 +139,7 @@ class FolderCheckpointer:
         if self.text is not None:
             config = config_of_run(config, self.text, self._pad(self.text), self._base_tokenizer())
         text, folder = json_text(config | names), self.output_dir / f"epoch_{epoch}"
-        seal(folder, {**sums, "config.json": hashlib.sha256(text.encode()).hexdigest()})
+        seal(folder, {**sums, "config.json": sha256(text.encode())})
         write_durably(folder / "config.json", text)
         sync(self.output_dir)
 

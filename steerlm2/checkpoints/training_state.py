@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import re
@@ -57,7 +56,7 @@ from steerlm2.checkpoints.state_reader import (
 )
 from steerlm2.checkpoints.state_writer import HashingWriter
 from steerlm2.distributed.world import World
-from steerlm2.files import changed, read_sums, sync, write_durably, write_sums
+from steerlm2.files import changed, read_sums, sha256, sync, write_durably, write_sums
 
 STATE_FILE = "state.json"
 DIGESTS = "digests"
@@ -250,7 +249,7 @@ class StateWriter:
 
         def complete(sums: dict[str, str]) -> None:
             write_durably(partial / STATE_FILE, state_text)
-            write_sums(partial, sums | {STATE_FILE: _sha256(state_text.encode())})
+            write_sums(partial, sums | {STATE_FILE: sha256(state_text.encode())})
             earlier = final.with_suffix(".earlier")
             if final.exists():
                 final.rename(earlier)
@@ -275,7 +274,7 @@ class StateWriter:
                     process_group=world.group,
                     no_dist=world.mesh is None,
                 )
-            of_ranks = world.gather(writer.sums | {random_file: _sha256(random)})
+            of_ranks = world.gather(writer.sums | {random_file: sha256(random)})
             sums = {name: digest for own in of_ranks for name, digest in own.items()}
             world.on_main(lambda: complete(sums))
         except (OSError, ValueError, RuntimeError) as error:
@@ -530,10 +529,6 @@ def _unreadable(checkpoint: Path) -> str | None:
     except Exception as error:  # unpickling a damaged file raises anything
         return f"{looked_at}: {type(error).__name__}: {error}"
     return None
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _recover(folder: Path) -> None:

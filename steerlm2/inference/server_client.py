@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from steerlm2.escaping import one_line
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first retry, doubled for each further one, and their limit. A choice: a short
 overload costs little time, and a server that restarts gets few requests."""
@@ -325,13 +327,6 @@ def reason(response: httpx.Response) -> str:
         return one_line(str(json.loads(response.content)["error"]["message"]))
     except (*MALFORMED, RecursionError):
         return one_line(response.text)
-
-
-def one_line(text: str, most: int = 200) -> str:
-    """The beginning of a server's text as a message can have it: one line, no control codes."""
-    words = " ".join(text[: 4 * most].split())
-    shown = "".join(each if each.isprintable() else "?" for each in words)
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 # What an answer holds, checked: JSON that is of another type must not become a number or a text.

@@ -14,6 +14,7 @@ import httpx
 
 from steerlm2.config.keys import ServerOptions
 from steerlm2.data.records import STOP
+from steerlm2.escaping import one_line
 from steerlm2.inference.completions import NEVER, NO_OTHER_CUTS
 from steerlm2.inference.engines import OTHER_STOP
 from steerlm2.inference.server_client import (
@@ -26,7 +27,6 @@ from steerlm2.inference.server_client import (
     as_whole,
     is_loopback,
     key_header,
-    one_line,
     reason,
     ssl_context,
 )

@@ -10,14 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from steerlm2.config.keys import ServerOptions
 from steerlm2.inference import server_client, vllm_streaming
 from steerlm2.inference.completions import CompletionsEngine
 from steerlm2.inference.engines import Request, Sample, SamplingSettings
-from steerlm2.inference.server_client import ClassifyClient, one_line
+from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.inference.streaming import GenerationSettings, Piece
 from steerlm2.inference.vllm_streaming import VllmStreamingEngine
 
@@ -311,12 +310,3 @@ def test_an_answer_that_never_ends_is_late(
     monkeypatch.setattr(server_client.time, "monotonic", lambda: float(next(times)))
     with pytest.raises(ConnectionError, match="ReadTimeout: no whole answer within 5 seconds"):
         classify(server)
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [("a\n b\x1b[0m\ud800", "a b?[0m?"), ("x" * 300, "x" * 197 + "..."), ("é 漢", "é 漢")],
-)
-def test_texts_of_servers_are_shown_in_one_line(text: str, shown: str) -> None:
-    assert one_line(text) == shown
-    assert httpx.Response(200, text=one_line(text)).text == shown
