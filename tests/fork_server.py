@@ -268,8 +268,11 @@ def run_command(address: str, argv: list[str]) -> None:
         signal.signal(number, lambda number, frame: os.kill(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     status = os.waitstatus_to_exitcode(_answer(connection))
+    # The script has ended, and Python ends its handlers before itself: a signal would kill it then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {-status})
         os.kill(os.getpid(), -status)
     sys.exit(status)
 

@@ -52,11 +52,12 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        is_ending = self._asked or (self.received is not None and error is not None)
+        if is_ending:  # at once: another signal may come at any moment
+            self._before[signal.SIGTERM] = signal.SIG_IGN
         for each, handler in self._before.items():
             signal.signal(each, handler)
-        if self._asked or (self.received is not None and error is not None):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        elif self.received is not None:
+        if self.received is not None and not is_ending:
             signal.raise_signal(self.received)
 
     def asked(self) -> bool:
