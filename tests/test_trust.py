@@ -33,6 +33,7 @@ from steerlm2.data.tokenizers import hf_tokenizer, tiny_tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.facts import FACTS_FILE, ModelFacts
 from steerlm2.pipeline.state import PipelineState
+from steerlm2.runs import lock
 from steerlm2.runs.lock import RunLock
 from steerlm2.runs.metrics import JsonLines
 from steerlm2.runs.record import RUN_FILE, write_run
@@ -271,9 +272,12 @@ def test_a_loading_script_beside_data_is_not_run(ran: Path, tmp_path: Path) -> N
 # Files of runs
 
 
-def test_files_of_a_run_are_not_run(ran: Path, tmp_path: Path) -> None:
+def test_files_of_a_run_are_not_run(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """run.json, metrics, the lock, config.yaml, records of stages, settings of outputs, which hold
     a pickle, YAML, or a component."""
+    monkeypatch.setattr(lock, "SECONDS_PER_BEAT", 0.05)
     component = {"_component_": "os.mkdir", "path": str(ran)}
     contents = (
         pickle.dumps(Payload(ran)),
