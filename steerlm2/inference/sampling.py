@@ -56,7 +56,7 @@ def sample_tokens(
         uniform_P = torch.rand(
             len(texts), generator=generator, device=world.device, dtype=torch.float64
         )
-        next_P = choose_tokens(logits_PV, temperature, top_p, uniform_P)
+        next_P, _ = draw_tokens(logits_PV, temperature, top_p, uniform_P)
         if world.mesh is not None:
             dist.broadcast(next_P, src=0)  # rounding can differ between ranks, but not the tokens
         for i, token in zip(open_answers, next_P.tolist(), strict=True):
@@ -66,16 +66,18 @@ def sample_tokens(
 
 
 @torch.no_grad()
-def choose_tokens(
+def draw_tokens(
     logits_PV: Tensor,
     temperature: float | Tensor,
     top_p: float | Tensor,
     uniform_P: Tensor,
     top_k: int | Tensor = 0,
     weights_PV: Tensor | None = None,
-) -> Tensor:
-    """[P] token ids drawn from the tempered distribution, cut to its `top_k` most likely tokens and
-    then to the `top_p` nucleus of these.
+    *,
+    with_log_probs: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens of the tempered distribution, cut to its `top_k` most likely ones and then to the
+    `top_p` nucleus of these.
 
     A draw inverts the cumulative distribution over the ids in their order, not over the sorted
     probabilities, so that a swap of two nearly equal ones by rounding changes no draw. Of equally
@@ -92,25 +94,11 @@ def choose_tokens(
 
     `temperature`, `top_p` and `top_k` hold for all rows, or are tensors [P] with one for each, on
     the CPU: they decide what is computed, which must not wait for a GPU.
-    """
-    return draw_tokens(logits_PV, temperature, top_p, uniform_P, top_k, weights_PV)[0]
 
-
-@torch.no_grad()
-def draw_tokens(
-    logits_PV: Tensor,
-    temperature: float | Tensor,
-    top_p: float | Tensor,
-    uniform_P: Tensor,
-    top_k: int | Tensor = 0,
-    weights_PV: Tensor | None = None,
-    *,
-    with_log_probs: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """[P] token ids as of `choose_tokens`, and the log-probs [P], float64, they were drawn with.
-
-    Args:
-        with_log_probs: False: None in their place. They are 0 at a temperature of 0.
+    Returns:
+        ids: [P].
+        log_probs: [P] float64, that they were drawn with, 0 at a temperature of 0; None unless
+            `with_log_probs`.
     """
     temperature_P, top_p_P = (_of_rows(each, logits_PV) for each in (temperature, top_p))
     top_k_P = _of_rows(top_k, logits_PV)

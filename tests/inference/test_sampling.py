@@ -16,7 +16,7 @@ from torchtune.modules import TransformerDecoder
 
 from steerlm2.distributed.world import World
 from steerlm2.inference import sampling
-from steerlm2.inference.sampling import choose_tokens, keep_likeliest, sample_tokens
+from steerlm2.inference.sampling import draw_tokens, keep_likeliest, sample_tokens
 from steerlm2.models.decoders import end_at_hidden_states
 
 CPU = World(torch.device("cpu"))
@@ -29,7 +29,7 @@ def frequencies(
     """Shares of the tokens in many draws from logits that have these probabilities."""
     logits_PV = torch.tensor(probs).log().expand(DRAWS, -1)
     uniform_P = torch.rand(DRAWS, generator=torch.Generator().manual_seed(0))
-    tokens_P = choose_tokens(logits_PV, temperature, top_p, uniform_P, top_k)
+    tokens_P, _ = draw_tokens(logits_PV, temperature, top_p, uniform_P, top_k)
     return torch.bincount(tokens_P, minlength=len(probs)) / DRAWS
 
 
@@ -69,13 +69,13 @@ def test_nucleus_is_never_empty() -> None:
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     logits_PV = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
-    assert choose_tokens(logits_PV, 0, 0.1, torch.zeros(2)).tolist() == [1, 0]
+    assert draw_tokens(logits_PV, 0, 0.1, torch.zeros(2))[0].tolist() == [1, 0]
 
 
 def test_rows_are_drawn_by_their_own_distributions() -> None:
     """One certain token each, a different one for every prompt."""
     logits_PV = torch.eye(5) * 100
-    assert choose_tokens(logits_PV, 1.0, 0.9, torch.linspace(0, 0.99, 5)).tolist() == [
+    assert draw_tokens(logits_PV, 1.0, 0.9, torch.linspace(0, 0.99, 5))[0].tolist() == [
         0,
         1,
         2,
@@ -88,7 +88,7 @@ def test_a_draw_is_where_the_cumulative_probability_passes_the_number() -> None:
     """0.2, 0.5, 0.3 add up to 0.2, 0.7, 1: the ids in their order, whatever their probabilities."""
     uniform_P = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-24])
     logits_PV = torch.tensor([0.2, 0.5, 0.3]).log().expand(6, -1)
-    assert choose_tokens(logits_PV, 1.0, 1.0, uniform_P).tolist() == [0, 0, 1, 1, 2, 2]
+    assert draw_tokens(logits_PV, 1.0, 1.0, uniform_P)[0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_tokens_without_probability_are_never_drawn() -> None:
@@ -96,7 +96,7 @@ def test_tokens_without_probability_are_never_drawn() -> None:
     logits_PV = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf]).expand(2, -1)
     uniform_P = torch.tensor([0.0, 1 - 2**-24])
     for top_p in (1.0, 0.999):
-        assert choose_tokens(logits_PV, 1.0, top_p, uniform_P).tolist() == [1, 2]
+        assert draw_tokens(logits_PV, 1.0, top_p, uniform_P)[0].tolist() == [1, 2]
 
 
 def test_top_k_holds_the_likeliest_tokens() -> None:
@@ -124,7 +124,7 @@ def test_every_token_can_be_drawn(vocabulary: int) -> None:
     tokens_P = torch.arange(0, vocabulary, 1 if vocabulary < 2000 else 1001)
     logits_PV = logits_V.expand(len(tokens_P), -1)
     for part_P in tokens_P.split(50):
-        drawn_P = choose_tokens(logits_PV[: len(part_P)], 1.0, 1.0, middles_V[part_P])
+        drawn_P, _ = draw_tokens(logits_PV[: len(part_P)], 1.0, 1.0, middles_V[part_P])
         assert drawn_P.tolist() == part_P.tolist()
 
 
@@ -164,7 +164,7 @@ def random_cases() -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
 def test_draws_are_those_of_a_full_sort() -> None:
     """Each row with settings of its own."""
     for logits_PV, temperature_P, top_p_P, top_k_P, uniform_P in random_cases():
-        drawn_P = choose_tokens(logits_PV, temperature_P, top_p_P, uniform_P, top_k_P)
+        drawn_P, _ = draw_tokens(logits_PV, temperature_P, top_p_P, uniform_P, top_k_P)
         expected = [
             reference_choice(logits_V, *settings)
             for logits_V, *settings in zip(
