@@ -1,13 +1,14 @@
-"""Tokens per second, FLOP utilisation and memory on a GPU: ours against the two-pass reference.
+"""Tokens per second, FLOP utilisation and memory on a GPU: ours against the standard two-pass step
+and against a padded single pass.
 
     python tests/benchmarks/gpu.py --n 10 --prompt 256 --response 128 --json FILE
     python tests/benchmarks/gpu.py --n 10 --prompt 1024 --response 1024    # long groups
     python tests/benchmarks/gpu.py --device cpu    # the same code with a tiny model, to try it
 
-A Llama of 1B size with random weights, bfloat16 and compiled, both ways; steps of `--groups`
+A Llama of 1B size with random weights, bfloat16 and compiled, each way; steps of `--groups`
 prompts as in train_step.py, without the optimizer. Lengths differ from step to step, so that
 recompilations show: `recompilations` counts ours after the warm-up. Tokens per second count what
-the method needs, prompts once and responses, the same for both ways. Model FLOP utilisation counts
+the method needs, prompts once and responses, the same for all ways. Model FLOP utilisation counts
 needed FLOPs only (6 per weight of the layers and packed token, 12 per attention dimension and pair,
 6 per weight of the output matrix and response token; nothing computed twice, no padding) over
 `--peak-tflops`, which is the device's dense bfloat16 peak. `waits` says what synchronises host and
@@ -30,7 +31,7 @@ import torch
 from torchtune.models.llama3 import llama3
 from torchtune.modules import TransformerDecoder
 from train_step import Cell
-from two_pass_reference import two_pass_step
+from two_pass_reference import padded_single_pass_step, two_pass_step
 
 from steerlm2.data.packing import Group, PackedGroups, pack
 from steerlm2.distributed.parallelize import parallelize
@@ -153,7 +154,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if not args.no_compile:
         for layer in model.layers:
             layer.compile()
-    seconds: dict[str, list[float]] = {"reference": [], "ours": []}
+    seconds: dict[str, list[float]] = {"reference": [], "padded": [], "ours": []}
     peaks = dict.fromkeys(seconds, 0)
     recompilations = dict.fromkeys(seconds, 0)
     tokens, flops = [], []
@@ -163,10 +164,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         def reference_step(groups: list[Group] = groups) -> None:
             two_pass_step(model, groups, args.reference_tokens)
 
+        def padded_step(groups: list[Group] = groups) -> None:
+            padded_single_pass_step(model, groups)
+
         def step(batches: list[PackedGroups] = batches, count: int = len(groups)) -> None:
             our_step(ours, batches, count, device)
 
-        for name, run in (("reference", reference_step), ("ours", step)):
+        ways = {"reference": reference_step, "padded": padded_step, "ours": step}
+        for name, run in ways.items():
             ours.zero_grad(set_to_none=True)
             model.zero_grad(set_to_none=True)
             graphs = counters["stats"]["unique_graphs"]
@@ -191,9 +196,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result[f"{name}_tokens_per_second"] = statistics.median(per_second)
         result[f"{name}_flop_utilisation"] = statistics.median(rates) / (args.peak_tflops * 1e12)
         result[f"{name}_peak_bytes"] = peaks[name]
-    result["time_ratio"] = result["ours_tokens_per_second"] / result["reference_tokens_per_second"]
-    if device.type == "cuda":
-        result["peak_memory_ratio"] = peaks["reference"] / peaks["ours"]
+    for name in ("reference", "padded"):
+        ratio = result["ours_tokens_per_second"] / result[f"{name}_tokens_per_second"]
+        result[f"{name}_time_ratio"] = ratio
+        if device.type == "cuda":
+            result[f"{name}_peak_memory_ratio"] = peaks[name] / peaks["ours"]
     return result
 
 
