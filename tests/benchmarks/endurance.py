@@ -74,19 +74,14 @@ class Training:
         while not self.ending.is_set():
             with (self.output / "training.log").open("ab") as log:
                 self.process = subprocess.Popen(self._command(), stdout=log, stderr=log)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                # Not while Python starts: nothing is learned from that.
-                self._wait(30 + rng.expovariate(1 / (60 * self.minutes)))
+            # Not while Python starts: nothing is learned from that.
+            end = time.monotonic() + 30 + rng.expovariate(1 / (60 * self.minutes))
+            while time.monotonic() < end and not self.ending.wait(0.2):
+                if self.process.poll() is not None:
+                    self.ending.set()
+                    return
             self.process.terminate()
             self.statuses.append(self.process.wait(120))
-
-    def _wait(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.ending.is_set():
-            assert self.process is not None
-            if self.process.poll() is not None:
-                raise SystemExit(f"the training ended by itself: {self.output / 'training.log'}")
-            time.sleep(0.2)
 
     def _command(self) -> list[str]:
         tune = str(Path(sys.executable).with_name("tune"))
@@ -231,12 +226,13 @@ def main() -> None:
             (args.output / "usage.jsonl").open("w") as file,
         ):
             while (hours := (time.monotonic() - started) / 3600) < args.hours:
+                if training.ending.wait(args.every):
+                    raise SystemExit(f"the training ended by itself: {args.output}/training.log")
                 for name, process in (fixed | training.ranks()).items():
                     with contextlib.suppress(OSError, AssertionError):  # a rank has ended
                         rows.append({"hours": hours, "process": name, **usage(process)})
                         file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
-                time.sleep(args.every)
     steps = training.steps()
     lines = [
         table(rows),

@@ -37,6 +37,8 @@ MARKER = "STEERLM2_FAULTS"
 """The environment variable by which a pipeline's processes are known."""
 PATIENCE = 120.0
 """Seconds for a pipeline to end after a fault."""
+SECONDS_TO_SAVE = 30.0
+"""For a stage whose pipeline has gone: SIGTERM reaches it, and it may save."""
 COMPARED = ("summary.json", "evaluate/steering.json", "*/epoch_*/*.safetensors", "*/*.jsonl")
 """What must be the same, byte by byte: results, weights, data and samples."""
 TIMED = ("metrics.jsonl", "earlier_metrics.jsonl")
@@ -55,7 +57,7 @@ class Fault:
     """Of the pipeline; None where it had to be killed."""
     seconds_to_end: float = 0.0
     left: int = 0
-    """Processes that were there when the pipeline had ended, and two seconds later."""
+    """Processes that were there when the pipeline had ended, and SECONDS_TO_SAVE later."""
     traceback: bool = False
     said: str = ""
 
@@ -80,11 +82,11 @@ class Pipeline:
             )
 
     def stage(self) -> str | None:
-        """What it is at."""
+        """What it is at; None before its first stage."""
         with contextlib.suppress(OSError):
-            told = re.search(r"at stage (\S+) since", (self.folder / "state/doing").read_text())
-            if told is not None:
-                return told[1]
+            told = (self.folder / "state" / "doing").read_text()  # or what one before it told
+            found = re.search(rf"process {self.process.pid} .* at stage (\S+) since", told)
+            return found and found[1]
         return None
 
     def processes(self) -> list[int]:
@@ -200,7 +202,7 @@ def hit(pipeline: Pipeline, kind: str, stages: list[str], delay: float) -> Fault
         os.killpg(pipeline.process.pid, signal.SIGKILL)
         pipeline.process.wait()
     fault.seconds_to_end = time.monotonic() - struck
-    until = time.monotonic() + 2
+    until = time.monotonic() + SECONDS_TO_SAVE
     while (left := pipeline.processes()) and time.monotonic() < until:
         time.sleep(0.05)
     fault.left = len(left)
@@ -210,6 +212,12 @@ def hit(pipeline: Pipeline, kind: str, stages: list[str], delay: float) -> Fault
     fault.traceback = "Traceback" in text
     fault.said = text.strip().rsplit("\n", 1)[-1][:300]
     return fault
+
+
+def seconds_of_stages(folder: Path) -> dict[str, float]:
+    """In the order in which they were done."""
+    files = sorted((folder / "state").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    return {file.stem: json.loads(file.read_text())["seconds"] for file in files}
 
 
 def differences(whole: Path, faulty: Path) -> tuple[int, list[str]]:
@@ -256,7 +264,7 @@ def main() -> None:
     undisturbed = Pipeline(whole, overrides, args.output / "whole.log")
     if undisturbed.process.wait() != 0:
         raise SystemExit(undisturbed.text())
-    took = dict(re.findall(r"\[ *\d+/\d+\] (\S+) +(\d+) s", undisturbed.text()))
+    took = seconds_of_stages(whole)
     bytes_of_whole = sum(file.stat().st_size for file in whole.rglob("*") if file.is_file())
     disk = args.output.resolve() / "disk"
     with own_file_system(disk, 3 * bytes_of_whole) as is_own:
@@ -266,7 +274,7 @@ def main() -> None:
             left = list(took)[number:]
             while [fault.stage for fault in faults].count(stage) < args.per_stage:
                 pipeline = Pipeline(faulty, overrides, args.output / f"{len(faults):03}.log")
-                kind, delay = kinds[len(faults) % len(kinds)], rng.uniform(0, float(seconds))
+                kind, delay = kinds[len(faults) % len(kinds)], rng.uniform(0, seconds)
                 fault = hit(pipeline, kind, left, delay)
                 if fault is None:
                     break
