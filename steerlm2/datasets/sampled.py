@@ -95,7 +95,7 @@ def as_sampled(
     elif rules.baseline < 1:
         warnings += _uncorrected_duplicates(of_groups, where)
     if needing:
-        warnings += _missing(of_groups, where)
+        warnings += _missing(groups, of_groups, where)
     return groups, warnings
 
 
@@ -259,9 +259,14 @@ def _uncorrected_duplicates(records: Sequence[Record], where: str) -> Iterator[s
         )
 
 
-def _missing(records: Sequence[Record], where: str) -> Iterator[str]:
+def _missing(groups: Sequence[Group], records: Sequence[Record], where: str) -> Iterator[str]:
     left_out, drawn = _left_out(records)
     del left_out[DUPLICATES]
+    left_out["not used here"] = sum(
+        len(record.responses) - len(group.responses)
+        for group, record in zip(groups, records, strict=True)
+        if record.sampling is not None
+    )
     if missing := left_out.total():
         yield (
             f"{where}: of {drawn} draws {missing} aren't there ({causes_text(left_out)}): the loss "
