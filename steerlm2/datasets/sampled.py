@@ -271,7 +271,7 @@ def _missing(groups: Sequence[Group], records: Sequence[Record], where: str) -> 
         yield (
             f"{where}: of {drawn} draws {missing} aren't there ({causes_text(left_out)}): the loss "
             "takes the others for all that Q' gives, so that mean_ratio may come to "
-            f"{drawn / max(drawn - missing, 1):.3g}"
+            f"{drawn / max(drawn - missing, 1):.3f}"
         )
 
 

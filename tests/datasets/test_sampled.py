@@ -151,7 +151,7 @@ def test_what_else_was_left_out_is_told_with_what_it_does_to_the_mean_ratio() ->
     sampling = dataclasses.replace(PLAIN, drawn=10, left_out=left_out)
     (told,) = sampled(sampling, baseline=0.5, samples_per_prompt="recorded")[1]
     assert "of 10 draws 4 aren't there (3 cut_off, 1 empty)" in told
-    assert told.endswith("mean_ratio may come to 1.67")
+    assert told.endswith("mean_ratio may come to 1.667")
 
 
 @pytest.mark.parametrize(("number", "drawn"), [("recorded", 2), (9, 9)])
