@@ -110,8 +110,8 @@ SETTINGS_THAT_CHANGE_ANSWERS = (
 )
 SETTINGS_THAT_CHANGE_SCORES = ("schema", "max_seq_len", "dtype")
 NO_REFERENCE = (
-    "no kl_reference: none of its answers has the log-prob that it was drawn with, or none fits into "
-    "max_seq_len (a vLLM server's log-probs are known at temperature=1 top_p=1 only)"
+    "no kl_reference: none of its answers has the log-prob that it was drawn with (a vLLM server's "
+    "is known at temperature=1 top_p=1 only), or none fits into max_seq_len"
 )
 """Why `reference_metrics` is empty."""
 ATTRIBUTE_MODELS = ("attribute_model", "independent_attribute_model")
