@@ -109,6 +109,11 @@ SETTINGS_THAT_CHANGE_ANSWERS = (
     *("schema", "seed", "dtype"),
 )
 SETTINGS_THAT_CHANGE_SCORES = ("schema", "max_seq_len", "dtype")
+NO_REFERENCE = (
+    "no kl_reference: none of its answers has the log-prob that it was drawn with (a vLLM server's "
+    "is known at temperature=1 top_p=1 only), or none fits into max_seq_len"
+)
+"""Why `reference_metrics` is empty."""
 ATTRIBUTE_MODELS = ("attribute_model", "independent_attribute_model")
 """Sections."""
 
@@ -363,7 +368,10 @@ class EvaluateRecipe:
         if cfg.reference_model is not None:
             for name, file in self._compared_with(cfg.reference_model, answers).items():
                 if world.is_main:
-                    self.further[name] |= reference_metrics(self._records(file))
+                    found = reference_metrics(self._records(file))
+                    self.further[name] |= found
+                    if not found:
+                        tell(f"WARNING: models.{name}: {NO_REFERENCE}")
 
     def _scored_by(
         self, section: str, options: AttributeModelOptions, folder: str, answers: dict[str, Path]

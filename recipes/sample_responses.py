@@ -48,6 +48,7 @@ from steerlm2.data.jsonl import json_line
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
     BROKEN,
+    DUPLICATES,
     OTHER_TOKENS,
     UNKNOWN_TOKENS,
     Record,
@@ -99,7 +100,7 @@ SETTINGS_THAT_CHANGE_RESPONSES = (
 )
 
 
-LEFT_OUT = ("cut_off", BROKEN, "empty", "too_short", "duplicates")
+LEFT_OUT = ("cut_off", BROKEN, "empty", "too_short", DUPLICATES)
 """Why a response isn't in its record, by the names of the counts."""
 
 
@@ -297,7 +298,7 @@ class SampleRecipe:
                 continue
             key = (response.value, response.finish_reason, None if cfg.distinct else number)
             if key in kept:
-                counts["duplicates"] += 1
+                counts[DUPLICATES] += 1
                 continue
             counts.update([flaw] if (flaw := flaw_of(response)) else [])
             counts["end_unknown"] += not sample.end_known
@@ -324,7 +325,7 @@ class SampleRecipe:
             summary = (
                 f"{cfg.output}: {counts['records']} records, {counts['responses']} responses of "
                 f"{counts['sampled']} sampled ({counts['truncated']} truncated, "
-                f"{counts['duplicates']} duplicates, {counts['empty']} empty, "
+                f"{counts[DUPLICATES]} duplicates, {counts['empty']} empty, "
                 f"{counts['too_short']} too short, {counts[BROKEN]} {BROKEN}); left out: "
                 f"{counts['too_few']} groups with fewer than {cfg.min_responses} distinct "
                 f"responses, {counts['too_long']} prompts too long"

@@ -32,7 +32,7 @@ from steerlm2.config.loader import Component, instantiate, takes
 from steerlm2.data.packing import Group, PackedGroups, Targets, targets_of
 from steerlm2.data.templates import response_end
 from steerlm2.datasets import SteerLM2Dataset, language_model_facts, with_log_probs
-from steerlm2.datasets.sampled import SamplingRules, as_sampled
+from steerlm2.datasets.sampled import SamplingRules, as_sampled, unlike_samples_of_q
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
 from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.losses import METRIC_NAMES, metric_sums
@@ -63,7 +63,8 @@ class SteerLM2Options:
     """Divide a group's loss by its mean response length (NeMo-Aligner), or not (the paper)."""
     log_q_tolerance: float = 0.05
     """Mean difference between the stored log Q' and the start weights', nats a token, above which
-    the run refuses to start. Numerics (bf16, another layout) stay far below it, another template,
+    the run refuses to start; where the loss needs samples of Q', that between log Q' and the
+    sampler's log-probs too. Numerics (bf16, another layout) stay far below it, another template,
     checkpoint or sampler far above."""
     score_with_start_model: bool = False
     """Take log P(y|x) and log Q' from the start weights instead of the data."""
@@ -73,7 +74,7 @@ class SteerLM2Options:
     It needs top_p 1, and that the sampler recorded them (the local one does)."""
     assume_samples_of_q: bool = False
     """Take the answers for samples of Q' at temperature 1 and top_p 1, which loss.baseline below 1
-    needs, whatever their records say or don't say of it."""
+    and loss.samples_per_prompt need, whatever their records say or don't say of it."""
 
 
 @dataclass(kw_only=True)
@@ -155,12 +156,17 @@ class SteerLM2Recipe:
         self.model = build_model(cfg, longest=max([*longest, self.answers.longest]))
         self.checkpointer = lay_out_model(cfg, self.model, self.tokenizer, world)
         self.loss_fn = build_loss(cfg.loss, cfg.steerlm2.normalize)
-        self.ratios = RatioWatch(getattr(self.loss_fn, "baseline", 1.0))
         self.optimizer, self.lr_scheduler = build_optimizer(cfg, self.model, run.total_steps)
 
         # Q_theta is Q' only now: after a training state is loaded it has moved on.
         self.train_groups = self._scored(train_set, "dataset")
         self.val_groups = self._scored(val_set, "dataset_val") if val_set else []
+        self.ratios = RatioWatch(
+            getattr(self.loss_fn, "baseline", 1.0),
+            ""
+            if cfg.steerlm2.assume_samples_of_q
+            else unlike_samples_of_q(self.train_groups, train_set.records),
+        )
         tokens = sum(group.num_tokens for group in self.train_groups)
         data_state = {"groups": len(train_set), "tokens": tokens, "shuffle": cfg.data.shuffle}
         data = train_set.groups, val_set.groups if val_set else []  # as stored, not as scored here
@@ -322,6 +328,7 @@ class SteerLM2Recipe:
             samples_per_prompt=getattr(self.loss_fn, "samples_per_prompt", None),
             use_sampler_log_probs=options.use_sampler_log_probs,
             assume_samples_of_q=options.assume_samples_of_q,
+            log_q_tolerance=options.log_q_tolerance,
         )
         where = f"`{key}` ({getattr(self.cfg, key).get('source', 'without a file')})"
         sampled, warnings = as_sampled(groups, dataset.records, rules, where)

@@ -171,7 +171,10 @@ class SteerLM2Loss:
     samples are from Q', but E log m <= 0 falls as r varies (Jensen): the second term rewards moving
     probability from the samples to strings that nobody sampled. Where P's weights are noisy
     (few samples) the baseline also takes noise out of the gradient, so that less of it is a
-    compromise: `baseline=0` is fine-tuning on weighted samples, which memorises them.
+    compromise: `baseline=0` is fine-tuning on weighted samples, which memorises them. A mean over
+    few weights w' leans from E_P to E_Q', by about chi^2(P || Q') / n: much where Q' is far from P.
+    b' leans likewise, and at 1 the two cancel for Q_theta = P. Below 1 a share of (1 - baseline) of
+    it is left, less in each iteration, as Q' comes nearer to P.
 
     Below 1 the term is right only for samples from Q' itself (temperature 1, top_p 1), or with the
     sampler's own log-probs in the place of log Q'; at 1 w' = b' holds for Q_theta = P under any.

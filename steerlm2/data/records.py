@@ -57,6 +57,9 @@ SAMPLER_LOG_PROB = "sampler_log_prob"
 """JSON key of a response: log-prob of its tokens in what was drawn from, at the sampler's
 temperature and top_p, nats."""
 
+DUPLICATES = "duplicates"
+"""The cause in `Sampling.left_out` of what was drawn before."""
+
 CUT_OFF = "cut off"
 BROKEN = "not valid UTF-8"
 OTHER_TOKENS = "of other tokens than their text encodes to"
@@ -162,10 +165,10 @@ def count_flaws(responses: Iterable[Response]) -> Counter[str]:
     return Counter(flaw for each in responses if (flaw := flaw_of(each)) is not None)
 
 
-def causes_text(counts: Mapping[str, int]) -> str:
-    """Causes with their numbers, "3 cut off, 1 not valid UTF-8"; "none" where there are none."""
+def causes_text(counts: Mapping[str, int], none: str = "none") -> str:
+    """Causes with their numbers, "3 cut off, 1 not valid UTF-8"; `none` where there are none."""
     found = [f"{count} {cause}" for cause, count in sorted(counts.items()) if count]
-    return ", ".join(found) or "none"
+    return ", ".join(found) or none
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ class Sampling:
     distinct: bool = True
     """Whether duplicates were left out."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """[cause] -> responses that were drawn and aren't there."""
+    """[cause] -> responses that were drawn and aren't there. With those that are there they make
+    `drawn`."""
 
     @property
     def is_cut(self) -> bool:

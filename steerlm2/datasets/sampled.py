@@ -11,20 +11,23 @@ Q_theta / Q' is the mass of Q_theta over samples of Q' only. It needs one of
   both hold. With top_p or top_k it doesn't: the mass of Q_theta over S's few answers would be held
   to what it was, or pulled up, while what was cut is never seen, and no log-prob can make up for
   it. That is refused.
+
+The correction for duplicates weighs a response by the probability that it was drawn with, and so
+needs the same of the samples, whatever the share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from steerlm2.data.packing import Group
-from steerlm2.data.records import Record, causes_text
+from steerlm2.data.records import DUPLICATES, Record, causes_text
 from steerlm2.losses import target_weights
 
 
@@ -38,6 +41,16 @@ class SamplingRules:
     """Responses drawn for each prompt, where the loss corrects for left-out duplicates."""
     use_sampler_log_probs: bool = False
     assume_samples_of_q: bool = False
+    log_q_tolerance: float = 0.05
+    """Mean difference between the sampler's log-probs and log Q', nats a token, above which the
+    responses are another model's."""
+
+    @property
+    def needing_samples_of_q(self) -> str:
+        """The keys of the loss that need samples of what the ratios are against; "" for none."""
+        share = f"loss.baseline={self.baseline:g}" if self.baseline < 1 else ""
+        number = self.samples_per_prompt
+        return share or (f"loss.samples_per_prompt={number}" if number is not None else "")
 
 
 def as_sampled(
@@ -57,46 +70,64 @@ def as_sampled(
         ValueError: where the records say something else than the rules need, or nothing.
     """
     of_groups = [records[group.index] for group in groups]
+    needing = rules.needing_samples_of_q
+    warnings: list[str] = []
     if rules.use_sampler_log_probs:
         _refuse(of_groups, _unlike_all_answers, f"{where}: steerlm2.use_sampler_log_probs needs "
                 "answers drawn from all that the model can give, at any temperature above 0, but "
                 "these were drawn at: {found}. Sample with top_p=1.")  # fmt: skip
         groups = [_against_sampler(group, records[group.index], where) for group in groups]
-    elif rules.baseline < 1 and not rules.assume_samples_of_q:
-        _refuse(of_groups, _unlike_q, f"{where}: loss.baseline={rules.baseline:g} needs samples of "
+    elif needing and not rules.assume_samples_of_q:
+        # Of the correction alone, what the config says is enough where the records say nothing.
+        unlike = _unlike_q if rules.baseline < 1 else _recorded_unlike_q
+        _refuse(of_groups, unlike, f"{where}: {needing} needs samples of "
                 "Q' at temperature 1 and top_p 1, but these were drawn at: {found}. Sample with "
                 "temperature=1 top_p=1; or set steerlm2.use_sampler_log_probs=true where only the "
                 "temperature is another and the records have sampler_log_prob; or "
                 "steerlm2.assume_samples_of_q=true if you know better.")  # fmt: skip
-    warnings = []
+        warnings += _another_models(groups, records, rules, where)
+    if needing and not rules.assume_samples_of_q:
+        _refuse_changed(of_groups, needing, where)
     if rules.samples_per_prompt is not None:
         number = rules.samples_per_prompt
         groups = [_with_drawn(group, records[group.index], number, where) for group in groups]
+        warnings += _other_numbers(of_groups, number, where)
     elif rules.baseline < 1:
-        sampling = [record.sampling for record in of_groups if record.sampling is not None]
-        duplicates = sum(each.left_out.get("duplicates", 0) for each in sampling)
-        if duplicates:
-            drawn = sum(each.drawn for each in sampling)
-            warnings.append(
-                f"WARNING: {where}: {duplicates} duplicates of {drawn} draws were left out: rare "
-                "answers count too much, for which loss.samples_per_prompt=recorded corrects"
-            )
+        warnings += _uncorrected_duplicates(of_groups, where)
+    if needing:
+        warnings += _missing(groups, of_groups, where)
     return groups, warnings
+
+
+def unlike_samples_of_q(groups: Sequence[Group], records: Sequence[Record]) -> str:
+    """How many groups were drawn otherwise than at temperature 1 and top_p 1, and how; "" of none.
+
+    Args:
+        records: that the groups are of, by their `index`.
+    """
+    return _found([records[group.index] for group in groups], _unlike_q)
 
 
 def _refuse(
     records: Sequence[Record], reason: Callable[[Record], str | None], message: str
 ) -> None:
-    causes = Counter(cause for record in records if (cause := reason(record)) is not None)
-    if causes:
-        found = causes_text({f"groups of {len(records)} {c}": n for c, n in causes.items()})
+    if found := _found(records, reason):
         raise ValueError(message.format(found=found))
+
+
+def _found(records: Sequence[Record], reason: Callable[[Record], str | None]) -> str:
+    causes = Counter(cause for record in records if (cause := reason(record)) is not None)
+    return causes_text({f"groups of {len(records)} {c}": n for c, n in causes.items()}, none="")
 
 
 def _unlike_q(record: Record) -> str | None:
     if record.sampling is None:
-        return "at unknown settings (no `sampling` in their records)"
+        return "at unknown settings (no `sampling` of ours in their records)"
     return None if record.sampling.is_plain else f"at {record.sampling}"
+
+
+def _recorded_unlike_q(record: Record) -> str | None:
+    return None if record.sampling is None else _unlike_q(record)
 
 
 def _unlike_all_answers(record: Record) -> str | None:
@@ -104,6 +135,62 @@ def _unlike_all_answers(record: Record) -> str | None:
     if sampling is None or sampling.is_cut or sampling.temperature == 0:
         return _unlike_q(record)
     return None
+
+
+def _another_models(
+    groups: Sequence[Group], records: Sequence[Record], rules: SamplingRules, where: str
+) -> Iterator[str]:
+    """Compare the sampler's log-probs with log Q', which they are at temperature 1 and top_p 1.
+
+    The check of the start weights doesn't see it where another model has sampled than has scored.
+
+    Raises:
+        ValueError: where they differ by more than the tolerance in the mean of all groups.
+    """
+    means = []
+    for group in groups:
+        assert group.log_q is not None
+        found = [records[group.index].responses[i].sampler_log_prob for i in group.responses_kept]
+        gaps = [
+            abs(log_q - log_s) / len(response)
+            for log_q, log_s, response in zip(group.log_q, found, group.responses, strict=True)
+            if log_s is not None
+        ]
+        if gaps:
+            means.append(sum(gaps) / len(gaps))
+    if not means:
+        return
+    mean, tolerance = sum(means) / len(means), rules.log_q_tolerance
+    if not mean <= tolerance:
+        raise ValueError(
+            f"{where}: {rules.needing_samples_of_q} needs samples of Q', but the log-probs that "
+            f"they were drawn with differ from log Q' by {mean:.3g} nats a token, more than "
+            f"steerlm2.log_q_tolerance={tolerance:g}: another checkpoint, template or tokenizer "
+            "sampled than has scored. Sample with the model that this run starts from; or set "
+            "steerlm2.use_sampler_log_probs=true, or steerlm2.assume_samples_of_q=true if you know "
+            "better."
+        )
+    if others := sum(each > tolerance for each in means):
+        yield (
+            f"WARNING: {where}: the log-probs that the answers were drawn with differ from log Q' "
+            f"by more than steerlm2.log_q_tolerance={tolerance:g} nats a token in {others} of "
+            f"{len(means)} groups: were these sampled from another model?"
+        )
+
+
+def _refuse_changed(records: Sequence[Record], needing: str, where: str) -> None:
+    changed = sum(
+        record.sampling is not None
+        and record.sampling.drawn != len(record.responses) + sum(record.sampling.left_out.values())
+        for record in records
+    )
+    if changed:
+        raise ValueError(
+            f"{where}: {changed} of {len(records)} groups have other numbers of responses than "
+            "their `sampling` says (`drawn` less what was `left_out`): responses were taken out or "
+            f"added after the sampling, and {needing} needs all of a prompt's samples. Sample "
+            "again, or set steerlm2.assume_samples_of_q=true if you know better."
+        )
 
 
 def _against_sampler(group: Group, record: Record, where: str) -> Group:
@@ -142,9 +229,56 @@ def _with_drawn(
                 "writes: give the number of draws, or null"
             )
         number = sampling.drawn
-    if number < len(group.responses):
+    if number < len(record.responses):
         raise ValueError(
-            f"{place}: {number} draws can't give the {len(group.responses)} distinct responses "
+            f"{place}: {number} draws can't give the {len(record.responses)} distinct responses "
             "that are there"
         )
     return dataclasses.replace(group, drawn=number)
+
+
+def _other_numbers(
+    records: Sequence[Record], number: int | Literal["recorded"], where: str
+) -> Iterator[str]:
+    known = [record.sampling.drawn for record in records if record.sampling is not None]
+    others = sum(drawn != number for drawn in known)
+    if number != "recorded" and others:
+        yield (
+            f"WARNING: {where}: loss.samples_per_prompt={number}, but the records of {others} of "
+            f"{len(records)} groups say that another number was drawn: "
+            "loss.samples_per_prompt=recorded takes theirs"
+        )
+
+
+def _uncorrected_duplicates(records: Sequence[Record], where: str) -> Iterator[str]:
+    left_out, drawn = _left_out(records)
+    if duplicates := left_out[DUPLICATES]:
+        yield (
+            f"WARNING: {where}: {duplicates} duplicates of {drawn} draws were left out: rare "
+            "answers count too much, for which loss.samples_per_prompt=recorded corrects"
+        )
+
+
+def _missing(groups: Sequence[Group], records: Sequence[Record], where: str) -> Iterator[str]:
+    left_out, drawn = _left_out(records)
+    del left_out[DUPLICATES]
+    left_out["not used here"] = sum(
+        len(record.responses) - len(group.responses)
+        for group, record in zip(groups, records, strict=True)
+        if record.sampling is not None
+    )
+    if missing := left_out.total():
+        yield (
+            f"{where}: of {drawn} draws {missing} aren't there ({causes_text(left_out)}): the loss "
+            "takes the others for all that Q' gives, so that mean_ratio may come to "
+            f"{drawn / max(drawn - missing, 1):.3f}"
+        )
+
+
+def _left_out(records: Sequence[Record]) -> tuple[Counter[str], int]:
+    """[cause] -> responses, and how many were drawn, of the records that say it."""
+    left_out: Counter[str] = Counter()
+    known = [record.sampling for record in records if record.sampling is not None]
+    for sampling in known:
+        left_out.update(sampling.left_out)
+    return left_out, sum(sampling.drawn for sampling in known)

@@ -39,7 +39,8 @@ GLOSSARY = {
     "steering_mae_se": "standard error over requests; of a change, of the paired differences",
     "steering_exact_match": "share of scores that round to the requested value, averaged likewise",
     "words_mean": "length of an answer; words_p90 is its 90th percentile",
-    "distinct_1": "share of different words; distinct_2 of pairs of words: low: repetition",
+    "distinct_1": "share of different words; distinct_2 of pairs of words: low: repetition, or "
+    "longer answers",
     "independent_mae": "steering_mae by an attribute model that was trained on other labels; it "
     "should fall along",
     "independent_mae_se": "its standard error over requests",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from statistics import median
+from typing import Literal, TypeAlias
+
+Cause: TypeAlias = Literal["leak", "memorised, probably", "memorised", "samples"]
 
 LOWEST, HIGHEST = 0.7, 1.4
 """Outside of them m is worth a warning: about a third of the probability has moved."""
@@ -16,14 +19,16 @@ class RatioWatch:
 
     Args:
         baseline: share of the baseline of the loss.
+        unlike_q: how the training samples were drawn, where not from Q' itself; "" where they were
+            (`unlike_samples_of_q`).
     """
 
-    def __init__(self, baseline: float) -> None:
+    def __init__(self, baseline: float, unlike_q: str = "") -> None:
         self.baseline = baseline
+        self.unlike_q = unlike_q
         self._recent: deque[float] = deque(maxlen=STEPS)
-        self._first: float | None = None
         self._validation: float | None = None
-        self._said: set[str] = set()
+        self._said: set[Cause] = set()
 
     def validated(self, mean_ratio: float) -> None:
         """Take note of m on validation groups."""
@@ -31,8 +36,6 @@ class RatioWatch:
 
     def trained(self, mean_ratio: float) -> str | None:
         """Take note of a logged step's m; a warning, if there is a new one."""
-        if self._first is None:
-            self._first = mean_ratio
         self._recent.append(mean_ratio)
         typical = median(self._recent)
         if len(self._recent) < STEPS or LOWEST <= typical <= HIGHEST:
@@ -41,28 +44,34 @@ class RatioWatch:
         if cause in self._said:
             return None
         self._said.add(cause)
+        # At the start weights m is 1 whatever was sampled from, so that only the records tell.
+        other = (
+            f" Or it is no sign of that: the samples aren't from Q' itself, but were drawn at: "
+            f"{self.unlike_q}. Then m needn't stay near 1."
+        )
         return (
             f"WARNING: mean_ratio, the mean of Q_theta / Q' over the samples, is {typical:.2g} in "
-            f"the last {STEPS} logged steps, where it should stay near 1. {cause}"
+            f"the last {STEPS} logged steps, where it should stay near 1. {self._text(cause)}"
+            + (other if self.unlike_q else "")
         )
 
-    def _cause(self, typical: float) -> str:
-        assert self._first is not None
-        if not LOWEST <= self._first <= HIGHEST:
-            return (
-                "It was not near 1 at the first logged step either: the samples aren't from Q' "
-                "(the start weights at temperature 1 and top_p 1), or their log-probs are "
-                "another's, or lr is far too high."
-            )
+    def _cause(self, typical: float) -> Cause:
         if typical < LOWEST:
+            return "leak"
+        if self._validation is None:
+            return "memorised, probably"
+        return "memorised" if self._validation <= HIGHEST else "samples"
+
+    def _text(self, cause: Cause) -> str:
+        if cause == "leak":
             remedy = "lower loss.baseline" if self.baseline > 0 else "lower lr"
             return f"Probability leaks to strings that nobody sampled: {remedy}, or sample again."
-        if self._validation is None:
+        if cause == "memorised, probably":
             return (
                 "Probably the training samples are being memorised (dataset_val would tell): raise "
                 "loss.baseline, train for fewer steps, or sample again."
             )
-        if self._validation <= HIGHEST:
+        if cause == "memorised":
             return (
                 f"On validation groups it is {self._validation:.2g}: the training samples are "
                 "being memorised. Raise loss.baseline, train for fewer steps, or sample again."

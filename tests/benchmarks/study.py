@@ -201,7 +201,7 @@ class Task:
 class Study:
     """All tasks, and what is in the folder of the study.
 
-    output/seed0/NAME are the stages up to fine-tuning, output/seed0/acsft_250/VARIANT the folder of
+    output/seed0/NAME are the stages up to fine-tuning, output/seed0/from_250/VARIANT the folder of
     a pipeline that begins with them (links), output/records what is done.
     """
 

@@ -15,11 +15,13 @@ import torch
 from steerlm2.data.packing import Group, targets_of
 from steerlm2.data.records import Record, Response, Sampling, Turn, record_to_json
 from steerlm2.data.records import parse_record as parse
-from steerlm2.datasets.sampled import SamplingRules, as_sampled
+from steerlm2.datasets.sampled import SamplingRules, as_sampled, unlike_samples_of_q
 from steerlm2.losses import SteerLM2Loss, target_weights
 
-LOG_S = [-2.0, -3.0]
-PLAIN = Sampling(drawn=4, temperature=1.0, top_p=1.0)
+LOG_Q = [-2.5, -3.5]
+LOG_S = [-2.45, -3.55]
+"""0.025 nats a token from log Q', within the tolerance."""
+PLAIN = Sampling(drawn=2, temperature=1.0, top_p=1.0)
 
 
 def record(sampling: Sampling | None, log_s: list[float | None] | None = None) -> Record:
@@ -33,7 +35,7 @@ def record(sampling: Sampling | None, log_s: list[float | None] | None = None) -
 def group(index: int = 0) -> Group:
     return Group(
         [1], [[2, 3], [4, 3]], index, [0, 1], log_p_attributes=[-1.0, -0.5],
-        log_p_response=[-4.0, -5.0], log_q=[-2.5, -3.5], weights=[0.4, 0.6],
+        log_p_response=[-4.0, -5.0], log_q=LOG_Q, weights=[0.4, 0.6],
     )  # fmt: skip
 
 
@@ -68,17 +70,96 @@ def test_other_samples_are_refused_for_a_smaller_share(
     assert sampled(sampling, baseline=0.5, assume_samples_of_q=True) == (group(), [])
 
 
+@pytest.mark.parametrize(
+    "sampling", [dataclasses.replace(PLAIN, temperature=0.7), dataclasses.replace(PLAIN, top_p=0.9)]
+)
+@pytest.mark.parametrize("number", ["recorded", 2])
+def test_other_samples_are_refused_for_the_correction_of_the_papers_loss(
+    sampling: Sampling, number: Any
+) -> None:
+    """It weighs by the probability that an answer was drawn with, which isn't Q' then."""
+    with pytest.raises(ValueError, match=f"FILE: loss.samples_per_prompt={number} needs samples"):
+        sampled(sampling, samples_per_prompt=number)
+    found, _ = sampled(sampling, samples_per_prompt=number, assume_samples_of_q=True)
+    assert found.drawn == 2
+
+
+def test_a_number_of_draws_is_enough_for_the_papers_loss_where_records_say_nothing() -> None:
+    assert sampled(None, samples_per_prompt=8)[0].drawn == 8
+
+
+@pytest.mark.parametrize("rules", [{"baseline": 0.5}, {"samples_per_prompt": "recorded"}])
+def test_samples_of_another_model_than_has_scored_are_refused(rules: dict[str, Any]) -> None:
+    """Whose start weights pass the check against log Q'. By (2 + 1) / 2 / 2 tokens here."""
+    own = record(PLAIN, [LOG_Q[0] + 2, LOG_Q[1] - 1])
+    with pytest.raises(ValueError, match=r"FILE: loss\..* differ from log Q' by 0.75 nats a token"):
+        as_sampled([group()], [own], SamplingRules(**rules), "FILE")
+    for more in ({"log_q_tolerance": 0.8}, {"assume_samples_of_q": True}):
+        as_sampled([group()], [own], SamplingRules(**rules, **more), "FILE")
+
+
+def test_a_few_groups_of_another_model_are_told() -> None:
+    """One of 20, that is off by 0.25 nats a token; 0.04 in the mean of all."""
+    records = [record(PLAIN) for _ in range(19)] + [record(PLAIN, [LOG_Q[0], LOG_Q[1] - 1])]
+    rules = SamplingRules(baseline=0.5, log_q_tolerance=0.1)
+    _, (warning,) = as_sampled([group(i) for i in range(20)], records, rules, "FILE")
+    assert "in 1 of 20 groups: were these sampled from another model?" in warning
+
+
+@pytest.mark.parametrize(("drawn", "left_out"), [(4, {}), (2, {"empty": 1}), (16, {"cut_off": 13})])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"baseline": 0.5},
+        {"baseline": 0.5, "use_sampler_log_probs": True},
+        {"samples_per_prompt": "recorded"},
+    ],
+)
+def test_groups_whose_responses_were_chosen_after_the_sampling_are_refused(
+    rules: dict[str, Any], drawn: int, left_out: dict[str, int]
+) -> None:
+    """2 responses are there; what was drawn is there, or is counted as left out."""
+    sampling = dataclasses.replace(PLAIN, drawn=drawn, left_out=left_out)
+    with pytest.raises(ValueError, match="FILE: 1 of 1 groups have other numbers of responses"):
+        sampled(sampling, **rules)
+    assert sampled(sampling) == (group(), [])
+
+
+def test_responses_that_do_not_fit_were_drawn_all_the_same() -> None:
+    """A third one is in the record, but not in the group: 3 draws are right, and 2 can't be."""
+    own = record(dataclasses.replace(PLAIN, drawn=3))
+    own.responses.append(Response("too long", extra={"sampler_log_prob": -90.0}))
+    rules = SamplingRules(baseline=0.5, samples_per_prompt="recorded")
+    (found,), warnings = as_sampled([group()], [own], rules, "FILE")
+    assert found.drawn == 3
+    assert "of 3 draws 1 aren't there (1 not used here)" in warnings[0]
+    rules = SamplingRules(baseline=0.5, samples_per_prompt=2)
+    with pytest.raises(ValueError, match="2 draws can't give the 3 distinct responses"):
+        as_sampled([group()], [own], rules, "FILE")
+
+
 def test_duplicates_that_are_not_corrected_for_are_told() -> None:
-    sampling = dataclasses.replace(PLAIN, left_out={"duplicates": 2})
+    sampling = dataclasses.replace(PLAIN, drawn=4, left_out={"duplicates": 2})
     (warning,) = sampled(sampling, baseline=0.5)[1]
     assert "FILE: 2 duplicates of 4 draws" in warning
     assert sampled(sampling, baseline=0.5, samples_per_prompt="recorded")[1] == []
 
 
-@pytest.mark.parametrize(("number", "drawn"), [("recorded", 4), (9, 9)])
+def test_what_else_was_left_out_is_told_with_what_it_does_to_the_mean_ratio() -> None:
+    """Answers of probability 3/5 remain, so that Q_theta may give them 5/3 of what Q' gives."""
+    left_out = {"cut_off": 3, "empty": 1, "duplicates": 4}
+    sampling = dataclasses.replace(PLAIN, drawn=10, left_out=left_out)
+    (told,) = sampled(sampling, baseline=0.5, samples_per_prompt="recorded")[1]
+    assert "of 10 draws 4 aren't there (3 cut_off, 1 empty)" in told
+    assert told.endswith("mean_ratio may come to 1.667")
+
+
+@pytest.mark.parametrize(("number", "drawn"), [("recorded", 2), (9, 9)])
 def test_a_number_goes_before_the_recorded_one(number: Any, drawn: int) -> None:
-    found, _ = sampled(PLAIN, samples_per_prompt=number)
+    found, warnings = sampled(PLAIN, samples_per_prompt=number)
     assert targets_of([found]).drawn_G.tolist() == [drawn]  # type: ignore[union-attr]
+    told = ["records of 1 of 1 groups say that another number" in warning for warning in warnings]
+    assert told == [True] * (number == 9)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +167,7 @@ def test_a_number_goes_before_the_recorded_one(number: Any, drawn: int) -> None:
     [
         (None, "recorded", "no `sampling`"),
         (dataclasses.replace(PLAIN, distinct=False), "recorded", "distinct: false"),
-        (dataclasses.replace(PLAIN, drawn=1), "recorded", "1 draws can't give the 2"),
+        (None, 1, "1 draws can't give the 2"),
     ],
 )
 def test_numbers_of_draws_that_cannot_be_are_refused(
@@ -103,9 +184,9 @@ def test_the_samplers_log_probs_stand_for_log_q() -> None:
     targets = targets_of([found])
     assert targets.log_q_N is not None
     assert targets.log_q_N.tolist() == LOG_S
-    expected = torch.tensor([-1 - 4 + 2.0, -0.5 - 5 + 3.0], dtype=torch.float64).softmax(0)
+    expected = torch.tensor([-1 - 4 + 2.45, -0.5 - 5 + 3.55], dtype=torch.float64).softmax(0)
     assert found.weights == pytest.approx(expected.tolist())
-    assert found.log_q == group().log_q
+    assert found.log_q == LOG_Q
 
 
 @pytest.mark.parametrize(
@@ -123,6 +204,22 @@ def test_responses_without_the_samplers_log_prob_are_refused(unknown: Any) -> No
     rules = SamplingRules(use_sampler_log_probs=True)
     with pytest.raises(ValueError, match=r"FILE, record 1: .* 1 have none"):
         as_sampled([group()], [own], rules, "FILE")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "found"),
+    [
+        (PLAIN, ""),
+        (dataclasses.replace(PLAIN, temperature=1.3), "1 groups of 2 at temperature 1.3, top_p 1"),
+        (None, "1 groups of 2 at unknown settings"),
+    ],
+)
+def test_how_other_samples_were_drawn_is_said_in_words(
+    sampling: Sampling | None, found: str
+) -> None:
+    words = unlike_samples_of_q([group(0), group(1)], [record(PLAIN), record(sampling)])
+    assert words.startswith(found)
+    assert bool(words) == bool(found)
 
 
 # The key in files

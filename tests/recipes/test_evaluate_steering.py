@@ -538,6 +538,20 @@ def test_what_the_scores_cost_is_measured(
     assert found["kl_reference"] == pytest.approx(12 * 9 / 512, abs=0.05)
 
 
+def test_a_reference_that_has_nothing_to_compare_with_is_said(
+    model: Path, answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody knows with which log-probs given answers were drawn."""
+    found = run_here(
+        tmp_path / "out",
+        f"models.one.answers={answers}",
+        f"reference_model.checkpointer._component_={CHECKPOINTER}",
+        f"reference_model.checkpointer.checkpoint_dir={model}",
+    )
+    assert "kl_reference" not in found["one"]["metrics"]
+    assert "WARNING: models.one: no kl_reference: none of its answers" in capsys.readouterr().out
+
+
 def test_an_attribute_server_scores(answers: Path, fake_vllm: FakeVLLM, tmp_path: Path) -> None:
     run_here(
         *(tmp_path / "out", f"models.one.answers={answers}", "exact_scorer=null"),

@@ -8,9 +8,12 @@ from steerlm2.training.ratio_watch import STEPS, RatioWatch
 
 
 def warnings(
-    ratios: list[float], baseline: float = 0.5, validation: float | None = None
+    ratios: list[float],
+    baseline: float = 0.5,
+    validation: float | None = None,
+    unlike_q: str = "",
 ) -> list[str]:
-    watch = RatioWatch(baseline)
+    watch = RatioWatch(baseline, unlike_q)
     found = []
     for ratio in ratios:
         if validation is not None:
@@ -51,7 +54,26 @@ def test_the_cause_is_named(
     assert f"is {later:.2g}" in warning
 
 
+@pytest.mark.parametrize(("ratio", "cause"), [(0.3, "leaks"), (5.0, "memorised")])
+def test_samples_of_something_else_are_named_as_a_cause(ratio: float, cause: str) -> None:
+    """Which m at the first step can't show: it is 1 at the start weights under any sampler."""
+    drawn = "40 groups of 40 at temperature 1.3, top_p 1"
+    (warning,) = warnings([1.0] + [ratio] * 60, unlike_q=drawn)
+    assert cause in warning
+    assert f"the samples aren't from Q' itself, but were drawn at: {drawn}." in warning
+
+
 @pytest.mark.parametrize("ratio", [0.3, 5.0])
-def test_a_ratio_that_was_off_from_the_first_step_is_another_samplers(ratio: float) -> None:
-    (warning,) = warnings([ratio] * 60)
-    assert "aren't from Q'" in warning
+def test_a_ratio_that_is_off_from_the_first_step_has_the_same_causes(ratio: float) -> None:
+    """A resumed run begins where an earlier one was stopped."""
+    assert warnings([ratio] * 60) == warnings([1.0] + [ratio] * 60)
+
+
+def test_each_cause_is_said_once() -> None:
+    """Whatever the number of the last validation."""
+    watch = RatioWatch(0.0)
+    found = []
+    for step in range(100):
+        watch.validated(1.0 + step / 1000)
+        found.append(watch.trained(1.8))
+    assert len([warning for warning in found if warning is not None]) == 1
