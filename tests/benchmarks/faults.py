@@ -37,6 +37,9 @@ MARKER = "STEERLM2_FAULTS"
 """The environment variable by which a pipeline's processes are known."""
 PATIENCE = 120.0
 """Seconds for a pipeline to end after a fault."""
+SHARE = 0.6
+"""Of the seconds that a stage took undisturbed, in which a fault comes: a stage goes on from what
+the run before saved, and one that is complete isn't run again."""
 SECONDS_TO_SAVE = 30.0
 """For a stage whose pipeline has gone: SIGTERM reaches it, and it may save."""
 COMPARED = ("summary.json", "evaluate/steering.json", "*/epoch_*/*.safetensors", "*/*.jsonl")
@@ -274,7 +277,7 @@ def main() -> None:
             left = list(took)[number:]
             while [fault.stage for fault in faults].count(stage) < args.per_stage:
                 pipeline = Pipeline(faulty, overrides, args.output / f"{len(faults):03}.log")
-                kind, delay = kinds[len(faults) % len(kinds)], rng.uniform(0, seconds)
+                kind, delay = kinds[len(faults) % len(kinds)], rng.uniform(0, SHARE * seconds)
                 fault = hit(pipeline, kind, left, delay)
                 if fault is None:
                     break
