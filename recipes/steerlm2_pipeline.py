@@ -391,6 +391,8 @@ def run_command(command: str, log: Path | None, lock: int) -> int:
 def failure(stage: Stage, status: int, log: Path | None) -> str:
     """The message about a stage that failed."""
     text = f"stage {stage.name} failed with exit status {status}"
+    if status in (-signal.SIGKILL, 128 + signal.SIGKILL):  # the latter from a shell
+        text += " (SIGKILL: so ends what a machine has no memory for)"
     if log is not None:
         lines = [
             line.rpartition("\r")[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import signal
@@ -37,6 +38,14 @@ same one, prints it and torchrun ends them. A choice: it only delays errors of s
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status, as a shell has it."""
+
+_AND_GO_ON = ", and give the same command again: what was complete is kept"
+CANNOT_WRITE = {
+    errno.ENOSPC: "Free some space where the outputs are" + _AND_GO_ON,
+    errno.EDQUOT: "Free some of the quota where the outputs are" + _AND_GO_ON,
+    errno.EROFS: "Make the outputs' file system writable" + _AND_GO_ON,
+}
+"""What to do about errors whose own text says what the matter is, but not always where."""
 
 HELP_FLAGS = {"-h", "--help"}
 
@@ -142,6 +151,8 @@ def _error_message(error: Exception) -> str:
         text = f"there is no file {os.path.abspath(error.filename)}"
         if str(error.filename) in map(os.path.abspath, sys.argv):  # an unknown name, to torchtune
             text += " and no ready-made config of that name (`tune ls` lists them)"
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        text += ". " + CANNOT_WRITE[error.errno]
     if isinstance(error, yaml.YAMLError):
         text = f"the config is not valid YAML: {text}"
     rank = os.environ.get("RANK", "0")

@@ -243,6 +243,13 @@ def test_a_stage_needs_those_it_reads_from(tune: Any, two_stages: Path) -> None:
     assert "stage split reads what draw writes, which is not complete" in result.stderr
 
 
+def test_a_stage_without_memory_says_what_ended_it(tune: Any, two_stages: Path) -> None:
+    killed = "stages.draw.launch='kill -KILL $$;'"
+    result = tune("steerlm2_pipeline", "--config", str(two_stages), killed, check=False)
+    assert result.returncode == 1
+    assert "stage draw failed with exit status 137 (SIGKILL: so ends what" in result.stderr
+
+
 def test_a_failing_stage_says_where_its_log_is(tune: Any, two_stages: Path, tmp_path: Path) -> None:
     wrong = "stages.split.overrides.schema.names=[humor]"
     result = tune("steerlm2_pipeline", "--config", str(two_stages), wrong, check=False)

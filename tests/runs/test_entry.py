@@ -79,7 +79,16 @@ def test_problems_end_in_a_message_and_status_1(
         (ValueError("line 1\nline 2"), "error: line 1\nline 2\n"),
         (FileNotFoundError("no such thing; make it"), "error: no such thing; make it\n"),
         (FileNotFoundError(2, "No such file", "/a/b"), "error: there is no file /a/b\n"),
-        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n"),
+        (
+            OSError(28, "No space left on device"),
+            "error: [Errno 28] No space left on device. Free some space where the outputs are, "
+            "and give the same command again: what was complete is kept\n",
+        ),
+        (
+            OSError(30, "Read-only file system", "out/run.json"),
+            "error: [Errno 30] Read-only file system: 'out/run.json'. Make the outputs' file "
+            "system writable, and give the same command again: what was complete is kept\n",
+        ),
         (ValueError(), "error: ValueError\n"),
     ],
 )
