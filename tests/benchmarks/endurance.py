@@ -6,7 +6,8 @@ Two ranks train tiny/steerlm2, which saves its state every few steps, is ended b
 moments, about every `--minutes`, and goes on by the same command. Meanwhile clients ask the servers
 of tiny/serve_reward and of the model of `--model`, one request after another; each answer is
 compared with the one that was given at the beginning. Every `--every` seconds the memory,
-descriptors and threads of the servers and of both ranks are noted.
+descriptors and threads of the servers and of both ranks are noted. The attribute model of `--model`
+is the folder `reward` beside it.
 
 Leaves usage.jsonl, endurance.png and endurance.md in DIR.
 """
@@ -199,7 +200,12 @@ def main() -> None:
     training, rows = Training(args.output, args.minutes), list[dict[str, Any]]()
     with (
         serving("serve_reward", 1) as reward,
-        serving("serve_steerlm", 1, f"checkpointer.checkpoint_dir={args.model}") as steering,
+        serving(
+            "serve_steerlm",
+            1,
+            f"checkpointer.checkpoint_dir={args.model}",
+            f"attribute_model.checkpointer.checkpoint_dir={args.model.parent / 'reward'}",
+        ) as steering,
     ):
         scores = asyncio.run(serve_reward.one_at_a_time(reward, asked))
         texts = asyncio.run(serve_steerlm.alone(steering, questions))
