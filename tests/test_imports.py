@@ -21,10 +21,10 @@ FROM_THE_GROUND_UP = (
         "attributes",
         "losses",
         "files",
-        "checkpoint_dirs",
-        "escaping",
-        "facts",
         "masking",
+        "escaping",
+        "checkpoint_dirs",
+        "facts",
         "page_templates",
     ),
     ("models",),
@@ -42,7 +42,7 @@ FROM_THE_GROUND_UP = (
     ("pipeline",),
 )
 """A module imports from its own part of the package and from parts that stand above it here; losses
-and facts import attributes, facts checkpoint_dirs, and that one files."""
+and facts import attributes, facts checkpoint_dirs, it files and escaping, which imports masking."""
 
 LEVELS = {part: level for level, parts in enumerate(FROM_THE_GROUND_UP) for part in parts}
 WITHIN_A_LEVEL = {
@@ -50,6 +50,8 @@ WITHIN_A_LEVEL = {
     ("facts", "attributes"),
     ("facts", "checkpoint_dirs"),
     ("checkpoint_dirs", "files"),
+    ("checkpoint_dirs", "escaping"),
+    ("escaping", "masking"),
 }
 
 

@@ -24,7 +24,7 @@ from steerlm2.config.docs import help_text, keys_of
 from steerlm2.config.keys import ModelKeys, check_checkpoints
 from steerlm2.config.loader import CONFIG_CLASS, LOG, ConfigT, load_config
 from steerlm2.distributed.world import end_rank
-from steerlm2.runs.logs import shown
+from steerlm2.escaping import shown
 from steerlm2.torchtune_private import parse_arguments
 
 USER_ERRORS = (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException)

@@ -93,6 +93,14 @@ def test_a_config_without_heads_is_named(tmp_path: Path) -> None:
         vllm_command(tmp_path, 1)
 
 
+@pytest.mark.parametrize("index", ["{}", '{"metadata": {}}', '{"metadata": []}', "[", "[]"])
+def test_an_index_without_the_weights_size_is_named(index: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 1)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json .*: download it again"):
+        vllm_command(folder, 1)
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         vllm_command(tmp_path, 1)
