@@ -12,6 +12,7 @@ import shlex
 import socket
 import sys
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -133,8 +134,8 @@ class _Shown(logging.Formatter):
 class _QuietFile(logging.FileHandler):
     """A log file that ignores errors of writing it."""
 
-    def _open(self) -> TextIO:
-        return cast(TextIO, open_own(Path(self.baseFilename), self.mode))
+    def _open(self) -> TextIOWrapper:
+        return cast(TextIOWrapper, open_own(Path(self.baseFilename), self.mode))
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
