@@ -41,8 +41,8 @@ FROM_THE_GROUND_UP = (
     ("planning",),
     ("pipeline",),
 )
-"""A module imports from its own part of the package and from parts that stand above it here; losses
-and facts import attributes, facts checkpoint_dirs, it files and escaping, which imports masking."""
+"""A module imports from its own part of the package and from parts that stand above it here; and
+within the first level as follows."""
 
 LEVELS = {part: level for level, parts in enumerate(FROM_THE_GROUND_UP) for part in parts}
 WITHIN_A_LEVEL = {
@@ -52,6 +52,7 @@ WITHIN_A_LEVEL = {
     ("checkpoint_dirs", "files"),
     ("checkpoint_dirs", "escaping"),
     ("escaping", "masking"),
+    ("page_templates", "escaping"),
 }
 
 
