@@ -14,6 +14,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 import socket
 import ssl
 import threading
@@ -299,10 +300,11 @@ def own_api_key() -> str | None:
     """The key of the environment, or of the file that it names; None: there is none.
 
     Raises:
-        ValueError: where the file is empty or can't be read.
+        ValueError: where the file is empty or can't be read, and where the key isn't a word that a
+            header can have; the message doesn't tell it.
     """
     if key := os.environ.get(API_KEY):
-        return key
+        return _checked_key(key, API_KEY)
     if not (file := os.environ.get(API_KEY_FILE)):
         return None
     try:
@@ -311,6 +313,12 @@ def own_api_key() -> str | None:
         raise ValueError(f"{API_KEY_FILE}: {file} can't be read ({error})") from error
     if not key:
         raise ValueError(f"{API_KEY_FILE}: {file} is empty")
+    return _checked_key(key, f"{API_KEY_FILE}: {file}")
+
+
+def _checked_key(key: str, where: str) -> str:
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(f"{where} must have one key, of ASCII characters without spaces")
     return key
 
 

@@ -28,8 +28,14 @@ from typing import Any
 
 import httpx
 
-from steerlm2.checkpoint_dirs import INDEX_FILE, read_json, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import (
+    INDEX_FILE,
+    WEIGHT_SUFFIXES,
+    read_json,
+    resolve_checkpoint_dir,
+)
 from steerlm2.escaping import shown
+from steerlm2.files import check_unchanged, read_sums
 from steerlm2.runs.child_process import ChildProcess
 
 SHARE_FOR_WEIGHTS = 0.6
@@ -261,6 +267,10 @@ def main() -> None:
         if not command:
             print(shlex.join(server_command))
             return
+        folder = resolve_checkpoint_dir(args.checkpoint_dir)
+        # vLLM itself doesn't look.
+        weights = [name for name in read_sums(folder) if Path(name).suffix in WEIGHT_SUFFIXES]
+        check_unchanged(folder, weights)
         status = run_with_server(
             server_command,
             command,

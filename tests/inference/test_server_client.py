@@ -111,6 +111,21 @@ def test_the_key_is_the_environments_or_of_a_file_that_it_names(
     assert server_client.own_api_key() == "other"
 
 
+@pytest.mark.parametrize("key", ["S3CR one\n", "S3CR\nS3CR", "S3CRé", "S3CR\tx"])
+def test_a_key_that_no_header_can_have_is_refused(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """httpx would quote it in its message."""
+    (tmp_path / "key").write_text(key)
+    for name, value in (("_FILE", str(tmp_path / "key")), ("", key)):
+        monkeypatch.setenv(f"STEERLM2_API_KEY{name}", value)
+        with pytest.raises(
+            ValueError, match=rf"STEERLM2_API_KEY{name}.* must have one key"
+        ) as error:
+            server_client.own_api_key()
+        assert "S3CR" not in str(error.value)
+
+
 def test_nothing_to_ask_is_not_asked(fake_vllm: Any) -> None:
     assert connected(fake_vllm).classify([]) == []
     assert fake_vllm.texts == []
