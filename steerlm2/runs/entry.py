@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from steerlm2._tune import recipe_directories
+from steerlm2._tune import INTERRUPTED, recipe_directories
 from steerlm2.config.docs import help_text, keys_of
 from steerlm2.config.keys import ModelKeys, check_checkpoints
 from steerlm2.config.loader import CONFIG_CLASS, LOG, ConfigT, load_config
@@ -34,9 +34,6 @@ TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
 SECONDS_FOR_RANK_0 = 5.0
 """How long the other ranks wait before they print an error, so that rank 0, which mostly has the
 same one, prints it and torchrun ends them. A choice: it only delays errors of single ranks."""
-
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit status, as a shell has it."""
 
 HELP_FLAGS = {"-h", "--help"}
 
