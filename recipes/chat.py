@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from steerlm2.attributes import parse_label
 from steerlm2.config.keys import SteeredKeys
 from steerlm2.distributed.world import init_world
+from steerlm2.escaping import shown
 from steerlm2.inference.chat import Chat, InputDroppedError, whole_lines
 from steerlm2.inference.load_steered import load_steered_model
 from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.runs.entry import recipe_main
-from steerlm2.runs.logs import shown
 
 
 @dataclass(kw_only=True)

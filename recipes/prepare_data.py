@@ -371,6 +371,9 @@ def _write(
     Args:
         counted: the word for what is counted of a record: its answers, or those with a label.
         settings: go beside each file, where there are any.
+
+    Raises:
+        ValueError: where the folder was removed meanwhile.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     temporaries = {
@@ -401,6 +404,11 @@ def _write(
                     tell(f"{name:<15} removed: left by an earlier run, this one has none")
             if tally.num_unheld:
                 tell(_unheld_text(FILES[split][""], FILES[split]["regression"], tally))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{output_dir.absolute()} was removed or replaced while the run wrote into it: start "
+            "the run again"
+        ) from error
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)

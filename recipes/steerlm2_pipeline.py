@@ -45,7 +45,7 @@ from steerlm2.config.environment import escaped, resolved, variables_in, with_va
 from steerlm2.config.loader import REST, as_yaml, config_problems, load_recipe, yaml_key
 from steerlm2.evaluation.model_card import add_evaluation
 from steerlm2.evaluation.report import markdown_table, read_report
-from steerlm2.files import sync_all
+from steerlm2.files import open_own, sync_all, write_durably
 from steerlm2.masking import masked
 from steerlm2.pipeline.next_steps import next_steps
 from steerlm2.pipeline.page import evaluated_models, pipeline_page
@@ -197,7 +197,7 @@ class PipelineRecipe:
         signal.signal(signal.SIGUSR1, self._stop)
         make_output_dir(self.output_dir)
         with self.state.lock() as lock:
-            (self.output_dir / "config.yaml").write_text(as_yaml(self.cfg))
+            write_durably(self.output_dir / "config.yaml", as_yaml(self.cfg))
             for name in (SUMMARY, REPORT):
                 (self.output_dir / name).unlink(missing_ok=True)  # of an earlier evaluation
             for stage in self.selected:
@@ -232,8 +232,8 @@ class PipelineRecipe:
             for metric in metrics
         }
         page = pipeline_page(self.output_dir, self.plan, self.values, evaluations[-1])
-        (self.output_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-        (self.output_dir / REPORT).write_text(page, encoding="utf-8")
+        write_durably(self.output_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_durably(self.output_dir / REPORT, page)
         for folder in evaluated_models(self.plan, self.values, list(results)):
             add_evaluation(folder, results)
         shown = [metric for metric in ("exact_kl", "steering_mae") if metric in summary]
@@ -375,7 +375,7 @@ def run_command(command: str, log: Path | None, lock: int) -> int:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
     }
-    with open(log or os.devnull, "ab") as output:
+    with open_own(log or Path(os.devnull), "ab") as output:
         output.write(f"\n$ {masked(command)}\n".encode())
         output.flush()
         with ChildProcess(

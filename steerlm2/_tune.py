@@ -137,6 +137,9 @@ SINGLE_PROCESS_RECIPES = {
     *("prepare_data", "serve_reward", "serve_steerlm", "chat", "steerlm2_pipeline", "plan_memory")
 }
 
+INTERRUPTED = 130
+"""Exit status of what Ctrl-C ended, as a shell has it."""
+
 
 def recipe_directories() -> tuple[Path, Path]:
     """Return the absolute folders of the recipes and of their configs.
@@ -202,6 +205,35 @@ def let_help_through(cli_run: ModuleType) -> None:
     cli_run.Run._run_cmd = run_command_or_help
 
 
+def end_by_interrupt_in_one_line(cli_run: ModuleType) -> None:
+    """Make Ctrl-C end `tune run` of our recipes in one line while their imports last; from then on
+    they see to it themselves.
+
+    torchtune's own are left alone, as by `let_help_through`.
+    """
+    try:
+        run_command = cli_run.Run._run_cmd
+    except AttributeError:
+        return
+
+    def run_command_or_end(self: Any, args: argparse.Namespace) -> None:
+        try:
+            run_command(self, args)
+        except KeyboardInterrupt:
+            if args.recipe not in RECIPES:
+                raise
+            print("SIGINT: stopped", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+
+    cli_run.Run._run_cmd = run_command_or_end
+
+
+def adapt_run(cli_run: ModuleType) -> None:
+    """What `tune run` does otherwise for our recipes."""
+    let_help_through(cli_run)
+    end_by_interrupt_in_one_line(cli_run)
+
+
 class _PatchingLoader(SourceFileLoader):
     """Loads a module and then calls `patch` on it."""
 
@@ -232,7 +264,7 @@ class _RunFinder:
     ) -> ModuleSpec | None:
         if name != "torchtune._cli.run":
             return None
-        return _find_patched(name, path, let_help_through)
+        return _find_patched(name, path, adapt_run)
 
 
 def find_registry(name: str, path: Sequence[str] | None) -> ModuleSpec | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from steerlm2.files import has_changed, read_sums, sha256
+from steerlm2.escaping import shown
+from steerlm2.files import has_changed, parse_json, read_sums, sha256
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,8 +37,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     content = read_own(file)
     try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(content)
+    except ValueError as error:
         raise ValueError(
             f"{file.absolute()} is damaged or cut off ({error}): download it again"
         ) from error
@@ -84,7 +84,7 @@ def _is_own(file: Path) -> bool:
 @functools.cache
 def _warn(text: str) -> None:
     """Once."""
-    print(text, file=sys.stderr)
+    print(shown(text), file=sys.stderr)
 
 
 def resolve_checkpoint_dir(
@@ -153,8 +153,8 @@ def weight_files(folder: Path) -> list[str]:
         return []
     content = read_own(index)
     try:
-        names = set(json.loads(content)["weight_map"].values())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        names = set(parse_json(content)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{index.absolute()} is damaged or cut off ({error!r}): download it again"
         ) from error

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from steerlm2.masking import masked
+
 _REPLACEMENT = "\ufffd"
 _CONTROLS = {i: _REPLACEMENT for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 """Instead of characters that would move a terminal's cursor, or do more."""
@@ -18,6 +20,11 @@ _MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<!\w)_|_(?!\w)")
 def printable(text: str) -> str:
     """A text without control characters, except newlines and tabs: a terminal obeys them."""
     return text.translate(_CONTROLS)
+
+
+def shown(text: str) -> str:
+    """A message for people: without secrets, and without what a terminal would obey."""
+    return printable(masked(text))
 
 
 def one_line(text: str, most: int = 200) -> str:

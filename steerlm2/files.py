@@ -1,4 +1,4 @@
-"""Files that are whole after a power cut, and digests that show where they aren't.
+"""Files that are whole after a power cut and are no others' files, and digests that show damage.
 
 After a power cut a file system may leave a new file empty, cut off, or filled with NULs, unless the
 program had waited (fsync) until the file, and its name in the folder, were on the disk.
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 SUMS_FILE = "SHA256SUMS"
 FILES_AT_ONCE = 4
@@ -41,6 +43,39 @@ def replace_durably(temporary: Path, path: Path) -> None:
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)
+
+
+def open_own(path: Path, mode: str) -> IO[Any]:
+    """Open a file to write into it as it stands, as `open` does.
+
+    Raises:
+        ValueError: where it is a link: whoever made the folder chose the file that it leads to.
+    """
+
+    def without_links(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    try:
+        return open(path, mode, opener=without_links)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(
+            f"{path.absolute()} is a link, and what is written into it would go into another file: "
+            "remove it"
+        ) from error
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value of a JSON text that may be damaged.
+
+    Raises:
+        ValueError: where it isn't JSON, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def sync(path: Path) -> None:

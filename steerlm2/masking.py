@@ -8,6 +8,7 @@ place that knows what a secret looks like, and rather masks too much.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +19,11 @@ LEAST_LENGTH = 8
 """Of a variable's value that is masked. A choice: keys are longer, and words such as `false`, which
 would be masked wherever they stand, are shorter."""
 
+_INNER_QUOTE = r"(?<![,:{\[\s])\"(?![,:}\]\s])"
+"""One that neither begins nor ends a text of JSON; a shell's quotes make '"'"' of a quote."""
 _URL_USER = re.compile(
-    r"(?P<scheme>(?<![\w+.-])[a-zA-Z][\w+.-]*://)(?:[^\s/?#\"<>]*|[^\s/@:\"<>]*:[^\s@\"<>]*)@"
+    r"(?P<scheme>(?<![\w+.-])[a-zA-Z][\w+.-]*://)"
+    rf"(?:(?:{_INNER_QUOTE}|[^\s/?#\"<>])*|[^\s/@:\"<>]*:(?:{_INNER_QUOTE}|[^\s@\"<>])*)@"
 )
 """Also of a password that has a "/" in it, with which it is no URL."""
 _PORT_BEFORE_PATH = re.compile(r"://[^\s/@]*:\d+[/?#]")
@@ -27,14 +31,15 @@ _BARE_USER = re.compile(r"(?<![\w/.@+%~-])[\w.+%~-]+:[^\s/:'\"<>{}]+@(?=[\w\[])"
 """A URL without its scheme."""
 _INTERPOLATION = re.compile(r"(?:\$\{[^}]*\})+")
 _NAME = (
-    r"(?:api[_-]?key|access[_-]?key|(?:access|auth|bearer|github|hf|secret)[_-]?token"
-    r"|secret(?:[_-]?key)?|private[_-]?key|passw(?:or)?d|credentials?)"
+    r"(?:api[_-]?key|access[_-]?key"
+    r"|(?:access|api|auth|bearer|bot|github|hf|refresh|secret|session)[_-]?token"
+    r"|secret(?:[_-]?key)?|private[_-]?key|passw(?:or)?d|passphrase|credentials?)"
 )
 """What a value is called that is a secret; `eos_token` and `max_tokens` are none."""
 _SECRET_KEY = re.compile(rf"(?i)(?:.*[._-])?{_NAME}|(?:.*\.)?token")
 _ASSIGNED = re.compile(
     rf"(?i)(?<![\w?&;.-])((?:(?:[\w.-]*[._-])?{_NAME}['\"]?(?:=|:\s*)"
-    r"|(?:[\w.-]*\.)?token(?:=|['\"]:\s*))['\"]?)(?!\$\{)[^\s'\",;}\]]+"
+    rf"|(?:[\w.-]*\.)?token(?:=|['\"]:\s*))['\"]?)(?!\$\{{)(?:'\"'\"'|[^\s'\",;}}\]])+"
 )
 _QUERY = re.compile(
     r"(?i)([?&;](?:[\w.-]*(?:key|secret|token|passw|credential|signature)[\w.-]*|sig|auth)=)"
@@ -43,7 +48,8 @@ _QUERY = re.compile(
 _BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}")
 _HUB_TOKEN = re.compile(r"\bhf_\w{16,}")
 _SECRET_VARIABLE = re.compile(
-    r"(?:.*_)?(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASS|CREDENTIALS?|AUTH)(?:_.*)?",
+    r".*(?:API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(?:_.*)?"
+    r"|(?:.*_)?(?:AUTH|KEY|PASS|PAT|PW|SSHPASS)(?:_.*)?|.*_PWD",
     re.IGNORECASE,
 )
 _INTERPOLATED: set[str] = set()
@@ -58,7 +64,8 @@ def masked(text: str) -> str:
     """
     for name, value in _secret_variables():
         shown = f"${{oc.env:{name}}}" if name in _INTERPOLATED else MASK
-        text = text.replace(value, shown)
+        for spelled in _spellings(value):
+            text = text.replace(spelled, shown)
     text = _URL_USER.sub(_without_user, text)
     text = _BARE_USER.sub(f"{MASK}@", text)
     for pattern in (_QUERY, _ASSIGNED, _BEARER):
@@ -72,20 +79,20 @@ def masked_values(value: Any, key: str = "") -> Any:
     Args:
         key: the name of the value.
     """
+    if list(_named(value, key)):
+        return MASK
     if isinstance(value, str):
-        return MASK if list(named_secrets(value, key)) else masked(value)
+        return masked(value)
     if isinstance(value, Mapping):
         return {name: masked_values(item, str(name)) for name, item in value.items()}
     return [masked_values(item, key) for item in value] if isinstance(value, list) else value
 
 
 def named_secrets(value: Any, key: str = "") -> Iterator[str]:
-    """Dotted names of the texts in nested values that a name calls a key or a password, unless they
-    interpolate a variable."""
-    if isinstance(value, str):
-        if value and "${" not in value and _SECRET_KEY.fullmatch(key.rpartition(".")[2]):
-            yield key
-    elif isinstance(value, Mapping):
+    """Dotted names of the texts and numbers in nested values that a name calls a key or a password,
+    unless they interpolate a variable."""
+    yield from _named(value, key)
+    if isinstance(value, Mapping):
         for name, item in value.items():
             yield from named_secrets(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
@@ -93,14 +100,22 @@ def named_secrets(value: Any, key: str = "") -> Iterator[str]:
             yield from named_secrets(item, key)
 
 
+def _named(value: Any, key: str) -> Iterator[str]:
+    """The key, if its text or number is a secret."""
+    is_given = isinstance(value, int) and not isinstance(value, bool)
+    is_given = is_given or (isinstance(value, str) and bool(value) and "${" not in value)
+    if is_given and _SECRET_KEY.fullmatch(key.rpartition(".")[2]):
+        yield key
+
+
 def comparable_values(value: Any, key: str = "") -> Any:
     """As `masked_values`, but values that differ stay different: each secret text has its digest
     beside it."""
-    if isinstance(value, str):
+    if isinstance(value, str | int):
         shown = masked_values(value, key)
         if shown == value:
             return value
-        return f"{shown} (sha256 {hashlib.sha256(value.encode()).hexdigest()[:16]})"
+        return f"{shown} (sha256 {hashlib.sha256(str(value).encode()).hexdigest()[:16]})"
     if isinstance(value, Mapping):
         return {name: comparable_values(item, str(name)) for name, item in value.items()}
     return [comparable_values(item, key) for item in value] if isinstance(value, list) else value
@@ -130,14 +145,25 @@ def _secret_variables() -> list[tuple[str, str]]:
         (name, value)
         for name, value in os.environ.items()
         if len(value) >= LEAST_LENGTH
-        and (_SECRET_VARIABLE.fullmatch(name) or name in _INTERPOLATED)
         and not name.upper().endswith(("_FILE", "_PATH", "_DIR"))
-        and not _is_plain(value)
+        and (_is_key(name, value) or (name in _INTERPOLATED and not _is_plain(value)))
     ]
     return sorted(found, key=lambda pair: len(pair[1]), reverse=True)
+
+
+def _is_key(name: str, value: str) -> bool:
+    """Whether a variable is called a key; but for a key's file. A key too may begin with "/"."""
+    return _SECRET_VARIABLE.fullmatch(name) is not None and not os.path.exists(value)
 
 
 def _is_plain(value: str) -> bool:
     """Whether a value is a path or a number."""
     is_path = value.startswith(("/", "~", "./", "../"))
     return is_path or re.fullmatch(r"[\d.,:+-]*", value) is not None
+
+
+def _spellings(value: str) -> list[str]:
+    """A value as texts have it: as it is, in a shell's quotes, in YAML's, in JSON, in Python."""
+    spelled = [value, value.replace("'", "'\"'\"'"), value.replace("'", "''")]
+    spelled += [json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]]
+    return list(dict.fromkeys([*spelled, repr(value)[1:-1]]))

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from steerlm2.escaping import printable
+
 
 def page_template(package: str, name: str, cell: Callable[..., str]) -> Template:
-    """A template of a package, whose names must all be given; only HTML is escaped.
+    """A template of a package, whose names must all be given; only HTML is escaped, and what a
+    terminal would obey is left out of all texts.
 
     Args:
         package: whose folder has it, such as "steerlm2.evaluation".
@@ -22,6 +25,11 @@ def page_template(package: str, name: str, cell: Callable[..., str]) -> Template
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_printable,
     )
     environment.filters["cell"] = cell
     return environment.get_template(name)
+
+
+def _printable(value: object) -> object:
+    return printable(value) if isinstance(value, str) else value

@@ -13,6 +13,8 @@ from steerlm2.files import (
     SUMS_FILE,
     changed,
     check_unchanged,
+    open_own,
+    parse_json,
     read_sums,
     replace_durably,
     sha256,
@@ -96,6 +98,27 @@ def test_links_are_not_written_through(name: str, tmp_path: Path) -> None:
     write_durably(tmp_path / "x", "new")
     assert (tmp_path / "mine").read_text() == "mine"
     assert (tmp_path / "x").read_text() == "new"
+
+
+@pytest.mark.parametrize("mode", ["a", "wb", "a+b"])
+def test_a_link_is_not_opened_to_be_written_into(mode: str, tmp_path: Path) -> None:
+    """Wherever it leads."""
+    (tmp_path / "mine").write_text("mine")
+    for name, target in (("x", "mine"), ("y", "nowhere")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=f"{name} is a link, .*: remove it"):
+            open_own(tmp_path / name, mode)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+    with open_own(tmp_path / "z", mode) as file:
+        file.write("z" if mode == "a" else b"z")
+    assert (tmp_path / "z").read_text() == "z"
+
+
+@pytest.mark.parametrize("text", ["", "{", b"\0\0\0\0", b"\xff", "[" * 100_000])
+def test_damaged_json_is_a_wrong_value(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"Expecting|can't decode|nested too deeply"):
+        parse_json(text)
 
 
 def test_files_are_waited_for_with_all_folders_between(tmp_path: Path, events: list[str]) -> None:

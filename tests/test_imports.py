@@ -21,10 +21,10 @@ FROM_THE_GROUND_UP = (
         "attributes",
         "losses",
         "files",
-        "checkpoint_dirs",
-        "escaping",
-        "facts",
         "masking",
+        "escaping",
+        "checkpoint_dirs",
+        "facts",
         "page_templates",
     ),
     ("models",),
@@ -41,8 +41,8 @@ FROM_THE_GROUND_UP = (
     ("planning",),
     ("pipeline",),
 )
-"""A module imports from its own part of the package and from parts that stand above it here; losses
-and facts import attributes, facts checkpoint_dirs, and that one files."""
+"""A module imports from its own part of the package and from parts that stand above it here; and
+within the first level as follows."""
 
 LEVELS = {part: level for level, parts in enumerate(FROM_THE_GROUND_UP) for part in parts}
 WITHIN_A_LEVEL = {
@@ -50,6 +50,9 @@ WITHIN_A_LEVEL = {
     ("facts", "attributes"),
     ("facts", "checkpoint_dirs"),
     ("checkpoint_dirs", "files"),
+    ("checkpoint_dirs", "escaping"),
+    ("escaping", "masking"),
+    ("page_templates", "escaping"),
 }
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import yaml
 
 from steerlm2.masking import comparable_values, mask_variables, masked, masked_values
 
@@ -28,6 +33,10 @@ from steerlm2.masking import comparable_values, mask_variables, masked, masked_v
         ("password: 'S3CR'", "password: '***'"),
         ("env HF_TOKEN=S3CR tune run", "env HF_TOKEN=*** tune run"),
         ("Authorization: Bearer S3CR-56789", "Authorization: Bearer ***"),
+        ("'server.url=http://al:S3'\"'\"'CR@h:1'", "'server.url=http://***@h:1'"),  # by shlex
+        ('http://al:S3"CR@h', "http://***@h"),
+        ("'logger.api_key=S3'\"'\"'CR' y=1", "'logger.api_key=***' y=1"),
+        ("logger.api_token=S3CR passphrase: S3CR", "logger.api_token=*** passphrase: ***"),
     ],
 )
 def test_secrets_in_texts_are_masked(text: str, shown: str) -> None:
@@ -47,6 +56,8 @@ def test_secrets_in_texts_are_masked(text: str, shown: str) -> None:
         "stop token: 5, eos_token=<eos>, eos_token: 5",
         "metric_logger.api_key=${oc.env:KEY}",
         "https://h/x?split=train&page=2",
+        '{"url": "http://h", "mail":"a@b"}',
+        '{"url":"http://h","mail":"a@b"}',
     ],
 )
 def test_other_texts_stay(text: str) -> None:
@@ -54,15 +65,47 @@ def test_other_texts_stay(text: str) -> None:
 
 
 def test_values_of_variables_that_are_called_a_key_are_masked(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """But no short word such as "false", and no path: of a key's file."""
     monkeypatch.setenv("SOME_API_KEY", "plantedvalue")
     monkeypatch.setenv("SOME_TOKEN", "false")
-    monkeypatch.setenv("OTHER_KEY", "/home/keyfolder")
+    monkeypatch.setenv("OTHER_KEY", str(tmp_path))
     monkeypatch.setenv("PLAIN", "ordinaryvalue")
-    text = "false plantedvalue /home/keyfolder ordinaryvalue"
-    assert masked(text) == "false *** /home/keyfolder ordinaryvalue"
+    text = f"false plantedvalue {tmp_path} ordinaryvalue"
+    assert masked(text) == f"false *** {tmp_path} ordinaryvalue"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "/abC+defGHIjkl0123"),  # base64 may begin like a path
+        ("SOME_API_KEY", "123456789012"),
+        ("PGPASSWORD", "plantedvalue"),
+        ("MYSQL_PWD", "plantedvalue"),
+        ("MYTOKEN", "plantedvalue"),
+        ("GITHUB_PAT", "plantedvalue"),
+        ("SSH_PASSPHRASE", "plantedvalue"),
+    ],
+)
+def test_keys_look_like_anything_and_are_called_many_things(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert masked(f"got {value}.") == "got ***."
+
+
+def as_yaml(text: str) -> str:
+    return yaml.safe_dump(text, allow_unicode=True)
+
+
+@pytest.mark.parametrize("write", [str, repr, shlex.quote, json.dumps, as_yaml])
+def test_a_key_is_masked_however_it_is_quoted(
+    write: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("planted'value", 'planted"value', 'it\'s "planted"', "plant\\ed", "plantéd!"):
+        monkeypatch.setenv("SOME_API_KEY", value)
+        assert "plant" not in masked(write(value))
 
 
 def test_an_interpolated_variable_stands_for_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +124,13 @@ def test_values_are_masked_by_their_keys() -> None:
         "urls": ["http://a:S3CR@h"],
         "tokenizer": {"path": "x", "eos_token": "<eos>"},
         "max_tokens": 3,
+        "secret": False,
+        "passwd": [12345678],
     }
     assert masked_values(values) == values | {
         "logger": {"api_key": "***", "token": "***", "project": "p"},
         "urls": ["http://***@h"],
+        "passwd": ["***"],
     }
 
 
@@ -98,7 +144,8 @@ def test_values_that_differ_stay_different_without_telling_how() -> None:
 
 def test_long_texts_take_no_time() -> None:
     """20,000 parts: a time that grows with their square is ten seconds."""
-    for part in ("a_", "a:", "a-", "a.b ", "a=b&", "http://a:b ", "?a"):
+    quoted = "'\"'\"'"
+    for part in ("a_", "a:", "a-", "a.b ", "a=b&", "http://a:b ", "?a", quoted, f"token={quoted}"):
         started = time.monotonic()
         masked("http://" + part * 20000)
         assert time.monotonic() < started + 2

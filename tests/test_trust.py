@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torchtune.models.llama3 import llama3
 
 from steerlm2.attributes import AttributeSchema
 from steerlm2.checkpoints.checkpointer import HFCheckpointer, ScratchCheckpointer
+from steerlm2.checkpoints.safetensors_io import write_safetensors
 from steerlm2.checkpoints.side_files import TrainedText
 from steerlm2.checkpoints.weights import load_weights, open_checkpointer, save_weights
 from steerlm2.config.docs import ready_made_recipes
@@ -31,13 +34,17 @@ from steerlm2.data.sources.chat import chat_data
 from steerlm2.data.templates import extra_id_template
 from steerlm2.data.tokenizers import hf_tokenizer, tiny_tokenizer
 from steerlm2.distributed.world import World
+from steerlm2.evaluation.model_card import add_evaluation
+from steerlm2.evaluation.report import write_report
 from steerlm2.facts import FACTS_FILE, ModelFacts
 from steerlm2.pipeline.state import PipelineState
 from steerlm2.runs import lock
 from steerlm2.runs.lock import RunLock
-from steerlm2.runs.metrics import JsonLines
+from steerlm2.runs.logs import log_file
+from steerlm2.runs.metrics import JsonLines, plot_curves
 from steerlm2.runs.record import RUN_FILE, write_run
 from steerlm2.runs.resumable import ResumableOutput
+from steerlm2_pipeline import run_command
 
 CPU = World(torch.device("cpu"))
 SCHEMA = AttributeSchema(("humor", "verbosity"))
@@ -286,6 +293,7 @@ def test_files_of_a_run_are_not_run(
         json.dumps([component]).encode(),
         json.dumps({"step": 1, "launch": component, "schema": component, "seed": 0}).encode(),
         jinja(ran).encode(),
+        b"[" * 100_000,
     )
     for number, content in enumerate(contents):
         run = tmp_path / str(number)
@@ -305,3 +313,52 @@ def test_files_of_a_run_are_not_run(
             output.check,
         ):
             nothing_runs(read)
+
+
+# What a run writes into a folder that others have made
+
+
+def write_resumable(folder: Path) -> None:
+    (folder / "in.jsonl").touch()
+    output = folder / "out.jsonl"
+    ResumableOutput(output, input_file=folder / "in.jsonl", settings={}, slice_size=1).begin(3)
+
+
+def write_card_of_evaluation(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    add_evaluation(folder, {})
+
+
+def write_log(folder: Path) -> None:
+    with contextlib.closing(log_file(folder / "rank_000.log")) as file:
+        file.emit(logging.makeLogRecord({"msg": "a line"}))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "metrics.jsonl": lambda folder: JsonLines(folder / "metrics.jsonl").append({"step": 1}),
+    "training_curves.png": lambda folder: plot_curves([], ["loss"], folder / "training_curves.png"),
+    "rank_000.log": write_log,
+    "out.jsonl.partial": write_resumable,
+    "steering.json": lambda folder: write_report({}, folder),
+    "steering.md": lambda folder: write_report({}, folder),
+    "steering.html": lambda folder: write_report({}, folder),
+    "README.md": write_card_of_evaluation,
+    "model.safetensors": lambda folder: write_safetensors(
+        {"a": torch.ones(2)}, folder / "model.safetensors"
+    ),
+    "sft.log": lambda folder: run_command("true", folder / "sft.log", sys.stdout.fileno()),
+}
+"""A run's files that aren't made anew -> what writes them."""
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_run_writes_through_no_link(name: str, tmp_path: Path) -> None:
+    """Whoever made the folder would choose a file of the user's that is overwritten."""
+    mine, folder = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("<!-- evaluation --><!-- end of evaluation -->")
+    before = mine.read_bytes()
+    folder.mkdir()
+    (folder / name).symlink_to(mine)
+    with contextlib.suppress(ValueError):
+        WRITERS[name](folder)
+    assert mine.read_bytes() == before

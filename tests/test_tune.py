@@ -5,6 +5,7 @@ The heavy dependencies are those of the environment that runs the tests: a path 
 site-packages, whose own start-up files Python doesn't run.
 """
 
+import argparse
 import contextlib
 import csv
 import functools
@@ -486,6 +487,29 @@ def test_tune_run_asks_for_a_config_as_before(
 def test_unknown_tune_run_is_left_alone() -> None:
     cli_run = types.ModuleType("run")
 
-    _tune.let_help_through(cli_run)
+    _tune.adapt_run(cli_run)
 
     assert not hasattr(cli_run, "Run")
+
+
+class InterruptedRun:
+    """`tune run` that Ctrl-C ends while it imports a recipe."""
+
+    def _run_cmd(self, args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_during_the_imports_of_a_recipe_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of ours; torchtune's own recipes end as ever."""
+    cli_run = types.ModuleType("run")
+    vars(cli_run).update(Run=type("Run", (InterruptedRun,), {}), get_all_recipes=lambda: [])
+    _tune.adapt_run(cli_run)
+    run = cli_run.Run()
+    with pytest.raises(SystemExit) as ended:
+        run._run_cmd(argparse.Namespace(recipe="chat", recipe_args=[]))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "SIGINT: stopped\n"
+    with pytest.raises(KeyboardInterrupt):
+        run._run_cmd(argparse.Namespace(recipe="full_finetune_distributed", recipe_args=[]))

@@ -56,6 +56,7 @@ from steerlm2.checkpoints.state_reader import (
 )
 from steerlm2.checkpoints.state_writer import HashingWriter
 from steerlm2.distributed.world import World
+from steerlm2.escaping import shown
 from steerlm2.files import changed, read_sums, sha256, sync, write_durably, write_sums
 
 STATE_FILE = "state.json"
@@ -212,7 +213,7 @@ class StateWriter:
             self._collect()
             if self.world.is_main:
                 for error in self._failed.values():
-                    print(f"WARNING: {error}; writing {final.name}", file=sys.stderr)
+                    print(shown(f"WARNING: {error}; writing {final.name}"), file=sys.stderr)
         to_copy = {name: part for name, part in tensors().items() if name not in copied}
         if CLOSES_STAGERS:
             self._stager = DefaultStager(self._staging)
@@ -295,11 +296,8 @@ def best_state(folder: Path, world: World) -> dict[str, Any] | None:
         return None
     if (problem := _damage(folder / BEST, world)) is not None:
         if world.is_main:
-            print(
-                f"WARNING: {folder / BEST} is broken ({problem}): the best weights from here on "
-                "count",
-                file=sys.stderr,
-            )
+            text = f"{folder / BEST} is broken ({problem}): the best weights from here on count"
+            print(shown(f"WARNING: {text}"), file=sys.stderr)
         return None
     return world.computed_on_main(lambda: json.loads(state_file.read_bytes()))
 
@@ -374,7 +372,7 @@ def resume_training(
     newest, broken = newest_whole(folder, world)
     if world.is_main:
         for problem in broken:
-            print(f"WARNING: {problem}: ignored", file=sys.stderr)
+            print(shown(f"WARNING: {problem}: ignored"), file=sys.stderr)
     if newest is None:
         return None
     configured = [

@@ -68,7 +68,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer, spare_token_id
 from steerlm2.distributed.world import World
 from steerlm2.facts import FACTS_FILE, ModelFacts, write_facts
-from steerlm2.files import SUMS_FILE, check_unchanged, read_sums
+from steerlm2.files import SUMS_FILE, check_unchanged, read_sums, write_durably
 from steerlm2.models.config_json import check_decoder, exported_config
 from steerlm2.models.decoders import HeadShape, context_length, head_shape
 from steerlm2.models.nf4 import dequantized, finish_empty, is_nf4
@@ -509,7 +509,7 @@ def _save_adapter(
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_safetensors(contiguous, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_durably(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _full_tensor(parameter: Tensor, world: World) -> Tensor:

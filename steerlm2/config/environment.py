@@ -18,15 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 from steerlm2.masking import mask_variables
 
 IN_ENVIRONMENT = "${oc.env:"
-_VARIABLE = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)")
+_READS = re.compile(r"\$\{\s*oc\.env\s*:")
+_VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*(?P<quote>['\"]?)(?P<name>[\w.-]+)(?P=quote)\s*[,}]")
+_MADE_NAME = re.compile(r"\$\{[^{}:]*\$\{[^{}]*\}[^{}]*:")
+"""A resolver whose name is interpolated itself."""
 _NAMES_A_PATH = re.compile(r"(?:.*_)?(?:dir|path|folder|files?|input|outputs?|source)")
 
 
 def variables_in(value: Any) -> list[str]:
     """The variables that the texts of a nested value interpolate, each once."""
-    return list(
-        dict.fromkeys(name for _, text in _texts(value) for name in _VARIABLE.findall(text))
-    )
+    return list(dict.fromkeys(name for _, text in _texts(value) for name in _names_in(text)))
 
 
 def resolved(values: DictConfig) -> dict[str, Any]:
@@ -36,13 +37,14 @@ def resolved(values: DictConfig) -> dict[str, Any]:
 
     Raises:
         OmegaConfBaseException: for an interpolation that can't be resolved.
+        ValueError: for one that doesn't tell the name of its variable.
     """
-    raw = OmegaConf.to_container(values, resolve=False)
+    raw = _unresolved(values)
     mask_variables(
         name
         for key, text in _texts(raw)
         if not _NAMES_A_PATH.fullmatch(key)
-        for name in _VARIABLE.findall(text)
+        for name in _names_in(text)
     )
     return cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
 
@@ -52,10 +54,10 @@ def with_variables_kept(values: DictConfig) -> dict[str, Any]:
     where a text has the variable's value.
 
     Raises:
-        OmegaConfBaseException: for an interpolation that can't be resolved.
+        OmegaConfBaseException, ValueError: as `resolved`.
     """
+    names = variables_in(_unresolved(values))
     real = cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
-    names = variables_in(OmegaConf.to_container(values, resolve=False))
     marks = {f"__variable_{i}__": name for i, name in enumerate(names) if name in os.environ}
     return cast(dict[str, Any], _kept(values, real, marks)) if marks else real
 
@@ -67,6 +69,28 @@ def escaped(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: escaped(item) for key, item in value.items()}
     return [escaped(item) for item in value] if isinstance(value, list) else value
+
+
+def _unresolved(values: DictConfig) -> Any:
+    """The plain values with their interpolations.
+
+    Raises:
+        ValueError: for a variable of the environment whose name isn't told: its value couldn't be
+            kept out of what is written.
+    """
+    raw = OmegaConf.to_container(values, resolve=False)
+    for key, text in _texts(raw):
+        if len(_READS.findall(text)) > len(_names_in(text)) or _MADE_NAME.search(text):
+            raise ValueError(
+                f"'{key}' makes the name of a variable or of a resolver ({text}): write "
+                "${oc.env:NAME} with the name itself"
+            )
+    return raw
+
+
+def _names_in(text: str) -> list[str]:
+    """The variables that a text interpolates."""
+    return [match["name"] for match in _VARIABLE.finditer(text)]
 
 
 def _kept(node: Any, real: Any, marks: Mapping[str, str]) -> Any:

@@ -3,10 +3,10 @@ labels."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from steerlm2.attributes import AttributeSchema, as_schema
+from steerlm2.files import parse_json
 
 
 def settings_file(data: str | Path) -> Path:
@@ -26,7 +26,7 @@ def schema_of_data(data: str | Path) -> AttributeSchema | None:
     if not file.is_file():
         return None
     try:
-        schema = json.loads(file.read_bytes()).get("schema")
+        schema = parse_json(file.read_bytes()).get("schema")
         return None if schema is None else as_schema(schema)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -17,6 +17,7 @@ from steerlm2.checkpoints.model_card import (
     table_cell,
 )
 from steerlm2.evaluation.report import SteeringResult, headline_rows, headlines, read_report
+from steerlm2.files import write_durably
 
 
 def add_evaluation(checkpoint_dir: str | Path, results: Mapping[str, SteeringResult]) -> bool:
@@ -41,7 +42,7 @@ def add_evaluation(checkpoint_dir: str | Path, results: Mapping[str, SteeringRes
         return False
     own = next((name for name in (folder.name, folder.parent.name) if name in results), None)
     table = _evaluation(results, own)
-    card.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
+    write_durably(card, f"{before}{start}\n{table}\n{end}{after}")
     return True
 
 

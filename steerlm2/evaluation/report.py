@@ -18,6 +18,7 @@ from steerlm2.escaping import markdown_text
 from steerlm2.evaluation.agreement import Table
 from steerlm2.evaluation.charts import Chart, Point, Series, line_chart, thinned
 from steerlm2.evaluation.examples import MODEL
+from steerlm2.files import write_durably
 from steerlm2.page_templates import page_template
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
@@ -171,9 +172,9 @@ def write_report(
 ) -> None:
     """steering.json, steering.md and steering.html, and examples.jsonl where there are examples."""
     plain = {name: asdict(result) for name, result in results.items()}
-    (folder / "steering.json").write_text(json.dumps(plain, indent=2) + "\n")
-    (folder / "steering.md").write_text(markdown(results))
-    (folder / "steering.html").write_text(html_page(results, examples), encoding="utf-8")
+    write_durably(folder / "steering.json", json.dumps(plain, indent=2) + "\n")
+    write_durably(folder / "steering.md", markdown(results))
+    write_durably(folder / "steering.html", html_page(results, examples))
     (folder / EXAMPLES).unlink(missing_ok=True)
     if examples:
         write_records(folder / EXAMPLES, examples)

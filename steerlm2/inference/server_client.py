@@ -8,15 +8,19 @@ text, so the server's chat template and tokenizer aren't used. It returns one sc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import json
 import math
 import os
+import re
+import socket
 import ssl
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,6 +91,8 @@ class ServerClient:
             verify=ssl_context(),
         )
         self._stop = threading.Event()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        """Of all connections."""
 
     def connect(self, max_seq_len: int) -> None:
         """Check that the server has the model; without a name, `model` becomes its first one.
@@ -127,10 +133,22 @@ class ServerClient:
             return list(pool.map(ask, everything))
         except BaseException:
             self._stop.set()  # ends the retries of the other threads
+            self._hang_up()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
             self._stop.clear()
+
+    def _hang_up(self) -> None:
+        """End what waits for an answer, in any thread: that may take as long as the timeout."""
+        for connected in list(self._sockets):
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
+
+    def _trace(self, event: str, info: dict[str, Any]) -> None:
+        """Called by httpx with all that it does."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     def _request(
         self, method: str, path: str, body: dict[str, Any] | None = None, hint: str = ""
@@ -169,7 +187,8 @@ class ServerClient:
             httpx.RequestError: where there is none within the timeout, or it can't be read.
         """
         end = time.monotonic() + self.timeout
-        with self._http.stream(method, self.url + path, json=body) as response:
+        traced = {"trace": self._trace}
+        with self._http.stream(method, self.url + path, json=body, extensions=traced) as response:
             content = bytearray()
             for chunk in response.iter_bytes():
                 content += chunk
@@ -281,10 +300,11 @@ def own_api_key() -> str | None:
     """The key of the environment, or of the file that it names; None: there is none.
 
     Raises:
-        ValueError: where the file is empty or can't be read.
+        ValueError: where the file is empty or can't be read, and where the key isn't a word that a
+            header can have; the message doesn't tell it.
     """
     if key := os.environ.get(API_KEY):
-        return key
+        return _checked_key(key, API_KEY)
     if not (file := os.environ.get(API_KEY_FILE)):
         return None
     try:
@@ -293,6 +313,12 @@ def own_api_key() -> str | None:
         raise ValueError(f"{API_KEY_FILE}: {file} can't be read ({error})") from error
     if not key:
         raise ValueError(f"{API_KEY_FILE}: {file} is empty")
+    return _checked_key(key, f"{API_KEY_FILE}: {file}")
+
+
+def _checked_key(key: str, where: str) -> str:
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(f"{where} must have one key, of ASCII characters without spaces")
     return key
 
 

@@ -114,7 +114,7 @@ class VllmStreamingEngine:
                 if not answer.is_success:
                     raise self._refusal(answer.status_code, await _beginning(answer))
                 async for event in _events(answer):
-                    for piece in self._pieces(event, room, settings.top_log_probs or 0):
+                    for piece in self._pieces(event, room, settings.top_log_probs):
                         yield piece
                     if not room:
                         return
@@ -134,7 +134,7 @@ class VllmStreamingEngine:
             return ConnectionError(f"the server at {self.url} fails ({problem})")
         return ValueError(f"{self.url}/v1/completions refuses the request: {problem}")
 
-    def _pieces(self, event: Any, room: dict[int, int], num_top: int) -> list[Piece]:
+    def _pieces(self, event: Any, room: dict[int, int], num_top: int | None) -> list[Piece]:
         """What an event tells of the answers with room, which is then less."""
         if isinstance(event, dict) and "error" in event:
             problem = one_line(str(event["error"]))
@@ -156,13 +156,15 @@ class VllmStreamingEngine:
                 f"token_ids: {one_line(str(event))}"
             ) from error
 
-    def _piece(self, choice: dict[str, Any], num_top: int) -> Piece:
+    def _piece(self, choice: dict[str, Any], num_top: int | None) -> Piece:
         tokens = [as_whole(token_id) for token_id in as_list(choice["token_ids"] or [])]
         finish_reason = choice["finish_reason"]
         finish_reason = None if finish_reason is None else as_text(finish_reason)
         if finish_reason == STOP and tokens[-1:] != [self.stop_id]:
             finish_reason = OTHER_STOP
-        log_probs = _log_probs(choice.get("logprobs"), num_top)
+        log_probs = _log_probs(choice.get("logprobs"), num_top or 0)
+        if log_probs is None and tokens and num_top is not None:
+            raise ValueError("tokens without the log-probs that were asked for")
         if log_probs is not None and len(log_probs) != len(tokens):
             raise ValueError("another number of log-probs than of tokens")
         return Piece(as_whole(choice["index"]), tokens, log_probs, finish_reason)

@@ -24,7 +24,8 @@ from typing import IO, Any
 
 from steerlm2.checkpoint_dirs import file_digest, resolve_checkpoint_dir
 from steerlm2.config.environment import variables_in
-from steerlm2.files import write_durably
+from steerlm2.escaping import shown
+from steerlm2.files import parse_json, write_durably
 from steerlm2.runs.lock import is_in_place, lock_file
 
 RESUME_FILES = {"checkpoints", "earlier_runs"}
@@ -71,19 +72,16 @@ class PipelineState:
         if not file.exists():
             return None
         try:
-            record = StageRecord(**json.loads(file.read_bytes()))
-            if not all(isinstance(name, str) for name in record.files):
-                raise TypeError("files must be names")
-            return record
+            return _record(parse_json(file.read_bytes()))
         except (ValueError, TypeError) as error:
             if stage not in self._damaged:
                 self._damaged.add(stage)
-                print(
+                text = (
                     f"WARNING: {file} is damaged ({error}): whether stage {stage} is complete "
                     "isn't known, and it is done again (with adopt=true its files count as "
-                    "complete)",
-                    file=sys.stderr,
+                    "complete)"
                 )
+                print(shown(text), file=sys.stderr)
             return None
 
     def write(self, stage: str, record: StageRecord) -> None:
@@ -122,7 +120,7 @@ class PipelineState:
                         who = "a stage that an earlier pipeline left behind"
                         if time.monotonic() < started + SECONDS_FOR_STRAY_STAGE:
                             if not waits:
-                                print(f"waiting for {who}{told}", flush=True)
+                                print(shown(f"waiting for {who}{told}"), flush=True)
                             waits = True
                             time.sleep(0.5)
                             continue
@@ -153,9 +151,25 @@ class PipelineState:
         try:
             return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
-            if path.is_symlink():
+            if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise ValueError(f"{path} must be a file, not a link: remove it") from error
             raise
+
+
+def _record(values: dict[str, Any]) -> StageRecord:
+    """
+    Raises:
+        TypeError: where the values aren't those of a record.
+    """
+    record = StageRecord(**values)
+    known = StageRecord("", "", files=[""])
+    for name, own in vars(record).items():
+        kind = (int, float) if name == "seconds" else type(getattr(known, name))
+        if not isinstance(own, kind):
+            raise TypeError(f"{name} can't be {own!r}")
+    if not all(isinstance(name, str) for name in record.files):
+        raise TypeError("files must be names")
+    return record
 
 
 def _is_held(doing: IO[str]) -> bool:

@@ -20,12 +20,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from steerlm2._tune import recipe_directories
+from steerlm2._tune import INTERRUPTED, recipe_directories
 from steerlm2.config.docs import help_text, keys_of
 from steerlm2.config.keys import ModelKeys, check_checkpoints
 from steerlm2.config.loader import CONFIG_CLASS, LOG, ConfigT, load_config
 from steerlm2.distributed.world import end_rank
-from steerlm2.runs.logs import shown
+from steerlm2.escaping import shown
 from steerlm2.torchtune_private import parse_arguments
 
 USER_ERRORS = (ValueError, OSError, yaml.YAMLError, OmegaConfBaseException)
@@ -35,9 +35,6 @@ TRACEBACK_VARIABLE = "STEERLM2_TRACEBACK"
 SECONDS_FOR_RANK_0 = 5.0
 """How long the other ranks wait before they print an error, so that rank 0, which mostly has the
 same one, prints it and torchrun ends them. A choice: it only delays errors of single ranks."""
-
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit status, as a shell has it."""
 
 _AND_GO_ON = ", and give the same command again: what was complete is kept"
 CANNOT_WRITE = {

@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from steerlm2.escaping import shown
+from steerlm2.files import parse_json
+
 LOCK_FILE = ".run.lock"
 SECONDS_PER_BEAT = 5.0
 BEATS_TO_WAIT = 4
@@ -102,7 +105,7 @@ class RunLock:
         try:
             return os.fdopen(os.open(self.path, flags, 0o666), "r+")
         except OSError as error:
-            if self.path.is_symlink() or self.path.is_dir():
+            if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
                 raise ValueError(
                     f"{self.path.absolute()} must be a file that runs lock: remove it"
                 ) from error
@@ -127,11 +130,11 @@ class RunLock:
         holder = _holder(self.path)
         if holder.get("host") in (None, socket.gethostname()) or self._goes_on():
             return False
-        print(
-            f"waiting for the lock of {self.path.parent.absolute()}: process {holder['pid']} on "
-            f"{holder['host']} gives no sign of life, and a lost node's lock goes within minutes",
-            file=sys.stderr,
+        text = (
+            f"waiting for the lock of {self.path.parent.absolute()}: process {holder.get('pid')} "
+            f"on {holder['host']} gives no sign of life, and a lost node's lock goes within minutes"
         )
+        print(shown(text), file=sys.stderr)
         for _ in range(BEATS_OF_LEASE):
             with contextlib.suppress(BlockingIOError):
                 if lock_file(self._file):
@@ -169,7 +172,7 @@ class RunLock:
 def _holder(path: Path) -> dict[str, Any]:
     """What the holder wrote; nothing where there is none, or what isn't of a run."""
     try:
-        holder = json.loads(path.read_text())
+        holder = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}

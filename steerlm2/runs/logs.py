@@ -12,15 +12,17 @@ import shlex
 import socket
 import sys
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import torch
 from tqdm import tqdm
 
 from steerlm2.config.loader import LOG
 from steerlm2.distributed.world import World
-from steerlm2.escaping import printable
+from steerlm2.escaping import shown
+from steerlm2.files import open_own
 from steerlm2.masking import masked
 
 LOG_FOLDER = "logs"
@@ -30,8 +32,7 @@ def open_rank_log(output_dir: Path, world: World) -> Path:
     """Open this rank's log file; it is appended to if an earlier start of the run has one."""
     path = output_dir / LOG_FOLDER / f"rank_{world.rank:03d}.log"
     path.parent.mkdir(exist_ok=True)
-    file = _QuietFile(path)
-    file.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file = log_file(path)
     # With a root handler Python no longer prints warnings of loggers without a handler.
     logging.basicConfig(handlers=[file, _warnings_on_stderr(logging.BASIC_FORMAT)], force=True)
     LOG.setLevel(logging.INFO)
@@ -45,14 +46,20 @@ def open_rank_log(output_dir: Path, world: World) -> Path:
     return path
 
 
+def log_file(path: Path) -> logging.Handler:
+    """What writes into a log file, without secrets; errors of writing are ignored.
+
+    Raises:
+        ValueError: where the file is a link.
+    """
+    file = _QuietFile(path)
+    file.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return file
+
+
 def show_warnings() -> None:
     """Print the library's warnings to stderr, in a recipe without a log file."""
     logging.basicConfig(handlers=[_warnings_on_stderr("%(message)s")])
-
-
-def shown(text: str) -> str:
-    """A message for people: without secrets, and without what a terminal would obey."""
-    return printable(masked(text))
 
 
 def tell(text: str) -> None:
@@ -126,6 +133,9 @@ class _Shown(logging.Formatter):
 
 class _QuietFile(logging.FileHandler):
     """A log file that ignores errors of writing it."""
+
+    def _open(self) -> TextIOWrapper:
+        return cast(TextIOWrapper, open_own(Path(self.baseFilename), self.mode))
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

@@ -19,7 +19,7 @@ import torch
 
 from steerlm2.config.loader import instantiate
 from steerlm2.distributed.world import World
-from steerlm2.files import write_durably
+from steerlm2.files import open_own, parse_json, write_durably
 
 
 class JsonLines:
@@ -35,7 +35,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with open_own(self.path, "a") as file:
             file.write(_line(entry))
 
     def keep_until(self, step: int) -> None:
@@ -69,7 +69,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 def _entry(line: bytes) -> dict[str, Any] | None:
     """The entry of a line; None where the line is damaged."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:  # also of text that isn't UTF-8
         return None
     whole = isinstance(entry, dict) and isinstance(entry.get("step"), int)
@@ -190,4 +190,5 @@ def plot_curves(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], path:
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()
+    path.unlink(missing_ok=True)  # a link's target would be written over
     figure.savefig(path, dpi=120)

@@ -25,7 +25,7 @@ import steerlm2
 from steerlm2.config.environment import escaped
 from steerlm2.config.loader import instantiate, to_public
 from steerlm2.distributed.world import World
-from steerlm2.files import write_durably
+from steerlm2.files import parse_json, write_durably
 from steerlm2.masking import masked
 from steerlm2.runs.output import make_output_dir
 
@@ -98,7 +98,7 @@ def _read_run(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        run = json.loads(path.read_bytes())
+        run = parse_json(path.read_bytes())
         if isinstance(run, dict):
             return run
         problem = "it isn't a JSON object"

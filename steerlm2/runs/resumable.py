@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from steerlm2.checkpoint_dirs import file_digest, is_checkpoint, weights_digest
 from steerlm2.data.settings import settings_file
-from steerlm2.files import replace_durably, write_durably
+from steerlm2.files import open_own, parse_json, replace_durably, write_durably
 from steerlm2.masking import comparable_values
 from steerlm2.runs.lock import is_in_place, lock_file
 from steerlm2.runs.output import make_output_dir
@@ -62,7 +62,7 @@ class ResumableOutput:
             return  # an output without lines counts as not begun
         try:
             known = self.settings_file.exists()
-            earlier = json.loads(self.settings_file.read_bytes()) if known else {}
+            earlier = parse_json(self.settings_file.read_bytes()) if known else {}
             if not isinstance(earlier, dict):
                 raise ValueError("it isn't a JSON object")
         except ValueError as error:
@@ -93,7 +93,7 @@ class ResumableOutput:
             self.partial.unlink(missing_ok=True)  # of a `finish` that was killed
             return num_lines
         make_output_dir(self.path.parent, "the folder of output")
-        self._file = self.partial.open("a+b")
+        self._file = open_own(self.partial, "a+b")
         try:
             # A worker of an earlier run can outlive its launcher.
             lock_file(self._file)
@@ -131,7 +131,7 @@ class ResumableOutput:
         self._file.close()
         if final_line is not None:
             final = self.path.with_name(self.path.name + ".final")
-            with self.partial.open("rb") as lines, final.open("wb") as file:
+            with self.partial.open("rb") as lines, open_own(final, "wb") as file:
                 file.writelines(map(final_line, lines))
             replace_durably(final, self.path)
             self.partial.unlink()

@@ -92,10 +92,13 @@ class ChatWork:
             "model": service.name,
         }
 
-    async def answer(self) -> dict[str, Any]:
+    async def answer(self) -> Response:
         """The whole answer."""
         async with self.service.place():
             chosen, num_tokens = await self._chosen()
+        return await self.service.response(chosen, lambda: self._whole(chosen, num_tokens))
+
+    def _whole(self, chosen: Sequence[Answer], num_tokens: int) -> dict[str, Any]:
         choices = [
             {
                 "index": i,

@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import re
 import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from fastapi import FastAPI, Request, Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from steerlm2.data.templates import EXTRA_ID_TOKENS, ExtraIdTemplate, Segment, encode_segments
 from steerlm2.inference.steered import SteeredModel, TextToken
@@ -31,6 +32,7 @@ from steerlm2.serving.steering_requests import (
     Neutral,
     Prompt,
     check_at_most,
+    check_stop,
     check_text,
     invalid,
     split_model,
@@ -110,7 +112,7 @@ class CompletionWork:
             "model": service.name,
         }
 
-    async def answer(self) -> dict[str, Any]:
+    async def answer(self) -> Response:
         """The whole answer."""
         async with self.service.place():
             answers = await together(
@@ -118,12 +120,15 @@ class CompletionWork:
                 for prompt in self.prompts
             )
         flat = [answer for own in answers for answer in own]
+        return await self.service.response(flat, lambda: self._whole(flat))
+
+    def _whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         return self.head | {
             "choices": [
                 self._choice(i, answer.text, answer.tokens, answer.finish_reason)
-                for i, answer in enumerate(flat)
+                for i, answer in enumerate(answers)
             ],
-            "usage": self._usage(sum(answer.num_tokens for answer in flat)),
+            "usage": self._usage(sum(answer.num_tokens for answer in answers)),
         }
 
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
@@ -165,7 +170,7 @@ class CompletionWork:
         if self.asked.logprobs is None:
             return None
         texts = [token_text(self.service.model, token.token_id) for token in tokens]
-        offsets = [start + sum(map(len, texts[:i])) for i in range(len(texts))]
+        offsets = list(itertools.accumulate(map(len, texts), initial=start))[: len(texts)]
         known = [token.log_prob for token in tokens if token.log_prob is not None]
         return {
             "tokens": texts,
@@ -281,7 +286,9 @@ class GenerateRequest(Ignoring):
     greedy: bool = False
     top_k: int = Field(0, ge=0, le=MOST_TOP_K, description="0: all tokens")
     top_p: float = Field(0.9, ge=0, le=1, description="0: all tokens")
-    end_strings: FirstProblem[str] = Field(default_factory=lambda: ["<|endoftext|>"])
+    end_strings: Annotated[FirstProblem[str], BeforeValidator(check_stop)] = Field(
+        default_factory=lambda: ["<|endoftext|>"], description="up to 16 texts"
+    )
     random_seed: int | None = Field(None, ge=0, lt=2**63)
 
 

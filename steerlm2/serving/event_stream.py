@@ -46,6 +46,7 @@ class EventStream(Response):
         first: the first event, already made: what fails before it has a status of its own.
         events: the others.
         deadline: the loop's time at which the stream ends with `late`.
+        held: what the request has of the server's room, which is given back at the end.
     """
 
     media_type = "text/event-stream"
@@ -56,22 +57,25 @@ class EventStream(Response):
         events: AsyncGenerator[dict[str, Any]],
         deadline: float,
         late: RequestError,
+        held: contextlib.AsyncExitStack,
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(None, 200, headers)
         del self.headers["content-length"]
         self.first, self.events, self.deadline, self.late = first, events, deadline, late
+        self.held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.create_task(self._pump(send))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if pump.done():
-                pump.result()
-        finally:
-            await _end(pump, gone)
-            await self.events.aclose()
+        async with self.held:
+            pump = asyncio.create_task(self._pump(send))
+            gone = asyncio.create_task(_disconnected(receive))
+            try:
+                await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if pump.done():
+                    pump.result()
+            finally:
+                await _end(pump, gone)
+                await self.events.aclose()
 
     async def _pump(self, send: Send) -> None:
         """Send everything; an error is the last event."""

@@ -6,6 +6,7 @@ is that of OpenAI's API: `param` is the request's key that is wrong, if one is.
 
 from __future__ import annotations
 
+import collections
 import hmac
 import itertools
 import json
@@ -210,8 +211,8 @@ def _no_constant(name: str) -> float:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name, times in counts.items() if times > 1)
         raise ValueError(f"the key {twice[:100]!r} is given twice")
     return found
 
@@ -421,5 +422,19 @@ def _error_response(request: Request, error: Exception, paths: Sequence[str]) ->
 
 
 def json_response(status: int, value: object, headers: Mapping[str, str] | None = None) -> Response:
-    body = json.dumps(value, allow_nan=False).encode()
-    return Response(body, status, headers, media_type="application/json")
+    return Response(_dumped(value).encode(), status, headers, media_type="application/json")
+
+
+def json_by_items(value: Mapping[str, Any]) -> str:
+    """As `json.dumps`, but the items of lists one by one: none runs beside its encoder."""
+
+    def text(item: object) -> str:
+        if isinstance(item, list):
+            return f"[{', '.join(map(_dumped, item))}]"
+        return _dumped(item)
+
+    return "{" + ", ".join(f"{_dumped(key)}: {text(item)}" for key, item in value.items()) + "}"
+
+
+def _dumped(value: object) -> str:
+    return json.dumps(value, allow_nan=False)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from steerlm2.checkpoint_dirs import resolve_checkpoint_dir
 from steerlm2.config.keys import ServingKeys
+from steerlm2.escaping import shown
 from steerlm2.inference.server_client import API_KEY
-from steerlm2.runs.logs import shown
 from steerlm2.serving.hosts import usual_hosts
 
 if TYPE_CHECKING:

@@ -37,6 +37,7 @@ from steerlm2.data.templates import encode_for_scoring, is_too_long
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.inference.attribute_model import AttributeModel
 from steerlm2.serving.batcher import Batcher, QueueFullError, ScoringError, Text
+from steerlm2.serving.event_stream import while_connected
 from steerlm2.serving.http import (
     FirstProblem,
     Metrics,
@@ -219,7 +220,7 @@ def add_attributes_route(
         try:
             async with asyncio.timeout(limits.request_timeout), intake.body(request) as body:
                 texts, cut = await intake.run(len(body), tokenised, body)
-                scores = await scorer.score(texts)
+                scores = await while_connected(request.receive, scorer.score(texts))
         except TimeoutError:
             raise RequestError(
                 504,

@@ -105,7 +105,12 @@ def one_of(wanted: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-def _check_stop(stop: object) -> object:
+def check_stop(stop: object) -> object:
+    """Every token of an answer is compared with all of them.
+
+    Raises:
+        ValueError: where a list has more texts than a request may.
+    """
     if isinstance(stop, list) and len(stop) > 16:
         raise ValueError(f"at most 16 texts, got {len(stop)}")
     return stop
@@ -116,7 +121,7 @@ Attributes = Annotated[
 ]
 Content = Annotated[str | list[Any], one_of("a text, or a list of parts")]
 Stop = Annotated[
-    str | list[str] | None, one_of("a text, or a list of texts"), BeforeValidator(_check_stop)
+    str | list[str] | None, one_of("a text, or a list of texts"), BeforeValidator(check_stop)
 ]
 
 

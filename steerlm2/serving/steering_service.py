@@ -20,7 +20,7 @@ from steerlm2.serving.event_stream import EventStream, while_connected
 from steerlm2.serving.http import (
     Refusals,
     RequestError,
-    json_response,
+    json_by_items,
     overloaded,
 )
 from steerlm2.serving.intake import Intake
@@ -31,6 +31,10 @@ REFUSALS = Refusals(400, INVALID, "messages")
 
 LOWEST_LOG_PROB = -9999.0
 """OpenAI's stand-in for lower ones: JSON has no infinity."""
+
+
+BYTES_OF_A_LOG_PROB = 50
+"""In an answer, about."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Work(Protocol):
 
     asked: Any
 
-    async def answer(self) -> dict[str, Any]: ...
+    async def answer(self) -> Response: ...
 
     def events(self) -> AsyncGenerator[dict[str, Any]]: ...
 
@@ -190,6 +194,23 @@ class Service:
             answers[delta.answer].add(delta)
         return answers
 
+    async def response(
+        self, answers: Sequence[Answer], content: Callable[[], dict[str, Any]]
+    ) -> Response:
+        """What is answered, put together aside where it has many log-probs: for an answer of
+        megabytes that takes seconds.
+
+        Args:
+            content: makes it of the answers.
+        """
+        known = (token.log_prob for answer in answers for token in answer.tokens)
+        num_log_probs = sum(1 + len(each.top) for each in known if each is not None)
+
+        def made() -> Response:
+            return Response(json_by_items(content()).encode(), media_type="application/json")
+
+        return await self.intake.run(num_log_probs * BYTES_OF_A_LOG_PROB, made)
+
     async def score(self, question: Question, answers: Sequence[Answer]) -> None:
         """Give answers their scores."""
         scores = await self.model.scores(question, [answer.text for answer in answers])
@@ -247,10 +268,11 @@ async def respond(
     """
     limits = service.limits
     deadline = asyncio.get_running_loop().time() + limits.request_timeout
-    async with in_time(deadline, limits), service.intake.body(request, what) as body:
+    async with in_time(deadline, limits), contextlib.AsyncExitStack() as held:
+        body = await held.enter_async_context(service.intake.body(request, what))
         work = await service.intake.run(len(body), work_of, body)
         if work.asked.stream:
             events = work.events()
             first = await while_connected(request.receive, anext(events))
-            return EventStream(first, events, deadline, timed_out(limits))
-        return json_response(200, await while_connected(request.receive, work.answer()))
+            return EventStream(first, events, deadline, timed_out(limits), held.pop_all())
+        return await while_connected(request.receive, work.answer())

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -29,7 +28,14 @@ from typing import Any
 
 import httpx
 
-from steerlm2.checkpoint_dirs import INDEX_FILE, read_json, resolve_checkpoint_dir
+from steerlm2.checkpoint_dirs import (
+    INDEX_FILE,
+    WEIGHT_SUFFIXES,
+    read_json,
+    resolve_checkpoint_dir,
+)
+from steerlm2.escaping import shown
+from steerlm2.files import check_unchanged, read_sums
 from steerlm2.runs.child_process import ChildProcess
 
 SHARE_FOR_WEIGHTS = 0.6
@@ -109,7 +115,12 @@ def _served_bytes(folder: Path, config: Mapping[str, Any]) -> float:
     """Bytes of the weights in bfloat16, from the index if there is one (also before the files)."""
     index = folder / INDEX_FILE
     if index.is_file():
-        stored = json.loads(index.read_text())["metadata"]["total_size"]
+        try:
+            stored = float(read_json(index)["metadata"]["total_size"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{index.absolute()} has no metadata.total_size: download it again"
+            ) from error
     else:
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -204,7 +215,7 @@ def _last_lines(log: Path, count: int = 20) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def _path(text: str) -> Path:
@@ -256,6 +267,10 @@ def main() -> None:
         if not command:
             print(shlex.join(server_command))
             return
+        folder = resolve_checkpoint_dir(args.checkpoint_dir)
+        # vLLM itself doesn't look.
+        weights = [name for name in read_sums(folder) if Path(name).suffix in WEIGHT_SUFFIXES]
+        check_unchanged(folder, weights)
         status = run_with_server(
             server_command,
             command,
@@ -265,7 +280,7 @@ def main() -> None:
             start_timeout=args.start_timeout,
         )
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        parser.exit(1, shown(f"error: {error}\n"))
     sys.exit(status)
 
 

@@ -587,6 +587,19 @@ def test_nothing_in_a_state_is_run(
     assert not ran.exists()
 
 
+def test_a_terminal_obeys_nothing_in_a_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its description names a module that would set the window's title."""
+    save(tmp_path, 3, with_schedule(0.01)[:2])
+    module, name = (b"\x8c" + bytes([len(text)]) + text for text in (b"\x1b]0;title\x07", b"x"))
+    (tmp_path / "step_000003" / ".metadata").write_bytes(b"\x80\x04" + module + name + b"\x93.")
+    assert resume_training(tmp_path, *with_schedule(0.01), {"seed": 5}, CPU) is None
+    warning = capsys.readouterr().err
+    assert "0;title" in warning
+    assert warning.rstrip("\n").isprintable()
+
+
 def test_a_state_reads_no_files_of_other_folders(tmp_path: Path) -> None:
     save(tmp_path, 3, with_schedule(0.01)[:2])
     file = tmp_path / "step_000003" / ".metadata"

@@ -72,6 +72,24 @@ def test_variables_are_found_however_deep_they_stand() -> None:
     assert variables_in([{"a": "${oc.env:B}${oc.env:A,x}"}, ("${oc.env:'C'}",)]) == ["B", "A", "C"]
 
 
+@pytest.mark.parametrize(
+    "given", ["${ oc.env:ENV_WORD }", "${oc.env : 'ENV_WORD'}", "${oc.decode:${oc.env: ENV_WORD}}"]
+)
+def test_a_variable_is_kept_however_it_is_spelled(given: str) -> None:
+    values = OmegaConf.create({"url": given})
+    assert resolved(values) == {"url": "plantedword"}
+    assert with_variables_kept(values) == {"url": "${oc.env:ENV_WORD}"}
+    assert masked("got plantedword") == "got ${oc.env:ENV_WORD}"
+
+
+@pytest.mark.parametrize("given", ["${oc.env:${name}}", "${oc.env:ENV_${half}}", "${oc.${env}:A}"])
+def test_a_variable_whose_name_is_made_is_refused(given: str) -> None:
+    """Its value couldn't be kept out of what is written."""
+    values = OmegaConf.create({"url": [given], "name": "ENV_WORD", "half": "WORD", "env": "env"})
+    with pytest.raises(ValueError, match=r"write \$\{oc.env:NAME\} with the name itself"):
+        load_config(Config, values)
+
+
 def test_a_config_is_written_with_its_variables() -> None:
     """The run has the values; what it writes can be run again."""
     given = {"url": KEPT, "parts": {"a": [KEPT], "b": 2}, "output_dir": "${oc.env:ENV_FOLDER}/x"}
@@ -86,10 +104,17 @@ def test_a_config_is_written_with_its_variables() -> None:
 
 def test_a_key_in_a_config_is_refused_unless_it_is_a_variables() -> None:
     """Config and command line are read by others; the message doesn't repeat it."""
-    parts = {"a": [{"api_key": "S3CR"}], "password": "${oc.env:ENV_WORD}", "eos_token": "<eos>"}
+    parts: dict[str, Any] = {
+        "a": [{"api_key": "S3CR"}],
+        "password": "${oc.env:ENV_WORD}",
+        "eos_token": "<eos>",
+    }
     with pytest.raises(ValueError, match=r"- 'parts\.a\.api_key' is a secret") as error:
         load_config(Config, OmegaConf.create({"output_dir": "x", "parts": parts}))
     assert "S3CR" not in str(error.value)
+    parts["a"] = {"password": 12345678}
+    with pytest.raises(ValueError, match=r"- 'parts\.a\.password' is a secret"):
+        load_config(Config, OmegaConf.create({"output_dir": "x", "parts": parts}))
     parts["a"] = []
     config = load_config(Config, OmegaConf.create({"output_dir": "x", "parts": parts}))
     assert config.parts["password"] == "plantedword"

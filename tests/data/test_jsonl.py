@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ def test_a_key_that_is_there_twice_is_named(tmp_path: Path, line: str) -> None:
     path.write_bytes(LINE + line.encode())
     with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON \(key 'a' is there twice\)"):
         read(path)
+
+
+def test_a_key_that_is_there_twice_is_found_among_very_many(tmp_path: Path) -> None:
+    """In a time that doesn't grow with their square, which is most of a minute."""
+    keys = [f'"{i}": 0' for i in range(40_000)]
+    (tmp_path / "d.jsonl").write_bytes(LINE + f"{{{', '.join([*keys, keys[-1]])}}}".encode())
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="key '39999' is there twice"):
+        read(tmp_path / "d.jsonl")
+    assert time.monotonic() < started + 5
 
 
 def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:

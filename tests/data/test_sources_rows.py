@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from steerlm2.data.jsonl import LineProblems
@@ -212,6 +215,14 @@ def test_columns_need_names_of_their_own(tmp_path: Path) -> None:
     assert values(tmp_path / "d.csv", ",b\n0,x\n")[0] == [(2, {"column 1": "0", "b": "x"})]
 
 
+def test_many_columns_take_no_time(tmp_path: Path) -> None:
+    """A time that grows with their square is most of a minute."""
+    names = [f"c{i}" for i in range(40_000)]
+    started = time.monotonic()
+    assert values(tmp_path / "d.csv", ",".join([*names, names[-1]]) + "\n")[0] == []
+    assert time.monotonic() < started + 5
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -260,6 +271,27 @@ def test_bad_json_is_named_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_text("{]\n")
     with pytest.raises(ValueError, match=r"validation\.jsonl:1: not valid JSON"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Image", "Audio", "Video"])
+@pytest.mark.parametrize("where", ["file", "hub"])
+def test_pictures_and_recordings_of_a_table_are_not_fetched(
+    kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell names any file or address, and texts need none of them."""
+    cell = {"bytes": None, "path": "http://127.0.0.1:9/x"}
+    layout = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features = {"info": {"features": {"v": {"_type": kind}}}}
+    table = pa.table({"v": pa.array([cell], layout)})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, tmp_path / "train.parquet")
+    if where == "file":
+        assert read(tmp_path) == [(cell, "train")]
+        return
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"), cache_dir=str(tmp_path))
+    loaded = datasets.DatasetDict({"train": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, data_dir: loaded)
+    assert read("owner/name") == [(cell, "train")]
 
 
 def test_hub_ids_are_loaded_with_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

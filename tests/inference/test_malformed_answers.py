@@ -93,7 +93,7 @@ def sample(server: RawServer) -> list[list[Sample]]:
     return engine.sample([Request([7], 0)])
 
 
-def stream(server: RawServer) -> list[Piece]:
+def stream(server: RawServer, top_log_probs: int | None = None) -> list[Piece]:
     async def collect() -> list[Piece]:
         engine = VllmStreamingEngine(
             ServerOptions(url=server.url, retries=1, timeout=5),
@@ -102,7 +102,8 @@ def stream(server: RawServer) -> list[Piece]:
             max_seq_len=512,
         )
         try:
-            return [each async for each in engine.generate([7], GenerationSettings(4, n=2))]
+            settings = GenerationSettings(4, n=2, top_log_probs=top_log_probs)
+            return [each async for each in engine.generate([7], settings)]
         finally:
             await engine.close()
 
@@ -251,6 +252,14 @@ def test_strange_streams_end_in_one_line(server: RawServer) -> None:
         with pytest.raises(ConnectionError) as caught:
             print(name, stream(server))
         check_message(str(caught.value))
+
+
+def test_log_probs_that_were_asked_for_must_come(server: RawServer) -> None:
+    server.answers = [answer_of(events_of(choices()))]
+    assert stream(server)
+    with pytest.raises(ConnectionError, match="doesn't answer as a vLLM server does") as caught:
+        stream(server, top_log_probs=0)
+    check_message(str(caught.value))
 
 
 MODELS_STRANGE: dict[str, Json] = {

@@ -5,8 +5,13 @@ tests/recipes/test_vllm.py has the real one.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +111,77 @@ def test_the_key_is_the_environments_or_of_a_file_that_it_names(
     assert server_client.own_api_key() == "other"
 
 
+@pytest.mark.parametrize("key", ["S3CR one\n", "S3CR\nS3CR", "S3CRé", "S3CR\tx"])
+def test_a_key_that_no_header_can_have_is_refused(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """httpx would quote it in its message."""
+    (tmp_path / "key").write_text(key)
+    for name, value in (("_FILE", str(tmp_path / "key")), ("", key)):
+        monkeypatch.setenv(f"STEERLM2_API_KEY{name}", value)
+        with pytest.raises(
+            ValueError, match=rf"STEERLM2_API_KEY{name}.* must have one key"
+        ) as error:
+            server_client.own_api_key()
+        assert "S3CR" not in str(error.value)
+
+
 def test_nothing_to_ask_is_not_asked(fake_vllm: Any) -> None:
     assert connected(fake_vllm).classify([]) == []
     assert fake_vllm.texts == []
+
+
+class SilentServer:
+    """It refuses texts that begin with the token 1, and leaves other requests without an answer."""
+
+    def __init__(self) -> None:
+        self.bound = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.bound.getsockname()[1]}"
+        self.connected: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.connected.append(self.bound.accept()[0])
+                threading.Thread(target=self._answer, args=self.connected[-1:]).start()
+
+    def _answer(self, connected: socket.socket) -> None:
+        asked = b""
+        while b"use_activation" not in asked:
+            asked += connected.recv(100_000)
+        if b'"input":[1,' in asked.replace(b" ", b""):
+            time.sleep(0.3)
+            connected.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\nno")
+
+    def close(self) -> None:
+        for each in (self.bound, *self.connected):
+            each.close()
+
+
+@pytest.fixture
+def silent() -> Iterator[SilentServer]:
+    server = SilentServer()
+    yield server
+    server.close()
+
+
+def test_a_refusal_ends_the_requests_beside_it(silent: SilentServer) -> None:
+    """They might wait for their answers as long as the timeout."""
+    asked = ClassifyClient(silent.url, NAMES, model="m", timeout=20)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="status 400: no"):
+        asked.classify([[1, 2], [3, 4], [5, 6]])
+    assert time.monotonic() < started + 5
+
+
+def test_ctrl_c_ends_requests_that_are_not_answered(silent: SilentServer) -> None:
+    asked = ClassifyClient(silent.url, NAMES, model="m", timeout=20)
+    started = time.monotonic()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        asked.classify([[3, 4], [5, 6]])
+    assert time.monotonic() < started + 5
 
 
 def test_concurrency_is_bounded(fake_vllm: Any) -> None:

@@ -106,7 +106,15 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", bytes(100), b'{"fingerprint": ', b"[]", b"{}", b"3", b"\xff\xfe"]
+    "content",
+    [
+        *(b"", bytes(100), b'{"fingerprint": ', b"[]", b"{}", b"3", b"\xff\xfe", b"[" * 100_000),
+        b'{"fingerprint": "abc", "command": "x", "\\u001b[2J": 1}',
+        b'{"fingerprint": "abc", "command": "x", "runs": "2"}',
+        b'{"fingerprint": "abc", "command": "x", "complete": "no"}',
+        b'{"fingerprint": "abc", "command": "x", "files": "ab"}',
+        b'{"fingerprint": "abc", "command": "x", "files": [1]}',
+    ],
 )
 def test_a_damaged_record_is_none(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -118,7 +126,7 @@ def test_a_damaged_record_is_none(
     assert state.read("sft") is state.read("sft") is None
     warning = capsys.readouterr().err
     assert warning.startswith(f"WARNING: {tmp_path}/state/sft.json is damaged (")
-    assert warning.count("\n") == 1
+    assert warning.rstrip("\n").isprintable()
 
 
 def test_files_without_what_is_for_resuming(tmp_path: Path) -> None:
@@ -136,11 +144,12 @@ def test_set_aside_loses_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "earlier" / "sft_1" / "x").read_text() == "1"
 
 
-def test_a_link_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lock", "doing"])
+def test_a_link_in_place_of_the_lock_is_refused(name: str, tmp_path: Path) -> None:
     """What it leads to stays as it is."""
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "lock").symlink_to(tmp_path / "mine")
+    (tmp_path / "state" / name).symlink_to(tmp_path / "mine")
     with (
         pytest.raises(ValueError, match="must be a file, not a link"),
         PipelineState(tmp_path).lock(),

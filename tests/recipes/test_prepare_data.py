@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -25,6 +26,7 @@ from steerlm2.data.grammar import grammar_pairs
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import Record, read_records
 from steerlm2.data.settings import schema_of_data
+from steerlm2.data.spool import Spool
 from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.datasets import attribute_dataset
 
@@ -968,3 +970,19 @@ def test_a_file_that_is_not_understood_ends_in_one_message_and_no_files(
     assert "Traceback" not in stderr
     assert stderr.count("isn't understood") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_removed_meanwhile_is_named(
+    tmp_path: Path, trees: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_spool = Spool.read
+
+    def read_and_remove(spool: Spool, offset: int) -> Any:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return read_spool(spool, offset)
+
+    monkeypatch.setattr(Spool, "read", read_and_remove)
+    status, _, error = prepare(f"source={trees}", "output_dir=out")
+    assert status == 1
+    assert f"error: {tmp_path / 'out'} was removed or replaced while the run wrote" in error
+    assert "Traceback" not in error

@@ -18,6 +18,7 @@ VARIABLES = {
     "STEERLM2_API_KEY": f"{SECRET}-server",
     "PLANTED_WORD": f"{SECRET}-word",
     "PLANTED_URL": f"http://al:{SECRET}@127.0.0.1:9",
+    "PLANTED_KEY": f"/{SECRET}'\"key",
 }
 """Port 9 answers nobody."""
 
@@ -43,6 +44,7 @@ def test_a_run_tells_no_secret(secretive_tune: Any, write_groups: Any, tmp_path:
         "_component_": "torchtune.training.metric_logging.StdoutLogger",
         "address": f"https://al:{SECRET}@h/x?token={SECRET}&a=b",
         "nested": ["${oc.env:PLANTED_URL}", {"api_key": "${oc.env:WANDB_API_KEY}"}],
+        "spaced": ["${ oc.env: PLANTED_KEY }", "got ${oc.env:PLANTED_WORD}"],
     }
     out = tmp_path / "out"
     arguments = (
@@ -53,6 +55,7 @@ def test_a_run_tells_no_secret(secretive_tune: Any, write_groups: Any, tmp_path:
         *("global_batch_size=3", "save_every_n_steps=1", "resume_from_checkpoint=true"),
         *(f"metric_logger={json.dumps(logger)}", "metric_logger.word=${oc.env:PLANTED_WORD}"),
         "metric_logger.other=http://${oc.env:PLANTED_WORD}@h",
+        f"metric_logger.quoted=http://al:{SECRET}'x@h",
     )
     first = secretive_tune(*arguments, "max_steps=1")
     again = secretive_tune(*arguments, "max_steps=2")
@@ -61,6 +64,8 @@ def test_a_run_tells_no_secret(secretive_tune: Any, write_groups: Any, tmp_path:
     assert list(leaks(tmp_path, *printed)) == []
     written = yaml.safe_load((out / "config.yaml").read_text())["metric_logger"]
     assert written["nested"] == logger["nested"]
+    assert written["spaced"] == ["${oc.env:PLANTED_KEY}", "got ${oc.env:PLANTED_WORD}"]
+    assert written["quoted"] == "http://***@h"
     assert written["address"] == "https://***@h/x?token=***&a=b"
     assert json.loads((out / "run.json").read_text())["config"]["metric_logger"] == written
 

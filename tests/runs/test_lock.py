@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -140,7 +140,7 @@ def test_a_lock_without_a_holder_is_free(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_no_runs_is_free(tmp_path: Path) -> None:
-    for text in ("[1, 2]", "3", "null", "{garbage", "\0" * 512):
+    for text in ("[1, 2]", "3", "null", "{garbage", "\0" * 512, "[" * 100_000):
         (tmp_path / LOCK_FILE).write_text(text)
         RunLock(tmp_path).release()
 
@@ -154,8 +154,11 @@ def test_a_link_is_refused_and_its_target_left_alone(tmp_path: Path) -> None:
     assert mine.read_text() == "precious"
 
 
-def test_a_folder_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
-    (tmp_path / LOCK_FILE).mkdir()
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_in_place_of_the_lock_is_refused(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path / LOCK_FILE)
     with pytest.raises(ValueError, match=rf"{LOCK_FILE} must be a file that runs lock: remove it"):
         RunLock(tmp_path)
 

@@ -60,7 +60,10 @@ def test_a_cut_last_line_is_not_read(lines: JsonLines) -> None:
     assert lines.read() == entries_of(1)
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 9, b'{"st', b"\xff", b"[1]", b'{"loss": 1}', b""])
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 9, b'{"st', b"\xff", b"[1]", b'{"loss": 1}', b"", DEEP])
 def test_damaged_lines_are_left_out_and_counted(
     lines: JsonLines, damage: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:

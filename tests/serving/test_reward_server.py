@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import logging
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +29,7 @@ from steerlm2.data.tokenizers import HFTokenizer, tiny_tokenizer
 from steerlm2.distributed.world import World
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.serving.batcher import score_texts
+from steerlm2.serving.http import RequestError, Strict, parse_body
 from steerlm2.serving.reward_server import Limits, create_app, encode
 
 Json = dict[str, Any]
@@ -361,6 +364,16 @@ def test_objects_of_very_many_keys_are_refused(client: TestClient) -> None:
     assert message == "conversations[0]: an object has at most 100 keys, got 1001"
 
 
+def test_a_key_that_is_given_twice_is_found_among_very_many() -> None:
+    """In a time that doesn't grow with their square, which is most of a minute."""
+    keys = [f'"{i}":0' for i in range(40_000)]
+    body = "{" + ",".join([*keys, keys[-1]]) + "}"
+    started = time.monotonic()
+    with pytest.raises(RequestError, match="the key '39999' is given twice"):
+        parse_body(body.encode(), Strict)
+    assert time.monotonic() < started + 5
+
+
 def test_truncate_scores_the_end_and_says_so() -> None:
     """A body of over 16 KiB, so that it is tokenised in a thread."""
     question = Turn("User", "What is it? " * 2000)
@@ -446,6 +459,59 @@ def test_errors_of_our_own_are_answered_without_their_text(
 def test_slow_answers_time_out(other_client: TestClient) -> None:
     response = other_client.post("/v1/attributes", json={"texts": ["slow"]})
     assert "not answered within 1 seconds" in error_of(response, 504)
+
+
+class HeldModel(AttributeModel):
+    """The model, but it scores nothing before `go` is set."""
+
+    go: threading.Event
+
+    def score(self, groups: Sequence[RewardGroup]) -> list[list[list[float]]]:
+        self.go.wait(20)
+        return super().score(groups)
+
+
+async def status_for(app: FastAPI, text: str, gone: asyncio.Event) -> int:
+    """The status that a caller gets who goes away once `gone` is set."""
+    body = iter([{"type": "http.request", "body": json.dumps({"texts": [text]}).encode()}])
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/attributes"}
+    scope |= {"query_string": b"", "headers": [(b"content-type", b"application/json")]}
+    statuses: list[int] = []
+
+    async def receive() -> Any:
+        if (request := next(body, None)) is not None:
+            return request
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        statuses.extend([message["status"]] if "status" in message else [])
+
+    await app(scope, receive, send)
+    return statuses[0]
+
+
+def test_texts_of_a_caller_who_has_gone_are_withdrawn() -> None:
+    """They would keep those of others waiting."""
+    model = HeldModel(**vars(MODEL))
+    model.go = threading.Event()
+    app = create_app(model, "held", limits=LIMITS)
+
+    async def talk() -> tuple[int, int]:
+        async with app.router.lifespan_context(app):
+            scored = asyncio.create_task(status_for(app, "scored first", asyncio.Event()))
+            await asyncio.sleep(0.2)
+            gone = asyncio.Event()
+            waits = asyncio.create_task(status_for(app, "withdrawn", gone))
+            await asyncio.sleep(0.2)
+            gone.set()
+            try:
+                return await asyncio.wait_for(waits, 5), 200
+            finally:
+                model.go.set()
+                assert await scored == 200
+
+    assert asyncio.run(talk()) == (499, 200)
 
 
 def test_a_full_queue_is_answered_with_when_to_come_back(other_client: TestClient) -> None:

@@ -34,6 +34,9 @@ from steerlm2.distributed.world import World
 from steerlm2.inference.attribute_model import AttributeModel, load_attribute_model
 from steerlm2.inference.steered import SteeredModel
 from steerlm2.inference.streaming import GenerationSettings
+from steerlm2.serving.chat_route import ChatWork
+from steerlm2.serving.completion_routes import CompletionWork
+from steerlm2.serving.http import json_by_items
 from steerlm2.serving.steering_server import SteeringLimits, create_app
 
 Json = dict[str, Any]
@@ -645,6 +648,7 @@ def test_nemos_fields(client: TestClient) -> None:
         ({"temperature": 0}, "temperature: Input should be greater than 0"),
         ({"tokens_to_generate": 600}, "more than the model's 512"),
         ({"max_len": 5}, "max_len: Extra inputs"),
+        ({"end_strings": ["a"] * 17}, "end_strings: at most 16 texts, got 17"),
     ],
 )
 def test_what_nemos_server_does_and_this_one_doesnt(
@@ -871,6 +875,21 @@ def test_more_requests_than_there_are_places_get_503() -> None:
                 assert answer.headers["Retry-After"] == "1"
 
 
+def test_the_bodies_of_streams_are_pending_until_their_end() -> None:
+    """A stream goes on with what its request has asked for."""
+    model = steered(gate=asyncio.Event())
+    with listening(model, max_pending_bytes=1000) as (url, _), httpx.Client() as client:
+        body = CHAT | {"stream": True, "user": "u" * 600}
+        with client.stream("POST", f"{url}{PATH}", json=body) as first:
+            lines = first.iter_lines()  # a dropped iterator would close the connection
+            next(lines)
+            refused = httpx.post(f"{url}{PATH}", json=body)
+            assert "max_pending_bytes" in error_of(refused, 503)["message"]
+        wait_until(lambda: engine_of(model).running == 0)
+        with client.stream("POST", f"{url}{PATH}", json=body) as second:
+            assert second.status_code == 200
+
+
 def test_streams_come_to_their_end_when_the_server_is_told_to_stop() -> None:
     gate = asyncio.Event()
     model = steered(gate=gate)
@@ -958,6 +977,37 @@ def test_prompts_that_cannot_fit_are_not_tokenised(
     assert error["code"] == "context_length_exceeded"
     assert "shorten the" in error["message"]
     assert max(seen, default=0) < len(LONG)
+
+
+@pytest.mark.parametrize(
+    ("path", "work", "body"),
+    [
+        (PATH, ChatWork, CHAT | {"logprobs": True, "top_logprobs": 20}),
+        ("/v1/completions", CompletionWork, {"prompt": "a", "max_tokens": 64, "logprobs": 20}),
+    ],
+)
+def test_large_answers_are_put_together_aside(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, work: Any, body: Json
+) -> None:
+    """Those of 20 log-probs a token, which take seconds for 16 answers of 1,000 tokens."""
+    threads: list[str] = []
+    whole = work._whole
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return whole(*arguments)
+
+    monkeypatch.setattr(work, "_whole", noted)
+    assert len(client.post(path, json=body | {"n": 4}).json()["choices"]) == 4
+    assert threads[0].startswith("intake")
+
+
+def test_json_by_items_is_json() -> None:
+    value = {"a": [1, {"b": [2.5, None]}], "ü": '"\n', "c": [], "d": {"e": [True]}, "f": [[]]}
+    assert json_by_items(value) == json.dumps(value)
+    assert json_by_items({}) == "{}"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_by_items({"a": [float("nan")]})
 
 
 @pytest.mark.parametrize(

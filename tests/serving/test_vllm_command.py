@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from steerlm2.files import sha256, write_sums
 from steerlm2.serving.vllm_command import vllm_command
 
 
@@ -91,6 +92,38 @@ def test_a_config_without_heads_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 8}}')
     with pytest.raises(ValueError, match=r"config\.json has no num_attention_heads"):
         vllm_command(tmp_path, 1)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"metadata": {}}', '{"metadata": []}', "[", "[]"])
+def test_an_index_without_the_weights_size_is_named(index: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 1)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json .*: download it again"):
+        vllm_command(folder, 1)
+
+
+def test_damaged_weights_are_not_served(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 1)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    write_sums(folder, {"model.safetensors": sha256(b"weighty")})
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "steerlm2.serving.vllm_command",
+            folder,
+            "--gpus",
+            "0",
+            "--",
+            "true",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1
+    assert "model.safetensors changed since SHA256SUMS was written" in result.stderr
+    assert not (tmp_path / "vllm.log").exists()
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

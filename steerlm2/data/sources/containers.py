@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def _delimiter(first_line: str) -> str:
 
 def _column_names(cells: list[str], path: Path) -> list[str]:
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, start=1)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
         raise ValueError(f"{path}: its first line names columns twice: {', '.join(twice)}")
     return names
 
@@ -184,7 +185,8 @@ def _parquet_values(path: Path, problems: LineProblems) -> _Values:
             rows = datasets.load_dataset(
                 "parquet", data_files=str(plain), split="train", streaming=True
             )
-            yield from enumerate(rows, start=1)
+            # Decoded, a picture or a recording would be fetched from wherever its cell says.
+            yield from enumerate(rows.decode(False), start=1)
         except (
             *(ValueError, OSError, EOFError, zlib.error),
             datasets.exceptions.DatasetsError,

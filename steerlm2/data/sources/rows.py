@@ -172,5 +172,7 @@ def _rows_of_hub(source: str, subset: str, names: _Names) -> Iterator[Row]:
     if unread := sorted({*loaded} - {*found.values()}):
         _log.warning("%s: splits that are not read: %s", source, ", ".join(unread))
     for split, name in found.items():
-        for number, value in enumerate(loaded[name], start=1):
+        # Decoded, a picture or a recording would be fetched from wherever its cell says.
+        rows = loaded[name].to_iterable_dataset().decode(False)
+        for number, value in enumerate(rows, start=1):
             yield Row(f"{source} [{name}]", number, value, split)
