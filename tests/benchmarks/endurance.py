@@ -75,12 +75,13 @@ class Training:
         while not self.ending.is_set():
             with (self.output / "training.log").open("ab") as log:
                 self.process = subprocess.Popen(self._command(), stdout=log, stderr=log)
-            # Not while Python starts: nothing is learned from that.
-            end = time.monotonic() + 30 + rng.expovariate(1 / (60 * self.minutes))
+            before, end = self._size(), float("inf")
             while time.monotonic() < end and not self.ending.wait(0.2):
                 if self.process.poll() is not None:
                     self.ending.set()
                     return
+                if end == float("inf") and self._size() > before:  # it has begun to train
+                    end = time.monotonic() + rng.expovariate(1 / (60 * self.minutes))
             self.process.terminate()
             self.statuses.append(self.process.wait(120))
 
@@ -107,10 +108,16 @@ class Training:
                         found[f"rank {variable[5:].decode()}"] = int(child)
         return found if len(found) == 2 else {}
 
+    @property
+    def _metrics(self) -> Path:
+        return self.output / "run" / "metrics.jsonl"
+
+    def _size(self) -> int:
+        return self._metrics.stat().st_size if self._metrics.exists() else 0
+
     def steps(self) -> list[int]:
         """In metrics.jsonl, in order."""
-        lines = (self.output / "run" / "metrics.jsonl").read_text().splitlines()
-        entries = (json.loads(line) for line in lines)
+        entries = map(json.loads, self._metrics.read_text().splitlines())
         return [entry["step"] for entry in entries if "loss" in entry]
 
 
