@@ -222,6 +222,18 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def check_weights(checkpoint_dir: str) -> None:
+    """Check that the weights are those that were exported: vLLM itself doesn't look.
+
+    Raises:
+        ValueError: where they aren't.
+        FileNotFoundError: where there is no checkpoint.
+    """
+    folder = resolve_checkpoint_dir(checkpoint_dir)
+    weights = [name for name in read_sums(folder) if Path(name).suffix in WEIGHT_SUFFIXES]
+    check_unchanged(folder, weights)
+
+
 def main() -> None:
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
@@ -267,10 +279,7 @@ def main() -> None:
         if not command:
             print(shlex.join(server_command))
             return
-        folder = resolve_checkpoint_dir(args.checkpoint_dir)
-        # vLLM itself doesn't look.
-        weights = [name for name in read_sums(folder) if Path(name).suffix in WEIGHT_SUFFIXES]
-        check_unchanged(folder, weights)
+        check_weights(args.checkpoint_dir)
         status = run_with_server(
             server_command,
             command,

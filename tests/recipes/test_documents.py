@@ -193,6 +193,7 @@ def check_vllm_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     """The options are right ones; returns the command that runs beside the server."""
     run: list[list[str]] = []
     monkeypatch.setattr(vllm_command, "vllm_command", lambda *args, **options: ["served"])
+    monkeypatch.setattr(vllm_command, "check_weights", lambda checkpoint_dir: None)
     monkeypatch.setattr(
         vllm_command, "run_with_server", lambda server, inner, **options: run.append(inner) or 0
     )
