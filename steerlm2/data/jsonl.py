@@ -273,7 +273,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(obj) < len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key, times in counts.items() if times > 1)
-        raise ValueError(f"key {twice!r} is there twice")
+        raise ValueError(f"key {twice[:100]!r} is given twice")
     return obj
 
 

@@ -6,7 +6,6 @@ is that of OpenAI's API: `param` is the request's key that is wrong, if one is.
 
 from __future__ import annotations
 
-import collections
 import hmac
 import itertools
 import json
@@ -32,6 +31,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steerlm2 import __version__
+from steerlm2.data.jsonl import unique_keys
 from steerlm2.serving.hosts import host_of, is_allowed
 
 ALWAYS_OPEN = ("/health",)
@@ -153,7 +153,7 @@ def parse_body(body: bytes, model: type[RequestT], refusals: Refusals | None = N
     """
     try:
         content = json.loads(
-            body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_object
+            body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=unique_keys
         )
     except RecursionError:
         raise RequestError(400, "malformed_json", "the body is nested too deeply") from None
@@ -206,15 +206,6 @@ def listed(problems: Iterable[str], count: int) -> str:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        twice = next(name for name, times in counts.items() if times > 1)
-        raise ValueError(f"the key {twice[:100]!r} is given twice")
-    return found
 
 
 class Metrics:

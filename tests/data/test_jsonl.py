@@ -129,7 +129,7 @@ def test_a_key_that_is_there_twice_is_named(tmp_path: Path, line: str) -> None:
     """Which of them counts is a matter of the reader; json takes the last."""
     path = tmp_path / "d.jsonl"
     path.write_bytes(LINE + line.encode())
-    with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON \(key 'a' is there twice\)"):
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON \(key 'a' is given twice\)"):
         read(path)
 
 
@@ -138,7 +138,7 @@ def test_a_key_that_is_there_twice_is_found_among_very_many(tmp_path: Path) -> N
     keys = [f'"{i}": 0' for i in range(40_000)]
     (tmp_path / "d.jsonl").write_bytes(LINE + f"{{{', '.join([*keys, keys[-1]])}}}".encode())
     started = time.monotonic()
-    with pytest.raises(ValueError, match="key '39999' is there twice"):
+    with pytest.raises(ValueError, match="key '39999' is given twice"):
         read(tmp_path / "d.jsonl")
     assert time.monotonic() < started + 5
 

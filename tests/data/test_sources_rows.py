@@ -227,7 +227,7 @@ def test_many_columns_take_no_time(tmp_path: Path) -> None:
     ("content", "problem"),
     [
         ('[{"v": 1},\n{"v": }]', "not valid JSON (line 2, Expecting value at column 7)"),
-        ('[{"v": 1, "v": 2}]', "not valid JSON (key 'v' is there twice)"),
+        ('[{"v": 1, "v": 2}]', "not valid JSON (key 'v' is given twice)"),
         ('{"a": [{"v": 1}], "b": [{"v": 1}]}', "with 2 such lists and the keys 'a', 'b'"),
         ('{"a": 1}', "with 0 such lists and the keys 'a'"),
         ('{"prompt": ["Q"], "response": ["A"]}', "is a table by columns ('prompt', 'response')"),
