@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import json
 import random
-import re
 import signal
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server_process import serving
+from server_process import TUNE, serving, usage
 
 import serve_reward
 import serve_steerlm
@@ -42,20 +41,6 @@ ROUND = 10.0
 """Seconds of load, after which its counts are noted."""
 CLIENTS = 2
 """Of each server: training needs a part of the machine too."""
-
-
-def usage(process: int) -> dict[str, float]:
-    """Of a process: megabytes of memory, descriptors, threads."""
-    folder = Path(f"/proc/{process}")
-    status = (folder / "status").read_text()
-    found = {name: re.search(rf"{name}:\s+(\d+)", status) for name in ("VmRSS", "Threads")}
-    assert found["VmRSS"] is not None
-    assert found["Threads"] is not None
-    return {
-        "MB": int(found["VmRSS"][1]) / 1024,
-        "descriptors": len(list((folder / "fd").iterdir())),
-        "threads": int(found["Threads"][1]),
-    }
 
 
 @dataclass
@@ -86,9 +71,8 @@ class Training:
             self.statuses.append(self.process.wait(120))
 
     def _command(self) -> list[str]:
-        tune = str(Path(sys.executable).with_name("tune"))
         return [
-            *(tune, "run", "--nproc_per_node", "2", "steerlm2_distributed"),
+            *(str(TUNE), "run", "--nproc_per_node", "2", "steerlm2_distributed"),
             *("--config", "tiny/steerlm2", f"output_dir={self.output / 'run'}"),
             *("epochs=null", "max_steps=1000000", "save_every_n_steps=10", "val_every_n_steps=50"),
             *("keep_last_n_checkpoints=2", "resume_from_checkpoint=true"),
@@ -242,7 +226,7 @@ def main() -> None:
                 if training.ending.wait(args.every):
                     raise SystemExit(f"the training ended by itself: {args.output}/training.log")
                 for name, process in (fixed | training.ranks()).items():
-                    with contextlib.suppress(OSError, AssertionError):  # a rank has ended
+                    with contextlib.suppress(OSError, KeyError):  # a rank has ended
                         rows.append({"hours": hours, "process": name, **usage(process)})
                         file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()

