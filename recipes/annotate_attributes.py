@@ -30,7 +30,6 @@ A run that was stopped continues where it was; the output is in input order.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import random
 from collections import Counter
@@ -73,9 +72,9 @@ from steerlm2.inference.attribute_model import load_attribute_model
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar, tell
+from steerlm2.runs.logs import tell
 from steerlm2.runs.processes import join_processes, process_beside_server
-from steerlm2.runs.resumable import ResumableOutput
+from steerlm2.runs.resumable import ResumableOutput, remaining_slices
 
 SETTINGS_THAT_CHANGE_SCORES = (
     "turns",
@@ -243,19 +242,16 @@ class AnnotateRecipe:
     def _annotate_file(self, job: Job) -> None:
         cfg, world, labelling = self.cfg, self.world, self._format(job.kind)
         num_texts, num_cut = 0, 0
-        lines = itertools.islice(_lines(job.input), job.done, None)
-        num_done = job.done
-        bar = progress_bar(world, job.num_records, num_done, unit="record")
-        while chosen := list(itertools.islice(lines, cfg.records_per_write)):
-            first = num_done == job.done
-            self.watch.at(f"record {num_done + 1}", patience=LONG if first else 1.0)
+        starts = range(job.done, job.num_records, cfg.records_per_write)
+        lines = _lines(job.input)
+        for start, chosen in remaining_slices(lines, starts, self.watch, unit="record"):
             groups: list[list[RewardGroup]] = []
             for _, obj in chosen:
                 encoded = [self._encode(question) for question in labelling.questions(obj)]
                 groups.append([group for own, _ in encoded for group in own])
                 num_cut += sum(cut for _, cut in encoded)
             scores = iter(self._score([group for own in groups for group in own]))
-            pairs = enumerate(zip(chosen, groups, strict=True), start=num_done)
+            pairs = enumerate(zip(chosen, groups, strict=True), start=start)
             for index, ((line_number, obj), own) in pairs:
                 scores_NA = [row for _ in own for row in next(scores)]
                 if not all(math.isfinite(score) for scores_A in scores_NA for score in scores_A):
@@ -266,9 +262,6 @@ class AnnotateRecipe:
                 num_texts += len(scores_NA)
             if world.is_main:
                 job.output.append(json_line(obj) for _, obj in chosen)
-            num_done += len(chosen)
-            bar.update(len(chosen))
-        bar.close()
         if world.is_main:
             job.output.finish()
             flaws = f"; of the responses: {causes_text(job.flaws)}" if job.flaws else ""

@@ -98,11 +98,11 @@ from steerlm2.inference.local import LocalEngine
 from steerlm2.inference.server_client import ClassifyClient
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar, tell
+from steerlm2.runs.logs import tell
 from steerlm2.runs.output import check_shared, make_output_dir
 from steerlm2.runs.processes import join_processes
 from steerlm2.runs.record import check_metric_logger, log_config, open_logger
-from steerlm2.runs.resumable import ResumableOutput
+from steerlm2.runs.resumable import ResumableOutput, remaining_slices
 
 SETTINGS_THAT_CHANGE_ANSWERS = (
     *("label", "max_prompts", "n", "temperature", "top_p", "max_new_tokens", "max_seq_len"),
@@ -323,11 +323,10 @@ class EvaluateRecipe:
             return
         engine = self._engine(name, options, decoder, tokenizer, template)
         waiting = LONG if decoder is None else 1.0  # a server's progress isn't seen from here
-        bar = progress_bar(world, len(self.items), done, unit="group", text=f"{name} answers")
-        for start in range(done, len(self.items), cfg.records_per_write):
-            chosen = self.items[start : start + cfg.records_per_write]
-            patience = LONG if start == done else waiting
-            self.watch.at(f"{name}, answers to group {start + 1}", patience=patience)
+        starts = range(done, len(self.items), cfg.records_per_write)
+        for _, chosen in remaining_slices(
+            self.items, starts, self.watch, text=f"{name}, answers", patience=waiting
+        ):
             requests = fitting_requests(
                 chosen,
                 template,
@@ -342,8 +341,6 @@ class EvaluateRecipe:
                     json_line(record_to_json(answered(item, samples.get(i), template, tokenizer)))
                     for i, item in enumerate(chosen)
                 )
-            bar.update(len(chosen))
-        bar.close()
         engine.close()
         world.on_main(output.finish)
 
@@ -436,17 +433,15 @@ class EvaluateRecipe:
             world.on_main(output.check)
             records = self._records(file)
             done = world.computed_on_main(functools.partial(output.begin, len(records)))
-            bar = progress_bar(world, len(records), done, unit="group", text=f"{name} {folder}")
-            for start in range(done, len(records), cfg.records_per_write):
-                model = loaded()
-                chosen = records[start : start + cfg.records_per_write]
-                patience = LONG if start == done else waiting
-                self.watch.at(f"{name}, {section}, group {start + 1}", patience=patience)
-                found = scored(model, chosen)
+            if done < len(records):
+                loaded()
+            starts = range(done, len(records), cfg.records_per_write)
+            for _, chosen in remaining_slices(
+                records, starts, self.watch, text=f"{name}, {section}", patience=waiting
+            ):
+                found = scored(loaded(), chosen)
                 if world.is_main:
                     output.append(json_line(record_to_json(record)) for record in found)
-                bar.update(len(chosen))
-            bar.close()
             world.on_main(output.finish)
         loaded.cache_clear()
         free_memory()

@@ -74,9 +74,9 @@ from steerlm2.inference.engines import Engine, Sample, SamplingSettings
 from steerlm2.inference.local import LocalEngine
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar, tell
+from steerlm2.runs.logs import tell
 from steerlm2.runs.processes import join_processes, process_beside_server
-from steerlm2.runs.resumable import ResumableOutput
+from steerlm2.runs.resumable import ResumableOutput, remaining_slices
 
 SETTINGS_THAT_CHANGE_RESPONSES = (
     "label",
@@ -167,11 +167,9 @@ class SampleRecipe:
     def sample(self) -> None:
         """Sample and append a slice of the items at a time; rename the file when it is complete."""
         cfg, world = self.cfg, self.world
-        bar = progress_bar(world, len(self.items), self.done, unit="group")
         started, num_tokens = time.perf_counter(), 0
-        for start in range(self.done, len(self.items), cfg.records_per_write):
-            chosen = self.items[start : start + cfg.records_per_write]
-            self.watch.at(f"group {start + 1}", patience=LONG if start == self.done else 1.0)
+        starts = range(self.done, len(self.items), cfg.records_per_write)
+        for _, chosen in remaining_slices(self.items, starts, self.watch):
             requests = fitting_requests(
                 chosen,
                 self.template,
@@ -185,8 +183,6 @@ class SampleRecipe:
                 self.output.append(
                     self._line(item, samples.get(index)) for index, item in enumerate(chosen)
                 )
-            bar.update(len(chosen))
-        bar.close()
         self.watch.at("the end", patience=LONG)
         if self.done < len(self.items):
             self.engine.close()

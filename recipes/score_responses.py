@@ -71,9 +71,9 @@ from steerlm2.inference.attribute_model import AttributeModel, load_attribute_mo
 from steerlm2.inference.language_model import LanguageModel, load_language_model
 from steerlm2.runs.entry import recipe_main
 from steerlm2.runs.hangs import LONG, HangWatch
-from steerlm2.runs.logs import progress_bar, tell
+from steerlm2.runs.logs import tell
 from steerlm2.runs.processes import join_processes
-from steerlm2.runs.resumable import ResumableOutput
+from steerlm2.runs.resumable import ResumableOutput, remaining_slices
 
 Quantity = Literal["log_p_attributes", "log_p_response", "log_q"]
 QUANTITIES: tuple[Quantity, ...] = typing.get_args(Quantity)
@@ -235,23 +235,20 @@ class ScoreRecipe:
         if done < len(groups) and inputs:
             model = self._language_model(stage.scorer, tokenizer, template, data.longest())
 
-        bar = progress_bar(world, len(groups), done, unit="group", text=", ".join(stage.quantities))
-        for start in range(done, len(groups), cfg.records_per_write):
-            chosen = slice(start, start + cfg.records_per_write)
-            self.watch.at(f"group {start + 1}", patience=LONG if start == done else 1.0)
+        starts, text = range(done, len(groups), cfg.records_per_write), ", ".join(stage.quantities)
+        for start, chosen in remaining_slices(groups, starts, self.watch, text=text):
+            rows = slice(start, start + len(chosen))
             scores = {
-                name: model.score(prompts_and_responses[chosen])
+                name: model.score(prompts_and_responses[rows])
                 for name, prompts_and_responses in inputs.items()
                 if model is not None
             }
             if world.is_main:
                 output.append(
                     json_line(record_to_json(scored_record(data.records, group, new_values)))
-                    for i, group in enumerate(groups[chosen])
+                    for i, group in enumerate(chosen)
                     for new_values in [{name: values[i] for name, values in scores.items()}]
                 )
-            bar.update(len(groups[chosen]))
-        bar.close()
         if world.is_main:
             output.finish()
             tell(f"{output.path}: {data.summary()}")
@@ -264,13 +261,9 @@ class ScoreRecipe:
         done = world.computed_on_main(lambda: output.begin(len(records)))
         num_cut = 0
         model = self._attribute_model(stage.scorer) if done < len(records) else None
-        bar = progress_bar(
-            world, len(records), done, unit="group", text=", ".join(stage.quantities)
-        )
-        for start in range(done, len(records), cfg.records_per_write):
+        starts, text = range(done, len(records), cfg.records_per_write), ", ".join(stage.quantities)
+        for _, chosen in remaining_slices(records, starts, self.watch, text=text):
             assert model is not None
-            chosen = records[start : start + cfg.records_per_write]
-            self.watch.at(f"group {start + 1}", patience=LONG if start == done else 1.0)
             encoded = [
                 groups_for_scoring(
                     model.template,
@@ -295,8 +288,6 @@ class ScoreRecipe:
             scored = with_log_p_attributes(scored, source, cfg.concentration, cfg.bins, self.schema)
             if world.is_main:
                 output.append(json_line(record_to_json(record)) for record in scored)
-            bar.update(len(chosen))
-        bar.close()
         if world.is_main:
             output.finish()
             flaws = count_flaws(response for record in records for response in record.responses)

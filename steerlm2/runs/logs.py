@@ -81,18 +81,6 @@ def warn(text: str) -> None:
     tqdm.write(f"WARNING: {shown(text)}", file=sys.stderr)
 
 
-def progress_bar(world: World, total: int, done: int, *, unit: str, text: str = "") -> tqdm:
-    """How much of a file is done, which rank 0 shows.
-
-    Args:
-        total: records of the file.
-        done: by an earlier run.
-        unit: what a record is called.
-        text: before the bar.
-    """
-    return tqdm(desc=text, total=total, initial=done, disable=not world.is_main, unit=unit)
-
-
 class Progress:
     """The progress of a run: a bar on a terminal, otherwise a line for each logged step.
 

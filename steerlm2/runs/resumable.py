@@ -1,5 +1,10 @@
 """A JSONL output that a stopped run continues, without lost or duplicate lines.
 
+    done = output.begin(len(items))  # on rank 0
+    for start, chosen in remaining_slices(items, range(done, len(items), slice_size), watch):
+        output.append(...)           # on rank 0
+    output.finish()                  # on rank 0
+
 Lines are appended in slices of a fixed size to `NAME.partial`, which is renamed to NAME when it is
 complete. A run that starts again truncates it to its complete slices and continues there, so that
 it computes the same slices as a run that was never stopped. `NAME.settings.json` has the settings
@@ -8,18 +13,24 @@ that the lines depend on, so that lines of different settings aren't mixed in on
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+from tqdm import tqdm
 
 from steerlm2.checkpoint_dirs import file_digest, is_checkpoint, weights_digest
 from steerlm2.data.settings import settings_file
 from steerlm2.files import open_own, parse_json, replace_durably, write_durably
 from steerlm2.masking import comparable_values
+from steerlm2.runs.hangs import LONG, HangWatch
 from steerlm2.runs.lock import is_in_place, lock_file
 from steerlm2.runs.output import make_output_dir
+
+T = TypeVar("T")
 
 
 class ResumableOutput:
@@ -160,6 +171,39 @@ class ResumableOutput:
             if whole and (number % self.slice_size == 0 or number == num_lines):
                 done, size = number, offset
         return done, size
+
+
+def remaining_slices(
+    items: Iterable[T],
+    starts: range,
+    watch: HangWatch,
+    *,
+    unit: str = "group",
+    text: str = "",
+    patience: float = 1.0,
+) -> Iterator[tuple[int, list[T]]]:
+    """The slices that earlier runs left to do, each after the index of its first item.
+
+    Rank 0 shows a bar, and the watch is told where the run is.
+
+    Args:
+        items: of the complete output.
+        starts: range(items that are done, number of items, items of a slice).
+        unit: what an item is called.
+        text: what is done, before the bar.
+        patience: of the watch. The first slice has LONG: in it models are loaded, and compile.
+    """
+    items = itertools.islice(items, starts.start, None)
+    where = f"{text}, {unit}" if text else unit
+    shown = watch.world.is_main
+    with tqdm(
+        desc=text, total=starts.stop, initial=starts.start, disable=not shown, unit=unit
+    ) as bar:
+        for start in starts:
+            chosen = list(itertools.islice(items, starts.step))
+            watch.at(f"{where} {start + 1}", patience=LONG if start == starts.start else patience)
+            yield start, chosen
+            bar.update(len(chosen))
 
 
 def _with_weights_for_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -376,7 +376,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(
         nproc=2,
     )
     stderr = stopped_until_named(process, tmp_path, "answers/a.jsonl.partial")
-    assert re.search(r"rank 0 on \S+: a, answers to group \d+, in ", stderr)
+    assert re.search(r"rank 0 on \S+: a, answers, group \d+, in ", stderr)
 
 
 def test_a_model_that_was_trained_again_is_not_taken_for_the_same(

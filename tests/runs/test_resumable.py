@@ -7,8 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from steerlm2.runs.resumable import ResumableOutput
+from steerlm2.distributed.world import World
+from steerlm2.runs.hangs import LONG, HangWatch
+from steerlm2.runs.resumable import ResumableOutput, remaining_slices
 
 LINES = [f'{{"line": {i}}}\n'.encode() for i in range(10)]
 SLICE = 4
@@ -255,3 +258,22 @@ def test_settings_tell_no_secret_but_that_it_is_another_one(input_file: Path) ->
     opened(input_file, source="http://al:S3CR@h/x").check()
     with pytest.raises(ValueError, match="other settings \\(source\\)"):
         opened(input_file, source="http://al:OTHER@h/x").check()
+
+
+def test_slices_go_on_where_an_earlier_run_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of items that can be read only once; the watch hears of each, and the bar is full."""
+    watch = HangWatch(World(torch.device("cpu")), None)
+    found = []
+    for start, chosen in remaining_slices(iter(LINES), range(4, 10, 4), watch, text="a file"):
+        _, position, _, patience = watch._position
+        found.append((start, chosen, position, patience == LONG))
+    assert found == [
+        (4, LINES[4:8], "a file, group 5", True),
+        (8, LINES[8:], "a file, group 9", False),
+    ]
+    assert "10/10" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_a_complete_output() -> None:
+    watch = HangWatch(World(torch.device("cpu")), None)
+    assert list(remaining_slices(LINES, range(10, 10, 4), watch)) == []
