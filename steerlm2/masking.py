@@ -7,6 +7,7 @@ place that knows what a secret looks like, and rather masks too much.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -109,16 +110,23 @@ def _named(value: Any, key: str) -> Iterator[str]:
 
 
 def comparable_values(value: Any, key: str = "") -> Any:
-    """As `masked_values`, but values that differ stay different: each secret text has its digest
-    beside it."""
+    """As `masked_values`, but values that differ stay different: beside each secret text stands a
+    digest, which takes a tenth of a second, so that weak passwords can't be tried out quickly."""
     if isinstance(value, str | int):
         shown = masked_values(value, key)
         if shown == value:
             return value
-        return f"{shown} (sha256 {hashlib.sha256(str(value).encode()).hexdigest()[:16]})"
+        return f"{shown} ({_digest(str(value))})"
     if isinstance(value, Mapping):
         return {name: comparable_values(item, str(name)) for name, item in value.items()}
     return [comparable_values(item, key) for item in value] if isinstance(value, list) else value
+
+
+@functools.cache
+def _digest(secret: str) -> str:
+    # The salt is the same everywhere: a later run has to find the same digest.
+    digest = hashlib.pbkdf2_hmac("sha256", secret.encode(), b"steerlm2", 300_000, dklen=8)
+    return f"PBKDF2 {digest.hex()}"
 
 
 def mask_variables(names: Iterable[str]) -> None:
