@@ -165,6 +165,7 @@ class ForkedProcess:
     ) -> None:
         self.args = command
         self.returncode: int | None = None
+        self._outputs: tuple[str, str] | None = None
         self.stdout, child_stdout = _pipe()
         self.stderr, child_stderr = _pipe()
         with child_stdout, child_stderr, open(os.devnull) as nothing:
@@ -190,6 +191,8 @@ class ForkedProcess:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What stdout and stderr have, to their ends; then `returncode` is known."""
+        if self._outputs is not None:
+            return self._outputs
         outputs = ["", ""]
 
         def read(i: int, stream: IO[str]) -> None:
@@ -209,7 +212,8 @@ class ForkedProcess:
         self.wait(None if end is None else max(0.0, end - time.monotonic()))
         self.stdout.close()
         self.stderr.close()
-        return outputs[0], outputs[1]
+        self._outputs = outputs[0], outputs[1]
+        return self._outputs
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -15,7 +15,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import uvicorn
@@ -57,6 +57,8 @@ class Connections:
         header_timeout: seconds for a request's head, from the connection or the head's first byte.
         body_timeout: seconds for a request's body, from its head.
         open_paths: answered although all other room is taken.
+        on_refusal: called with the status of an answer that is given here, or with "none" where a
+            connection is closed without one, to make room.
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class Connections:
         header_timeout: float,
         body_timeout: float,
         open_paths: Collection[str] = ALWAYS_OPEN,
+        on_refusal: Callable[[str], object] = lambda status: None,
     ) -> None:
         self.most = most
         self.most_busy = most - min(SPARE_CONNECTIONS, most // 2)
         self.header_timeout, self.body_timeout = header_timeout, body_timeout
         self.open_paths = open_paths
+        self.on_refusal = on_refusal
         self._open: set[GuardedProtocol] = set()
         self._idle: dict[GuardedProtocol, None] = {}
         """Those without a request, the longest of them first."""
@@ -93,6 +97,7 @@ class Connections:
         self._open.add(connection)
         self._idle[connection] = None
         if len(self._open) > self.most:
+            self.on_refusal("none")
             next(iter(self._idle)).abort()
 
     def remove(self, connection: GuardedProtocol) -> None:
@@ -229,6 +234,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.guard.are_busy and scope["path"] not in self.guard.open_paths:
             log.warning("no connection is left for work (max_connections): answering 503")
             error = overloaded("too many connections have requests already (max_connections)")
+            self.guard.on_refusal(str(error.status))
             response = json_response(
                 error.status, error.body(), {**(error.headers or {}), "Connection": "close"}
             )
@@ -262,6 +268,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: RequestError) -> None:
         """Answer without the application, and close; what has begun to be answered is cut off."""
+        self.guard.on_refusal(str(error.status))
         if not self.is_busy or not self.cycle.response_started:
             self.transport.write(_raw_response(error, self.server_state.default_headers))
         self.transport.close()

@@ -21,6 +21,7 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     generate_latest,
 )
@@ -220,6 +221,14 @@ class Metrics:
             *("steerlm2_request_seconds", "Seconds to the end of the answer", ["path"]),
             registry=self.registry,
         )
+        self.connections = Gauge(
+            *("steerlm2_connections", "Open connections"), registry=self.registry
+        )
+        self.refused = Counter(
+            *("steerlm2_refused_connections", "Closed before any path was asked", ["status"]),
+            registry=self.registry,
+        )
+        """By the status that they got; "none" for idle ones that made room for others."""
 
 
 class Lifespan(Protocol):
@@ -262,6 +271,7 @@ def new_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.state.metrics = metrics
     if api_key is not None:
         app.add_middleware(KeyRequired, key=api_key, open_paths=(*ALWAYS_OPEN, *also_open))
     app.add_middleware(HostChecked, allowed=allowed_hosts)

@@ -20,6 +20,8 @@ from steerlm2.serving.hosts import usual_hosts
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from steerlm2.serving.http import Metrics
+
 REQUIRED = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 """Packages of the extra `serve`."""
 
@@ -113,9 +115,14 @@ def serve(
         )
     if (notice := exposure_notice(bound, api_key)) is not None:
         print(notice)
+    metrics: Metrics = app.state.metrics
     connections = Connections(
-        room, header_timeout=keys.header_timeout, body_timeout=keys.body_timeout
+        room,
+        header_timeout=keys.header_timeout,
+        body_timeout=keys.body_timeout,
+        on_refusal=lambda status: metrics.refused.labels(status).inc(),
     )
+    metrics.connections.set_function(lambda: len(connections))
     server = GuardedServer(
         GuardedConfig(
             app,

@@ -247,9 +247,20 @@ def exported_model(folder: Path) -> Path:
 
 def metric(connection: http.client.HTTPConnection, name: str) -> float:
     connection.request("GET", "/metrics")
-    found = re.search(rf"^{name} (\S+)$", connection.getresponse().read().decode(), re.MULTILINE)
+    text = connection.getresponse().read().decode()
+    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
     assert found
     return float(found[1])
+
+
+def test_metrics_count_what_no_path_has_seen(tune_command: Any) -> None:
+    with serving(tune_command) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as nonsense:
+            nonsense.sendall(b"nonsense\r\n\r\n")
+            assert nonsense.recv(12) == b"HTTP/1.1 400"
+        with closing(server.connect()) as connection:
+            assert metric(connection, 'steerlm2_refused_connections_total{status="400"}') == 1
+            assert metric(connection, "steerlm2_connections") >= 1
 
 
 def test_serves_a_checkpoint_and_ends_in_order(tune_command: Any, tmp_path: Path) -> None:

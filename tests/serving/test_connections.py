@@ -45,6 +45,8 @@ class Serving:
     port: int
     connections: Connections
     go: threading.Event
+    refused: list[str]
+    """What `on_refusal` was called with."""
 
     def connect(self, sent: bytes = b"") -> socket.socket:
         connected = socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -105,7 +107,13 @@ def serving(
     max_pending_bytes: int = 1 << 20,
 ) -> Iterator[Serving]:
     go = threading.Event()
-    guard = Connections(most, header_timeout=header_timeout, body_timeout=body_timeout)
+    refused: list[str] = []
+    guard = Connections(
+        most,
+        header_timeout=header_timeout,
+        body_timeout=body_timeout,
+        on_refusal=refused.append,
+    )
     intake = Intake(
         max_body_bytes=1 << 20, max_pending_bytes=max_pending_bytes, body_timeout=body_timeout
     )
@@ -119,7 +127,7 @@ def serving(
         try:
             while not server.started:
                 time.sleep(0.005)
-            yield Serving(port, guard, go)
+            yield Serving(port, guard, go, refused)
         finally:
             go.set()
             server.should_exit = True
@@ -141,6 +149,7 @@ def test_half_a_head_is_answered_at_its_deadline() -> None:
         status, body = answer_in(slow)
         assert (status, body["error"]["type"]) == (408, "timeout")
         assert is_closed(slow)
+        assert server.refused == ["408"]
 
 
 def test_bytes_that_drip_in_prolong_no_head() -> None:
@@ -290,6 +299,7 @@ def test_idle_connections_leave_room_for_health() -> None:
         assert server.health_seconds() < 1
         assert len(server.connections) <= 50
         assert is_closed(idle[0])
+        assert server.refused == ["none"] * 251
         idle[-1].sendall(HEALTH)
         assert answer_in(idle[-1])[0] == 200
         for each in idle:
@@ -304,6 +314,7 @@ def test_slow_bodies_leave_room_for_health() -> None:
         assert server.health_seconds() < 1
         status, body = server.ask(POST % 2 + b"{}")
         assert (status, body["error"]["type"]) == (503, "overloaded")
+        assert server.refused[-1] == "503"
         assert len(server.connections) <= 20
         for each in slow:
             each.close()
