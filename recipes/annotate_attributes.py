@@ -256,7 +256,8 @@ class AnnotateRecipe:
                 scores_NA = [row for _ in own for row in next(scores)]
                 if not all(math.isfinite(score) for scores_A in scores_NA for score in scores_A):
                     raise ValueError(
-                        f"{job.input}:{line_number}: the model's scores are not finite: {scores_NA}"
+                        f"{job.input}:{line_number}: the model's scores are not finite "
+                        f"({scores_NA}): its weights are damaged, or dtype is too small for them"
                     )
                 labelling.annotate(obj, scores_NA, index)
                 num_texts += len(scores_NA)

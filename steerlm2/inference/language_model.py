@@ -16,7 +16,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import World
-from steerlm2.training.forward import score_groups
+from steerlm2.training.forward import check_log_probs, score_groups
 
 
 @dataclass
@@ -30,13 +30,19 @@ class LanguageModel:
     max_tokens_per_microbatch: int
 
     def score(self, groups: Sequence[Group]) -> list[list[float]]:
-        """[group][response] log-probs in nats, on every rank."""
-        return score_groups(
+        """[group][response] log-probs in nats, on every rank.
+
+        Raises:
+            ValueError: on every rank, where one isn't finite.
+        """
+        log_probs = score_groups(
             self.decoder,
             groups,
             self.world,
             max_tokens_per_microbatch=self.max_tokens_per_microbatch,
         )
+        check_log_probs(log_probs, "the model")
+        return log_probs
 
 
 def load_language_model(

@@ -8,6 +8,7 @@ A attributes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,6 +112,22 @@ def score_attributes(
         return attribute_scores(decoder, batch).tolist()
 
     return _score_on_all_ranks(groups, world, max_tokens_per_microbatch, score)
+
+
+def check_log_probs(log_probs: Sequence[Sequence[float]], model: str) -> None:
+    """Check [group][response] log-probs of texts.
+
+    Args:
+        model: whose they are, for the error.
+
+    Raises:
+        ValueError: where one isn't finite.
+    """
+    if not all(math.isfinite(log_prob) for of_group in log_probs for log_prob in of_group):
+        raise ValueError(
+            f"the log-probs of {model} are not finite: its weights are damaged, or dtype is too "
+            "small for them"
+        )
 
 
 @torch.no_grad()

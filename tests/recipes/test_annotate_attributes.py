@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -514,6 +515,18 @@ def test_a_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=f"(?s){reason}"):
         run_here(source, tmp_path / "output.jsonl", None)
     assert [path.name for path in tmp_path.iterdir()] == ["input.jsonl"]
+
+
+def test_damaged_weights_are_named_as_the_cause_of_scores_that_are_none(tmp_path: Path) -> None:
+    source = tmp_path / "input.jsonl"
+    source.write_text(f"{GOOD_CONVERSATION}\n")
+    name, _, config, *overrides = arguments(source, tmp_path / "output.jsonl", None)
+    recipe = annotate_attributes.AnnotateRecipe(recipe_config(name, config, *overrides))
+    recipe.setup()
+    with torch.no_grad():
+        next(recipe.model.decoder.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match=r"input.jsonl:1: .*not finite.*: its weights are damaged"):
+        recipe.annotate()
 
 
 def test_labels_that_users_have_are_refused(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torchtune.models.llama3 import llama3
 
 from steerlm2.checkpoints.checkpointer import ScratchCheckpointer
@@ -277,3 +279,46 @@ def test_log_probs_of_another_model_fail_the_drift_check(
     assert "more than steerlm2.log_q_tolerance=0.001. Likely causes: another checkpoint" in text
     assert not (run / "metrics.jsonl").exists()
     assert not list(run.glob("epoch_*"))
+
+
+def damaged_checkpoint(folder: Path) -> Path:
+    """The export of a model one of whose weights is NaN, without digests that would show it."""
+    export = checkpoint_of_width(128, folder)
+    weights = load_file(export / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, export / "model.safetensors", {"format": "pt"})
+    (export / "SHA256SUMS").unlink(missing_ok=True)
+    return export
+
+
+def test_damaged_weights_score_nothing(tune: Any, groups: Path, tmp_path: Path) -> None:
+    """Their log-probs would be NaN in the output, which only the training on it would refuse."""
+    output = tmp_path / "scored.jsonl"
+    result = tune(
+        *("score_responses", "--config", "tiny/score_responses", f"input={groups}"),
+        *(f"output={output}", f"max_seq_len={MAX_SEQ_LEN}", "quantities=[log_p_response]"),
+        "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
+        f"checkpointer.checkpoint_dir={damaged_checkpoint(tmp_path)}",
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    assert "error: the log-probs of the model are not finite: its weights are dam" in result.stderr
+    assert "Traceback (most recent call last)" not in result.stderr
+    assert not output.exists()
+
+
+def test_damaged_weights_are_not_said_to_be_of_another_model(tune: Any, tmp_path: Path) -> None:
+    data, run = tmp_path / "scored.jsonl", tmp_path / "run"
+    data.write_text(f"{record(response(), response(value='b'))}\n")
+    text = message(
+        tune,
+        *training(data, run, "global_batch_size=1"),
+        "checkpointer._component_=steerlm2.checkpoints.HFCheckpointer",
+        *(
+            f"checkpointer.checkpoint_dir={damaged_checkpoint(tmp_path)}",
+            f"checkpointer.output_dir={run}",
+        ),
+    )
+    assert "the log-probs of the start model are not finite: its weights are damaged" in text
+    assert "Likely causes" not in text
+    assert not (run / "metrics.jsonl").exists()
