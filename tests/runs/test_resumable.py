@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,16 @@ def test_slices_go_on_where_an_earlier_run_ended(capsys: pytest.CaptureFixture[s
 def test_nothing_is_left_of_a_complete_output() -> None:
     watch = HangWatch(World(torch.device("cpu")), None)
     assert list(remaining_slices(LINES, range(10, 10, 4), watch)) == []
+
+
+def test_an_errors_message_has_a_line_of_its_own_below_the_bar(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watch = HangWatch(World(torch.device("cpu")), None)
+    try:
+        for start, _ in remaining_slices(LINES, range(0, 10, 4), watch):
+            if start == 4:
+                raise ValueError("wrong")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+    assert capsys.readouterr().err.endswith("\nwrong\n")
