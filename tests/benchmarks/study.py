@@ -37,7 +37,7 @@ import shutil
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -94,6 +94,8 @@ class Variant:
     """An iteration samples so many times, each for its share of the steps."""
     baselines: tuple[float, ...] = ()
     """The share of the baseline in each iteration; the last goes on."""
+    hard_n: int = 0
+    """So many answers, sampled anew, to each of the half of the pairs whose w' are least even."""
 
 
 def share(
@@ -137,6 +139,11 @@ VARIANTS = {
     "0.75": share(0.75),
     "0.25": share(0.25),
     "0.5, not corrected": share(0.5, corrected=False),
+    "0.5, n=8 or 24": Variant(
+        {"temperature": 1.0, "n": 8},
+        {**share(0.5).train, "loss.samples_per_prompt": "recorded"},
+        hard_n=24,
+    ),
     "0.5, 4 rounds": dataclasses.replace(share(0.5), rounds=4),
     "1 to 0": dataclasses.replace(share(0.5), baselines=(1.0, 0.5, 0.25, 0.0)),
     "0 to 1": dataclasses.replace(share(0.5), baselines=(0.0, 0.25, 0.5, 1.0)),
@@ -194,6 +201,8 @@ class Task:
     """Folders of other tasks, under the names that the stages know."""
     before_scoring: Callable[[Stage], None] | None = None
     """Changes what score_responses reads."""
+    after_scoring: Callable[[Stage], None] | None = None
+    """Changes what score_responses has written."""
     evaluate: Callable[[], dict[str, Any]] | None = None
     """Makes the record's results."""
 
@@ -267,6 +276,9 @@ class Study:
             tuple(stage for stage in planned if stage.name in names),
             links={folder / name: world / target for name, target in shared.items()},
             before_scoring=functools.partial(put_exact, quantities=variant.exact),
+            after_scoring=functools.partial(
+                sample_more_for_hard, {stage.name: stage for stage in planned}, variant.hard_n
+            ),
             evaluate=lambda: evaluate_model(folder / f"steerlm2_iter{last}"),
         )
 
@@ -351,6 +363,8 @@ class Study:
             if task.before_scoring and stage.recipe == "score_responses":
                 task.before_scoring(stage)
             wait_for(forked(functools.partial(run_recipe, stage)))
+            if task.after_scoring and stage.recipe == "score_responses":
+                task.after_scoring(stage)
         if task.evaluate:
             record = record | {"results": task.evaluate()}
         for stage in task.stages:  # what isn't needed again
@@ -444,6 +458,45 @@ def put_exact(stage: Stage, quantities: Sequence[str]) -> None:
     write_records(file, records)
 
 
+def sample_more_for_hard(stages: Mapping[str, Stage], n: int, score: Stage) -> None:
+    """Put n new answers in the place of those of the half of the groups with the fewest effective
+    samples under w'. New ones: the old ones have decided which groups these are."""
+    if not n:
+        return
+    groups, folder = score.folder / "groups.jsonl", score.folder / "hard"
+    records = read_records(groups)
+    folder.mkdir(exist_ok=True)
+    write_records(folder / "asked.jsonl", sorted(records, key=evenness)[: len(records) // 2])
+    sample = stages[score.name.replace("score", "sample")]
+    sampled, scored = folder / "sampled.jsonl", folder / "scored.jsonl"
+    for stage, changed in (
+        (sample, {"input": folder / "asked.jsonl", "output": sampled, "n": n, "seed": 1000}),
+        (score, {"input": sampled, "output": scored}),
+    ):
+        kept = [each for each in stage.arguments if each.partition("=")[0] not in changed]
+        arguments = (*kept, *(f"{key}={value}" for key, value in changed.items()))
+        wait_for(
+            forked(functools.partial(run_recipe, dataclasses.replace(stage, arguments=arguments)))
+        )
+    again = {pair_of(record): record for record in read_records(scored)}
+    write_records(groups, [again.get(pair_of(record), record) for record in records])
+
+
+def pair_of(record: Record) -> Pair:
+    return Pair(record.prompt_turns[0].value, record.label or "")
+
+
+def evenness(record: Record) -> float:
+    """Effective samples under w', as a share of the samples."""
+    values = [
+        [response.log_p_attributes, response.log_p_response, response.log_q]
+        for response in record.responses
+    ]
+    a_N, y_N, q_N = torch.tensor(values, dtype=torch.float64).T
+    weights_N = (a_N + y_N - q_N).softmax(dim=0)
+    return 1 / (len(weights_N) * weights_N.square().sum().item())
+
+
 def put_all_answers(stage: Stage) -> None:
     """All answers of the world to the questions that are held out."""
     pairs = grammar_pairs("validation")
@@ -453,7 +506,7 @@ def put_all_answers(stage: Stage) -> None:
 
 
 def exact_record(record: Record, texts: Sequence[str]) -> Record:
-    return grammar_record(Pair(record.prompt_turns[0].value, record.label or ""), texts)
+    return grammar_record(pair_of(record), texts)
 
 
 def run_recipe(stage: Stage) -> None:
