@@ -146,7 +146,8 @@ class ScoreConfig(ScoringKeys):
                          "log_p_response, log_q")  # fmt: skip
         sections = {name: getattr(self, name) for name in QUANTITIES}
         found += [
-            f"'{name}' says how to score what 'quantities' doesn't ask for"
+            f"'{name}' says how to score what 'quantities' doesn't ask for: add it there, or "
+            f"remove the section (~{name})"
             for name, section in sections.items()
             if section is not None and name not in self.quantities
         ]

@@ -95,6 +95,33 @@ def english_prompts(trees: Path) -> list[str]:
     return short
 
 
+def own_prompts(base: Path, count: int) -> list[str]:
+    """What the model itself takes for a user's message, with seed 0 (Magpie, Xu et al. 2024,
+    https://arxiv.org/abs/2406.08464): short complete ones, each once."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base)
+    start = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+    ids = tokenizer(start, add_special_tokens=False, return_tensors="pt")
+    settings = {"do_sample": True, "temperature": 1 / TEMPERATURE, "top_k": 0, "top_p": 0.95}
+    torch.manual_seed(0)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        texts = tokenizer.batch_decode(
+            model.generate(**ids, **settings, max_new_tokens=64, num_return_sequences=64)[
+                :, ids["input_ids"].shape[1] :
+            ]
+        )
+        whole = (text.partition("<|im_end|>") for text in texts)
+        found |= {text.strip(): None for text, end, _ in whole if end and is_prompt(text.strip())}
+    return list(found)[:count]
+
+
+def is_prompt(text: str) -> bool:
+    return text.isascii() and "\n" not in text and 15 <= len(text) <= MAX_CHARACTERS
+
+
 def conversation(prompt: str, answer: str = "", label: str | None = None) -> dict[str, Any]:
     return {
         "system": SYSTEM,
@@ -218,12 +245,15 @@ def perplexity(output: Path, name: str, folder: Path, machine: Sequence[str]) ->
     """Of people's answers, by token; the base model sees no label."""
     scored = output / "oasst" / f"{name}.jsonl"
     scored.parent.mkdir(exist_ok=True)
-    quantity, section = ("log_p_response", "log_p_response.") if name == "base" else ("log_q", "")
+    model = f"checkpointer.checkpoint_dir={folder}"
+    quantity, others = "log_q", ["~log_p_response"]
+    if name == "base":
+        quantity, others = "log_p_response", [f"log_p_response.{model}"]
     if not scored.exists():
         tune_run(
             "score_responses", "--config", "any/score_responses",
             f"input={output / 'data' / 'oasst.jsonl'}", f"output={scored}",
-            f"quantities=[{quantity}]", f"{section}checkpointer.checkpoint_dir={folder}",
+            f"quantities=[{quantity}]", "~log_p_attributes", model, *others,
             "max_seq_len=1024", "max_tokens_per_microbatch=2048", "min_responses=1", *machine,
         )  # fmt: skip
     key = {"log_p_response": "log(P(y|x))", "log_q": "log(Q(y|a,x))"}[quantity]
