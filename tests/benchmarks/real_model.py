@@ -95,33 +95,6 @@ def english_prompts(trees: Path) -> list[str]:
     return short
 
 
-def own_prompts(base: Path, count: int) -> list[str]:
-    """What the model itself takes for a user's message, with seed 0 (Magpie, Xu et al. 2024,
-    https://arxiv.org/abs/2406.08464): short complete ones, each once."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = LlamaForCausalLM.from_pretrained(base)
-    start = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
-    ids = tokenizer(start, add_special_tokens=False, return_tensors="pt")
-    settings = {"do_sample": True, "temperature": 1 / TEMPERATURE, "top_k": 0, "top_p": 0.95}
-    torch.manual_seed(0)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        texts = tokenizer.batch_decode(
-            model.generate(**ids, **settings, max_new_tokens=64, num_return_sequences=64)[
-                :, ids["input_ids"].shape[1] :
-            ]
-        )
-        whole = (text.partition("<|im_end|>") for text in texts)
-        found |= {text.strip(): None for text, end, _ in whole if end and is_prompt(text.strip())}
-    return list(found)[:count]
-
-
-def is_prompt(text: str) -> bool:
-    return text.isascii() and "\n" not in text and 15 <= len(text) <= MAX_CHARACTERS
-
-
 def conversation(prompt: str, answer: str = "", label: str | None = None) -> dict[str, Any]:
     return {
         "system": SYSTEM,
