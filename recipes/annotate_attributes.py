@@ -30,7 +30,6 @@ A run that was stopped continues where it was; the output is in input order.
 from __future__ import annotations
 
 import functools
-import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -252,13 +251,8 @@ class AnnotateRecipe:
                 num_cut += sum(cut for _, cut in encoded)
             scores = iter(self._score([group for own in groups for group in own]))
             pairs = enumerate(zip(chosen, groups, strict=True), start=start)
-            for index, ((line_number, obj), own) in pairs:
+            for index, ((_, obj), own) in pairs:
                 scores_NA = [row for _ in own for row in next(scores)]
-                if not all(math.isfinite(score) for scores_A in scores_NA for score in scores_A):
-                    raise ValueError(
-                        f"{job.input}:{line_number}: the model's scores are not finite "
-                        f"({scores_NA}): its weights are damaged, or dtype is too small for them"
-                    )
                 labelling.annotate(obj, scores_NA, index)
                 num_texts += len(scores_NA)
             if world.is_main:

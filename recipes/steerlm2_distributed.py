@@ -37,7 +37,7 @@ from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
 from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.losses import METRIC_NAMES, metric_sums
 from steerlm2.runs.entry import recipe_main
-from steerlm2.training.forward import check_log_probs, response_logps, score_groups
+from steerlm2.training.forward import check_finite, response_logps, score_groups
 from steerlm2.training.ratio_watch import RatioWatch
 from steerlm2.training.run import TrainingRun
 from steerlm2.training.setup import build_loss, build_model, build_optimizer, lay_out_model
@@ -364,7 +364,7 @@ class SteerLM2Recipe:
         """Before the first update Q_theta is Q': its log-probs must be the stored ones."""
         groups = self._batch(1)
         scores = self._score(groups)
-        check_log_probs(scores, "the start model")
+        check_finite([logp for logps in scores for logp in logps], "log-probs", "the start model")
         drifts = [
             abs(logp - log_q) / len(response)
             for group, logps in zip(groups, scores, strict=True)

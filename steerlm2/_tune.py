@@ -182,12 +182,13 @@ def add_recipes(registry: ModuleType) -> None:
         )
 
 
-def let_help_through(cli_run: ModuleType) -> None:
-    """Make `tune run RECIPE --help` reach the recipe, which torchtune's `cli_run` module refuses.
+def adapt_run(cli_run: ModuleType) -> None:
+    """What `tune run` does otherwise for our recipes; torchtune's own are left alone, and so is a
+    `cli_run` module of another shape than that of 0.6.1.
 
-    It asks for `--config` first. With an empty one it goes on, to our recipes and to those that
-    aren't in the registry; torchtune's own are left alone, and so is a module of another shape than
-    that of 0.6.1.
+    - `--help` reaches the recipe: torchtune asks for `--config` first, and goes on with an empty
+      one. For recipes that aren't in the registry, too.
+    - Ctrl-C ends it in one line while its imports last; from then on it sees to it itself.
     """
     try:
         run_command = cli_run.Run._run_cmd
@@ -195,28 +196,11 @@ def let_help_through(cli_run: ModuleType) -> None:
     except AttributeError:
         return
 
-    def run_command_or_help(self: Any, args: argparse.Namespace) -> None:
+    def adapted(self: Any, args: argparse.Namespace) -> None:
         theirs = {recipe.name for recipe in recipes()} - RECIPES.keys()
         asks = not {"-h", "--help"}.isdisjoint(args.recipe_args)
         if asks and "--config" not in args.recipe_args and args.recipe not in theirs:
             args.recipe_args += ["--config", ""]
-        run_command(self, args)
-
-    cli_run.Run._run_cmd = run_command_or_help
-
-
-def end_by_interrupt_in_one_line(cli_run: ModuleType) -> None:
-    """Make Ctrl-C end `tune run` of our recipes in one line while their imports last; from then on
-    they see to it themselves.
-
-    torchtune's own are left alone, as by `let_help_through`.
-    """
-    try:
-        run_command = cli_run.Run._run_cmd
-    except AttributeError:
-        return
-
-    def run_command_or_end(self: Any, args: argparse.Namespace) -> None:
         try:
             run_command(self, args)
         except KeyboardInterrupt:
@@ -225,13 +209,7 @@ def end_by_interrupt_in_one_line(cli_run: ModuleType) -> None:
             print("SIGINT: stopped", file=sys.stderr)
             sys.exit(INTERRUPTED)
 
-    cli_run.Run._run_cmd = run_command_or_end
-
-
-def adapt_run(cli_run: ModuleType) -> None:
-    """What `tune run` does otherwise for our recipes."""
-    let_help_through(cli_run)
-    end_by_interrupt_in_one_line(cli_run)
+    cli_run.Run._run_cmd = adapted
 
 
 class _PatchingLoader(SourceFileLoader):

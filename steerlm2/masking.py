@@ -111,7 +111,7 @@ def _named(value: Any, key: str) -> Iterator[str]:
 
 def comparable_values(value: Any, key: str = "") -> Any:
     """As `masked_values`, but values that differ stay different: beside each secret text stands a
-    digest, which takes a tenth of a second, so that weak passwords can't be tried out quickly."""
+    digest, slow enough (0.2 s) that weak passwords can't be tried out quickly."""
     if isinstance(value, str | int):
         shown = masked_values(value, key)
         if shown == value:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from steerlm2.data.templates import Template, encode_for_scoring
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
-from steerlm2.training.forward import score_attributes
+from steerlm2.training.forward import check_finite, score_attributes
 
 
 @dataclass
@@ -52,13 +53,20 @@ class AttributeModel:
         )
 
     def score(self, groups: Sequence[RewardGroup]) -> list[list[list[float]]]:
-        """[group][response][attribute] scores, on every rank, in the order of the schema."""
-        return score_attributes(
+        """[group][response][attribute] scores, on every rank, in the order of the schema.
+
+        Raises:
+            ValueError: on every rank, where one isn't finite.
+        """
+        scores = score_attributes(
             self.decoder,
             groups,
             self.world,
             max_tokens_per_microbatch=self.max_tokens_per_microbatch,
         )
+        rows = chain.from_iterable(scores)
+        check_finite(chain.from_iterable(rows), "scores", "the attribute model")
+        return scores
 
 
 def load_attribute_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torchtune.modules import TransformerDecoder
@@ -16,7 +17,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import World
-from steerlm2.training.forward import check_log_probs, score_groups
+from steerlm2.training.forward import check_finite, score_groups
 
 
 @dataclass
@@ -41,7 +42,7 @@ class LanguageModel:
             self.world,
             max_tokens_per_microbatch=self.max_tokens_per_microbatch,
         )
-        check_log_probs(log_probs, "the model")
+        check_finite(chain.from_iterable(log_probs), "log-probs", "the model")
         return log_probs
 
 

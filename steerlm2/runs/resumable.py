@@ -192,6 +192,9 @@ def remaining_slices(
         unit: what an item is called.
         text: what is done, before the bar.
         patience: of the watch. The first slice has LONG: in it models are loaded, and compile.
+
+    Raises:
+        ValueError: where the items end before the output is complete.
     """
     items = itertools.islice(items, starts.start, None)
     where = f"{text}, {unit}" if text else unit
@@ -201,6 +204,11 @@ def remaining_slices(
     ) as bar:
         for start in starts:
             chosen = list(itertools.islice(items, starts.step))
+            if len(chosen) < min(starts.step, starts.stop - start):
+                raise ValueError(
+                    f"the input ends after {start + len(chosen)} {unit}s, and had {starts.stop} "
+                    "when they were counted: it was changed meanwhile"
+                )
             watch.at(f"{where} {start + 1}", patience=LONG if start == starts.start else patience)
             yield start, chosen
             bar.update(len(chosen))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,9 @@ class ScoringError(Exception):
 class Scorer(Protocol):
     """The part of an `AttributeModel` that the batcher uses."""
 
-    def score(self, groups: Sequence[RewardGroup]) -> list[list[Scores]]: ...
+    def score(self, groups: Sequence[RewardGroup]) -> list[list[Scores]]:
+        """Of each response of each group, all of them finite."""
+        ...
 
 
 @dataclass
@@ -140,7 +141,7 @@ class Batcher:
 
     def _score(self, texts: list[Text]) -> list[Scores | ScoringError]:
         try:
-            return [_finite(scores) for scores in score_texts(self.model, texts)]
+            return [*score_texts(self.model, texts)]
         except Exception as error:
             if len(texts) > 1:  # only callers whose texts fail alone get the error
                 return [result for text in texts for result in self._score([text])]
@@ -212,9 +213,3 @@ def num_shared(one: Text, other: Text) -> int:
         else:
             high = middle
     return low
-
-
-def _finite(scores: Scores) -> Scores:
-    if not all(map(math.isfinite, scores)):
-        raise FloatingPointError(f"the scores {scores} are not finite")
-    return scores

@@ -9,7 +9,7 @@ A attributes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -114,19 +114,20 @@ def score_attributes(
     return _score_on_all_ranks(groups, world, max_tokens_per_microbatch, score)
 
 
-def check_log_probs(log_probs: Sequence[Sequence[float]], model: str) -> None:
-    """Check [group][response] log-probs of texts.
+def check_finite(values: Iterable[float], what: str, model: str) -> None:
+    """Check what a model gave for texts: log-probs or scores.
 
     Args:
-        model: whose they are, for the error.
+        what: they are, for the error.
+        model: whose they are.
 
     Raises:
         ValueError: where one isn't finite.
     """
-    if not all(math.isfinite(log_prob) for of_group in log_probs for log_prob in of_group):
+    if not all(map(math.isfinite, values)):
         raise ValueError(
-            f"the log-probs of {model} are not finite: its weights are damaged, or dtype is too "
-            "small for them"
+            f"the {what} of {model} are not finite: its weights are damaged, or dtype is too small "
+            "for them"
         )
 
 

@@ -33,6 +33,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from server_process import TUNE
+
 MARKER = "STEERLM2_FAULTS"
 """The environment variable by which a pipeline's processes are known."""
 PATIENCE = 120.0
@@ -71,13 +73,12 @@ class Pipeline:
     def __init__(self, folder: Path, overrides: list[str], log: Path) -> None:
         self.folder, self.log = folder, log
         self.mark = uuid.uuid4().hex
-        bin_folder = str(Path(sys.executable).parent)
-        tune = [f"{bin_folder}/tune", "run", "steerlm2_pipeline", "--config", "tiny/quickstart"]
+        tune = [str(TUNE), "run", "steerlm2_pipeline", "--config", "tiny/quickstart"]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [*tune, f"output_dir={folder}", *overrides],
                 env=os.environ
-                | {MARKER: self.mark, "PATH": f"{bin_folder}:{os.environ.get('PATH', '')}"},
+                | {MARKER: self.mark, "PATH": f"{TUNE.parent}:{os.environ.get('PATH', '')}"},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

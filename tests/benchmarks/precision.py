@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from server_process import TUNE
 from torch import Tensor
 
-TUNE = Path(sys.executable).with_name("tune")
 TORCHAO = "optimizer._component_=torchao.optim"
 WAYS: dict[str, tuple[str, ...]] = {
     "fp32": (),

@@ -275,6 +275,12 @@ def test_slices_go_on_where_an_earlier_run_ended(capsys: pytest.CaptureFixture[s
     assert "10/10" in capsys.readouterr().err
 
 
+def test_an_input_that_became_shorter_meanwhile_is_refused() -> None:
+    watch = HangWatch(World(torch.device("cpu")), None)
+    with pytest.raises(ValueError, match="ends after 9 records, and had 10"):
+        list(remaining_slices(LINES[:9], range(0, 10, 4), watch, unit="record"))
+
+
 def test_nothing_is_left_of_a_complete_output() -> None:
     watch = HangWatch(World(torch.device("cpu")), None)
     assert list(remaining_slices(LINES, range(10, 10, 4), watch)) == []
