@@ -42,6 +42,8 @@ class Check:
     """Checks whose results it reads."""
     rehearsed_by: str
     """The check that does the same without a GPU: a rehearsal leaves this one out."""
+    named: bool
+    """On a GPU it is run only where it is named: the budget hasn't room for it."""
 
 
 CHECKS: dict[str, Check] = {}
@@ -55,11 +57,12 @@ def check(
     alone: bool = False,
     needs: Sequence[str] = (),
     rehearsed_by: str = "",
+    named: bool = False,
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Registers a function as a check under its name."""
 
     def add(run: Callable[[], None]) -> Callable[[], None]:
-        CHECKS[run.__name__] = Check(run, seconds, least, alone, tuple(needs), rehearsed_by)
+        CHECKS[run.__name__] = Check(run, seconds, least, alone, tuple(needs), rehearsed_by, named)
         return run
 
     return add

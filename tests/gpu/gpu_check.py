@@ -2,6 +2,7 @@
 
     bash tests/gpu/gpu_check.sh                          # everything, 8 minutes
     bash tests/gpu/gpu_check.sh --only steps_fp32,flex_gradients --budget 120
+    bash tests/gpu/gpu_check.sh --only speed_8b_lora,speed_sampling
     python tests/gpu/gpu_check.py --device cpu --forks   # a rehearsal without a GPU
 
 Each check is a process of its own with a time limit; a failing one ends nothing else. Checks of
@@ -42,7 +43,7 @@ ORDER = (
     *("adamw8bit", "steps_cpu_offload", "steps_torchrun", "steps_selective_compiled"),
     *("steps_compile", "steps_two_pass", "steps_checkpointing", "steps_selective"),
     # alone
-    *("speed_1b", "lora_8b", "speed_1b_long", "logprob_memory"),
+    *("speed_1b", "lora_8b", "speed_1b_long", "logprob_memory", "speed_8b_lora", "speed_sampling"),
 )
 PRELOADED = (
     *("torch._dynamo", "torch._inductor.config", "torchao.optim", "torchtune._cli.tune"),
@@ -232,8 +233,11 @@ def chosen_checks(args: argparse.Namespace) -> list[str]:
 
 
 def every_check(device: str) -> list[str]:
-    """In order; on a CPU without those that would do there what another one does."""
-    return [name for name in ORDER if device == "cuda" or not CHECKS[name].rehearsed_by]
+    """In order; on a CPU without those that would do there what another one does, on a GPU without
+    those that must be named."""
+    if device == "cuda":
+        return [name for name in ORDER if not CHECKS[name].named]
+    return [name for name in ORDER if not CHECKS[name].rehearsed_by]
 
 
 def passed_before(result: Path) -> bool:
@@ -282,7 +286,9 @@ def main() -> None:
     if args.list:
         for name in ORDER:
             one = CHECKS[name]
-            kind = "alone" if one.alone else "together"
+            kind = "together"
+            if one.alone:
+                kind = "by name" if one.named else "alone"
             about = " ".join((one.run.__doc__ or "").split())[:90]
             print(f"{name:27}{one.seconds:5} s  {kind:9} {about}")
         return

@@ -14,7 +14,7 @@ import torch
 from fork_server import ForkServer
 
 from checking import CHECKS
-from gpu_check import ORDER
+from gpu_check import ORDER, every_check
 
 DRIVER = Path(__file__).with_name("gpu_check.py")
 ROOT = DRIVER.parents[2]
@@ -71,11 +71,19 @@ def test_what_a_rehearsal_leaves_out_another_check_does() -> None:
 
 
 def test_checks_that_run_alone_leave_the_others_half_of_the_default_budget() -> None:
-    reserved = sum(check.least for check in CHECKS.values() if check.alone)
+    reserved = sum(check.least for check in CHECKS.values() if check.alone and not check.named)
     assert reserved <= 280
     assert ORDER[-sum(check.alone for check in CHECKS.values()) :] == tuple(
         name for name in ORDER if CHECKS[name].alone
     )
+
+
+def test_checks_that_must_be_named_run_alone_and_are_rehearsed() -> None:
+    named = [name for name, check in CHECKS.items() if check.named]
+    assert named == ["speed_8b_lora", "speed_sampling"]
+    assert all(CHECKS[name].alone for name in named)
+    assert not set(named) & set(every_check("cuda"))
+    assert set(named) <= set(every_check("cpu"))
 
 
 def test_an_unknown_check_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
