@@ -187,6 +187,18 @@ def steps_torchrun() -> None:
     train_as_cpu(*FP32, "optimizer.fused=true", tolerance=FP32_TOLERANCE, processes=1)
 
 
+@check(120, needs=["cpu_reference"], rehearsed_by="steps_torchrun", gpus=2)
+def steps_two_gpus() -> None:
+    """Two processes with a GPU each: FSDP2 over NCCL."""
+    train_as_cpu(*FP32, tolerance=FP32_TOLERANCE, processes=2)
+
+
+@check(120, needs=["cpu_reference"], rehearsed_by="steps_torchrun", gpus=2)
+def steps_two_gpus_tensor_parallel() -> None:
+    """Likewise, with half of each matrix on each."""
+    train_as_cpu(*FP32, "tensor_parallel_dim=2", tolerance=FP32_TOLERANCE, processes=2)
+
+
 @check(90, needs=["cpu_reference"], rehearsed_by="steps_like_8b")
 def steps_cpu_offload() -> None:
     """Weights and states on the host, with the fused AdamW that the 8B configs set."""
