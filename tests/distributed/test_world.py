@@ -161,7 +161,7 @@ def test_a_rank_takes_the_gpu_of_its_local_rank_and_its_part_of_a_model(
     assert world.padding_multiple == 128
     with torch.device("meta"):
         decoder = llama3(
-            vocab_size=64, num_layers=1, num_heads=4, num_kv_heads=2, embed_dim=32,
+            vocab_size=64, num_layers=1, num_heads=4, num_kv_heads=2, embed_dim=64,
             max_seq_len=64, intermediate_dim=96,
         )  # fmt: skip
     with MetaForCuda():
@@ -169,7 +169,7 @@ def test_a_rank_takes_the_gpu_of_its_local_rank_and_its_part_of_a_model(
     weight = decoder.layers[0].mlp.w1.weight
     assert isinstance(weight, DTensor)
     assert weight.device_mesh.device_type == "cuda"
-    assert (tuple(weight.shape), tuple(weight.to_local().shape)) == ((96, 32), (rows, 32))
+    assert (tuple(weight.shape), tuple(weight.to_local().shape)) == ((96, 64), (rows, 64))
 
 
 def test_a_rank_more_than_gpus_is_refused_before_others_wait_for_it(two_gpus: Machine) -> None:
