@@ -1,4 +1,4 @@
-"""Benchmarks of a GPU where a way of others can't be measured: the other ways are, all the same."""
+"""Benchmarks of a GPU: what they count, and where a way can't be measured, that the others are."""
 
 from __future__ import annotations
 
@@ -45,6 +45,24 @@ def test_a_padded_pass_that_memory_does_not_hold_is_left_out(
     assert len(calls) == 2
     assert {"ours_tokens_per_second", "reference_time_ratio"} <= found.keys()
     assert not any(key.startswith("padded_") for key in found)
+
+
+def test_our_sequences_are_padded_as_those_of_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = benchmark(
+        *("gpu", monkeypatch, "--device", "cpu", "--no-compile", "--warm-up", 0, "--rounds", 1),
+        *("--n", 2, "--prompt", 8, "--response", 4, "--groups", 1),
+    )
+    monkeypatch.setattr(gpu.World, "padding_multiple", 64)
+    response_logps = gpu.response_logps
+    lengths: list[int] = []
+
+    def noted(model: Any, batch: Any, world: Any) -> torch.Tensor:
+        lengths.append(len(batch.tokens_T))
+        return response_logps(model, batch, world)
+
+    monkeypatch.setattr(gpu, "response_logps", noted)
+    gpu.main()
+    assert set(lengths) == {64}
 
 
 def test_a_frozen_weight_needs_no_gradient_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
