@@ -33,6 +33,7 @@ from steerlm2.models.attention import attend_blocks
 from steerlm2.models.decoders import (
     divide_heads,
     end_at_hidden_states,
+    gpu_problems,
     tensor_parallel_plan,
     tensor_parallel_problems,
     unsupported_parts,
@@ -91,11 +92,12 @@ def parallelize(
 
     Raises:
         ValueError: where the model can't be split over the tensor-parallel ranks, or has parts that
-            are not supported.
+            are not supported, or heads that a GPU's attention doesn't take.
     """
     shards = world.mesh["dp_shard"].size() if world.mesh is not None else 1
     problems = [
         *unsupported_parts(decoder),
+        *(gpu_problems(decoder) if world.device.type == "cuda" else ()),
         *nf4_problems(decoder, shards, world.tp_size, cpu_offload=cpu_offload),
     ]
     if problems:

@@ -41,6 +41,9 @@ PACKED_LENGTH_LIMIT = 1 << 30
 """Tokens of a packed sequence. It can be longer than the model's context, because its position ids
 restart in every prompt; this is only a number that none reaches."""
 
+LEAST_HEAD = 16
+"""The least size of a head in FlexAttention's kernels (torch 2.11 to 2.13)."""
+
 
 def end_at_hidden_states(decoder: TransformerDecoder) -> None:
     """Make `decoder(tokens, mask=..., input_pos=...)` return the hidden states after the norm.
@@ -125,6 +128,15 @@ def unsupported_parts(decoder: TransformerDecoder) -> Iterator[str]:
         yield "dropout is not supported: set it to 0 in `model`"
     if any(isinstance(module, DoRALinear) for module in decoder.modules()):
         yield "DoRA is not supported: set model.use_dora=false"
+
+
+def gpu_problems(decoder: TransformerDecoder) -> Iterator[str]:
+    """Problems of a decoder with FlexAttention's kernels, by which a GPU computes attention."""
+    if decoder.head_dim < LEAST_HEAD:
+        yield (
+            f"attention on a GPU takes heads of {LEAST_HEAD} numbers or more, and the model's have "
+            f"{decoder.head_dim}: set device=cpu, or another `model`"
+        )
 
 
 def divide_heads(decoder: TransformerDecoder, tp_size: int) -> None:

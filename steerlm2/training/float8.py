@@ -54,7 +54,8 @@ def use_float8(decoder: TransformerDecoder, device: torch.device, *, emulate: bo
         )
     if not emulate:
         check_float8_device(device)
-    # Gradients of weights are products over the tokens, whose number isn't a multiple of 16.
+    # Gradients of weights are products over the tokens. Where `World.padding_multiple` was kept to,
+    # their number is a multiple of 16 on a GPU; of others this makes one.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     for layer in decoder.layers:
         convert_to_float8_training(layer, module_filter_fn=_is_suitable, config=config)

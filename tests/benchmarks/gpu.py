@@ -3,17 +3,21 @@ and against a padded single pass.
 
     python tests/benchmarks/gpu.py --n 10 --prompt 256 --response 128 --json FILE
     python tests/benchmarks/gpu.py --n 10 --prompt 1024 --response 1024    # long groups
+    python tests/benchmarks/gpu.py --model 8b_lora --activation-checkpointing full \\
+        --max-tokens 8192 --reference-tokens 8192
     python tests/benchmarks/gpu.py --device cpu    # the same code with a tiny model, to try it
 
-A Llama of 1B size with random weights, bfloat16 and compiled, each way; steps of `--groups`
-prompts as in train_step.py, without the optimizer. Lengths differ from step to step, so that
-recompilations show: `recompilations` counts ours after the warm-up. Tokens per second count what
-the method needs, prompts once and responses, the same for all ways. Model FLOP utilisation counts
-needed FLOPs only (6 per weight of the layers and packed token, 12 per attention dimension and pair,
-6 per weight of the output matrix and response token; nothing computed twice, no padding) over
-`--peak-tflops`, which is the device's dense bfloat16 peak. The padded pass is left out where the
-memory doesn't hold the logits of a group. `waits` says what synchronises host and
-device within our step, in a step that isn't timed; "" where nothing does.
+A Llama of 1B size with random weights, bfloat16 and compiled, each way, or one of 8B size with
+adapters, of which the other weights are frozen; steps of `--groups` prompts as in train_step.py,
+without the optimizer. Lengths differ from step to step, so that recompilations show:
+`recompilations` counts ours after the warm-up. Our packed sequences are padded as the recipes pad
+them. Tokens per second count what the method needs, prompts once and responses, the same for all
+ways. Model FLOP utilisation counts needed FLOPs only (6 per weight of the layers and packed token,
+12 per attention dimension and pair, 6 per weight of the output matrix and response token, 4 where
+weights are frozen; nothing computed twice, no padding) over `--peak-tflops`, which is the device's
+dense bfloat16 peak. The padded pass is left out where the memory doesn't hold the logits of a
+group. `waits` says what synchronises host and device within our step, in a step that isn't timed;
+"" where nothing does.
 """
 
 from __future__ import annotations
@@ -29,20 +33,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchtune.models.llama3 import llama3
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import noop_context_fn
+from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.training import set_default_dtype
 from train_step import Cell
 from two_pass_reference import padded_single_pass_step, two_pass_step
 
 from steerlm2.data.packing import Group, PackedGroups, pack
-from steerlm2.distributed.parallelize import parallelize
+from steerlm2.distributed.parallelize import _keep_products, parallelize
 from steerlm2.distributed.world import World
 from steerlm2.losses import SteerLM2Loss
 from steerlm2.training.forward import response_logps
 from steerlm2.training.step_plan import fill_microbatches
 
 SIZES: dict[str, dict[str, int]] = {
-    "cuda": {
+    "1b": {
         "vocab_size": 128_256,
         "num_layers": 16,
         "num_heads": 32,
@@ -50,42 +59,86 @@ SIZES: dict[str, dict[str, int]] = {
         "embed_dim": 2048,
         "intermediate_dim": 8192,
     },
-    "cpu": {
-        "vocab_size": 400,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "embed_dim": 64,
-        "intermediate_dim": 128,
+    "8b_lora": {
+        "vocab_size": 128_256,
+        "num_layers": 32,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "embed_dim": 4096,
+        "intermediate_dim": 14_336,
     },
 }
-"""On a GPU those of Llama 3.2 1B, output matrix untied: 1.5B weights, 0.97B of them in layers."""
+"""Those of Llama 3.2 1B, output matrix untied: 1.5B weights, 0.97B of them in layers; and those of
+Llama 3.1 8B."""
+TINY = {
+    "vocab_size": 400,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "intermediate_dim": 128,
+}
+"""In place of all of them on a CPU."""
+ADAPTERS: dict[str, Any] = {
+    "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
+    "apply_lora_to_mlp": True,
+    "lora_rank": 8,
+    "lora_alpha": 16,
+}
+"""As in recipe_configs/llama3_1/8B_steerlm2_lora.yaml."""
 
 
-def llama(device: torch.device) -> TransformerDecoder:
-    """Random weights."""
+def sizes_of(args: argparse.Namespace) -> dict[str, int]:
+    return SIZES[args.model] if args.device == "cuda" else TINY
+
+
+def llama(args: argparse.Namespace) -> TransformerDecoder:
+    """Random weights; only adapters can be trained where there are any."""
     torch.manual_seed(0)
-    with device:
-        return llama3(**SIZES[device.type], max_seq_len=8192).bfloat16()
+    sizes = {**sizes_of(args), "max_seq_len": 8192}
+    with torch.device(args.device), set_default_dtype(torch.bfloat16):
+        if not args.model.endswith("_lora"):
+            return llama3(**sizes).bfloat16()
+        model = lora_llama3(**ADAPTERS, **sizes).bfloat16()
+    set_trainable_params(model, get_adapter_params(model))
+    return model
+
+
+def lay_out_reference(model: TransformerDecoder, args: argparse.Namespace) -> None:
+    """Activation checkpointing and compilation as `parallelize` has them, for padded rows."""
+    contexts = {"full": noop_context_fn, "selective": _keep_products}
+    for i, layer in enumerate(model.layers):
+        if args.activation_checkpointing is not None:
+            context_fn = contexts[args.activation_checkpointing]
+            layer = checkpoint_wrapper(layer, preserve_rng_state=False, context_fn=context_fn)
+        model.layers[i] = layer
+        if not args.no_compile:
+            layer.compile()
 
 
 def needed_flops(model: TransformerDecoder, groups: list[Group]) -> float:
-    weights = sum(parameter.numel() for parameter in model.layers.parameters())
+    """Of the layers, attention and the output matrix, forward and backward."""
     attention = len(model.layers) * model.num_heads * model.head_dim
     targets = sum(len(response) for group in groups for response in group.responses)
     return (
-        6 * weights * sum(group.num_tokens for group in groups)
+        _flops_of_a_token(model.layers) * sum(group.num_tokens for group in groups)
         + 12 * attention * sum(group.num_pairs for group in groups)
-        + 6 * model.output.weight.numel() * targets
+        + _flops_of_a_token(model.output) * targets
     )
 
 
+def _flops_of_a_token(module: nn.Module) -> int:
+    """A product with a weight takes 2 in the forward, 2 for the gradient of its input, and 2 for
+    its own, which a frozen one hasn't."""
+    return sum((6 if p.requires_grad else 4) * p.numel() for p in module.parameters())
+
+
 def our_step(
-    model: TransformerDecoder, batches: list[PackedGroups], num_groups: int, device: torch.device
+    model: TransformerDecoder, batches: list[PackedGroups], num_groups: int, world: World
 ) -> None:
-    loss_fn, world = SteerLM2Loss(), World(device)
+    loss_fn = SteerLM2Loss()
     for batch in batches:
-        batch = batch.to(device)
+        batch = batch.to(world.device)
         assert batch.log_q_N is not None
         assert batch.w_N is not None
         logps_N = response_logps(model, batch, world)
@@ -129,7 +182,7 @@ def waits_in(step: Callable[[], None], device: torch.device) -> str:
 
 def steps_of(args: argparse.Namespace) -> list[list[Group]]:
     """Groups whose lengths differ from step to step."""
-    vocabulary = SIZES[args.device]["vocab_size"]
+    vocabulary = sizes_of(args)["vocab_size"]
     return [
         [
             Cell(args.n, args.prompt + 8 * i, args.response + 8 * i + j).group(vocabulary)
@@ -143,24 +196,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
     device = torch.device(args.device)
-    model = llama(device)
+    world = World(device)
+    model = llama(args)
     ours = copy.deepcopy(model)
     parallelize(
         ours,
-        World(device),
+        world,
         dtype=torch.bfloat16,
         compile=not args.no_compile,
         activation_checkpointing=args.activation_checkpointing,
     )
-    if not args.no_compile:
-        for layer in model.layers:
-            layer.compile()
+    lay_out_reference(model, args)
     seconds: dict[str, list[float]] = {"reference": [], "padded": [], "ours": []}
     peaks = dict.fromkeys(seconds, 0)
     recompilations = dict.fromkeys(seconds, 0)
     tokens, flops = [], []
     for i, groups in enumerate(steps_of(args)):
-        batches = [pack(parts) for parts in fill_microbatches(groups, args.max_tokens)]
+        batches = [
+            pack(parts, multiple_of=world.padding_multiple)
+            for parts in fill_microbatches(groups, args.max_tokens)
+        ]
 
         def reference_step(groups: list[Group] = groups) -> None:
             two_pass_step(model, groups, args.reference_tokens)
@@ -169,7 +224,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             padded_single_pass_step(model, groups)
 
         def step(batches: list[PackedGroups] = batches, count: int = len(groups)) -> None:
-            our_step(ours, batches, count, device)
+            our_step(ours, batches, count, world)
 
         ways = {"reference": reference_step, "padded": padded_step, "ours": step}
         for name in list(seconds):
@@ -182,6 +237,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 if name != "padded":
                     raise
                 del seconds[name]  # a whole group's logits at a time: not for every card
+                model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()  # the pieces it leaves would be in the others' way
                 continue
             if i >= args.warm_up:
                 recompilations[name] += counters["stats"]["unique_graphs"] - graphs
@@ -223,7 +280,10 @@ def main() -> None:
     parser.add_argument("--reference-tokens", type=int, default=16_384, help="of its micro-batch")
     parser.add_argument("--activation-checkpointing", choices=("full", "selective"))
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--device", choices=SIZES, default="cuda", help="cpu: a tiny model")
+    parser.add_argument("--model", choices=SIZES, default="1b")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny model"
+    )
     parser.add_argument("--peak-tflops", type=float, default=989, help="H100 and H200: 989")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,18 @@ def log_probs_and_gradients(decoder: TransformerDecoder, world: World) -> Number
         full = getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)
         gradients.append(full())
     return logps_N.detach(), gradients
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_heads_too_small_for_a_gpu_are_refused_there(device: str) -> None:
+    """32 numbers in 4 heads, which a CPU takes."""
+    with torch.device("meta"):
+        decoder = llama3(
+            vocab_size=64, num_layers=1, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=64
+        )
+    refused = pytest.raises(ValueError, match=r"16 numbers or more, and the model's have 8: set")
+    with refused if device == "cuda" else contextlib.nullcontext():
+        parallelize(decoder, World(torch.device(device)), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchtune.models.llama3 import llama3
 
+from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World, check_gpu, close_world, init_world
 
 CPU = World(torch.device("cpu"))
@@ -72,6 +78,105 @@ def test_a_rank_without_a_gpu_that_can_train_is_refused(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
     with pytest.raises(ValueError, match=expected) if expected else contextlib.nullcontext():
         check_gpu(local_rank)
+
+
+@dataclass
+class Machine:
+    """One whose PyTorch sees two GPUs, and whose process groups are fake: `events` is what was
+    asked of both, in their order."""
+
+    monkeypatch: pytest.MonkeyPatch
+    events: list[tuple[str, Any]] = field(default_factory=list)
+
+    def become_rank(self, rank: int, *, local_rank: int, size: int) -> None:
+        places = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size}
+        for name, value in places.items():
+            self.monkeypatch.setenv(name, str(value))
+
+    def set_device(self, device: torch.device) -> None:
+        self.events.append(("device", device))
+        self.monkeypatch.setattr(torch.cuda, "current_device", lambda: device.index)
+
+    def init_process_group(self, backend: str, **options: Any) -> None:
+        self.events.append(("group", backend))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        INIT_PROCESS_GROUP("fake", store=FakeStore(), rank=rank, world_size=size)
+
+
+INIT_PROCESS_GROUP = dist.init_process_group
+
+
+class MetaForCuda(TorchFunctionMode):
+    """What is made on a GPU has no values instead."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if "cuda" in str(options.get("device")):
+            options["device"] = "meta"
+        return function(*args, **options)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    machine = Machine(monkeypatch)
+    for name, value in {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_capability": lambda device: (9, 0),
+        "set_device": machine.set_device,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dist, "init_process_group", machine.init_process_group)
+    yield machine
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Set timeout is now only supported")  # not with fake groups
+@pytest.mark.parametrize(
+    ("layout", "mesh_shape", "rows"),
+    [
+        ({}, (1, 4, 1), 24),
+        ({"data_parallel_replicate_dim": 2}, (2, 2, 1), 48),
+        ({"tensor_parallel_dim": 2}, (1, 2, 2), 24),
+    ],
+    ids=["FSDP2", "HSDP", "tensor parallel"],
+)
+def test_a_rank_takes_the_gpu_of_its_local_rank_and_its_part_of_a_model(
+    two_gpus: Machine, layout: dict[str, int], mesh_shape: tuple[int, ...], rows: int
+) -> None:
+    """The last of four ranks on two nodes: its GPU before NCCL, which takes the current one; then
+    the 96 rows of a matrix that the MLP's first products are split by, over those that share it."""
+    two_gpus.become_rank(3, local_rank=1, size=4)
+    world = init_world("cuda", **layout)
+    gpu = torch.device("cuda", 1)
+    assert two_gpus.events[:2] == [("device", gpu), ("group", "cpu:gloo,cuda:nccl")]
+    assert (world.device, world.rank, world.size) == (gpu, 3, 4)
+    assert world.mesh is not None
+    assert (world.mesh.device_type, tuple(world.mesh.shape)) == ("cuda", mesh_shape)
+    assert world.padding_multiple == 128
+    with torch.device("meta"):
+        decoder = llama3(
+            vocab_size=64, num_layers=1, num_heads=4, num_kv_heads=2, embed_dim=64,
+            max_seq_len=64, intermediate_dim=96,
+        )  # fmt: skip
+    with MetaForCuda():
+        parallelize(decoder, world, dtype=torch.bfloat16)
+    weight = decoder.layers[0].mlp.w1.weight
+    assert isinstance(weight, DTensor)
+    assert weight.device_mesh.device_type == "cuda"
+    assert (tuple(weight.shape), tuple(weight.to_local().shape)) == ((96, 64), (rows, 64))
+
+
+def test_a_rank_more_than_gpus_is_refused_before_others_wait_for_it(two_gpus: Machine) -> None:
+    two_gpus.become_rank(2, local_rank=2, size=3)
+    with pytest.raises(ValueError, match=r"^LOCAL_RANK is 2, .* at most 2 process\(es\)"):
+        init_world("cuda")
+    assert two_gpus.events == []
 
 
 def test_reductions_over_one_process_are_the_value() -> None:

@@ -42,6 +42,10 @@ class Check:
     """Checks whose results it reads."""
     rehearsed_by: str
     """The check that does the same without a GPU: a rehearsal leaves this one out."""
+    named: bool
+    """On a GPU it is run only where it is named: the budget hasn't room for it."""
+    gpus: int
+    """It is skipped where there are fewer; on a CPU they are processes."""
 
 
 CHECKS: dict[str, Check] = {}
@@ -55,11 +59,15 @@ def check(
     alone: bool = False,
     needs: Sequence[str] = (),
     rehearsed_by: str = "",
+    named: bool = False,
+    gpus: int = 1,
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Registers a function as a check under its name."""
 
     def add(run: Callable[[], None]) -> Callable[[], None]:
-        CHECKS[run.__name__] = Check(run, seconds, least, alone, tuple(needs), rehearsed_by)
+        CHECKS[run.__name__] = Check(
+            run, seconds, least, alone, tuple(needs), rehearsed_by, named, gpus
+        )
         return run
 
     return add
@@ -253,7 +261,7 @@ def start_tune(
     env: dict[str, str] | None = None,
 ) -> Child:
     """`tune run` with a recipe; under torchrun where a number of processes is given."""
-    if processes and CONTEXT.forks:  # what torchrun would set for the only rank
+    if processes == 1 and CONTEXT.forks:  # what torchrun would set for the only rank
         ranks = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
         env = (env or {}) | dict.fromkeys(ranks[0], "0") | dict.fromkeys(ranks[1], "1")
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -328,6 +336,13 @@ def waiting(function: Callable[[], Any]) -> str:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return ""
+
+
+def number_of_gpus() -> int:
+    """Those that a process of this one sees."""
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(visible.split(","))
+    return len(ask_card("index").splitlines())
 
 
 def ask_card(what: str) -> str:

@@ -62,8 +62,8 @@ def note_ceilings() -> None:
 
 @check(150, least=100, alone=True)
 def speed_1b() -> None:
-    """tests/benchmarks/gpu.py: 1B, compiled, against the two-pass reference; and the card's two
-    ceilings."""
+    """tests/benchmarks/gpu.py: 1B, compiled, against the two-pass reference and the padded pass;
+    and the card's two ceilings."""
     note_ceilings()
     if on_gpu():
         import torch
@@ -78,6 +78,30 @@ def speed_1b_long() -> None:
     """tests/benchmarks/gpu.py with long groups: 10 answers of about 1,024 tokens."""
     shape = (10, 1024, 1024, 4) if on_gpu() else (2, 24, 24, 1)
     note_speed(*shape, "--groups", 2, "--reference-tokens", 8192)
+
+
+@check(280, least=120, alone=True, named=True)
+def speed_8b_lora() -> None:
+    """tests/benchmarks/gpu.py with adapters on 8B: all ways without FSDP2 and optimizer, which
+    lora_8b has."""
+    shape = (10, 256, 128, 4) if on_gpu() else (2, 16, 8, 1)
+    tokens = ("--max-tokens", 8192, "--reference-tokens", 8192)
+    note_speed(*shape, *tokens, "--model", "8b_lora", "--activation-checkpointing", "full")
+
+
+@check(200, least=60, alone=True, named=True)
+def speed_sampling() -> None:
+    """tests/benchmarks/sampling.py: 10 samples of a 1B model by our engine, by torchtune's and by
+    transformers' generate."""
+    tiny = ("--n", 2, "--prompts", 8, "--new-tokens", 3, "--rounds", 1)
+    full = ("--model", "1b", "--prompts", 256, 1024, "--new-tokens", 128, "--rounds", 2)
+    ways = ("shared", "batch", "transformers")
+    found = benchmark(
+        "sampling.py", *(full if on_gpu() else tiny), "--dtype", "bf16", "--ways", *ways
+    )
+    note(**{k: v for k, v in found.items() if isinstance(v, float)})
+    missing = [way for way in ways if way not in found["ways"]]
+    expect(not missing, f"not measured, since it isn't installed: {', '.join(missing)}")
 
 
 @check(120, least=75, alone=True)
@@ -115,7 +139,10 @@ def lora_8b() -> None:
     losses, rates = [], []
     for step in range(5 if on_gpu() else 2):
         groups = [group(5 * step + i) for i in range(num_groups)]
-        packed = [pack(parts) for parts in fill_microbatches(groups, 8192)]
+        packed = [
+            pack(parts, multiple_of=world.padding_multiple)
+            for parts in fill_microbatches(groups, 8192)
+        ]
         wait()
         if on_gpu() and step == 2:
             torch.cuda.reset_peak_memory_stats()
@@ -195,7 +222,7 @@ def logprob_memory() -> None:
     for key, value in found.items():
         if key.endswith("_peak_bytes"):
             note(**{key.replace("_peak_bytes", "_of_logits"): value / (4 * V * T)})
-        elif isinstance(value, float):
+        elif isinstance(value, float) or key.endswith("_failure"):
             note(**{key: value})
     expect(found["ours_gradient_error"] < 1e-3, "gradients are off")
 
@@ -226,6 +253,6 @@ def planned_memory() -> None:
         note(**{f"{short}_ratio": planned / measured})
         kinds = {kind: round(value / GIB, 2) for kind, value in found["planned"].items()}
         note(**{f"{short}_planned": kinds})
-        if not 0.9 <= planned / measured <= 1.15:
+        if not 0.9 <= planned / measured <= 1.1:
             problems.append(f"{short}: planned / measured is {planned / measured:.2f}")
     expect(not problems, "; ".join(problems))

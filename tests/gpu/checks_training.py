@@ -33,6 +33,7 @@ SELECTIVE = (*FULL, "ac_mode=selective")
 FP32_TOLERANCE = 1e-3
 BF16_TOLERANCE = 0.05
 """20 steps at a high learning rate; the first step's loss is the sharper figure."""
+BF16_FIRST_TOLERANCE = 0.01
 PAIRS = "responses_per_prompt=2"
 NO_VALIDATION = (
     *("generation=null", "dataset_val=null", "val_every_n_steps=null"),
@@ -116,6 +117,8 @@ def train_as_cpu(
     expect(len(list(run.glob("epoch_*/*.safetensors"))) >= 1, "nothing was exported")
     worst = max(CONTEXT.figures["loss_worst"], CONTEXT.figures["val_loss_worst"])
     expect(worst <= tolerance, f"losses differ by {worst:.3g} of the CPU's, more than {tolerance}")
+    first = CONTEXT.figures["loss_first"]
+    expect(first <= BF16_FIRST_TOLERANCE, f"the first loss differs by {first:.3g} of the CPU's")
 
 
 @check(120)
@@ -182,6 +185,18 @@ def steps_two_pass() -> None:
 def steps_torchrun() -> None:
     """Under torchrun, one process: FSDP2 and NCCL, no mixed precision."""
     train_as_cpu(*FP32, "optimizer.fused=true", tolerance=FP32_TOLERANCE, processes=1)
+
+
+@check(120, needs=["cpu_reference"], rehearsed_by="steps_torchrun", gpus=2)
+def steps_two_gpus() -> None:
+    """Two processes with a GPU each: FSDP2 over NCCL."""
+    train_as_cpu(*FP32, tolerance=FP32_TOLERANCE, processes=2)
+
+
+@check(120, needs=["cpu_reference"], rehearsed_by="steps_torchrun", gpus=2)
+def steps_two_gpus_tensor_parallel() -> None:
+    """Likewise, with half of each matrix on each."""
+    train_as_cpu(*FP32, "tensor_parallel_dim=2", tolerance=FP32_TOLERANCE, processes=2)
 
 
 @check(90, needs=["cpu_reference"], rehearsed_by="steps_like_8b")

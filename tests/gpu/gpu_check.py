@@ -1,7 +1,8 @@
-"""All checks of steerlm2 on one GPU, in order of value, within a budget of seconds.
+"""All checks of steerlm2 on a GPU, in order of value, within a budget of seconds.
 
     bash tests/gpu/gpu_check.sh                          # everything, 8 minutes
     bash tests/gpu/gpu_check.sh --only steps_fp32,flex_gradients --budget 120
+    bash tests/gpu/gpu_check.sh --only speed_8b_lora,speed_sampling
     python tests/gpu/gpu_check.py --device cpu --forks   # a rehearsal without a GPU
 
 Each check is a process of its own with a time limit; a failing one ends nothing else. Checks of
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -32,17 +34,26 @@ import checks_numerics  # noqa: F401
 import checks_speed  # noqa: F401
 import checks_stages  # noqa: F401
 import checks_training  # noqa: F401
-from checking import CHECKS, CONTEXT, Child, OutsideTolerance, ask_card, write_result
+from checking import (
+    CHECKS,
+    CONTEXT,
+    Child,
+    OutsideTolerance,
+    ask_card,
+    number_of_gpus,
+    write_result,
+)
 
 ORDER = (
     # the longest first, beside what others need and what says most
     *("environment", "cpu_reference", "quickstart", "flex_gradients", "decoder_gradients_compiled"),
     *("decoder_gradients", "steps_fp32", "steps_like_8b", "sample_score_evaluate", "float8"),
     *("qlora", "token_logps_exact", "sft", "reward", "resume", "planned_memory", "steps_bf16"),
-    *("adamw8bit", "steps_cpu_offload", "steps_torchrun", "steps_selective_compiled"),
+    *("adamw8bit", "steps_cpu_offload", "steps_torchrun", "steps_two_gpus"),
+    *("steps_two_gpus_tensor_parallel", "steps_selective_compiled"),
     *("steps_compile", "steps_two_pass", "steps_checkpointing", "steps_selective"),
     # alone
-    *("speed_1b", "lora_8b", "speed_1b_long", "logprob_memory"),
+    *("speed_1b", "lora_8b", "speed_1b_long", "logprob_memory", "speed_8b_lora", "speed_sampling"),
 )
 PRELOADED = (
     *("torch._dynamo", "torch._inductor.config", "torchao.optim", "torchtune._cli.tune"),
@@ -129,6 +140,7 @@ class Driver:
         self.started = time.monotonic()
         self.results: dict[str, dict[str, Any]] = {}
         self.running: list[Running] = []
+        self.gpus = number_of_gpus() if args.device == "cuda" else math.inf
         self.wanted = chosen_checks(args)
         self.pending = list(self.wanted)
         self.results_file = args.out / "results.jsonl"
@@ -179,7 +191,10 @@ class Driver:
                 self.begin(name)
 
     def begin(self, name: str) -> None:
-        """Start a check, or skip it where too little time is left."""
+        """Start a check, or skip it where too little time is left or a GPU is missing."""
+        if (wanted := CHECKS[name].gpus) > self.gpus:
+            why = f"it needs {wanted} GPUs, and there are {self.gpus}"
+            return self.end(name, {"status": "skipped", "why": why})
         left = self.seconds_for(name)
         if left < CHECKS[name].least:
             why = f"{max(left, 0):.0f} s of the budget are left for it"
@@ -232,8 +247,11 @@ def chosen_checks(args: argparse.Namespace) -> list[str]:
 
 
 def every_check(device: str) -> list[str]:
-    """In order; on a CPU without those that would do there what another one does."""
-    return [name for name in ORDER if device == "cuda" or not CHECKS[name].rehearsed_by]
+    """In order; on a CPU without those that would do there what another one does, on a GPU without
+    those that must be named."""
+    if device == "cuda":
+        return [name for name in ORDER if not CHECKS[name].named]
+    return [name for name in ORDER if not CHECKS[name].rehearsed_by]
 
 
 def passed_before(result: Path) -> bool:
@@ -282,7 +300,9 @@ def main() -> None:
     if args.list:
         for name in ORDER:
             one = CHECKS[name]
-            kind = "alone" if one.alone else "together"
+            kind = "together"
+            if one.alone:
+                kind = "by name" if one.named else "alone"
             about = " ".join((one.run.__doc__ or "").split())[:90]
             print(f"{name:27}{one.seconds:5} s  {kind:9} {about}")
         return

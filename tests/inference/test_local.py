@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -24,9 +24,16 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 
 from steerlm2.inference import shared_prompts
 from steerlm2.inference.engines import Request, Sample, SamplingSettings, request_seed
-from steerlm2.inference.local import STEPS_BETWEEN_CHECKS, Answer, Generation, LocalEngine
+from steerlm2.inference.local import (
+    STEPS_BETWEEN_CHECKS,
+    Answer,
+    Decoding,
+    Drawn,
+    Generation,
+    LocalEngine,
+)
 from steerlm2.inference.shared_prompts import EMPTY, SharedPromptDecoder
-from steerlm2.inference.streaming import GenerationSettings
+from steerlm2.inference.streaming import GenerationSettings, Piece
 from steerlm2.models.attention import HeadNormAttention
 from steerlm2.models.decoders import output_weight
 
@@ -183,6 +190,36 @@ def test_rare_checks_change_no_sample(
         for sample, other in zip(samples, expected_samples, strict=True):
             assert (sample.tokens, sample.finish_reason) == (other.tokens, other.finish_reason)
             assert sample.log_prob == pytest.approx(other.log_prob, rel=1e-6)
+
+
+@torch.no_grad()
+def test_between_two_checks_no_value_of_a_gpu_is_read(
+    decoder: TransformerDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading one would wait for it. Tensors on the meta device have none, so that it fails."""
+    steps: list[int] = []
+
+    def check(
+        self: Decoding, answers: Sequence[Answer], drawn: Sequence[Drawn]
+    ) -> list[tuple[Generation, Piece]]:
+        steps.append(len(drawn))
+        for answer in answers:
+            answer.num_tokens, answer.last_token = answer.num_tokens + len(drawn), 1
+        return []
+
+    monkeypatch.setattr(Decoding, "_pieces", check)
+    monkeypatch.setattr(shared_prompts, "_first", lambda marked_PC: marked_PC.long())  # waits too
+    decoding = Decoding(
+        copy.deepcopy(decoder).to("meta"),
+        stop_id=STOP,
+        forbidden_ids=[0],
+        steps_between_checks={"meta": 16},
+    )
+    settings = GenerationSettings(30, n=2, temperature=0.7, top_p=0.9, seed=0, top_log_probs=2)
+    decoding.join([Generation(prompt, settings) for prompt in PROMPTS])
+    decoding.advance()
+    decoding.advance()
+    assert steps == [1, 16, 13]
 
 
 def sequence_log_prob(decoder: TransformerDecoder, prompt: list[int], tokens: list[int]) -> float:

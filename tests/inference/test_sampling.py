@@ -193,6 +193,19 @@ def test_gpus_keep_the_same_tokens() -> None:
             assert (sorted_PV == 0).any()
 
 
+def test_a_draw_reads_no_value_of_a_gpu() -> None:
+    """Reading one would wait for it. Tensors on the meta device have none, so that it fails."""
+    logits_PV = torch.empty(3, 1000, device="meta")
+    uniform_P = torch.empty(3, device="meta", dtype=torch.float64)
+    temperature_P, top_p_P = torch.tensor([1, 0, 0.7]), torch.tensor([0.9, 1, 0.5])
+    drawn_P, log_prob_P = draw_tokens(
+        logits_PV, temperature_P, top_p_P, uniform_P, torch.tensor([0, 5, 7]), with_log_probs=True
+    )
+    assert log_prob_P is not None
+    assert drawn_P.is_meta
+    assert (drawn_P.shape, log_prob_P.shape) == ((3,), (3,))
+
+
 @pytest.fixture(scope="module")
 def decoder() -> TransformerDecoder:
     torch.manual_seed(0)

@@ -51,6 +51,17 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> N
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance)
 
 
+def test_no_value_of_a_gpu_is_read() -> None:
+    """Reading one would wait for it. Tensors on the meta device have none, so that it fails."""
+    hidden_RD, weight_VD, targets_R, factor_R = (each.to("meta") for each in example())
+    inputs = hidden_RD.requires_grad_(), weight_VD.requires_grad_()
+    logps_R = token_logps(*inputs, targets_R, chunk_size=3)
+    sums_N = sum_by_response(logps_R, torch.zeros_like(targets_R), 2)
+    grads = gradients(logps_R, factor_R, *inputs)
+    assert [grad.shape for grad in grads] == [(R, D), (V, D)]
+    assert sums_N.shape == (2,)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, R, R + 5])
 def test_equals_log_softmax(chunk_size: int) -> None:
     """Chunks of 1, 3 (the last chunk is shorter), exactly R, and more than R."""

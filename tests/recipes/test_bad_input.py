@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torchtune.models.llama3 import llama3
 
@@ -195,6 +196,18 @@ def test_number_of_processes_that_the_dims_do_not_divide(tune: Any, tmp_path: Pa
     )
     assert "2 process(es) can't form data_parallel_replicate_dim=1" in text
     assert "tensor_parallel_dim=3" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_ranks_without_gpus(tune: Any, tmp_path: Path) -> None:
+    """One line, from rank 0."""
+    text = message(
+        tune,
+        *("steerlm2_distributed", "--config", "tiny/steerlm2", f"output_dir={tmp_path / 'run'}"),
+        "device=cuda",
+        nproc=2,
+    )
+    assert "PyTorch sees no GPU here; set device=cpu dtype=fp32" in text.splitlines()[0]
 
 
 def test_tensor_parallel_without_torchrun(tune: Any, tmp_path: Path) -> None:

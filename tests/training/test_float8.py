@@ -21,7 +21,7 @@ from steerlm2.data.tokenizers import tiny_tokenizer
 from steerlm2.distributed.parallelize import parallelize
 from steerlm2.distributed.world import World
 from steerlm2.models.reward_head import add_reward_head
-from steerlm2.training.float8 import check_float8_device, use_float8
+from steerlm2.training.float8 import MULTIPLE_OF, check_float8_device, use_float8
 from steerlm2.training.forward import response_logps
 
 CPU = World(torch.device("cpu"))
@@ -88,6 +88,10 @@ def test_log_probs_and_gradients_are_near_the_plain_ones() -> None:
     assert grads.keys() == plain.keys()
     assert max(errors.values()) < 0.15
     assert min(errors.values()) > 1e-3
+
+
+def test_packed_sequences_of_a_gpu_need_no_further_padding() -> None:
+    assert World(torch.device("cuda")).padding_multiple % MULTIPLE_OF == 0
 
 
 def test_adapters_are_refused() -> None:
