@@ -5,10 +5,11 @@
 
 The stages are those of tiny/quickstart, run by its recipes, in three worlds (seeds of all draws)
 and from three strengths of attribute-conditioned fine-tuning (its steps). For each there are up to
-five iterations in five variants: the paper's loss (share of the baseline 1) with samples of
-temperature 1.3 and of 1, shares of 0.5 and 0 with samples of temperature 1, and tiny/quickstart's.
-Ablations follow, which exchange one thing each (VARIANTS): the exact P(a|x,y) or P(y|x), the
-number of samples, the learning rate, the steps, the share by iteration.
+five iterations in seven variants: tiny/quickstart's (half of the baseline, 32 samples a pair, 300
+steps) and the paper's loss (share of the baseline 1) with samples of temperature 1.3, both with 16
+samples and 200 steps too, the paper's loss with samples of temperature 1, and shares of 0.5 and 0.
+Ablations follow, which exchange one thing each (VARIANTS): the exact P(a|x,y) or P(y|x), the number
+of samples, the learning rate, the steps, the share by iteration.
 
 Of every model the whole distribution is known, so nothing is estimated: KL(P || Q) in nats, its
 conditional part KL(P || Q given that the answer is one of the world's), what it loses to other
@@ -118,7 +119,11 @@ def share(
 
 
 VARIANTS = {
-    # The quickstart's, and the study's own.
+    # The quickstart's, with the paper's loss beside it, and the study's own.
+    "0.5, lr 1.4e-3, n=32, 300 steps": share(0.5, n=32, train={"lr": 1.4e-3, "max_steps": 300}),
+    "paper, T=1.3, n=32, 300 steps": share(
+        1.0, n=32, temperature=1.3, train={"max_steps": 300}, corrected=False
+    ),
     "0.5, lr 1.4e-3": share(0.5, train={"lr": 1.4e-3}),
     "paper, T=1.3": share(1.0, temperature=1.3, corrected=False),
     "paper, T=1": share(1.0, corrected=False),
@@ -139,6 +144,8 @@ VARIANTS = {
     "0.75": share(0.75),
     "0.25": share(0.25),
     "0.5, not corrected": share(0.5, corrected=False),
+    "0.5, lr 1.4e-3, n=32": share(0.5, n=32, train={"lr": 1.4e-3}),
+    "0.5, lr 1.4e-3, n=32, 8 pairs": share(0.5, n=32, train={"lr": 1.4e-3, "global_batch_size": 8}),
     "0.5, n=8 or 24": Variant(
         {"temperature": 1.0, "n": 8},
         {**share(0.5).train, "loss.samples_per_prompt": "recorded"},
@@ -148,8 +155,8 @@ VARIANTS = {
     "1 to 0": dataclasses.replace(share(0.5), baselines=(1.0, 0.5, 0.25, 0.0)),
     "0 to 1": dataclasses.replace(share(0.5), baselines=(0.0, 0.25, 0.5, 1.0)),
 }
-MAIN = list(VARIANTS)[:5]
-ABLATIONS = list(VARIANTS)[5:]
+MAIN = list(VARIANTS)[:7]
+ABLATIONS = list(VARIANTS)[7:]
 
 
 @dataclass(frozen=True)

@@ -327,7 +327,7 @@ def test_a_model_is_asked_with_transformers_as_the_readme_says(
         *NO_VALIDATION)  # fmt: skip
     (code,) = (text for _, text in blocks(text_of("README.md"), "python"))
     trained, (export,) = (
-        "steerlm2_outputs/quickstart/steerlm2_iter2/epoch_8",
+        "steerlm2_outputs/quickstart/steerlm2_iter2/epoch_12",
         folder.glob("model/epoch_*"),
     )
     assert trained in code
