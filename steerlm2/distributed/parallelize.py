@@ -118,7 +118,7 @@ def parallelize(
         if activation_checkpointing == "full":
             layer = checkpoint_wrapper(layer, preserve_rng_state=False)
         elif activation_checkpointing == "selective":
-            layer = checkpoint_wrapper(layer, preserve_rng_state=False, context_fn=_keep_products)
+            layer = checkpoint_wrapper(layer, preserve_rng_state=False, context_fn=keep_products)
         decoder.layers[i] = layer
         if compile:
             # Packed sequences have many lengths: the second one compiles dynamic shapes.
@@ -159,7 +159,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     return norm
 
 
-def _keep_products() -> Any:
+def keep_products() -> Any:
+    """The contexts of selective checkpointing: products are kept, all else computed again."""
     return create_selective_checkpoint_contexts(list(PRODUCTS))
 
 

@@ -44,7 +44,7 @@ from train_step import Cell
 from two_pass_reference import padded_single_pass_step, two_pass_step
 
 from steerlm2.data.packing import Group, PackedGroups, pack
-from steerlm2.distributed.parallelize import _keep_products, parallelize
+from steerlm2.distributed.parallelize import keep_products, parallelize
 from steerlm2.distributed.world import World
 from steerlm2.losses import SteerLM2Loss
 from steerlm2.training.forward import response_logps
@@ -106,7 +106,7 @@ def llama(args: argparse.Namespace) -> TransformerDecoder:
 
 def lay_out_reference(model: TransformerDecoder, args: argparse.Namespace) -> None:
     """Activation checkpointing and compilation as `parallelize` has them, for padded rows."""
-    contexts = {"full": noop_context_fn, "selective": _keep_products}
+    contexts = {"full": noop_context_fn, "selective": keep_products}
     for i, layer in enumerate(model.layers):
         if args.activation_checkpointing is not None:
             context_fn = contexts[args.activation_checkpointing]

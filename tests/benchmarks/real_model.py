@@ -48,12 +48,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf
 from server_process import TUNE
 from tokenizers import Tokenizer
 
 from steerlm2.checkpoint_dirs import newest_export
 
 CONFIG = Path(__file__).with_suffix(".yaml")
+MAX_NEW_TOKENS = OmegaConf.load(CONFIG).sampling.max_new_tokens
 SYSTEM = "Answer in one or two short sentences."
 TEMPERATURE = 0.7
 LEVELS = 5
@@ -63,7 +65,6 @@ HELD_OUT, VALIDATION = 24, 24
 """Prompts."""
 ANSWERS, CUTS = 2, 2
 """Answers of SmolLM2 to each prompt, to learn from, and ends of sentences of each."""
-MAX_NEW_TOKENS = 96
 STEERED = 150
 """Prompts that the iterations sample answers to."""
 SENTENCE_END = re.compile(r"(?<=[a-z)\"'][.!?])(?=\s+[A-Z\"]|$)")
@@ -109,11 +110,16 @@ def make_base(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def english_prompts(trees: Path) -> list[str]:
-    """The first messages that are English and short, each once, in an order drawn with seed 0."""
+def english_roots(trees: Path) -> list[dict[str, Any]]:
+    """The first messages that are English, with people's replies."""
     with gzip.open(trees, "rt", encoding="utf-8") as lines:
         roots = [json.loads(line)["prompt"] for line in lines]
-    texts = {r["text"].strip(): None for r in roots if r["lang"] == "en"}
+    return [root for root in roots if root["lang"] == "en"]
+
+
+def short_prompts(roots: Sequence[dict[str, Any]]) -> list[str]:
+    """Those that are short, each once, in an order drawn with seed 0."""
+    texts = dict.fromkeys(root["text"].strip() for root in roots)
     short = [text for text in texts if len(text) <= MAX_CHARACTERS]
     random.Random(0).shuffle(short)
     return short
@@ -177,7 +183,9 @@ def sampled_by_base(output: Path, prompts: Sequence[str], machine: Sequence[str]
     return groups
 
 
-def make_data(output: Path, groups: Path, held_out: Sequence[str], oasst: Path) -> None:
+def make_data(
+    output: Path, groups: Path, held_out: Sequence[str], roots: Sequence[dict[str, Any]]
+) -> None:
     """What real_model.yaml reads, and edges.json: the least words of verbosity 1 to 4."""
     data, rng = output / "data", random.Random(0)
     data.mkdir(exist_ok=True)
@@ -208,14 +216,12 @@ def make_data(output: Path, groups: Path, held_out: Sequence[str], oasst: Path) 
     steered = [of_prompt[0][0] for of_prompt in answered[VALIDATION:] if of_prompt][:STEERED]
     write_lines(data / "prompts.jsonl", map(conversation, steered))
     write_lines(data / "held_out.jsonl", map(conversation, held_out))
-    write_lines(data / "oasst.jsonl", oasst_answers(oasst, edges))
+    write_lines(data / "oasst.jsonl", oasst_answers(roots, edges))
     (data / "edges.json").write_text(json.dumps(edges))
 
 
-def oasst_answers(trees: Path, edges: Sequence[int]) -> list[dict[str, Any]]:
-    """People's answers to English prompts, one a record, each with the label of its length."""
-    with gzip.open(trees, "rt", encoding="utf-8") as lines:
-        roots = [json.loads(line)["prompt"] for line in lines]
+def oasst_answers(roots: Sequence[dict[str, Any]], edges: Sequence[int]) -> list[dict[str, Any]]:
+    """People's answers, one a record, each with the label of its length."""
     return [
         {
             "system": SYSTEM,
@@ -224,7 +230,6 @@ def oasst_answers(trees: Path, edges: Sequence[int]) -> list[dict[str, Any]]:
             "responses": [{"from": "Assistant", "value": reply["text"].strip()}],
         }
         for root in roots
-        if root["lang"] == "en"
         for reply in root["replies"]
         if reply["role"] == "assistant" and not reply["deleted"]
     ]
@@ -362,7 +367,8 @@ def main() -> None:
 def train(output: Path, gguf: Path, trees: Path, machine: Sequence[str], *, small: bool) -> None:
     if not (output / "base" / "tokenizer.json").exists():
         make_base(gguf, output / "base")
-    people = english_prompts(trees)
+    roots = english_roots(trees)
+    people = short_prompts(roots)
     held_out, asked = people[:HELD_OUT], people[HELD_OUT:] + simple_prompts()
     values = ", ".join(each.replace("=", ": ") for each in machine)
     chosen = [f"machine={{{values}}}"]
@@ -371,7 +377,7 @@ def train(output: Path, gguf: Path, trees: Path, machine: Sequence[str], *, smal
         chosen += ["training.max_steps=2", "steerlm2_training.max_steps=2", "reward_steps=2"]
         chosen += ["n_test=1", "n=2"]
     groups = sampled_by_base(output, asked, machine)
-    make_data(output, groups, held_out, trees)
+    make_data(output, groups, held_out, roots)
     if machine[0] == "device=cuda":
         chosen.append("sampling_torchrun=")
     tune_run(
