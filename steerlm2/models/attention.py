@@ -174,7 +174,15 @@ def _attend_blocks_backward(
     lse_BHT: Tensor,
     blocks_X5: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, each [B, H, T, E]."""
+    """The gradients of q, k and v, each [B, H, T, E].
+
+    Computed in float32: on CPUs this kernel takes several times as long for short blocks of bf16,
+    and a prompt's gradient is a sum over blocks.
+    """
+    dtype = q_BHTE.dtype
+    grad_BHTE, q_BHTE, k_BHTE, v_BHTE, out_BHTE = (
+        each.float() for each in (grad_BHTE, q_BHTE, k_BHTE, v_BHTE, out_BHTE)
+    )
     grads = torch.empty_like(q_BHTE), torch.empty_like(k_BHTE), torch.empty_like(v_BHTE)
     for queries, keys, is_causal in _slices(blocks_X5):
         parts = _flash_backward(
@@ -192,7 +200,8 @@ def _attend_blocks_backward(
                 grad[:, :, tokens] = part
             else:
                 grad[:, :, tokens] += part
-    return grads
+    q_grad, k_grad, v_grad = (grad.to(dtype) for grad in grads)
+    return q_grad, k_grad, v_grad
 
 
 def _slices(blocks_X5: Tensor) -> Iterator[tuple[slice, slice, bool]]:
