@@ -19,11 +19,13 @@ so that every recipe sees it. At temperature 1 its answers are hardly sentences.
 
 The attribute is verbosity, 0 to 4: the number of words, in five bins of equally many answers. So
 what an answer obtains is known without any model. SmolLM2 has hardly any short answers of its own,
-whatever it is told; those to learn from are its answers up to the end of a sentence drawn at
-random, two of each, so that the same words come with two labels. The attribute model and
-attribute-conditioned fine-tuning learn from these; then come two iterations of SteerLM 2.0 with the
-paper's loss and with half of its baseline (real_model.yaml has the stages and their numbers).
-Answers that are cut off are left out of the iterations, and evaluated as they are.
+whatever it is told; those to learn from are its answers up to a comma or the end of a sentence
+drawn at random, two of each, so that the same words come with two labels. They are short on
+purpose: the words of an answer are noise to what the label is about, and what two cores can learn
+from in an hour is few of them. The attribute model and attribute-conditioned fine-tuning learn from
+these; then come two iterations of SteerLM 2.0 with the paper's loss and with half of its baseline
+(real_model.yaml has the stages and their numbers). Answers that are cut off are left out of the
+iterations, and evaluated as they are.
 
 What is done is kept in DIR: the same command goes on after it was stopped. `--small` takes few
 prompts and steps, to see that it runs.
@@ -61,13 +63,13 @@ TEMPERATURE = 0.7
 LEVELS = 5
 MAX_CHARACTERS = 300
 """Of a prompt."""
-HELD_OUT, VALIDATION = 24, 24
+HELD_OUT, VALIDATION = 48, 24
 """Prompts."""
-ANSWERS, CUTS = 2, 2
-"""Answers of SmolLM2 to each prompt, to learn from, and ends of sentences of each."""
-STEERED = 150
+ANSWERS, CUTS = 4, 2
+"""Answers of SmolLM2 to each prompt, to learn from, and places where each is cut."""
+STEERED = 600
 """Prompts that the iterations sample answers to."""
-SENTENCE_END = re.compile(r"(?<=[a-z)\"'][.!?])(?=\s+[A-Z\"]|$)")
+CLAUSE_END = re.compile(r"(?<=[a-z)\"'])(?:[,;](?=\s)|[.!?](?=\s+[A-Z\"]|$))")
 QUESTIONS = (
     *("What is {}?", "Tell me about {}.", "Why do people like {}?", "How did {} begin?"),
     *("What is the best thing about {}?", "What do you think of {}?", "Give me a fact about {}."),
@@ -132,12 +134,13 @@ def simple_prompts() -> list[str]:
     return asked
 
 
-def cut_at_sentences(answer: str, complete: bool, rng: random.Random) -> list[str]:
-    """The answer up to CUTS ends of sentences, or fewer; its own end is one if it is complete."""
-    ends = {match.end() for match in SENTENCE_END.finditer(answer)} - {len(answer)}
-    ends |= {len(answer)} if complete else set()
-    chosen = rng.sample(sorted(ends), min(CUTS, len(ends)))
-    return [answer[:end] for end in chosen]
+def cut_at_clauses(answer: str, rng: random.Random) -> list[str]:
+    """The answer up to CUTS ends of clauses, or fewer, each a sentence's end then."""
+    ends = [match.start() for match in CLAUSE_END.finditer(answer)]
+    return [
+        answer[:end] + (answer[end] if answer[end] in ".!?" else ".")
+        for end in rng.sample(ends, min(CUTS, len(ends)))
+    ]
 
 
 def conversation(prompt: str, answer: str = "", label: str | None = None) -> dict[str, Any]:
@@ -193,9 +196,7 @@ def make_data(
         [
             (record["prompt_turns"][-1]["value"], text)
             for response in record["responses"]
-            for text in cut_at_sentences(
-                response["value"], response["finish_reason"] == "stop", rng
-            )
+            for text in cut_at_clauses(response["value"], rng)
         ]
         for record in read_lines(groups)
     ]
