@@ -38,7 +38,7 @@ import shutil
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -118,8 +118,7 @@ def share(
     return Variant({"temperature": temperature, "n": n}, settings | (train or {}))
 
 
-VARIANTS = {
-    # The quickstart's, with the paper's loss beside it, and the study's own.
+MAIN = {
     "0.5, lr 1.4e-3, n=32, 300 steps": share(0.5, n=32, train={"lr": 1.4e-3, "max_steps": 300}),
     "paper, T=1.3, n=32, 300 steps": share(
         1.0, n=32, temperature=1.3, train={"max_steps": 300}, corrected=False
@@ -128,7 +127,9 @@ VARIANTS = {
     "paper, T=1": share(1.0, corrected=False),
     "0.5": share(0.5),
     "0": share(0.0),
-    # Where does it stop?
+}
+"""The quickstart's, with the paper's loss beside it, and the study's own."""
+TO_THE_END = {
     "0.5, both exact": dataclasses.replace(
         share(0.5), exact=("log_p_attributes", "log_p_response")
     ),
@@ -137,7 +138,9 @@ VARIANTS = {
     "0.5, 4 rounds": dataclasses.replace(share(0.5), rounds=4),
     "1 to 0": dataclasses.replace(share(0.5), baselines=(1.0, 0.5, 0.25, 0.0)),
     "0 to 1": dataclasses.replace(share(0.5), baselines=(0.0, 0.25, 0.5, 1.0)),
-    # What holds it back, and what else could help?
+}
+"""Where does it stop? Ablations that go through all iterations."""
+ABLATIONS = {
     "0.5, lr 1.4e-3": share(0.5, train={"lr": 1.4e-3}),
     "0.5, lr 3.5e-4": share(0.5, train={"lr": 3.5e-4}),
     "0.5, 100 steps": share(0.5, train={"max_steps": 100}),
@@ -155,10 +158,8 @@ VARIANTS = {
     "0.5, lr 1.4e-3, n=32": share(0.5, n=32, train={"lr": 1.4e-3}),
     "0.5, lr 1.4e-3, n=32, 8 pairs": share(0.5, n=32, train={"lr": 1.4e-3, "global_batch_size": 8}),
 }
-MAIN = list(VARIANTS)[:6]
-TO_THE_END = list(VARIANTS)[6:12]
-"""Ablations that go through all iterations; the others show what they do in two."""
-ABLATIONS = list(VARIANTS)[12:]
+"""What holds it back, and what else could help? What these do in two iterations."""
+VARIANTS = MAIN | TO_THE_END | ABLATIONS
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def cells() -> Iterator[Cell]:
     """All of the study, in the order in which it is done; some more than once."""
     own, others = STRENGTHS[0], STRENGTHS[1:]
 
-    def chosen(starts: Sequence[str], variants: Sequence[str], last: int) -> Iterator[Cell]:
+    def chosen(starts: Sequence[str], variants: Iterable[str], last: int) -> Iterator[Cell]:
         for i in range(1, last + 1):
             yield from (Cell(s, start, v, i) for start in starts for v in variants for s in SEEDS)
 
