@@ -179,6 +179,18 @@ def test_bfloat16() -> None:
         torch.testing.assert_close(grad.float(), dense_grad, rtol=3e-2, atol=3e-2)
 
 
+def test_gradients_of_bfloat16_are_rounded_once() -> None:
+    """A prompt's gradient is a sum over its responses, which isn't rounded on the way."""
+    batch = pack([group(5, *[3] * 40)])
+    *qkv, grad_BHTE = inputs(batch, torch.bfloat16)
+    saved = [*qkv, *torch.ops.steerlm2.attend_blocks(*qkv, batch.blocks_X5)]
+    backward = torch.ops.steerlm2.attend_blocks_backward
+    rounded = backward(grad_BHTE, *saved, batch.blocks_X5)
+    exact = backward(grad_BHTE.float(), *(each.float() for each in saved), batch.blocks_X5)
+    for grad, exact_grad in zip(rounded, exact, strict=True):
+        assert torch.equal(grad, exact_grad.to(torch.bfloat16))
+
+
 def test_nothing_has_the_size_of_the_dense_mask() -> None:
     """16 responses of 255 tokens to a prompt of 16: 4,096 tokens, whose pairs are 16.8 million. The
     largest are q, k and v and what is like them: 4,096 x 24 numbers of 4 bytes.
