@@ -14,18 +14,19 @@ English, are prompts. There are about a hundred, which is too few: a model of th
 its answers to them before it heeds a label. So most prompts are simple QUESTIONS about TOPICS.
 Those that the models are evaluated with are people's, and nothing is trained on them.
 
-P(y|x) is SmolLM2 itself at temperature 0.7: the temperature stands in the weights of its last norm,
-so that every recipe sees it. At temperature 1 its answers are hardly sentences.
+SmolLM2 is taken at temperature 0.7, which stands in the weights of its last norm, so that every
+recipe sees it. At temperature 1 its answers are hardly sentences.
 
 The attribute is verbosity, 0 to 4: the number of words, in five bins of equally many answers. So
 what an answer obtains is known without any model. SmolLM2 has hardly any short answers of its own,
 whatever it is told; those to learn from are its answers up to a comma or the end of a sentence
 drawn at random, two of each, so that the same words come with two labels. They are short on
 purpose: the words of an answer are noise to what the label is about, and what two cores can learn
-from in an hour is few of them. The attribute model and attribute-conditioned fine-tuning learn from
-these; then come two iterations of SteerLM 2.0 with the paper's loss and with half of its baseline
-(real_model.yaml has the stages and their numbers). Answers that are cut off are left out of the
-iterations, and evaluated as they are.
+from in an hour is few of them. From these learn P(y|x) (fine-tuning without labels), Q'(y|a,x)
+(with labels) and the attribute model; then come two iterations of SteerLM 2.0 with the paper's loss
+and with half of its baseline (real_model.yaml has the stages and their numbers). P(y|x) isn't
+SmolLM2 itself, which would never end where answers were cut: that would decide w' more than the
+label. Answers that are cut off are left out of the iterations, and evaluated as they are.
 
 What is done is kept in DIR: the same command goes on after it was stopped. `--small` takes few
 prompts and steps, to see that it runs.
@@ -95,12 +96,16 @@ MEMORY = {
 long where page faults are expensive, as on virtual machines."""
 MODELS = {
     "base": "SmolLM2 (no label)",
+    "sft": "SFT (no label)",
     "acsft": "AC-SFT",
     "paper1": "paper's loss, iteration 1",
     "paper2": "paper's loss, iteration 2",
     "half1": "half of the baseline, iteration 1",
     "half2": "half of the baseline, iteration 2",
 }
+
+
+UNLABELLED = ("base", "sft")
 
 
 def make_base(gguf: Path, folder: Path) -> None:
@@ -282,7 +287,7 @@ def perplexity(output: Path, name: str, folder: Path, machine: Sequence[str]) ->
     scored.parent.mkdir(exist_ok=True)
     model = f"checkpointer.checkpoint_dir={folder}"
     quantity, others = "log_q", ["~log_p_response"]
-    if name == "base":
+    if name in UNLABELLED:
         quantity, others = "log_p_response", [f"log_p_response.{model}"]
     if not scored.exists():
         tune_run(
@@ -389,7 +394,7 @@ def train(output: Path, gguf: Path, trees: Path, machine: Sequence[str], *, smal
     groups = sampled_by_base(output, asked, machine)
     make_data(output, groups, held_out, roots)
     if machine[0] == "device=cuda":
-        chosen.append("sampling_torchrun=")
+        chosen.append("torchrun=")
     tune_run(
         "steerlm2_pipeline", "--config", str(CONFIG), f"base_model={output / 'base'}",
         f"data={output / 'data'}", f"output_dir={output}", *chosen,
