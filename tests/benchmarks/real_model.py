@@ -61,13 +61,13 @@ from steerlm2.checkpoint_dirs import newest_export
 CONFIG = Path(__file__).with_suffix(".yaml")
 MAX_NEW_TOKENS = OmegaConf.load(CONFIG).sampling.max_new_tokens
 SYSTEM = "Answer in one or two short sentences."
-TEMPERATURE = 0.7
+TEMPERATURE = 0.4
 LEVELS = 5
 MAX_CHARACTERS = 300
 """Of a prompt."""
 HELD_OUT, VALIDATION = 48, 24
 """Prompts."""
-ANSWERS, CUTS = 4, 2
+ANSWERS, CUTS = 2, 2
 """Answers of SmolLM2 to each prompt, to learn from, and places where each is cut."""
 STEERED = 600
 """Prompts that the iterations sample answers to."""
