@@ -14,7 +14,7 @@ English, are prompts. There are about a hundred, which is too few: a model of th
 its answers to them before it heeds a label. So most prompts are simple QUESTIONS about TOPICS.
 Those that the models are evaluated with are people's, and nothing is trained on them.
 
-SmolLM2 is taken at temperature 0.7, which stands in the weights of its last norm, so that every
+SmolLM2 is taken at temperature 0.4, which stands in the weights of its last norm, so that every
 recipe sees it. At temperature 1 its answers are hardly sentences.
 
 The attribute is verbosity, 0 to 4: the number of words, in five bins of equally many answers. So
@@ -104,8 +104,6 @@ MODELS = {
     "half1": "half of the baseline, iteration 1",
     "half2": "half of the baseline, iteration 2",
 }
-
-
 UNLABELLED = ("base", "sft")
 
 
