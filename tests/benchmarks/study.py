@@ -1,7 +1,7 @@
 """How far the iterations of SteerLM 2.0 go in the synthetic world, and what holds them back.
 
     python tests/benchmarks/study.py --output DIR --jobs 2
-    python tests/benchmarks/study.py --output DIR --report
+    python tests/benchmarks/study.py --output DIR --report --plot FILE.png
 
 The stages are those of tiny/quickstart, run by its recipes, in three worlds (seeds of all draws)
 and from three strengths of attribute-conditioned fine-tuning (its steps). For each there are five
@@ -695,6 +695,54 @@ def row_of(
     return f"| {variant} | {iteration} | {' | '.join(row)} |"
 
 
+PARTS = {
+    "held_out kl": "KL(P ‖ Q), nats",
+    "held_out conditional": "conditional part",
+    "held_out lost": "lost to other strings",
+}
+
+
+def runs_of(study: Study, strength: str, variant: str) -> list[list[dict[str, float]]]:
+    """Of each seed the results of the start and of the iterations after it, as far as they go."""
+    runs = []
+    for seed in SEEDS:
+        after = (Cell(seed, strength, variant, i) for i in range(1, ITERATIONS + 1))
+        found = (results(study, cell) for cell in (Cell(seed, strength), *after))
+        runs.append(list(itertools.takewhile(bool, found)))
+    return runs
+
+
+def plot(study: Study, file: Path) -> None:
+    """KL on held-out pairs and its parts over the iterations: seeds, and their mean as far as all
+    of them go; a row for each start."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [
+        strength
+        for strength in STRENGTHS
+        if any(len(run) > 1 for variant in MAIN for run in runs_of(study, strength, variant))
+    ]
+    figure = Figure(figsize=(11, 3.2 * len(shown)))
+    panels = figure.subplots(len(shown), len(PARTS), sharex=True, sharey="col", squeeze=False)
+    for strength, row in zip(shown, panels, strict=True):
+        for (name, title), panel in zip(PARTS.items(), row, strict=True):
+            for number, variant in enumerate(MAIN):
+                runs = [[found[name] for found in run] for run in runs_of(study, strength, variant)]
+                for run in runs:
+                    panel.plot(run, color=f"C{number}", linewidth=0.6, alpha=0.5)
+                means = [statistics.mean(values) for values in zip(*runs, strict=False)]
+                panel.plot(means, "o-", color=f"C{number}", markersize=4, label=variant)
+            panel.set_yscale("log")
+            panel.set_title(f"{title}; start of {strength} steps", fontsize=9)
+            panel.grid(alpha=0.3, which="both")
+    for panel in panels[-1]:
+        panel.set_xlabel("iteration")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    FigureCanvasAgg(figure).print_png(str(file))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -703,12 +751,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, a core each")
     parser.add_argument("--first", type=int, help="only the first so many models, in their order")
     parser.add_argument("--report", action="store_true", help="only print what is there")
+    parser.add_argument("--plot", type=Path, help="a figure of the main variants, as PNG")
     args = parser.parse_args()
     study = Study(args.output)
     if not args.report:
         chosen = list(dict.fromkeys(cells()))[: args.first]
         study.run(study.tasks(chosen), args.jobs)
     print(report(study))
+    if args.plot:
+        plot(study, args.plot)
 
 
 if __name__ == "__main__":
