@@ -257,10 +257,16 @@ class PipelineRecipe:
         return all((stage.folder / name).exists() for name in record.files)
 
     def _adopt(self, stage: Stage) -> None:
-        """Record a stage's folder as complete, if it has no record."""
+        """Record a stage's folder as this stage's, if it has no record: as complete, or, where its
+        training hasn't ended, to be gone on with."""
         if self.state.read(stage.name) is None and (files := files_in(stage.folder)):
-            now = self._fingerprint(stage)
-            self.state.write(stage.name, StageRecord(now, masked(stage.command), True, files=files))
+            complete = not self._lacks_model(stage)
+            record = StageRecord(self._fingerprint(stage), masked(stage.command), complete)
+            self.state.write(stage.name, dataclasses.replace(record, files=files))
+
+    def _lacks_model(self, stage: Stage) -> bool:
+        """Whether the stage trains one and hasn't exported it."""
+        return "save_every_n_steps" in self.values[stage.name] and not newest_export(stage.folder)
 
     def _fingerprint(self, stage: Stage) -> str:
         values = self.values[stage.name]
@@ -307,8 +313,7 @@ class PipelineRecipe:
         started = time.monotonic()
         status = run_command(stage.command, log, lock)
         record.seconds += time.monotonic() - started
-        trains = "save_every_n_steps" in self.values[stage.name]
-        unfinished = status == 0 and trains and newest_export(stage.folder) is None
+        unfinished = status == 0 and self._lacks_model(stage)
         # Whatever its status: it may save and end well.
         stopped = self.stopping or unfinished or status == INTERRUPTED
         if status == 0 and not stopped:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +226,21 @@ def test_commands_run_by_hand_are_adopted(
     assert runs(tmp_path / "out") == {"draw": 0, "split": 0}
     assert not (tmp_path / "out" / "earlier").exists()
     assert commands(tune(*command, "dry_run=true").stdout) == []
+
+
+def test_an_unfinished_training_run_by_hand_is_gone_on_with(tune: Any, tmp_path: Path) -> None:
+    """A folder without a model isn't complete, whatever else is in it."""
+    command = (*QUICKSTART, *small_world(tmp_path), "only=[data,reward]")
+    tune(*command)
+    (tmp_path / "state" / "reward.json").unlink()
+    (export,) = (tmp_path / "reward").glob("epoch_*")
+    shutil.rmtree(export)
+    first = (tmp_path / "reward" / "metrics.jsonl").read_text().splitlines()[0]
+    tune(*command, "adopt=true")
+    assert runs(tmp_path) == {"data": 1, "reward": 1}
+    assert export.exists()
+    assert (tmp_path / "reward" / "metrics.jsonl").read_text().splitlines()[0] == first, "goes on"
+    assert not (tmp_path / "earlier").exists()
 
 
 def test_a_recipe_of_torchtunes_can_be_a_stage(tune: Any, two_stages: Path) -> None:
