@@ -723,7 +723,7 @@ def plot(study: Study, file: Path) -> None:
         for strength in STRENGTHS
         if any(len(run) > 1 for variant in MAIN for run in runs_of(study, strength, variant))
     ]
-    figure = Figure(figsize=(11, 3.2 * len(shown)))
+    figure = Figure(figsize=(11, 3 * len(shown) + 0.7), layout="constrained")
     panels = figure.subplots(len(shown), len(PARTS), sharex=True, sharey="col", squeeze=False)
     for strength, row in zip(shown, panels, strict=True):
         for (name, title), panel in zip(PARTS.items(), row, strict=True):
@@ -734,12 +734,16 @@ def plot(study: Study, file: Path) -> None:
                 means = [statistics.mean(values) for values in zip(*runs, strict=False)]
                 panel.plot(means, "o-", color=f"C{number}", markersize=4, label=variant)
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
+            panel.tick_params(which="both", labelsize=7)
+            panel.set_xticks(range(ITERATIONS + 1))
             panel.set_title(f"{title}; start of {strength} steps", fontsize=9)
             panel.grid(alpha=0.3, which="both")
     for panel in panels[-1]:
-        panel.set_xlabel("iteration")
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
+        panel.set_xlabel("iteration", fontsize=8)
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(MAIN), fontsize=8)
     FigureCanvasAgg(figure).print_png(str(file))
 
 
