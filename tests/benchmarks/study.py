@@ -718,20 +718,24 @@ def plot(study: Study, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    known = {
+        strength: {variant: runs_of(study, strength, variant) for variant in MAIN}
+        for strength in STRENGTHS
+    }
     shown = [
         strength
-        for strength in STRENGTHS
-        if any(len(run) > 1 for variant in MAIN for run in runs_of(study, strength, variant))
+        for strength, of_start in known.items()
+        if any(len(run) > 1 for runs in of_start.values() for run in runs)
     ]
     figure = Figure(figsize=(11, 3 * len(shown) + 0.7), layout="constrained")
     panels = figure.subplots(len(shown), len(PARTS), sharex=True, sharey="col", squeeze=False)
     for strength, row in zip(shown, panels, strict=True):
         for (name, title), panel in zip(PARTS.items(), row, strict=True):
-            for number, variant in enumerate(MAIN):
-                runs = [[found[name] for found in run] for run in runs_of(study, strength, variant)]
-                for run in runs:
-                    panel.plot(run, color=f"C{number}", linewidth=0.6, alpha=0.5)
-                means = [statistics.mean(values) for values in zip(*runs, strict=False)]
+            for number, (variant, runs) in enumerate(known[strength].items()):
+                curves = [[found[name] for found in run] for run in runs]
+                for curve in curves:
+                    panel.plot(curve, color=f"C{number}", linewidth=0.6, alpha=0.5)
+                means = [statistics.mean(values) for values in zip(*curves, strict=False)]
                 panel.plot(means, "o-", color=f"C{number}", markersize=4, label=variant)
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter("{x:g}")
