@@ -316,6 +316,7 @@ def results(output: Path, machine: Sequence[str]) -> dict[str, Any]:
             "scored_mae": summary["steering_mae"][name],
             "kl": summary["kl_reference"][name],
             "kl_se": summary["kl_reference_se"][name],
+            "distinct_2": summary["distinct_2"][name],
             "perplexity": perplexity(output, name, folder, machine),
         }
     return {"models": table, "examples": examples(output, "half2")}
@@ -334,15 +335,17 @@ def examples(output: Path, name: str) -> list[dict[str, Any]]:
 
 def as_markdown(found: dict[str, Any]) -> str:
     lines = [
-        "| model | steering error | words at 0 / 1 / 2 / 3 / 4 | KL from SmolLM2 | perplexity |",
-        "|---|---|---|---|---|",
+        "| model | steering error | words at 0 / 1 / 2 / 3 / 4 | cut off | KL from SmolLM2 "
+        "| distinct-2 | perplexity |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, title in MODELS.items():
         row = found["models"][name]
         obtained = " / ".join(f"{count:.0f}" for count in row["words"].values())
         lines.append(
             f"| {title} | {row['steering_mae']:.2f} ± {row['steering_mae_se']:.2f} | {obtained} "
-            f"| {row['kl']:.1f} ± {row['kl_se']:.1f} | {row['perplexity']:.1f} |"
+            f"| {row['cut_off']:.0%} | {row['kl']:.1f} ± {row['kl_se']:.1f} "
+            f"| {row['distinct_2']:.3f} | {row['perplexity']:.1f} |"
         )
     lines += ["", f"{found['examples'][0]['prompt']}", ""]
     lines += [f"- {each['label']}: {each['answer']}" for each in found["examples"]]
