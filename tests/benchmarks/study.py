@@ -97,6 +97,8 @@ class Variant:
     """The share of the baseline in each iteration; the last goes on."""
     hard_n: int = 0
     """So many answers, sampled anew, to each of the half of the pairs whose w' are least even."""
+    after: tuple[str, int] = ("", 0)
+    """Another variant, and how many iterations of it come first."""
 
 
 def share(
@@ -118,10 +120,12 @@ def share(
     return Variant({"temperature": temperature, "n": n}, settings | (train or {}))
 
 
+OURS = "0.5, lr 1.4e-3, n=32, 300 steps"
+LONGER = {"max_steps": 300}
 QUICKSTARTS = {
-    "0.5, lr 1.4e-3, n=32, 300 steps": share(0.5, n=32, train={"lr": 1.4e-3, "max_steps": 300}),
+    OURS: share(0.5, n=32, train=LONGER | {"lr": 1.4e-3}),
     "paper, T=1.3, n=32, 300 steps": share(
-        1.0, n=32, temperature=1.3, train={"max_steps": 300}, corrected=False
+        1.0, n=32, temperature=1.3, train=LONGER, corrected=False
     ),
 }
 """tiny/quickstart's, with the paper's loss beside it."""
@@ -142,7 +146,22 @@ TO_THE_END = {
     "1 to 0": dataclasses.replace(share(0.5), baselines=(1.0, 0.5, 0.25, 0.0)),
     "0 to 1": dataclasses.replace(share(0.5), baselines=(0.0, 0.25, 0.5, 1.0)),
 }
-"""Where does it stop? Ablations that go through all iterations."""
+"""Ablations of the share of 0.5."""
+THEN = {
+    f"{OURS}; then {name}": dataclasses.replace(variant, after=(OURS, 3))
+    for name, variant in {
+        "both exact": dataclasses.replace(
+            QUICKSTARTS[OURS], exact=("log_p_attributes", "log_p_response")
+        ),
+        "n=64": share(0.5, n=64, train=LONGER | {"lr": 1.4e-3}),
+        "lr 3.5e-4": share(0.5, n=32, train=LONGER | {"lr": 3.5e-4}),
+        "4 rounds": dataclasses.replace(QUICKSTARTS[OURS], rounds=4),
+        "1": share(1.0, n=32, train=LONGER | {"lr": 1.4e-3}),
+        "0": share(0.0, n=32, train=LONGER | {"lr": 1.4e-3}),
+    }.items()
+}
+"""Where does it stop? What else the fourth and fifth iteration could be, where the quickstart's do
+nothing any more."""
 ABLATIONS = {
     "0.5, lr 1.4e-3": share(0.5, train={"lr": 1.4e-3}),
     "0.5, lr 3.5e-4": share(0.5, train={"lr": 3.5e-4}),
@@ -162,7 +181,7 @@ ABLATIONS = {
     "0.5, lr 1.4e-3, n=32, 8 pairs": share(0.5, n=32, train={"lr": 1.4e-3, "global_batch_size": 8}),
 }
 """What holds it back, and what else could help? What these do in two iterations."""
-VARIANTS = QUICKSTARTS | MAIN | TO_THE_END | ABLATIONS
+VARIANTS = QUICKSTARTS | MAIN | TO_THE_END | THEN | ABLATIONS
 
 
 @dataclass(frozen=True)
@@ -190,6 +209,7 @@ def cells() -> Iterator[Cell]:
 
     yield from chosen([own], QUICKSTARTS | MAIN, ITERATIONS)
     yield from chosen([own], TO_THE_END, 2)
+    yield from chosen([own], THEN, ITERATIONS)
     yield from chosen(others, MAIN, ITERATIONS)
     yield from chosen(others, QUICKSTARTS, ITERATIONS)
     yield from chosen([own], TO_THE_END, ITERATIONS)
@@ -239,7 +259,10 @@ class Study:
                 for task in self._until(start):
                     found.setdefault(task.name, task)
             for iteration in range(1, cell.iteration + 1):
-                step = dataclasses.replace(cell, iteration=iteration)
+                variant, earlier = VARIANTS[cell.variant].after
+                if iteration > earlier:
+                    variant = cell.variant
+                step = dataclasses.replace(cell, variant=variant, iteration=iteration)
                 if step.name not in found:
                     found[step.name] = self._iteration(step)
         return found
@@ -277,15 +300,20 @@ class Study:
         rounds = range(last - variant.rounds + 1, last + 1)
         names = {f"{name}_iter{number}" for name in LOOP for number in rounds}
         before = dataclasses.replace(cell, iteration=cell.iteration - 1)
-        if cell.iteration == 1:
-            before = Cell(cell.seed, cell.start)
+        other, earlier = variant.after
+        if before.iteration == earlier:
+            before = dataclasses.replace(before, variant=other)
         shared = {"prompts": "prompts", "reward": "reward", "sft": "sft"}
         shared["acsft"] = acsft_of(cell)
+        links = {folder / name: world / target for name, target in shared.items()}
+        if earlier:
+            others = folder.with_name(folder_name(other)) / f"steerlm2_iter{earlier}"
+            links[folder / f"steerlm2_iter{earlier * variant.rounds}"] = others
         return Task(
             cell.name,
             (before.name, *(in_world(cell, name) for name in shared.values())),
             tuple(stage for stage in planned if stage.name in names),
-            links={folder / name: world / target for name, target in shared.items()},
+            links=links,
             before_scoring=functools.partial(put_exact, quantities=variant.exact),
             after_scoring=functools.partial(
                 sample_more_for_hard, {stage.name: stage for stage in planned}, variant.hard_n
