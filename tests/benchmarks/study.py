@@ -127,8 +127,11 @@ QUICKSTARTS = {
     "paper, T=1.3, n=32, 300 steps": share(
         1.0, n=32, temperature=1.3, train=LONGER, corrected=False
     ),
+    "paper, T=1.3, lr 1.4e-3, n=32, 300 steps": share(
+        1.0, n=32, temperature=1.3, train=LONGER | {"lr": 1.4e-3}, corrected=False
+    ),
 }
-"""tiny/quickstart's, with the paper's loss beside it."""
+"""tiny/quickstart's, with the paper's loss beside it, at the study's rate and at the same one."""
 MAIN = {
     "paper, T=1.3": share(1.0, temperature=1.3, corrected=False),
     "paper, T=1": share(1.0, corrected=False),
@@ -723,7 +726,7 @@ def row_of(
     names = ["held_out kl", "share", "held_out conditional", "held_out lost", "held_out error"]
     row = [cell(name, 2 if name == "share" else 3) for name in names]
     row += [cell("train kl"), cell("mean_ratio", 2)]
-    return f"| {variant} | {iteration} | {' | '.join(row)} |"
+    return f"| {variant.replace('|', chr(92) + '|')} | {iteration} | {' | '.join(row)} |"
 
 
 DRAWN = QUICKSTARTS | MAIN
@@ -779,7 +782,7 @@ def plot(study: Study, file: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("iteration", fontsize=8)
     lines, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=len(DRAWN), fontsize=8)
+    figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize=8)
     FigureCanvasAgg(figure).print_png(str(file))
 
 
