@@ -32,7 +32,12 @@ from steerlm2.config.loader import Component, instantiate, takes
 from steerlm2.data.packing import Group, PackedGroups, Targets, targets_of
 from steerlm2.data.templates import response_end
 from steerlm2.datasets import SteerLM2Dataset, language_model_facts, with_log_probs
-from steerlm2.datasets.sampled import SamplingRules, as_sampled, unlike_samples_of_q
+from steerlm2.datasets.sampled import (
+    SamplingRules,
+    as_sampled,
+    share_missing,
+    unlike_samples_of_q,
+)
 from steerlm2.distributed.parallelize import clip_gradients, reduce_gradients
 from steerlm2.inference.validation_answers import ValidationAnswers
 from steerlm2.losses import METRIC_NAMES, metric_sums
@@ -74,7 +79,8 @@ class SteerLM2Options:
     It needs top_p 1, and that the sampler recorded them (the local one does)."""
     assume_samples_of_q: bool = False
     """Take the answers for samples of Q' at temperature 1 and top_p 1, which loss.baseline below 1
-    and loss.samples_per_prompt need, whatever their records say or don't say of it."""
+    and loss.samples_per_prompt need, whatever their records say or don't say of it; with
+    use_sampler_log_probs for samples from all that the sampler's model can give."""
 
 
 @dataclass(kw_only=True)
@@ -161,11 +167,11 @@ class SteerLM2Recipe:
         # Q_theta is Q' only now: after a training state is loaded it has moved on.
         self.train_groups = self._scored(train_set, "dataset")
         self.val_groups = self._scored(val_set, "dataset_val") if val_set else []
+        of_groups = self.train_groups, train_set.records
         self.ratios = RatioWatch(
             getattr(self.loss_fn, "baseline", 1.0),
-            ""
-            if cfg.steerlm2.assume_samples_of_q
-            else unlike_samples_of_q(self.train_groups, train_set.records),
+            "" if cfg.steerlm2.assume_samples_of_q else unlike_samples_of_q(*of_groups),
+            share_missing(*of_groups),
         )
         tokens = sum(group.num_tokens for group in self.train_groups)
         data_state = {"groups": len(train_set), "tokens": tokens, "shuffle": cfg.data.shuffle}
@@ -330,7 +336,8 @@ class SteerLM2Recipe:
             assume_samples_of_q=options.assume_samples_of_q,
             log_q_tolerance=options.log_q_tolerance,
         )
-        where = f"`{key}` ({getattr(self.cfg, key).get('source', 'without a file')})"
+        drawn = ", as data.sample drew them" if key == "dataset" and self.cfg.data.sample else ""
+        where = f"`{key}` ({getattr(self.cfg, key).get('source', 'without a file')}{drawn})"
         sampled, warnings = as_sampled(groups, dataset.records, rules, where)
         for warning in warnings:
             self.run.say(warning)

@@ -73,15 +73,17 @@ def as_sampled(
     needing = rules.needing_samples_of_q
     warnings: list[str] = []
     if rules.use_sampler_log_probs:
-        _refuse(of_groups, _unlike_all_answers, f"{where}: steerlm2.use_sampler_log_probs needs "
-                "answers drawn from all that the model can give, at any temperature above 0, but "
-                "these were drawn at: {found}. Sample with top_p=1.")  # fmt: skip
+        if not rules.assume_samples_of_q:
+            _refuse(of_groups, _unlike_all_answers, f"{where}: steerlm2.use_sampler_log_probs "
+                    "needs answers drawn from all that the model can give, but these aren't: "
+                    "{found}. Sample at a temperature above 0 with top_p=1; or set "
+                    "steerlm2.assume_samples_of_q=true if you know that they are.")  # fmt: skip
         groups = [_against_sampler(group, records[group.index], where) for group in groups]
     elif needing and not rules.assume_samples_of_q:
         # Of the correction alone, what the config says is enough where the records say nothing.
         unlike = _unlike_q if rules.baseline < 1 else _recorded_unlike_q
         _refuse(of_groups, unlike, f"{where}: {needing} needs samples of "
-                "Q' at temperature 1 and top_p 1, but these were drawn at: {found}. Sample with "
+                "Q' at temperature 1 and top_p 1, but these aren't: {found}. Sample with "
                 "temperature=1 top_p=1; or set steerlm2.use_sampler_log_probs=true where only the "
                 "temperature is another and the records have sampler_log_prob; or "
                 "steerlm2.assume_samples_of_q=true if you know better.")  # fmt: skip
@@ -95,7 +97,7 @@ def as_sampled(
     elif rules.baseline < 1:
         warnings += _uncorrected_duplicates(of_groups, where)
     if needing:
-        warnings += _missing(groups, of_groups, where)
+        warnings += _missing_text(groups, of_groups, where)
     return groups, warnings
 
 
@@ -117,7 +119,7 @@ def _refuse(
 
 def _found(records: Sequence[Record], reason: Callable[[Record], str | None]) -> str:
     causes = Counter(cause for record in records if (cause := reason(record)) is not None)
-    return causes_text({f"groups of {len(records)} {c}": n for c, n in causes.items()}, none="")
+    return causes_text({f"of {len(records)} groups {c}": n for c, n in causes.items()}, none="")
 
 
 def _unlike_q(record: Record) -> str | None:
@@ -259,20 +261,36 @@ def _uncorrected_duplicates(records: Sequence[Record], where: str) -> Iterator[s
         )
 
 
-def _missing(groups: Sequence[Group], records: Sequence[Record], where: str) -> Iterator[str]:
-    left_out, drawn = _left_out(records)
-    del left_out[DUPLICATES]
-    left_out["not used here"] = sum(
+def share_missing(groups: Sequence[Group], records: Sequence[Record]) -> float:
+    """Of the draws that the records tell of, the share that isn't there, duplicates aside.
+
+    Args:
+        records: that the groups are of, by their `index`.
+    """
+    missing, drawn = _missing(groups, [records[group.index] for group in groups])
+    return missing.total() / max(drawn, 1)
+
+
+def _missing_text(groups: Sequence[Group], records: Sequence[Record], where: str) -> Iterator[str]:
+    missing, drawn = _missing(groups, records)
+    if count := missing.total():
+        yield (
+            f"{where}: of {drawn} draws {count} aren't there ({causes_text(missing)}): the loss "
+            "takes the others for all that Q' gives, so that mean_ratio may come to "
+            f"{drawn / max(drawn - count, 1):.3f}"
+        )
+
+
+def _missing(groups: Sequence[Group], records: Sequence[Record]) -> tuple[Counter[str], int]:
+    """[cause] -> draws that aren't there, but for duplicates; and how many were drawn."""
+    missing, drawn = _left_out(records)
+    del missing[DUPLICATES]
+    missing["not used here"] = sum(
         len(record.responses) - len(group.responses)
         for group, record in zip(groups, records, strict=True)
         if record.sampling is not None
     )
-    if missing := left_out.total():
-        yield (
-            f"{where}: of {drawn} draws {missing} aren't there ({causes_text(left_out)}): the loss "
-            "takes the others for all that Q' gives, so that mean_ratio may come to "
-            f"{drawn / max(drawn - missing, 1):.3f}"
-        )
+    return missing, drawn
 
 
 def _left_out(records: Sequence[Record]) -> tuple[Counter[str], int]:

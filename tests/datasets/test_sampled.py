@@ -15,7 +15,12 @@ import torch
 from steerlm2.data.packing import Group, targets_of
 from steerlm2.data.records import Record, Response, Sampling, Turn, record_to_json
 from steerlm2.data.records import parse_record as parse
-from steerlm2.datasets.sampled import SamplingRules, as_sampled, unlike_samples_of_q
+from steerlm2.datasets.sampled import (
+    SamplingRules,
+    as_sampled,
+    share_missing,
+    unlike_samples_of_q,
+)
 from steerlm2.losses import SteerLM2Loss, target_weights
 
 LOG_Q = [-2.5, -3.5]
@@ -65,7 +70,7 @@ def test_samples_of_the_model_itself_are_taken_with_any_share() -> None:
 def test_other_samples_are_refused_for_a_smaller_share(
     sampling: Sampling | None, found: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"FILE: loss.baseline=0.5 .*1 groups of 1 .*{found}"):
+    with pytest.raises(ValueError, match=f"FILE: loss.baseline=0.5 .*1 of 1 groups .*{found}"):
         sampled(sampling, baseline=0.5)
     assert sampled(sampling, baseline=0.5, assume_samples_of_q=True) == (group(), [])
 
@@ -196,6 +201,8 @@ def test_the_samplers_log_probs_stand_for_log_q() -> None:
 def test_a_sampler_that_cannot_give_all_answers_is_refused(sampling: Sampling | None) -> None:
     with pytest.raises(ValueError, match=r"FILE: steerlm2\.use_sampler_log_probs needs"):
         sampled(sampling, use_sampler_log_probs=True)
+    found, _ = sampled(sampling, use_sampler_log_probs=True, assume_samples_of_q=True)
+    assert found.log_proposal == LOG_S
 
 
 @pytest.mark.parametrize("unknown", [None, math.nan, "-2", True, 0.5])
@@ -210,8 +217,8 @@ def test_responses_without_the_samplers_log_prob_are_refused(unknown: Any) -> No
     ("sampling", "found"),
     [
         (PLAIN, ""),
-        (dataclasses.replace(PLAIN, temperature=1.3), "1 groups of 2 at temperature 1.3, top_p 1"),
-        (None, "1 groups of 2 at unknown settings"),
+        (dataclasses.replace(PLAIN, temperature=1.3), "1 of 2 groups at temperature 1.3, top_p 1"),
+        (None, "1 of 2 groups at unknown settings"),
     ],
 )
 def test_how_other_samples_were_drawn_is_said_in_words(
@@ -220,6 +227,17 @@ def test_how_other_samples_were_drawn_is_said_in_words(
     words = unlike_samples_of_q([group(0), group(1)], [record(PLAIN), record(sampling)])
     assert words.startswith(found)
     assert bool(words) == bool(found)
+
+
+def test_the_share_of_the_draws_that_is_missing() -> None:
+    """2 of 8 cut off, and 1 of the other record's 2 isn't in its group; the duplicate counts as
+    there, and a record that says nothing doesn't count."""
+    sampling = Sampling(5 + 3, 1.0, 1.0, left_out={"cut_off": 2, "duplicates": 4})
+    used = dataclasses.replace(group(1), responses=[[2, 3]], responses_kept=[0])
+    groups = [group(0), used, group(2)]
+    records = [record(sampling), record(PLAIN), record(None)]
+    assert share_missing(groups, records) == (2 + 1) / (8 + 2)
+    assert share_missing([group()], [record(None)]) == 0
 
 
 # The key in files
