@@ -136,6 +136,11 @@ class GroupLoss(Protocol):
     It is a mean over the groups, each of which counts by itself: then a step's gradient doesn't
     depend on the micro-batches that the groups come in. `sum_by_group`, `group_log_softmax` and
     `mean_over_groups` are for it.
+
+    Two attributes are read where it has them. `baseline` below 1, the share of the baseline
+    weights, says that it is right only for samples from Q' itself, which the run then checks. Where
+    `samples_per_prompt` isn't None it is called with `drawn_G=` too: [G] draws of each group,
+    duplicates included.
     """
 
     def __call__(
@@ -147,11 +152,7 @@ class GroupLoss(Protocol):
         response_lengths: Tensor,
         /,
     ) -> Tensor:
-        """The loss, a scalar. The arguments are those of `SteerLM2Loss`, given by position.
-
-        Where the loss has an attribute `samples_per_prompt` that isn't None, it is called with
-        `drawn_G=` too: [G] draws of each group, duplicates included.
-        """
+        """The loss, a scalar. The arguments are those of `SteerLM2Loss`, given by position."""
 
 
 class SteerLM2Loss:
@@ -183,9 +184,10 @@ class SteerLM2Loss:
         normalize: "mean_response_length" (NeMo-Aligner) or "none" (the paper's form).
         baseline: share of the baseline weights, from 0 to 1; 1 is the paper.
         samples_per_prompt: how many responses were drawn for each prompt, before duplicates were
-            taken out: a number, or "recorded" for each group's own (`drawn_G`). It turns on the
-            correction of `log_shares`, in m, b' and w'. None: the responses count alike, as in the
-            paper, which is right where no draws were taken out.
+            taken out: a number, or "recorded" for each group's own (`drawn_G`); at least the
+            group's responses, as `as_sampled` sees to. It turns on the correction of `log_shares`,
+            in m, b' and w'. None: the responses count alike, as in the paper, which is right where
+            no draws were taken out.
 
     Raises:
         ValueError: for other arguments.

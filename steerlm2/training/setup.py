@@ -147,6 +147,12 @@ def build_loss(component: Mapping[str, Any], normalize: str) -> GroupLoss:
     elif normalize == "none":
         raise ValueError(f"'steerlm2.normalize' is none, but {name} doesn't take `normalize`")
     loss: GroupLoss = as_function(given) if takes(component, "logps_N") else instantiate(given)
+    baseline = getattr(loss, "baseline", 1.0)
+    if not (type(baseline) in (int, float) and 0 <= baseline <= 1):
+        raise ValueError(
+            f"the attribute `baseline` of {name} must be a number from 0 to 1, the share of the "
+            f"baseline weights (steerlm2.losses.GroupLoss), got {baseline!r}"
+        )
     _check_loss(loss, name)
     return loss
 

@@ -20,7 +20,7 @@ from torchtune.models.llama3 import llama3
 import evaluate_steering
 from processes import ranks_with_logs, stopped_until_named
 from ready_made import recipe_config
-from steerlm2.attributes import AttributeSchema
+from steerlm2.attributes import AttributeSchema, parse_label
 from steerlm2.checkpoints.weights import load_weights, open_checkpointer, open_reward_checkpointer
 from steerlm2.data.grammar import grammar_pairs, grammar_prompts
 from steerlm2.data.packing import RewardGroup
@@ -128,13 +128,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return untrained_reward_model(tmp_path_factory.mktemp("reward"), seed=2)
+
+
+def untrained_reward_model(folder: Path, seed: int) -> Path:
     decoder = decoder_without_weights()
     with torch.device("meta"):
         add_reward_head(decoder, len(SCHEMA.names))
-    folder = tmp_path_factory.mktemp("reward")
     checkpointer = open_reward_checkpointer(
         *(None, decoder, TOKENIZER, TEMPLATE, SCHEMA),
-        seed=2,
+        seed=seed,
         output_dir=str(folder),
         load_head=False,
     )
@@ -536,6 +539,41 @@ def test_what_the_scores_cost_is_measured(
     assert found["independent_mae_se"] == found["steering_mae_se"]
     assert found["kl_reference_answers"] == found["answers"] == NUM_PROMPTS * N
     assert found["kl_reference"] == pytest.approx(12 * 9 / 512, abs=0.05)
+
+
+def test_answers_that_only_please_the_attribute_model_are_found_out(
+    reward_model: Path, prompts: Path, model: Path, tmp_path: Path
+) -> None:
+    """Reward hacking to the full: of 16 answers to each prompt those that the attribute model finds
+    nearest to the label. Another attribute model, here one that has nothing in common with it,
+    doesn't find them near."""
+    other = untrained_reward_model(tmp_path / "other", seed=5)
+    judged = [
+        *("exact_scorer=null", f"attribute_model.checkpointer._component_={CHECKPOINTER}"),
+        f"attribute_model.checkpointer.checkpoint_dir={reward_model}",
+        f"independent_attribute_model.checkpointer._component_={CHECKPOINTER}",
+        f"independent_attribute_model.checkpointer.checkpoint_dir={other}",
+    ]
+    options = [*sampling(prompts), *checkpoint("m", model), *judged, "n=16"]
+    before = run_here(tmp_path / "all", *options)["m"]["metrics"]
+    records = read_answers(tmp_path / "all" / "scored" / "m.jsonl")
+
+    def distance(record: Record, response: Response) -> float:
+        wanted = parse_label(record.label or "")
+        return sum(abs((response.scores or {})[name] - value) for name, value in wanted.items())
+
+    hacked = tmp_path / "hacked.jsonl"
+    write_records(
+        hacked,
+        [
+            dataclasses.replace(r, responses=[min(r.responses, key=lambda own: distance(r, own))])
+            for r in records
+        ],
+    )
+    after = run_here(tmp_path / "hacked", f"models.m.answers={hacked}", *judged)["m"]["metrics"]
+    gain = before["steering_mae"] - after["steering_mae"]
+    assert gain > 0
+    assert abs(before["independent_mae"] - after["independent_mae"]) < gain / 4
 
 
 def test_a_reference_that_has_nothing_to_compare_with_is_said(

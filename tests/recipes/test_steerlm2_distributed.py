@@ -351,10 +351,14 @@ for it serves all others. It takes 10 seconds on each rank."""
 FEW_A_ROW = ("steerlm2.strategy=two_pass", "steerlm2.micro_batch_size=2")
 MODES = {
     "lora_tp2_fsdp2": ((*LORA, *ONE_LAYER, *SHARED_BASELINE), ("tensor_parallel_dim=2",), 4),
-    "tied_tp2": ((*TIED, *ONE_LAYER), ("tensor_parallel_dim=2",), 2),
-    "tp4": ((), ("tensor_parallel_dim=4",), 4),
-    "two_pass_fsdp4": ((), FEW_A_ROW, 4),
-    "compile_tp2": (ONE_LAYER, ("tensor_parallel_dim=2", "compile=true", *MANY_LENGTHS), 2),
+    "tied_tp2": ((*TIED, *ONE_LAYER, *SHARED_BASELINE), ("tensor_parallel_dim=2",), 2),
+    "tp4": (SHARED_BASELINE, ("tensor_parallel_dim=4",), 4),
+    "two_pass_fsdp4": (SHARED_BASELINE, FEW_A_ROW, 4),
+    "compile_tp2": (
+        (*ONE_LAYER, *SHARED_BASELINE),
+        ("tensor_parallel_dim=2", "compile=true", *MANY_LENGTHS),
+        2,
+    ),
     "hsdp2x2_reduce_every_microbatch": ((), (*REPLICAS, *FEW_A_ROW), 4),
     "hsdp2x2_reduce_once": (
         (),

@@ -41,7 +41,16 @@ class Tempered:
         return SteerLM2Loss(self.normalize)(logps_N / self.temperature, *others)  # type: ignore[arg-type]
 
 
+class Shared(Tempered):
+    """Whose share of the baseline is none."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.baseline = None
+
+
 BROKEN = {
+    "a baseline that is no share": Shared,
     "no callable": lambda: 5.0,
     "too few arguments": lambda: lambda logps_N: logps_N.sum(),
     "a text": lambda: lambda *arguments: "loss",
