@@ -663,26 +663,62 @@ def wait_for(pid: int) -> None:
 # Report
 
 
+HEADER = f"""# Every model of the study
+
+Printed by `python tests/benchmarks/study.py --output DIR --report`; README.md says what it is
+about. Values are those of seeds {", ".join(map(str, SEEDS))}, `-` where one hasn't been run, and
+in brackets the mean of all. KL(P ‖ Q) in nats, on pairs of question and label that nobody samples
+for; "lost" is its part that is lost to strings which are no answers, "conditional" the rest; "mean
+ratio" is `mean_ratio`, a median over the last fifth of the steps."""
+
+
 def report(study: Study) -> str:
-    """All results there are, as tables."""
-    lines = ["| seed | attribute model | SFT | both |", "|---|---|---|---|"]
+    """All results there are, as a document of tables."""
+    lines = [HEADER, "", "## KL of P to the models' own P(a|x,y) P(y|x)", ""]
+    lines += ["| seed | attribute model's | SFT model's | both models' |", "|---|---|---|---|"]
     for seed in SEEDS:
         record = study.record(in_world(Cell(seed, ""), "targets"))
         if record and record["complete"]:
             row = (f"{value:.3f}" for value in record["results"].values())
             lines.append(f"| {seed} | {' | '.join(row)} |")
     for strength in STARTS:
-        starts = {seed: results(study, Cell(seed, strength)) for seed in SEEDS}
-        if not any(starts.values()):
-            continue
-        lines += ["", f"Attribute-conditioned fine-tuning of {strength} steps, seeds {SEEDS}:"]
-        lines += ["", f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-        rows = itertools.product(VARIANTS, range(1, ITERATIONS + 1))
-        for variant, iteration in [("", 0), *rows]:
-            found = {s: results(study, Cell(s, strength, variant, iteration)) for s in SEEDS}
-            if any(found.values()):
-                lines.append(row_of(variant or "start", iteration, found, starts))
+        if any(results(study, Cell(seed, strength)) for seed in SEEDS):
+            lines += ["", f"## Attribute-conditioned fine-tuning of {strength} steps", ""]
+            lines += [*means_by_iteration(study, strength), "", *all_models(study, strength)]
     return "\n".join(lines)
+
+
+def means_by_iteration(study: Study, strength: str) -> list[str]:
+    """A table of the KL, a row for each variant: means of all seeds, as far as all of them go."""
+    lines = [f"| mean KL after iteration | {' | '.join(map(str, range(ITERATIONS + 1)))} |"]
+    lines.append("|---" * (ITERATIONS + 2) + "|")
+    for variant in VARIANTS:
+        row = []
+        for iteration in range(ITERATIONS + 1):
+            cell_of = functools.partial(Cell, start=strength, iteration=iteration)
+            own = [cell_of(seed, variant=variant if iteration else "") for seed in SEEDS]
+            found = [results(study, cell).get("held_out kl") for cell in own]
+            known = [value for value in found if value is not None]
+            row.append(f"{statistics.mean(known):.3f}" if len(known) == len(SEEDS) else "")
+        if any(row[1:]):
+            lines.append(f"| {in_a_table(variant)} | {' | '.join(row)} |")
+    return lines
+
+
+def all_models(study: Study, strength: str) -> list[str]:
+    """A table of all quantities, a row for each variant and iteration."""
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    starts = {seed: results(study, Cell(seed, strength)) for seed in SEEDS}
+    rows = itertools.product(VARIANTS, range(1, ITERATIONS + 1))
+    for variant, iteration in [("", 0), *rows]:
+        found = {s: results(study, Cell(s, strength, variant, iteration)) for s in SEEDS}
+        if any(found.values()):
+            lines.append(row_of(variant or "start", iteration, found, starts))
+    return lines
+
+
+def in_a_table(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def results(study: Study, cell: Cell) -> dict[str, float]:
@@ -712,13 +748,13 @@ def row_of(
     found: dict[int, dict[str, float]],
     starts: dict[int, dict[str, float]],
 ) -> str:
-    """Of each seed, - for those that aren't there, and of several the mean."""
+    """Of each seed, - for those that aren't there, and the mean of all."""
 
     def cell(name: str, digits: int = 3) -> str:
         values = [own.get(name) for own in found.values()]
         known = [value for value in values if value is not None]
         text = ", ".join("-" if value is None else f"{value:.{digits}f}" for value in values)
-        return text + (f" ({statistics.mean(known):.{digits}f})" if len(known) > 1 else "")
+        return text + (f" ({statistics.mean(known):.{digits}f})" if known == values else "")
 
     for seed, own in found.items():
         if own and starts[seed]:
@@ -726,7 +762,7 @@ def row_of(
     names = ["held_out kl", "share", "held_out conditional", "held_out lost", "held_out error"]
     row = [cell(name, 2 if name == "share" else 3) for name in names]
     row += [cell("train kl"), cell("mean_ratio", 2)]
-    return f"| {variant.replace('|', chr(92) + '|')} | {iteration} | {' | '.join(row)} |"
+    return f"| {in_a_table(variant)} | {iteration} | {' | '.join(row)} |"
 
 
 DRAWN = QUICKSTARTS | MAIN
