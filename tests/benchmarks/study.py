@@ -212,8 +212,9 @@ def cells() -> Iterator[Cell]:
 
     yield from chosen([own], QUICKSTARTS | MAIN, ITERATIONS)
     yield from chosen([own], TO_THE_END, 2)
-    yield from chosen([own], THEN, ITERATIONS)
+    yield from chosen([own], THEN, 4)
     yield from chosen(others, MAIN, ITERATIONS)
+    yield from chosen([own], THEN, ITERATIONS)
     yield from chosen(others, QUICKSTARTS, ITERATIONS)
     yield from chosen([own], TO_THE_END, ITERATIONS)
     yield from chosen([own], ABLATIONS, 2)
