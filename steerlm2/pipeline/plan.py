@@ -135,6 +135,7 @@ def plan_stages(
             filler.own["checkpoint"] = filler.fill(str(overrides[CHECKPOINT_DIR]))
         start = filler.fill(_start(own, torchrun, launch), quoted=True)
         problems.extend(filler.problems)
+        problems.extend(_unquoted(full_name, overrides, [*filler.own, *options]))
         problems.extend(
             f"'{full_name}': {argument} has more than one '=', which torchtune's recipes refuse"
             for argument in arguments
@@ -313,6 +314,18 @@ def _flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
+
+
+def _unquoted(name: str, overrides: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+    """Placeholders that YAML has read as mappings of one key, by the flat overrides of a stage."""
+    for key, value in overrides.items():
+        above, _, last = key.rpartition(".")
+        alone = sum(other.startswith(f"{above}.") for other in overrides) == 1
+        if above and alone and value is None and last in known:
+            yield (
+                f"'{name}': '{above}' is {{{last}}} without quotes, a mapping in YAML: write "
+                f'{above}: "{{{last}}}", on the command line \'{above}="{{{last}}}"\''
+            )
 
 
 def _order_problems(chosen: Mapping[str, StageOptions]) -> Iterator[str]:

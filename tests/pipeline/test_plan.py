@@ -111,6 +111,7 @@ def test_torchrun_and_launch_are_for_recipes_that_can_use_them() -> None:
         ({"here": stage()}, "'here' can't be a stage's name"),
         ({"a_iter1": stage()}, "'a_iter1' can't be a stage's name"),
         ({"a": stage({"x": "{b}"})}, r"'a' has the unknown placeholder \{b\}"),
+        ({"a": stage(), "b": stage({"x": {"y": {"a": None}}})}, r"'x.y' is \{a\} without quotes"),
         ({"a": stage({"x": "b=1"}, recipe="full_finetune_distributed")}, "has more than one '='"),
         (
             {"a": stage({"x{iteration}": 1}), "b": stage(each_iteration=True)},
