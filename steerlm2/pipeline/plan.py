@@ -135,7 +135,7 @@ def plan_stages(
             filler.own["checkpoint"] = filler.fill(str(overrides[CHECKPOINT_DIR]))
         start = filler.fill(_start(own, torchrun, launch), quoted=True)
         problems.extend(filler.problems)
-        problems.extend(_unquoted(full_name, overrides, [*filler.own, *options]))
+        problems.extend(_unquoted(full_name, overrides, {"here", "proposal"} | options.keys()))
         problems.extend(
             f"'{full_name}': {argument} has more than one '=', which torchtune's recipes refuse"
             for argument in arguments
@@ -316,7 +316,7 @@ def _flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
             yield f"{above}{key}", value
 
 
-def _unquoted(name: str, overrides: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+def _unquoted(name: str, overrides: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
     """Placeholders that YAML has read as mappings of one key, by the flat overrides of a stage."""
     for key, value in overrides.items():
         above, _, last = key.rpartition(".")

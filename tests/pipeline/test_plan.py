@@ -131,6 +131,13 @@ def test_a_plan_that_makes_no_sense_is_refused(
         plan_stages(options, output_dir="out", iterations=1)
 
 
+def test_a_key_that_is_set_to_nothing_is_no_placeholder() -> None:
+    """Though {output_dir} is one, and YAML reads it without quotes as this mapping."""
+    options = {"a": stage({"x": {"output_dir": None}})}
+    (planned,) = plan_stages(options, output_dir="out", iterations=1)
+    assert planned.arguments == ("x.output_dir=null",)
+
+
 def test_select() -> None:
     """By name, of all iterations or of one; or from a stage on."""
     plan = plan_stages(LOOP, output_dir="out", iterations=2, proposal=["acsft"])
