@@ -23,7 +23,7 @@ weights in the gradient, is 1 in the paper; `SteerLM2Loss` says what less of it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -155,6 +155,14 @@ class GroupLoss(Protocol):
         """The loss, a scalar. The arguments are those of `SteerLM2Loss`, given by position."""
 
 
+def check_share(value: Any, name: str) -> None:
+    """Raises:
+    ValueError: where the value isn't a number from 0 to 1.
+    """
+    if not (type(value) in (int, float) and 0 <= value <= 1):
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
 class SteerLM2Loss:
     """Mean over groups of KL(w' || b') / mean response length of the group, and beyond the paper.
 
@@ -203,8 +211,7 @@ class SteerLM2Loss:
             raise ValueError(
                 f"normalize must be 'mean_response_length' or 'none', got {normalize!r}"
             )
-        if not (type(baseline) in (int, float) and 0 <= baseline <= 1):
-            raise ValueError(f"baseline must be a number from 0 to 1, got {baseline!r}")
+        check_share(baseline, "baseline")
         number = type(samples_per_prompt) is int and samples_per_prompt >= 2
         if not (number or samples_per_prompt in (None, "recorded")):
             raise ValueError(

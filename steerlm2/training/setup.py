@@ -27,7 +27,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import World
-from steerlm2.losses import GroupLoss
+from steerlm2.losses import GroupLoss, check_share
 from steerlm2.training.float8 import use_float8
 
 
@@ -147,18 +147,13 @@ def build_loss(component: Mapping[str, Any], normalize: str) -> GroupLoss:
     elif normalize == "none":
         raise ValueError(f"'steerlm2.normalize' is none, but {name} doesn't take `normalize`")
     loss: GroupLoss = as_function(given) if takes(component, "logps_N") else instantiate(given)
-    baseline = getattr(loss, "baseline", 1.0)
-    if not (type(baseline) in (int, float) and 0 <= baseline <= 1):
-        raise ValueError(
-            f"the attribute `baseline` of {name} must be a number from 0 to 1, the share of the "
-            f"baseline weights (steerlm2.losses.GroupLoss), got {baseline!r}"
-        )
     _check_loss(loss, name)
     return loss
 
 
 def _check_loss(loss: GroupLoss, name: str) -> None:
     """Try a loss on an example: two groups of 2 and 3 responses, together and one by one."""
+    check_share(getattr(loss, "baseline", 1.0), f"the attribute `baseline` of {name}")
     logps_N = torch.tensor([-4.5, -4.0, -6.5, -6.0, -9.0], requires_grad=True)
     log_q_N = torch.tensor([-4.0, -5.0, -6.0, -7.0, -8.0], dtype=torch.float64)
     w_N = torch.tensor([0.75, 0.25, 0.5, 0.25, 0.25], dtype=torch.float64)
