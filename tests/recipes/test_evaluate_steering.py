@@ -93,9 +93,14 @@ def files_in(output_dir: Path) -> dict[str, bytes]:
 
 def checkpoint(name: str, folder: Path) -> list[str]:
     """Overrides for a model that is sampled here."""
+    return weights(f"models.{name}", folder)
+
+
+def weights(section: str, folder: Path) -> list[str]:
+    """Overrides for the section of a model: where its weights come from."""
     return [
-        f"models.{name}.checkpointer._component_={CHECKPOINTER}",
-        f"models.{name}.checkpointer.checkpoint_dir={folder}",
+        f"{section}.checkpointer._component_={CHECKPOINTER}",
+        f"{section}.checkpointer.checkpoint_dir={folder}",
     ]
 
 
@@ -474,10 +479,7 @@ def test_answers_that_are_not_what_was_sampled_are_counted(
 
 
 def reward_section(folder: Path) -> list[str]:
-    return [
-        *("exact_scorer=null", f"attribute_model.checkpointer._component_={CHECKPOINTER}"),
-        f"attribute_model.checkpointer.checkpoint_dir={folder}",
-    ]
+    return ["exact_scorer=null", *weights("attribute_model", folder)]
 
 
 def groups_of(records: Sequence[Record]) -> list[RewardGroup]:
@@ -524,16 +526,9 @@ def test_what_the_scores_cost_is_measured(
         *sampling(prompts),
         *checkpoint("m", model),
         "models.m.use_labels=false",
-        *(
-            f"{section}.checkpointer.{key}"
-            for section, folder in (
-                ("attribute_model", reward_model),
-                ("independent_attribute_model", reward_model),
-                ("reference_model", model),
-            )
-            for key in (f"_component_={CHECKPOINTER}", f"checkpoint_dir={folder}")
-        ),
-        "exact_scorer=null",
+        *reward_section(reward_model),
+        *weights("independent_attribute_model", reward_model),
+        *weights("reference_model", model),
     )["m"]["metrics"]
     assert found["independent_mae"] == found["steering_mae"]
     assert found["independent_mae_se"] == found["steering_mae_se"]
@@ -548,12 +543,7 @@ def test_answers_that_only_please_the_attribute_model_are_found_out(
     nearest to the label. Another attribute model, here one that has nothing in common with it,
     doesn't find them near."""
     other = untrained_reward_model(tmp_path / "other", seed=5)
-    judged = [
-        *("exact_scorer=null", f"attribute_model.checkpointer._component_={CHECKPOINTER}"),
-        f"attribute_model.checkpointer.checkpoint_dir={reward_model}",
-        f"independent_attribute_model.checkpointer._component_={CHECKPOINTER}",
-        f"independent_attribute_model.checkpointer.checkpoint_dir={other}",
-    ]
+    judged = [*reward_section(reward_model), *weights("independent_attribute_model", other)]
     options = [*sampling(prompts), *checkpoint("m", model), *judged, "n=16"]
     before = run_here(tmp_path / "all", *options)["m"]["metrics"]
     records = read_answers(tmp_path / "all" / "scored" / "m.jsonl")
@@ -583,8 +573,7 @@ def test_a_reference_that_has_nothing_to_compare_with_is_said(
     found = run_here(
         tmp_path / "out",
         f"models.one.answers={answers}",
-        f"reference_model.checkpointer._component_={CHECKPOINTER}",
-        f"reference_model.checkpointer.checkpoint_dir={model}",
+        *weights("reference_model", model),
     )
     assert "kl_reference" not in found["one"]["metrics"]
     assert "WARNING: models.one: no kl_reference: none of its answers" in capsys.readouterr().out
