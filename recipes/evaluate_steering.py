@@ -51,6 +51,7 @@ from steerlm2.data.jsonl import LineProblems, json_line
 from steerlm2.data.prompts import read_prompts
 from steerlm2.data.records import (
     Record,
+    causes_text,
     is_blank,
     read_records,
     record_to_json,
@@ -58,6 +59,7 @@ from steerlm2.data.records import (
 )
 from steerlm2.data.templates import Template, token_ids_digest
 from steerlm2.data.tokenizers import Tokenizer
+from steerlm2.datasets.sampled import left_out_of
 from steerlm2.distributed.parallelize import DTYPES, free_memory
 from steerlm2.evaluation.exact_kl import model_scorer
 from steerlm2.evaluation.examples import choose_examples
@@ -231,6 +233,12 @@ class EvaluateConfig(SamplingKeys):
                 yield f"'{key}' {one}"
             if scorer is not None and scorer.server is not None:
                 yield from scorer.server.problems(f"{key}.server")
+        one, other = (getattr(self, key) for key in ATTRIBUTE_MODELS)
+        if one and other and (one.checkpointer, one.server) == (other.checkpointer, other.server):
+            yield (
+                "'independent_attribute_model' is 'attribute_model' itself: name one that was "
+                "trained on other labels"
+            )
         if self.reference_model is not None and self.reference_model.checkpointer is None:
             yield "'reference_model' needs a 'checkpointer': the SFT model's"
         if self.attribute_model is None and self.exact_scorer is None and self.sampled():
@@ -292,7 +300,20 @@ class EvaluateRecipe:
         self.outputs = {name: self._answers_output(name) for name in cfg.sampled()}
         for output in self.outputs.values():
             world.on_main(output.check)
-        world.on_main(lambda: [self._records(file) for file in self._given_answers()])
+        world.on_main(self._look_at_given_answers)
+
+    def _look_at_given_answers(self) -> None:
+        """Check them, and say of which samples the metrics won't be."""
+        for name, options in self.cfg.models.items():
+            if options.answers is None:
+                continue
+            left_out, drawn = left_out_of(self._records(Path(options.answers)))
+            if count := left_out.total():
+                tell(
+                    f"WARNING: models.{name}: {count} of the {drawn} answers drawn to its prompts "
+                    f"aren't there ({causes_text(left_out)}), and all metrics are of the others: "
+                    "sample_responses keeps them with distinct=false keep_truncated=true"
+                )
 
     def sample(self) -> None:
         """Sample the answers of the models, one after the other."""
@@ -482,9 +503,6 @@ class EvaluateRecipe:
         cfg = self.cfg
         prompts = read_prompts(source, cfg.max_prompts)
         return with_labels(prompts, cfg.label, self.schema, seed=cfg.seed, source=source)
-
-    def _given_answers(self) -> list[Path]:
-        return [Path(m.answers) for m in self.cfg.models.values() if m.answers is not None]
 
     def _answers_output(self, name: str) -> ResumableOutput:
         cfg, options = self.cfg, self.cfg.models[name]

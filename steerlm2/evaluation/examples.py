@@ -34,10 +34,8 @@ def choose_examples(records: Mapping[str, Sequence[Record]], count: int = 6) -> 
         for record in own:
             if not record.responses:
                 continue
-            together = found.setdefault(
-                request_of(record),
-                dataclasses.replace(record, responses=[], extra={}, token_ids_digest=None),
-            )
+            alone = Record(record.system, record.prompt_turns, record.label, [])
+            together = found.setdefault(request_of(record), alone)
             if all(answer.extra[MODEL] != model for answer in together.responses):
                 first = record.responses[0]
                 named = dataclasses.replace(

@@ -65,9 +65,10 @@ def steering_result(
     metrics["answers"] = len(answers)
     ended = [answer for answer in answers if answer.finish_reason is not None]
     if ended:
-        empty = sum(record.extra.get(EMPTY, 0) for record in records)
         metrics["truncated"] = sum(answer.is_cut_off for answer in ended) / len(ended)
-        metrics["empty"] = empty / (len(answers) + empty)
+        if all(record.sampling is None for record in records):  # sample_responses leaves them out
+            empty = sum(record.extra.get(EMPTY, 0) for record in records)
+            metrics["empty"] = empty / (len(answers) + empty)
     flaws = count_flaws(answers)
     metrics |= {name: flaws[cause] for name, cause in FLAWS.items() if flaws[cause]}
     if left_out := sum(record.extra.get(TOO_LONG, False) for record in records):

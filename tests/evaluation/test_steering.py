@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 
 from steerlm2.attributes import AttributeSchema
-from steerlm2.data.records import SAMPLER_LOG_PROB, Record, Response, Turn
+from steerlm2.data.records import SAMPLER_LOG_PROB, Record, Response, Sampling, Turn
 from steerlm2.evaluation.steering import (
     compare,
     independent_metrics,
@@ -51,6 +52,15 @@ def test_a_change_has_the_standard_error_of_paired_differences() -> None:
     assert results["new"].change["steering_mae"] == -1
     assert results["new"].change["steering_mae_se"] == 0
     assert results["old"].change == {}
+
+
+def test_how_many_were_empty_is_known_where_they_are_counted() -> None:
+    """sample_responses leaves them out, sometimes with their record; evaluate_steering counts."""
+    ended = dataclasses.replace(scored(2), finish_reason="stop")
+    counted = dataclasses.replace(record(ended), extra={"empty_answers": 3})
+    assert steering_result([counted], SCHEMA, further={}).metrics["empty"] == 3 / 4
+    sampled = dataclasses.replace(record(ended), sampling=Sampling(1, 1.0, 1.0))
+    assert "empty" not in steering_result([sampled], SCHEMA, further={}).metrics
 
 
 def test_the_other_attribute_models_error() -> None:

@@ -24,7 +24,14 @@ from steerlm2.attributes import AttributeSchema, parse_label
 from steerlm2.checkpoints.weights import load_weights, open_checkpointer, open_reward_checkpointer
 from steerlm2.data.grammar import grammar_pairs, grammar_prompts
 from steerlm2.data.packing import RewardGroup
-from steerlm2.data.records import Record, Response, Turn, read_records, write_records
+from steerlm2.data.records import (
+    Record,
+    Response,
+    Sampling,
+    Turn,
+    read_records,
+    write_records,
+)
 from steerlm2.data.synthetic import score_text
 from steerlm2.data.templates import (
     encode_for_scoring,
@@ -518,16 +525,17 @@ def test_an_attribute_model_scores(answers: Path, reward_model: Path, tmp_path: 
 def test_what_the_scores_cost_is_measured(
     model: Path, reward_model: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    """The same attribute model a second time finds the same. A model that is asked without labels
+    """A copy of the attribute model finds the same. A model that is asked without labels
     is away from itself, as the reference, by what it gives to control tokens, which aren't drawn:
     about 9 of 512 in each of the 12 tokens of an untrained one's answer."""
+    copy = shutil.copytree(reward_model, tmp_path / "copy")
     found = run_here(
         tmp_path / "out",
         *sampling(prompts),
         *checkpoint("m", model),
         "models.m.use_labels=false",
         *reward_section(reward_model),
-        *weights("independent_attribute_model", reward_model),
+        *weights("independent_attribute_model", copy),
         *weights("reference_model", model),
     )["m"]["metrics"]
     assert found["independent_mae"] == found["steering_mae"]
@@ -577,6 +585,21 @@ def test_a_reference_that_has_nothing_to_compare_with_is_said(
     )
     assert "kl_reference" not in found["one"]["metrics"]
     assert "WARNING: models.one: no kl_reference: none of its answers" in capsys.readouterr().out
+
+
+def test_given_answers_that_are_not_all_of_their_draws_are_told(
+    answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model that always says the same, one answer would be left, and look as varied as any."""
+    left_out = {"duplicates": 5, "cut_off": 1}
+    sampled = [
+        dataclasses.replace(own, sampling=Sampling(8, 1.0, 1.0, left_out=left_out))
+        for own in read_answers(answers)
+    ]
+    write_records(answers, sampled)
+    run_here(tmp_path / "out", f"models.one.answers={answers}")
+    told = "WARNING: models.one: 6 of the 8 answers drawn to its prompts aren't there (1 cut_off, "
+    assert told in capsys.readouterr().out
 
 
 def test_an_attribute_server_scores(answers: Path, fake_vllm: FakeVLLM, tmp_path: Path) -> None:
@@ -722,6 +745,13 @@ def test_tables_go_to_wandb(answers: Path, tmp_path: Path, monkeypatch: pytest.M
                 "'attribute_model' needs one of checkpointer, server, got none",
                 "'exact_kl' is of models with a 'checkpointer'",
             ],
+        ),
+        (
+            [
+                "models.a.answers=f",
+                *(f"{key}.server.url=http://x" for key in evaluate_steering.ATTRIBUTE_MODELS),
+            ],
+            ["'independent_attribute_model' is 'attribute_model' itself: name one that was"],
         ),
         (
             [f"checkpointer._component_={CHECKPOINTER}", "tensor_parallel_dim=2"],
