@@ -35,6 +35,7 @@ from steerlm2.datasets import SteerLM2Dataset, language_model_facts, with_log_pr
 from steerlm2.datasets.sampled import (
     SamplingRules,
     as_sampled,
+    as_stored,
     share_missing,
     unlike_samples_of_q,
 )
@@ -168,15 +169,16 @@ class SteerLM2Recipe:
         self.train_groups = self._scored(train_set, "dataset")
         self.val_groups = self._scored(val_set, "dataset_val") if val_set else []
         of_groups = self.train_groups, train_set.records
-        self.ratios = RatioWatch(
-            getattr(self.loss_fn, "baseline", 1.0),
-            "" if cfg.steerlm2.assume_samples_of_q else unlike_samples_of_q(*of_groups),
-            share_missing(*of_groups),
-        )
+        unlike = "" if cfg.steerlm2.assume_samples_of_q else unlike_samples_of_q(*of_groups)
+        if cfg.steerlm2.use_sampler_log_probs:
+            unlike = "the ratios are to the log-probs of their sampler, where few carry the mean"
+        baseline = getattr(self.loss_fn, "baseline", 1.0)
+        self.ratios = RatioWatch(baseline, unlike, share_missing(*of_groups))
         tokens = sum(group.num_tokens for group in self.train_groups)
         data_state = {"groups": len(train_set), "tokens": tokens, "shuffle": cfg.data.shuffle}
-        data = train_set.groups, val_set.groups if val_set else []  # as stored, not as scored here
-        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *data)
+        stored_val = as_stored(val_set.groups if val_set else [], self.val_groups)
+        stored = as_stored(train_set.groups, self.train_groups), stored_val
+        run.begin(self.model, self.optimizer, self.lr_scheduler, data_state, *stored)
         run.describe(train_set.summary(), val_set.summary() if val_set else "", "prompts")
         if run.first_step == 0:
             self._check_drift()

@@ -117,8 +117,10 @@ def log_shares(
     if drawn is None:
         sizes_G = torch.as_tensor(group_sizes, device=log_q_N.device)
         return -sizes_G.to(log_q_N.dtype).log()[index_N]
-    drawn_G = torch.as_tensor(drawn, device=log_q_N.device).to(log_q_N.dtype)
-    drawn_N = drawn_G.expand(len(group_sizes))[index_N]
+    if isinstance(drawn, int):
+        drawn_N = torch.full_like(log_q_N, drawn)  # a tensor of it would have to be copied to a GPU
+    else:
+        drawn_N = drawn.to(log_q_N)[index_N]
     log_q_N = log_q_N.detach().clamp(max=0)  # rounding may give more
     log_pi_N = (-torch.expm1(drawn_N * torch.log1p(-log_q_N.exp()))).log()
     return torch.where(log_q_N < RARE, -drawn_N.log(), log_q_N - log_pi_N)
@@ -137,10 +139,10 @@ class GroupLoss(Protocol):
     depend on the micro-batches that the groups come in. `sum_by_group`, `group_log_softmax` and
     `mean_over_groups` are for it.
 
-    Two attributes are read where it has them. `baseline` below 1, the share of the baseline
-    weights, says that it is right only for samples from Q' itself, which the run then checks. Where
-    `samples_per_prompt` isn't None it is called with `drawn_G=` too: [G] draws of each group,
-    duplicates included.
+    Two attributes are read where it has them (of a function, its arguments of these names in the
+    config). `baseline` below 1, the share of the baseline weights, says that it is right only for
+    samples from Q' itself, which the run then checks. Where `samples_per_prompt` isn't None it is
+    called with `drawn_G=` too: [G] draws of each group, duplicates included.
     """
 
     def __call__(
@@ -161,6 +163,16 @@ def check_share(value: Any, name: str) -> None:
     """
     if not (type(value) in (int, float) and 0 <= value <= 1):
         raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
+def check_samples_per_prompt(value: Any, name: str) -> None:
+    """Raises:
+    ValueError: where the value isn't a number of draws, "recorded" or None.
+    """
+    if not ((type(value) is int and value >= 2) or value in (None, "recorded")):
+        raise ValueError(
+            f"{name} must be a number of draws from 2, 'recorded' or null, got {value!r}"
+        )
 
 
 class SteerLM2Loss:
@@ -212,12 +224,7 @@ class SteerLM2Loss:
                 f"normalize must be 'mean_response_length' or 'none', got {normalize!r}"
             )
         check_share(baseline, "baseline")
-        number = type(samples_per_prompt) is int and samples_per_prompt >= 2
-        if not (number or samples_per_prompt in (None, "recorded")):
-            raise ValueError(
-                "samples_per_prompt must be a number of draws from 2, 'recorded' or null, got "
-                f"{samples_per_prompt!r}"
-            )
+        check_samples_per_prompt(samples_per_prompt, "samples_per_prompt")
         self.normalize = normalize
         self.baseline = baseline
         self.samples_per_prompt = samples_per_prompt

@@ -18,7 +18,7 @@ ORDER = "order"
 def data_digests(records: Iterable[Dialogue | Group | RewardGroup]) -> dict[str, str]:
     """Digests of what a model is trained on: of each kind in PARTS, and of the whole in its ORDER.
 
-    Weights w' aren't part of it: they follow from the log-probs.
+    Weights w' aren't part of it: they follow from the log-probs. `drawn` counts among these.
     """
     sums, in_order = dict.fromkeys(PARTS, 0), hashlib.sha256()
     for record in records:
@@ -65,6 +65,10 @@ def _contents(record: Dialogue | Group | RewardGroup) -> Iterator[tuple[str, byt
     else:
         for log_probs in (record.log_p_attributes, record.log_p_response, record.log_q):
             yield LOG_PROBS, _numbers(log_probs)
+        if record.log_proposal is not None:
+            yield LOG_PROBS, _numbers(record.log_proposal)
+        if record.drawn is not None:
+            yield LOG_PROBS, _integers([record.drawn])
 
 
 def _integers(values: Sequence[int]) -> bytes:

@@ -19,9 +19,11 @@ needs the same of the samples, whatever the share.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Literal
 
 import torch
@@ -29,6 +31,12 @@ import torch
 from steerlm2.data.packing import Group
 from steerlm2.data.records import DUPLICATES, Record, causes_text
 from steerlm2.losses import target_weights
+
+HIGHEST_KL, HIGHEST_KL_A_TOKEN = 0.3, 0.002
+"""Nats. Above both KL(S || Q') is worth a warning: more than what two programs compute differently
+for one model, which is noise of a few hundredths of a nat a token and half its square in KL."""
+A_FEW = 0.05
+"""Share of the groups below which those that were drawn otherwise don't count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +104,27 @@ def as_sampled(
         warnings += _other_numbers(of_groups, number, where)
     elif rules.baseline < 1:
         warnings += _uncorrected_duplicates(of_groups, where)
-    if needing:
-        warnings += _missing_text(groups, of_groups, where)
+    warnings += _missing_text(groups, of_groups, where)
     return groups, warnings
 
 
+def as_stored(groups: Iterable[Group], sampled: Iterable[Group]) -> Iterator[Group]:
+    """The groups as their file has them, and with what `as_sampled` took from it: no log-probs of
+    the start weights, which another machine computes a little differently."""
+    for own, other in zip(groups, sampled, strict=True):
+        yield dataclasses.replace(own, log_proposal=other.log_proposal, drawn=other.drawn)
+
+
 def unlike_samples_of_q(groups: Sequence[Group], records: Sequence[Record]) -> str:
-    """How many groups were drawn otherwise than at temperature 1 and top_p 1, and how; "" of none.
+    """How many groups were drawn otherwise than at temperature 1 and top_p 1, and how; "" for none
+    and for A_FEW.
 
     Args:
         records: that the groups are of, by their `index`.
     """
-    return _found([records[group.index] for group in groups], _unlike_q)
+    of_groups = [records[group.index] for group in groups]
+    unlike = sum(_unlike_q(record) is not None for record in of_groups)
+    return _found(of_groups, _unlike_q) if unlike > A_FEW * len(of_groups) else ""
 
 
 def _refuse(
@@ -145,24 +162,21 @@ def _another_models(
     """Compare the sampler's log-probs with log Q', which they are at temperature 1 and top_p 1.
 
     The check of the start weights doesn't see it where another model has sampled than has scored.
+    Their mean difference is KL(S || Q') in the mean of all answers, in which noise averages out, so
+    that it shows a small change, such as that of an iteration.
 
     Raises:
         ValueError: where they differ by more than the tolerance in the mean of all groups.
     """
-    means = []
-    for group in groups:
-        assert group.log_q is not None
-        found = [records[group.index].responses[i].sampler_log_prob for i in group.responses_kept]
-        gaps = [
-            abs(log_q - log_s) / len(response)
-            for log_q, log_s, response in zip(group.log_q, found, group.responses, strict=True)
-            if log_s is not None
-        ]
-        if gaps:
-            means.append(sum(gaps) / len(gaps))
-    if not means:
+    of_groups = [gaps for group in groups if (gaps := _gaps(group, records[group.index]))]
+    if not of_groups:
+        yield (
+            f"{where}: whether these are samples of Q' itself can't be seen, as none has the "
+            "`sampler_log_prob` that it was drawn with"
+        )
         return
-    mean, tolerance = sum(means) / len(means), rules.log_q_tolerance
+    means = [fmean(abs(gap) / tokens for gap, tokens in gaps) for gaps in of_groups]
+    mean, tolerance = fmean(means), rules.log_q_tolerance
     if not mean <= tolerance:
         raise ValueError(
             f"{where}: {rules.needing_samples_of_q} needs samples of Q', but the log-probs that "
@@ -178,6 +192,27 @@ def _another_models(
             f"by more than steerlm2.log_q_tolerance={tolerance:g} nats a token in {others} of "
             f"{len(means)} groups: were these sampled from another model?"
         )
+    kls = [fmean(gap for gap, _ in gaps) for gaps in of_groups]
+    length = fmean(tokens for gaps in of_groups for _, tokens in gaps)
+    highest = max(HIGHEST_KL, HIGHEST_KL_A_TOKEN * length)
+    if len(kls) > 1 and (kl := fmean(kls)) > max(highest, 3 * stdev(kls) / math.sqrt(len(kls))):
+        yield (
+            f"WARNING: {where}: the answers' log-probs were {kl:.2g} nats an answer higher when "
+            "they were drawn than they are under Q': by the KL of their sampler to Q', which is 0 "
+            "for samples of Q'. Were they sampled with an earlier state of the model? Sample with "
+            "the one that this run starts from, or set steerlm2.use_sampler_log_probs=true"
+        )
+
+
+def _gaps(group: Group, record: Record) -> list[tuple[float, int]]:
+    """(log S - log Q', tokens) of each response whose sampler's log-prob S is known."""
+    assert group.log_q is not None
+    found = [record.responses[i].sampler_log_prob for i in group.responses_kept]
+    return [
+        (log_s - log_q, len(response))
+        for log_s, log_q, response in zip(found, group.log_q, group.responses, strict=True)
+        if log_s is not None
+    ]
 
 
 def _refuse_changed(records: Sequence[Record], needing: str, where: str) -> None:
@@ -224,6 +259,13 @@ def _with_drawn(
             f"{place} corrects for duplicates that were left out, but here they weren't "
             "(distinct: false): set loss.samples_per_prompt=null"
         )
+    answers = {(response.value, response.finish_reason) for response in record.responses}
+    if twice := len(record.responses) - len(answers):
+        raise ValueError(
+            f"{place} corrects for duplicates that were left out, but {twice} of the responses are "
+            "there already: leave them out (`sampling.left_out.duplicates`), or set "
+            "loss.samples_per_prompt=null"
+        )
     if number == "recorded":
         if sampling is None:
             raise ValueError(
@@ -253,7 +295,7 @@ def _other_numbers(
 
 
 def _uncorrected_duplicates(records: Sequence[Record], where: str) -> Iterator[str]:
-    left_out, drawn = _left_out(records)
+    left_out, drawn = left_out_of(records)
     if duplicates := left_out[DUPLICATES]:
         yield (
             f"WARNING: {where}: {duplicates} duplicates of {drawn} draws were left out: rare "
@@ -283,7 +325,7 @@ def _missing_text(groups: Sequence[Group], records: Sequence[Record], where: str
 
 def _missing(groups: Sequence[Group], records: Sequence[Record]) -> tuple[Counter[str], int]:
     """[cause] -> draws that aren't there, but for duplicates; and how many were drawn."""
-    missing, drawn = _left_out(records)
+    missing, drawn = left_out_of(records)
     del missing[DUPLICATES]
     missing["not used here"] = sum(
         len(record.responses) - len(group.responses)
@@ -293,8 +335,8 @@ def _missing(groups: Sequence[Group], records: Sequence[Record]) -> tuple[Counte
     return missing, drawn
 
 
-def _left_out(records: Sequence[Record]) -> tuple[Counter[str], int]:
-    """[cause] -> responses, and how many were drawn, of the records that say it."""
+def left_out_of(records: Sequence[Record]) -> tuple[Counter[str], int]:
+    """[cause] -> responses that aren't there, and how many were drawn, of records that say it."""
     left_out: Counter[str] = Counter()
     known = [record.sampling for record in records if record.sampling is not None]
     for sampling in known:

@@ -27,7 +27,7 @@ from steerlm2.data.templates import Template
 from steerlm2.data.tokenizers import Tokenizer
 from steerlm2.distributed.parallelize import DTYPES
 from steerlm2.distributed.world import World
-from steerlm2.losses import GroupLoss, check_share
+from steerlm2.losses import GroupLoss, check_samples_per_prompt, check_share
 from steerlm2.training.float8 import use_float8
 
 
@@ -128,6 +128,10 @@ def _open_checkpointer(
     )
 
 
+READ = {"baseline": check_share, "samples_per_prompt": check_samples_per_prompt}
+"""Attributes that are read of a loss, and what checks them."""
+
+
 def build_loss(component: Mapping[str, Any], normalize: str) -> GroupLoss:
     """The loss of groups that a config names.
 
@@ -146,14 +150,20 @@ def build_loss(component: Mapping[str, Any], normalize: str) -> GroupLoss:
         given["normalize"] = normalize
     elif normalize == "none":
         raise ValueError(f"'steerlm2.normalize' is none, but {name} doesn't take `normalize`")
-    loss: GroupLoss = as_function(given) if takes(component, "logps_N") else instantiate(given)
+    if takes(component, "logps_N"):
+        loss: GroupLoss = as_function(given)
+        vars(loss).update({key: given[key] for key in READ if key in given})
+    else:
+        loss = instantiate(given)
     _check_loss(loss, name)
     return loss
 
 
 def _check_loss(loss: GroupLoss, name: str) -> None:
     """Try a loss on an example: two groups of 2 and 3 responses, together and one by one."""
-    check_share(getattr(loss, "baseline", 1.0), f"the attribute `baseline` of {name}")
+    for key, check in READ.items():
+        if hasattr(loss, key):
+            check(getattr(loss, key), f"`{key}` of {name}")
     logps_N = torch.tensor([-4.5, -4.0, -6.5, -6.0, -9.0], requires_grad=True)
     log_q_N = torch.tensor([-4.0, -5.0, -6.0, -7.0, -8.0], dtype=torch.float64)
     w_N = torch.tensor([0.75, 0.25, 0.5, 0.25, 0.25], dtype=torch.float64)

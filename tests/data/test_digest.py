@@ -47,6 +47,8 @@ def test_another_order_is_seen() -> None:
         (GROUP, dataclasses.replace(GROUP, log_q=[-3.0, -4.5]), LOG_PROBS),
         (GROUP, dataclasses.replace(GROUP, log_q=None), LOG_PROBS),
         (GROUP, dataclasses.replace(GROUP, log_q=None, log_p_response=GROUP.log_q), LOG_PROBS),
+        (GROUP, dataclasses.replace(GROUP, log_proposal=[-3.0, -4.0]), LOG_PROBS),
+        (GROUP, dataclasses.replace(GROUP, drawn=4), LOG_PROBS),
         (REWARD, dataclasses.replace(REWARD, labels=[[0.0, 3.0], [-100.0, 1.0]]), LABELS),
         (PAIR, dataclasses.replace(PAIR, strength=2.0), LABELS),
     ],

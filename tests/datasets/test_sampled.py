@@ -18,6 +18,7 @@ from steerlm2.data.records import parse_record as parse
 from steerlm2.datasets.sampled import (
     SamplingRules,
     as_sampled,
+    as_stored,
     share_missing,
     unlike_samples_of_q,
 )
@@ -111,6 +112,24 @@ def test_a_few_groups_of_another_model_are_told() -> None:
     assert "in 1 of 20 groups: were these sampled from another model?" in warning
 
 
+@pytest.mark.parametrize(("nats", "told"), [(0.08, True), (0.04, False), (-0.08, False)])
+def test_samples_of_an_earlier_state_are_told_by_their_kl(nats: float, told: bool) -> None:
+    """Of 5 tokens, so 0.4 nats an answer: within the tolerance. Noise averages out."""
+    few = [Group(**{**vars(group(i)), "responses": [[2] * 4 + [3]] * 2}) for i in range(8)]
+    noise = [0.2, -0.2] * 4
+    records = [record(PLAIN, [q + 5 * nats + each for q in LOG_Q]) for each in noise]
+    rules = SamplingRules(baseline=0.5, log_q_tolerance=0.2)
+    _, warnings = as_sampled(few, records, rules, "FILE")
+    assert len(warnings) == told
+    assert all("0.4 nats an answer higher when they were drawn" in warning for warning in warnings)
+
+
+def test_samples_without_a_log_prob_to_compare_are_told() -> None:
+    own = record(PLAIN, [None, None])
+    _, (note,) = as_sampled([group()], [own], SamplingRules(baseline=0.5), "FILE")
+    assert "FILE: whether these are samples of Q' itself can't be seen" in note
+
+
 @pytest.mark.parametrize(("drawn", "left_out"), [(4, {}), (2, {"empty": 1}), (16, {"cut_off": 13})])
 @pytest.mark.parametrize(
     "rules",
@@ -127,7 +146,7 @@ def test_groups_whose_responses_were_chosen_after_the_sampling_are_refused(
     sampling = dataclasses.replace(PLAIN, drawn=drawn, left_out=left_out)
     with pytest.raises(ValueError, match="FILE: 1 of 1 groups have other numbers of responses"):
         sampled(sampling, **rules)
-    assert sampled(sampling) == (group(), [])
+    assert sampled(sampling)[0] == group()
 
 
 def test_responses_that_do_not_fit_were_drawn_all_the_same() -> None:
@@ -150,11 +169,14 @@ def test_duplicates_that_are_not_corrected_for_are_told() -> None:
     assert sampled(sampling, baseline=0.5, samples_per_prompt="recorded")[1] == []
 
 
-def test_what_else_was_left_out_is_told_with_what_it_does_to_the_mean_ratio() -> None:
+@pytest.mark.parametrize("rules", [{}, {"baseline": 0.5, "samples_per_prompt": "recorded"}])
+def test_what_else_was_left_out_is_told_with_what_it_does_to_the_mean_ratio(
+    rules: dict[str, Any],
+) -> None:
     """Answers of probability 3/5 remain, so that Q_theta may give them 5/3 of what Q' gives."""
     left_out = {"cut_off": 3, "empty": 1, "duplicates": 4}
     sampling = dataclasses.replace(PLAIN, drawn=10, left_out=left_out)
-    (told,) = sampled(sampling, baseline=0.5, samples_per_prompt="recorded")[1]
+    (told,) = sampled(sampling, **rules)[1]
     assert "of 10 draws 4 aren't there (3 cut_off, 1 empty)" in told
     assert told.endswith("mean_ratio may come to 1.667")
 
@@ -180,6 +202,23 @@ def test_numbers_of_draws_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"FILE, record 1: loss.samples_per_prompt.*{message}"):
         sampled(sampling, samples_per_prompt=number)
+
+
+@pytest.mark.parametrize(("finished", "refused"), [("stop", True), ("length", False)])
+def test_duplicates_that_are_there_cannot_be_corrected_for(finished: str, refused: bool) -> None:
+    """Each would count as if it stood for all draws of its text: one that ended is another answer
+    than one that was cut off."""
+    own = record(PLAIN)
+    own.responses = [
+        dataclasses.replace(response, value="a", finish_reason=reason)
+        for response, reason in zip(own.responses, ("stop", finished), strict=True)
+    ]
+    rules = SamplingRules(samples_per_prompt="recorded")
+    if not refused:
+        as_sampled([group()], [own], rules, "FILE")
+        return
+    with pytest.raises(ValueError, match=r"FILE, record 1: .*but 1 of the responses are there"):
+        as_sampled([group()], [own], rules, "FILE")
 
 
 def test_the_samplers_log_probs_stand_for_log_q() -> None:
@@ -227,6 +266,21 @@ def test_how_other_samples_were_drawn_is_said_in_words(
     words = unlike_samples_of_q([group(0), group(1)], [record(PLAIN), record(sampling)])
     assert words.startswith(found)
     assert bool(words) == bool(found)
+
+
+@pytest.mark.parametrize(("others", "told"), [(5, False), (6, True)])
+def test_a_few_other_samples_do_not_count(others: int, told: bool) -> None:
+    records = [record(None)] * others + [record(PLAIN)] * (100 - others)
+    assert bool(unlike_samples_of_q([group(i) for i in range(100)], records)) == told
+
+
+def test_what_a_run_was_trained_on_is_told_without_log_probs_of_its_own() -> None:
+    """log Q' from the start weights isn't part of it; what the file says of the sampling is."""
+    file = dataclasses.replace(group(), log_q=None, weights=None)
+    scored = dataclasses.replace(group(), log_proposal=LOG_S, drawn=4)
+    assert [*as_stored([file], [scored])] == [
+        dataclasses.replace(file, log_proposal=LOG_S, drawn=4)
+    ]
 
 
 def test_the_share_of_the_draws_that_is_missing() -> None:

@@ -41,16 +41,26 @@ class Tempered:
         return SteerLM2Loss(self.normalize)(logps_N / self.temperature, *others)  # type: ignore[arg-type]
 
 
-class Shared(Tempered):
-    """Whose share of the baseline is none."""
+def shared(
+    logps_N: Tensor, log_q_N: Tensor, w_N: Tensor, sizes_G: Any, lengths_N: Any,
+    baseline: float = 1, samples_per_prompt: Any = None, drawn_G: Any = None,
+) -> Tensor:  # fmt: skip
+    """SteerLM2Loss as a function."""
+    loss = SteerLM2Loss(baseline=baseline, samples_per_prompt=samples_per_prompt)
+    return loss(logps_N, log_q_N, w_N, sizes_G, lengths_N, drawn_G)
 
-    def __init__(self) -> None:
+
+class Shared(Tempered):
+    """With attributes that can't be."""
+
+    def __init__(self, **attributes: Any) -> None:
         super().__init__(1.0)
-        self.baseline = None
+        vars(self).update(attributes)
 
 
 BROKEN = {
-    "a baseline that is no share": Shared,
+    "a baseline that is no share": lambda: Shared(baseline=None),
+    "draws that are no number": lambda: Shared(samples_per_prompt="all"),
     "no callable": lambda: 5.0,
     "too few arguments": lambda: lambda logps_N: logps_N.sum(),
     "a text": lambda: lambda *arguments: "loss",
@@ -67,7 +77,7 @@ BROKEN = {
 def module(monkeypatch: pytest.MonkeyPatch) -> str:
     """A module of the user's own that has the losses above."""
     own = types.ModuleType("own_losses")
-    vars(own).update(squared=squared, Tempered=Tempered)
+    vars(own).update(squared=squared, shared=shared, Tempered=Tempered)
     vars(own).update({name.replace(" ", "_"): make for name, make in BROKEN.items()})
     monkeypatch.setitem(sys.modules, own.__name__, own)
     return own.__name__
@@ -77,6 +87,17 @@ def test_a_function_of_log_probs_is_the_loss_with_its_arguments_filled_in(module
     """b' = 0.731, 0.269 and 1: (0.231^2 + 0.231^2) / 2 = 0.0534, twice that with factor 2."""
     loss = build_loss({"_component_": f"{module}.squared", "factor": 2.0}, "mean_response_length")
     assert loss(*EXAMPLE).item() == pytest.approx(0.10678, abs=1e-4)
+
+
+def test_what_is_read_of_a_loss_may_be_arguments_of_a_function(module: str) -> None:
+    """So that its samples are checked as those of SteerLM2Loss are."""
+    given = {"baseline": 0.5, "samples_per_prompt": "recorded"}
+    loss = build_loss({"_component_": f"{module}.shared", **given}, "mean_response_length")
+    assert vars(loss) == given
+    with pytest.raises(
+        ValueError, match=r"`baseline` of own_losses.shared must be a number from 0"
+    ):
+        build_loss({"_component_": f"{module}.shared", "baseline": 2}, "mean_response_length")
 
 
 @pytest.mark.parametrize("normalize", ["mean_response_length", "none"])
