@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -72,3 +73,18 @@ def process_beside_server() -> World:
             "--nnodes, and set server.concurrency"
         )
     return World(torch.device("cpu"))
+
+
+def use_cores_in_this_thread() -> None:
+    """From now on a thread that begins to use PyTorch computes alone; the calling one doesn't.
+
+    For training on CPUs, where threads beside it prepare batches, write states and run gloo's
+    collectives. OpenMP gives each thread that runs a parallel operation a team of its own, which
+    stays as long as that thread. While there are more threads in teams than cores, GNU's OpenMP
+    lets none of them wait actively for the next operation: those of training sleep and are woken
+    at each of theirs, and a small operation takes ten times as long.
+    """
+    torch.get_num_threads()  # the calling thread takes its number over
+    beside = threading.Thread(target=torch.set_num_threads, args=(1,))
+    beside.start()
+    beside.join()

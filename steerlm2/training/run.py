@@ -73,7 +73,7 @@ from steerlm2.runs.output import (
     make_output_dir,
     set_aside_earlier_run,
 )
-from steerlm2.runs.processes import world_of
+from steerlm2.runs.processes import use_cores_in_this_thread, world_of
 from steerlm2.runs.record import (
     check_metric_logger,
     describe_run,
@@ -142,6 +142,7 @@ class TrainingRun:
         self._lock: RunLock | None = None
         self._files: list[JsonLines] = []
         self._patience = 1.0
+        use_cores_in_this_thread()
         mixed = self.param_dtype != self.dtype
         self.world = world = world_of(cfg, self.output_dir, needs_mesh=mixed)
         self._watch = HangWatch(world, cfg.hang_timeout_seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ import torch
 
 from steerlm2.config.keys import DistributedKeys
 from steerlm2.config.loader import Component
-from steerlm2.runs.processes import join_processes, process_beside_server
+from steerlm2.runs.processes import (
+    join_processes,
+    process_beside_server,
+    use_cores_in_this_thread,
+)
 
 
 def keys(**more: Any) -> DistributedKeys:
@@ -39,3 +45,24 @@ def test_beside_a_server_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="run it without --nproc_per_node"):
         process_beside_server()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_beside_training_compute_alone() -> None:
+    """Those that begin later, and those that haven't used PyTorch yet: gloo's, after the call."""
+    with ThreadPoolExecutor(1) as used, ThreadPoolExecutor(1) as unused:
+        assert used.submit(torch.get_num_threads).result() == 2
+        unused.submit(int).result()
+        use_cores_in_this_thread()
+        assert torch.get_num_threads() == 2
+        assert unused.submit(torch.get_num_threads).result() == 1
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 1
