@@ -76,6 +76,7 @@ from steerlm2.evaluation.steering import (
     independent_metrics,
     reference_metrics,
     steering_result,
+    unequal_requests,
 )
 from steerlm2.inference.answer_scores import (
     check_scores,
@@ -484,6 +485,8 @@ class EvaluateRecipe:
             }
             if self.cfg.baseline is not None:
                 compare(results, records, self.cfg.baseline, self.schema)
+            for warning in unequal_requests(records):
+                tell(warning)
             write_report(results, self.output_dir, choose_examples(records))
             tell(f"{markdown_table(metric_rows(results))}\n")
             tell(f"report: {self.output_dir}/steering.html")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from steerlm2.attributes import NOT_LABELLED, AttributeSchema, parse_label
 from steerlm2.data.records import BROKEN, OTHER_TOKENS, UNKNOWN_TOKENS, Record, count_flaws
@@ -108,6 +108,28 @@ def compare(
             if len(both) > 1:
                 change = {"steering_mae": result.change.pop("steering_mae")}
                 result.change = change | {STANDARD_ERROR: standard_error(both)} | result.change
+
+
+def unequal_requests(records: Mapping[str, Sequence[Record]]) -> Iterator[str]:
+    """Warnings of models without an answer to a request that another model answered.
+
+    A model that answers only what is easy for it would look better than those that answer all.
+
+    Args:
+        records: the answers of each model, by its name.
+    """
+    answered = {
+        name: {request_of(record) for record in own if record.responses}
+        for name, own in records.items()
+    }
+    asked = set().union(*answered.values())
+    for name, own in answered.items():
+        if missing := len(asked - own):
+            yield (
+                f"WARNING: models.{name} has no answer to {missing} of the {len(asked)} requests "
+                "that the models answered: its metrics are of the others, and not comparable with "
+                "theirs"
+            )
 
 
 def independent_metrics(records: Sequence[Record], schema: AttributeSchema) -> dict[str, float]:

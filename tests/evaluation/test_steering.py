@@ -14,6 +14,7 @@ from steerlm2.evaluation.steering import (
     independent_metrics,
     reference_metrics,
     steering_result,
+    unequal_requests,
 )
 
 SCHEMA = AttributeSchema(("humor",))
@@ -52,6 +53,15 @@ def test_a_change_has_the_standard_error_of_paired_differences() -> None:
     assert results["new"].change["steering_mae"] == -1
     assert results["new"].change["steering_mae_se"] == 0
     assert results["old"].change == {}
+
+
+def test_models_that_did_not_answer_the_same_requests_are_told() -> None:
+    """Records without answers are of prompts too long, or of empty answers."""
+    one = [record(scored(1), prompt="A"), record(scored(0), prompt="B")]
+    two = [record(scored(2), prompt="A"), record(prompt="B")]
+    assert list(unequal_requests({"one": one, "two": one[::-1]})) == []
+    (told,) = unequal_requests({"one": one, "two": two})
+    assert told.startswith("WARNING: models.two has no answer to 1 of the 2 requests")
 
 
 def test_how_many_were_empty_is_known_where_they_are_counted() -> None:
