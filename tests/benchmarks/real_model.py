@@ -396,7 +396,7 @@ def train(output: Path, gguf: Path, trees: Path, machine: Sequence[str], *, smal
     groups = sampled_by_base(output, asked, machine)
     make_data(output, groups, held_out, roots)
     if machine[0] == "device=cuda":
-        chosen.append("sampling_torchrun=")
+        chosen.append("torchrun=")
     tune_run(
         "steerlm2_pipeline", "--config", str(CONFIG), f"base_model={output / 'base'}",
         f"data={output / 'data'}", f"output_dir={output}", *chosen,
