@@ -34,6 +34,7 @@ from steerlm2.inference.chat import Chat, InputDroppedError, whole_lines
 from steerlm2.inference.load_steered import load_steered_model
 from steerlm2.inference.streaming import GenerationSettings
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.processes import use_cores_in_other_threads
 
 
 @dataclass(kw_only=True)
@@ -69,6 +70,7 @@ class ChatRecipe:
 
     def setup(self) -> None:
         cfg = self.cfg
+        use_cores_in_other_threads()
         model = load_steered_model(cfg, self.world)
         wanted = parse_label(cfg.attributes) if cfg.attributes else {}
         model.label(wanted)

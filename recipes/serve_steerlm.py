@@ -25,6 +25,7 @@ from steerlm2.distributed.world import init_world
 from steerlm2.inference.load_steered import load_steered_model
 from steerlm2.inference.server_client import own_api_key
 from steerlm2.runs.entry import recipe_main
+from steerlm2.runs.processes import use_cores_in_other_threads
 from steerlm2.serving.listening import (
     allowed_hosts,
     bound_socket,
@@ -65,6 +66,7 @@ class ServeRecipe:
         from steerlm2.serving.steering_server import SteeringLimits, create_app
 
         cfg = self.cfg
+        use_cores_in_other_threads()
         model = load_steered_model(cfg, self.world)
         limits = SteeringLimits(
             max_body_bytes=cfg.max_body_bytes,

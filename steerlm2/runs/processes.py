@@ -85,6 +85,21 @@ def use_cores_in_this_thread() -> None:
     at each of theirs, and a small operation takes ten times as long.
     """
     torch.get_num_threads()  # the calling thread takes its number over
-    beside = threading.Thread(target=torch.set_num_threads, args=(1,))
-    beside.start()
-    beside.join()
+    _set_threads_of_others(1)
+
+
+def use_cores_in_other_threads() -> None:
+    """From now on the calling thread computes alone; those that begin to use PyTorch later don't.
+
+    For serving on CPUs, where an engine's thread computes: see `use_cores_in_this_thread`.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _set_threads_of_others(threads)
+
+
+def _set_threads_of_others(threads: int) -> None:
+    """It is a setting of the thread that calls, and of all that begin after the call."""
+    other = threading.Thread(target=torch.set_num_threads, args=(threads,))
+    other.start()
+    other.join()

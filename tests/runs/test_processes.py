@@ -15,6 +15,7 @@ from steerlm2.config.loader import Component
 from steerlm2.runs.processes import (
     join_processes,
     process_beside_server,
+    use_cores_in_other_threads,
     use_cores_in_this_thread,
 )
 
@@ -66,3 +67,12 @@ def test_threads_beside_training_compute_alone() -> None:
         assert unused.submit(torch.get_num_threads).result() == 1
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == 1
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_thread_that_serves_computes_alone() -> None:
+    """An engine's thread begins later."""
+    use_cores_in_other_threads()
+    assert torch.get_num_threads() == 1
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
