@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes.util
 import gzip
 import itertools
 import json
@@ -87,14 +88,6 @@ TOPICS = (
     *("castles", "salt", "running", "computers", "rice", "friendship", "islands", "cinema", "fire"),
     *("elephants", "bridges", "yoga", "the sun", "farming", "paper", "video games", "wolves"),
 )
-MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-}
-"""Environment of processes on a CPU: memory in huge pages, which they keep. Steps take 0.6 times as
-long where page faults are expensive, as on virtual machines; a process that trains grows to 12 GiB
-instead of 8."""
 MODELS = {
     "base": "SmolLM2 (no label)",
     "sft": "SFT (no label)",
@@ -179,9 +172,26 @@ def words(text: str) -> int:
     return len(text.split())
 
 
+def memory_in_huge_pages() -> dict[str, str]:
+    """The environment of processes that keep their memory, in huge pages.
+
+    For CPUs: where page faults are expensive, as on virtual machines, steps take 0.6 times as long.
+    With jemalloc where it is installed (Debian's libjemalloc2); glibc keeps a list of what was
+    freed, which gets longer with every step's new lengths, and is searched.
+    """
+    if (jemalloc := ctypes.util.find_library("jemalloc")) is not None:
+        kept = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0"
+        return {"LD_PRELOAD": jemalloc, "MALLOC_CONF": kept}
+    return {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    }
+
+
 def tune_run(recipe: str, *arguments: str, processes: int = 1) -> None:
     ranks = ["--nproc_per_node", str(processes)] if processes > 1 else []
-    environment = MEMORY | os.environ
+    environment = memory_in_huge_pages() | os.environ
     subprocess.run([TUNE, "run", *ranks, recipe, *arguments], check=True, env=environment)
 
 
